@@ -1,0 +1,20 @@
+"""Contrastive-JEPA losses: JEPA prediction plus NT-Xent, with memory that grows with the batch."""
+
+from cjepa_kernels._version import __version__
+from cjepa_kernels.backends import BackendStatus, backends
+from cjepa_kernels.config import create_cjepa_loss_from_config, create_loss_from_config
+from cjepa_kernels.functional import NTXentOutput, nt_xent
+from cjepa_kernels.modules import ContrastiveJEPALoss, HJEPALoss, NTXentLoss
+
+__all__ = [
+    "BackendStatus",
+    "ContrastiveJEPALoss",
+    "HJEPALoss",
+    "NTXentLoss",
+    "NTXentOutput",
+    "__version__",
+    "backends",
+    "create_cjepa_loss_from_config",
+    "create_loss_from_config",
+    "nt_xent",
+]

@@ -1,0 +1,84 @@
+"""Which back ends this installation has, and why it lacks the others."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal, get_args
+
+Backend = Literal["auto", "reference", "chunked", "native", "triton"]
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a back end can be used here.
+
+    Attributes:
+        available: Whether ``backend=name`` works on this machine.
+        devices: Device types it serves; ``("any",)`` for all of them.
+        reason: What it is, or why it is missing and how to get it.
+    """
+
+    available: bool
+    devices: tuple[str, ...]
+    reason: str
+
+
+def compiled_module() -> ModuleType | None:
+    """The compiled module ``cjepa_kernels._C``, or None where it was not built."""
+    try:
+        return importlib.import_module("cjepa_kernels._C")
+    except ImportError:
+        return None
+
+
+def _find_backends() -> dict[str, BackendStatus]:
+    if compiled_module() is None:
+        native = "cjepa_kernels._C is not built: reinstall with a C++17 compiler at hand"
+    else:
+        native = "cjepa_kernels._C is built; this version has no CPU kernel in it yet"
+    return {
+        "triton": BackendStatus(False, ("cuda",), "this version has no Triton kernels yet"),
+        "native": BackendStatus(False, ("cpu",), native),
+        "chunked": BackendStatus(True, ("any",), "pure PyTorch, O(chunk * M) memory"),
+        "reference": BackendStatus(
+            True, ("any",), "eager autograd, O(M^2) memory; on request only, double backward"
+        ),
+    }
+
+
+_STATUS = _find_backends()  # once: nothing in it changes while the process runs
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Back ends by name, in the order in which ``backend="auto"`` prefers them.
+
+    Returns:
+        ``{"triton": …, "native": …, "chunked": …, "reference": …}``.
+
+    Example:
+        >>> from cjepa_kernels import backends
+        >>> backends()["chunked"].available
+        True
+    """
+    return dict(_STATUS)
+
+
+def check_backend(backend: str) -> None:
+    """Raise unless ``backend`` is a known name that is available here.
+
+    Raises:
+        ValueError: Unknown name.
+        RuntimeError: Known, asked for by name, and missing on this machine.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {list(get_args(Backend))}, got {backend!r}")
+    if backend == "auto":
+        return
+    status = _STATUS[backend]
+    if not status.available:
+        raise RuntimeError(
+            f'backend "{backend}" was asked for and is not available: {status.reason}; '
+            'backend="auto" takes the best one there is'
+        )

@@ -1,0 +1,177 @@
+"""NT-Xent in pure PyTorch with O(chunk x M) memory: any device, its own backward.
+
+Rows are taken a chunk at a time against all M columns, so the M x M matrix never exists:
+
+    LSE-_a  = log sum over negatives b of exp l_ab
+    loss_a  = softplus(LSE-_a - l_pos),  r_a = sigmoid(LSE-_a - l_pos),  w_a = g_a r_a
+    dL/dz_a = (1/tau) [ sum_b (w_a exp(l_ab - LSE-_a) + w_b exp(l_ab - LSE-_b)) z_b
+                        - (w_a + w_pos) z_pos ]                        (z: the unit rows)
+    dL/dtau = -(1 / 2 tau) sum_a z_a . dL/dz_a   (L depends on tau through z.z / tau alone)
+
+Every exponent is at most 0 in both terms, at any temperature.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cjepa_kernels.reference import (
+    accumulation_dtype,
+    embed_rows,
+    positive_temperature,
+    reduce,
+)
+
+# 2^21 elements are 8 MB in fp32: the working set of a chunk stays near the caches, and at
+# M = 32768 it is 64 rows, still enough for the matrix product to run at full speed.
+CHUNK_ELEMENTS = 2**21
+MIN_CHUNK_ROWS = 32
+
+
+def chunk_rows(rows: int) -> int:
+    """Rows taken at a time; memory is ``chunk_rows(M) * M`` numbers per buffer."""
+    return min(rows, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // rows))
+
+
+def _operands(
+    z_i: Tensor, z_j: Tensor, cosine: bool, eps: float, product_dtype: torch.dtype | None
+) -> Tensor:
+    """(M, D) rows of the product, rounded to the product's dtype, held in the accumulation one."""
+    z = embed_rows(z_i, z_j, cosine, eps)
+    return z.to(product_dtype or z_i.dtype).to(z.dtype)
+
+
+def _exclude(tile: Tensor, start: int, batch: int, mask: Tensor | None) -> None:
+    """Set to -inf, in place, what is no negative in rows start.. of the (M, M) matrix."""
+    rows, columns = tile.shape
+    row = torch.arange(rows, device=tile.device)
+    anchor = row + start
+    tile[row, anchor] = -torch.inf
+    tile[row, (anchor + batch) % columns] = -torch.inf
+    if mask is not None:
+        sample = anchor % batch
+        masked = mask[sample] | mask[:, sample].T  # (chunk, B)
+        positive_or_self = sample[:, None] == torch.arange(batch, device=tile.device)
+        tile.masked_fill_((masked & ~positive_or_self).repeat(1, 2), -torch.inf)
+
+
+def forward(
+    z_i: Tensor,
+    z_j: Tensor,
+    mask: Tensor | None,
+    temperature_tensor: Tensor | None,
+    temperature: float,
+    cosine: bool,
+    eps: float,
+    reduction: str,
+    product_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, metrics and what backward needs; arguments and results as in ``ops.SCHEMA_FORWARD``."""
+    with torch.no_grad(), torch.autocast(z_i.device.type, enabled=False):
+        z = _operands(z_i, z_j, cosine, eps, product_dtype)
+        tau = positive_temperature(
+            temperature if temperature_tensor is None else temperature_tensor
+        )
+        batch, rows = z_i.shape[0], z.shape[0]
+        positive, hardest, lse_neg = (z.new_empty(rows) for _ in range(3))
+        kept_sum, kept_count = z.new_zeros(()), z.new_zeros(())
+        step = chunk_rows(rows)
+        buffer = z.new_empty(step, rows)
+        for start in range(0, rows, step):
+            chunk = slice(start, min(start + step, rows))
+            anchor = torch.arange(chunk.start, chunk.stop, device=z.device)
+            tile = torch.mm(z[chunk], z.T, out=buffer[: len(anchor)])  # (chunk, M)
+            positive[chunk] = tile[anchor - start, (anchor + batch) % rows]
+            _exclude(tile, start, batch, mask)
+            hardest[chunk] = tile.amax(dim=1)
+            if mask is not None:
+                kept = tile != -torch.inf
+                kept_sum += tile.where(kept, 0.0).sum()
+                kept_count += kept.sum()
+            # The maximum as a shift; a row without negatives has none and sums to log 0.
+            shift = hardest[chunk] / tau
+            shift = shift.masked_fill_(hardest[chunk] == -torch.inf, 0.0)
+            total = tile.div_(tau).sub_(shift[:, None]).exp_().sum(dim=1)
+            lse_neg[chunk] = total.log_().add_(shift)
+        if mask is None:
+            count = rows * (rows - 2)
+            total_sum = z.sum(dim=0).square().sum() - z.square().sum() - positive.sum()
+            negative_similarity = (
+                total_sum / count if count else torch.full_like(total_sum, torch.nan)
+            )
+        else:
+            negative_similarity = kept_sum / kept_count
+        positive_logit = positive / tau
+        loss = -torch.nn.functional.logsigmoid(positive_logit - lse_neg)
+        return (
+            reduce(loss, reduction),  # type: ignore[arg-type]
+            (positive > hardest).to(z.dtype).mean(),
+            positive.mean(),
+            negative_similarity,
+            torch.logaddexp(lse_neg, positive_logit),
+            lse_neg,
+            positive,
+        )
+
+
+def backward(
+    grad_loss: Tensor,
+    z_i: Tensor,
+    z_j: Tensor,
+    mask: Tensor | None,
+    temperature_tensor: Tensor | None,
+    lse_neg: Tensor,
+    positive: Tensor,
+    temperature: float,
+    cosine: bool,
+    eps: float,
+    reduction: str,
+    product_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of z_i, z_j and the temperature; arguments as in ``ops.SCHEMA_BACKWARD``."""
+    with torch.no_grad(), torch.autocast(z_i.device.type, enabled=False):
+        z = _operands(z_i, z_j, cosine, eps, product_dtype)
+        tau = positive_temperature(
+            temperature if temperature_tensor is None else temperature_tensor
+        )
+        batch, rows = z_i.shape[0], z.shape[0]
+        weight = torch.sigmoid(lse_neg - positive / tau) * grad_loss  # (M,), w_a = g_a r_a
+        # exp(l - inf) = 0: a row without negatives pulls on nothing.
+        shift = lse_neg.masked_fill(lse_neg == -torch.inf, torch.inf)
+        grad = torch.empty_like(z)  # (M, D)
+        step = chunk_rows(rows)
+        buffers = z.new_empty(2, step, rows)
+        for start in range(0, rows, step):
+            chunk = slice(start, min(start + step, rows))
+            tile, by_column = buffers[:, : chunk.stop - start]
+            torch.mm(z[chunk], z.T, out=tile)
+            tile.div_(tau)
+            _exclude(tile, start, batch, mask)
+            torch.sub(tile, shift, out=by_column).exp_().mul_(weight)
+            tile.sub_(shift[chunk, None]).exp_().mul_(weight[chunk, None]).add_(by_column)
+            torch.mm(tile, z, out=grad[chunk])
+        grad.addcmul_((weight + weight.roll(batch))[:, None], z.roll(batch, dims=0), value=-1)
+        grad.div_(tau)
+        if reduction == "mean":  # outside the weights: 1/M must not push them out of range
+            grad.div_(rows)
+        grad_temperature = (grad * z).sum() / (-2 * tau)
+        if cosine:
+            _project(grad, z_i, z_j, eps)
+        like = lse_neg if temperature_tensor is None else temperature_tensor
+        # Copies: the outputs of an operator must not share memory.
+        return (
+            grad[:batch].to(z_i.dtype, copy=True),
+            grad[batch:].to(z_j.dtype, copy=True),
+            grad_temperature.to(like.dtype),
+        )
+
+
+def _project(grad: Tensor, z_i: Tensor, z_j: Tensor, eps: float) -> None:
+    """In place: (grad - (grad . u) u) / norm with u the unit row; 0 where the norm is <= eps."""
+    z = torch.cat([z_i, z_j]).to(accumulation_dtype(z_i.dtype))
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    unit = z.div_(norm.clamp(min=eps))
+    along = (grad * unit).sum(dim=1, keepdim=True)
+    grad.addcmul_(along, unit, value=-1).div_(norm)
+    grad.masked_fill_(norm <= eps, 0.0)

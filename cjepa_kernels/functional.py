@@ -1,0 +1,183 @@
+"""Functional form: checks the arguments, flattens, and calls the operator of the back end."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from cjepa_kernels import ops, reference
+from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.reference import Reduction
+
+
+class NTXentOutput(NamedTuple):
+    """Result of :func:`nt_xent`. Everything but ``loss`` is detached and stays on the device.
+
+    Attributes:
+        loss: () for ``mean`` and ``sum``, (M,) for ``none``; fp32 (fp64 for fp64 inputs).
+        accuracy: () share of anchors whose positive beats every negative, ties being misses.
+        positive_similarity: () mean similarity of positive pairs, not divided by temperature.
+        negative_similarity: () mean similarity of negative pairs; NaN when there are none.
+        lse: (M,) log-sum-exp of each anchor's logits, positive included, itself excluded.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
+    positive_similarity: Tensor
+    negative_similarity: Tensor
+    lse: Tensor
+
+
+def nt_xent(
+    z_i: Tensor,
+    z_j: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    use_cosine_similarity: bool = True,
+    eps: float = 1e-8,
+    reduction: Reduction = "mean",
+    mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> NTXentOutput:
+    """NT-Xent of two views, with its metrics, without the (2B, 2B) similarity matrix.
+
+    Args:
+        z_i: (B, D), or (B, N, D) which counts as B*N pairs. fp64, fp32, bf16 or fp16.
+        z_j: Same shape, dtype and device; ``z_j[k]`` is the positive of ``z_i[k]``.
+        temperature: Positive float, or a 0-dim tensor, which then gets a gradient (a tensor that
+            is not positive gives NaN: nobody may read it on the host).
+        use_cosine_similarity: Cosine similarity, else the plain dot product.
+        eps: Smallest norm that is divided by; a row below it gets a zero gradient.
+        reduction: ``mean`` over the 2B anchors, ``sum``, or ``none``.
+        mask: (B, B) bool (B*N for 3-D inputs); True takes the pair of samples (k, l) out of the
+            negatives, in all four blocks of views and both ways. The diagonal is ignored.
+        backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
+
+    Returns:
+        NTXentOutput.
+
+    Raises:
+        TypeError: A tensor of the wrong kind or dtype.
+        ValueError: A wrong shape, device or value; the message names it.
+        RuntimeError: A back end that was asked for by name and is missing.
+
+    Source: SimCLR, arXiv 2002.05709, equation 1.
+
+    Example:
+        >>> z_i, z_j = torch.eye(4), torch.eye(4)
+        >>> out = nt_xent(z_i, z_j, temperature=0.5)
+        >>> round(out.loss.item(), 4), out.accuracy.item()
+        (0.5944, 1.0)
+    """
+    check_backend(backend)
+    check_temperature(temperature)
+    check_reduction(reduction)
+    check_positive("eps", eps)
+    _check_views(z_i, z_j)
+    if z_i.ndim == 3:
+        z_i, z_j = z_i.flatten(0, 1), z_j.flatten(0, 1)
+    if mask is not None:
+        _check_mask(mask, z_i)
+    if isinstance(temperature, Tensor) and temperature.device != z_i.device:
+        raise ValueError(
+            f"temperature must be on the device of z_i, {z_i.device}, got {temperature.device}"
+        )
+    if backend == "reference":
+        with torch.autocast(z_i.device.type, enabled=False):
+            terms = reference.nt_xent(
+                z_i,
+                z_j,
+                temperature=temperature,
+                use_cosine_similarity=use_cosine_similarity,
+                eps=eps,
+                mask=mask,
+            )
+        return NTXentOutput(reference.reduce(terms.loss, reduction), *terms[1:])
+    operator = ops.operator("nt_xent", ".chunked" if backend == "chunked" else "")
+    tensor = temperature if isinstance(temperature, Tensor) else None
+    outputs = operator(
+        z_i,
+        z_j,
+        mask,
+        tensor,
+        1.0 if isinstance(temperature, Tensor) else float(temperature),
+        use_cosine_similarity,
+        eps,
+        reduction,
+        None,
+    )
+    return NTXentOutput(*outputs[:5])
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise unless ``value`` is a finite positive number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < value < math.inf:  # a comparison: torch.compile traces it for symbolic floats
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_temperature(temperature: float | Tensor) -> None:
+    """Raise unless ``temperature`` is a positive finite float or a 0-dim floating tensor."""
+    if isinstance(temperature, Tensor):
+        if temperature.ndim != 0 or not temperature.is_floating_point():
+            raise ValueError(
+                "temperature must be a float or a 0-dim floating-point tensor, got a tensor of "
+                f"shape {tuple(temperature.shape)} and dtype {temperature.dtype}"
+            )
+        return
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a float or a 0-dim tensor, got {temperature!r}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"Temperature must be positive, and finite, got {temperature}")
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise unless ``reduction`` is ``mean``, ``sum`` or ``none``."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {list(get_args(Reduction))}, got {reduction!r}")
+
+
+def check_floating_tensor(name: str, value: object) -> None:
+    """Raise unless ``value`` is a tensor of fp64, fp32, bf16 or fp16."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name} must be of fp64, fp32, bf16 or fp16, got {value.dtype}")
+
+
+def _check_views(z_i: Tensor, z_j: Tensor) -> None:
+    check_floating_tensor("z_i", z_i)
+    check_floating_tensor("z_j", z_j)
+    if z_i.shape != z_j.shape:
+        raise ValueError(
+            f"z_i and z_j must have the same shape, got {tuple(z_i.shape)} and {tuple(z_j.shape)}"
+        )
+    if z_i.ndim not in (2, 3):
+        raise ValueError(f"z_i and z_j must be (B, D) or (B, N, D), got {tuple(z_i.shape)}")
+    if 0 in z_i.shape:
+        raise ValueError(
+            f"z_i and z_j must hold at least one pair and one feature, got {tuple(z_i.shape)}"
+        )
+    if z_i.dtype != z_j.dtype:
+        raise TypeError(f"z_i and z_j must have the same dtype, got {z_i.dtype} and {z_j.dtype}")
+    if z_i.device != z_j.device:
+        raise ValueError(
+            f"z_i and z_j must be on the same device, got {z_i.device} and {z_j.device}"
+        )
+
+
+def _check_mask(mask: Tensor, z_i: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, got {got}")
+    batch = z_i.shape[0]
+    if mask.shape != (batch, batch):
+        raise ValueError(
+            f"mask must be ({batch}, {batch}), one entry a pair of samples, got {tuple(mask.shape)}"
+        )
+    if mask.device != z_i.device:
+        raise ValueError(f"mask must be on the device of z_i, {z_i.device}, got {mask.device}")

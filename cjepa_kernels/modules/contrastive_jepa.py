@@ -1,0 +1,246 @@
+"""C-JEPA: a JEPA loss plus NT-Xent on the CLS tokens of two views."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cjepa_kernels.backends import Backend
+from cjepa_kernels.functional import check_floating_tensor
+from cjepa_kernels.modules.hjepa import Levels
+from cjepa_kernels.modules.nt_xent import NTXentLoss
+from cjepa_kernels.reference import Reduction
+
+
+class ContrastiveJEPALoss(nn.Module):
+    """``jepa_weight`` x JEPA + ``contrastive_weight`` x NT-Xent of the CLS tokens.
+
+    The weights are plain attributes: setting them takes effect at the next call. A term whose
+    weight is 0 is computed for monitoring only, without a gradient.
+
+    Args:
+        jepa_loss: Module called as ``jepa_loss(predictions, targets, masks)`` that returns a dict
+            with ``loss``, such as :class:`HJEPALoss`.
+        jepa_weight: Weight of the JEPA term, finite and not negative.
+        contrastive_weight: Weight of the contrastive term, finite and not negative.
+        contrastive_temperature: Temperature of NT-Xent.
+        use_cosine_similarity: Cosine similarity, else the plain dot product.
+        contrastive_on_context: Contrast the context features. The default takes the target
+            features where they are given, which under an EMA encoder carry no gradient.
+        reduction: Reduction of NT-Xent: ``mean``, ``sum`` or ``none``.
+        eps: Smallest norm that is divided by.
+        backend: Back end of NT-Xent, see :func:`cjepa_kernels.backends`.
+
+    Raises:
+        ValueError, TypeError: A bad argument; the message names it.
+
+    Source: the sum as in H-JEPA (github.com/jonwiggins/H-JEPA); NT-Xent from SimCLR, arXiv
+    2002.05709. The published C-JEPA (arXiv 2410.19560) regularises with VICReg instead.
+
+    Example:
+        >>> from cjepa_kernels import HJEPALoss
+        >>> loss_fn = ContrastiveJEPALoss(HJEPALoss(num_hierarchies=1))
+        >>> patches = torch.ones(2, 4, 8)
+        >>> features = torch.eye(2, 8)[:, None, :].requires_grad_()  # CLS at index 0
+        >>> out = loss_fn([patches], [patches], features, features)
+        >>> out["contrastive_accuracy"].item()
+        1.0
+    """
+
+    def __init__(
+        self,
+        jepa_loss: nn.Module,
+        jepa_weight: float = 1.0,
+        contrastive_weight: float = 0.1,
+        contrastive_temperature: float = 0.1,
+        use_cosine_similarity: bool = True,
+        contrastive_on_context: bool = False,
+        reduction: Reduction = "mean",
+        eps: float = 1e-8,
+        *,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(jepa_loss, nn.Module):
+            raise TypeError(f"jepa_loss must be an nn.Module, got {type(jepa_loss).__name__}")
+        for name, weight in (
+            ("jepa_weight", jepa_weight),
+            ("contrastive_weight", contrastive_weight),
+        ):
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise TypeError(f"{name} must be a number, got {weight!r}")
+            if not (weight >= 0 and math.isfinite(weight)):
+                raise ValueError(f"{name} must be finite and not negative, got {weight}")
+        self.jepa_loss = jepa_loss
+        self.jepa_weight = jepa_weight
+        self.contrastive_weight = contrastive_weight
+        self.contrastive_on_context = contrastive_on_context
+        self.contrastive = NTXentLoss(
+            temperature=contrastive_temperature,
+            use_cosine_similarity=use_cosine_similarity,
+            reduction=reduction,
+            eps=eps,
+            backend=backend,
+        )
+        self._warned_no_gradient = False
+
+    @property
+    def eps(self) -> float:
+        """Smallest norm that the contrastive term divides by."""
+        return self.contrastive.eps
+
+    def forward(
+        self,
+        predictions: Levels,
+        targets: Levels,
+        context_features_i: Tensor | None = None,
+        context_features_j: Tensor | None = None,
+        target_features_i: Tensor | None = None,
+        target_features_j: Tensor | None = None,
+        masks: Levels | None = None,
+        *,
+        context_features: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Both terms, their weighted sum and the metrics.
+
+        Args:
+            predictions: One (B, N_l, D) tensor per level.
+            targets: Same shapes.
+            context_features_i: (B, N+1, D) context features of view i, CLS at index 0.
+            context_features_j: Same for view j.
+            target_features_i: (B, N+1, D) target features of view i.
+            target_features_j: Same for view j.
+            masks: Optional, one (B, N_l) bool tensor per level, True keeps the patch.
+            context_features: Ignored beside a pair of views; alone it is an error.
+
+        Returns:
+            ``loss``, ``jepa_loss``, ``contrastive_loss``, ``contrastive_accuracy``,
+            ``contrastive_pos_sim``, ``contrastive_neg_sim`` and the parts of the JEPA loss.
+
+        Raises:
+            ValueError: No pair of features to contrast, or wrong shapes.
+        """
+        features_i, features_j = self._choose_features(
+            (context_features_i, context_features_j),
+            (target_features_i, target_features_j),
+            context_features,
+        )
+        with nullcontext() if self.jepa_weight else torch.no_grad():
+            jepa = self.jepa_loss(predictions, targets, masks)
+        with nullcontext() if self.contrastive_weight else torch.no_grad():
+            contrastive = self.contrastive(features_i[:, 0], features_j[:, 0])
+
+        terms = []
+        if self.jepa_weight:
+            terms.append(self.jepa_weight * jepa["loss"])
+        if self.contrastive_weight:
+            self._warn_without_gradient(features_i, features_j)
+            terms.append(self.contrastive_weight * contrastive["loss"])
+        # A weight of 0 leaves its term out: 0 x NaN would still be NaN.
+        loss = sum(terms[1:], terms[0]) if terms else 0.0 * jepa["loss"]
+        return {
+            **jepa,
+            "loss": loss,
+            "jepa_loss": jepa["loss"],
+            "contrastive_loss": contrastive["loss"],
+            "contrastive_accuracy": contrastive["accuracy"],
+            "contrastive_pos_sim": contrastive["positive_similarity"],
+            "contrastive_neg_sim": contrastive["negative_similarity"],
+        }
+
+    def _choose_features(
+        self,
+        context: tuple[Tensor | None, Tensor | None],
+        target: tuple[Tensor | None, Tensor | None],
+        context_features: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        context_i, context_j = context
+        target_i, target_j = target
+        if not self.contrastive_on_context and target_i is not None and target_j is not None:
+            name, pair = "target_features", (target_i, target_j)
+        elif context_i is not None and context_j is not None:
+            name, pair = "context_features", (context_i, context_j)
+        elif context_features is not None:
+            raise ValueError(
+                "context_features alone holds one view and contrastive learning needs two views: "
+                "pass context_features_i and context_features_j"
+            )
+        elif self.contrastive_on_context:
+            raise ValueError(
+                "contrastive_on_context=True but context_features not provided: pass "
+                "context_features_i and context_features_j"
+            )
+        else:
+            raise ValueError(
+                "Either target_features or context_features must be provided for contrastive "
+                "learning: pass the _i and _j views of one of them"
+            )
+        for suffix, features in zip("ij", pair, strict=True):
+            check_floating_tensor(f"{name}_{suffix}", features)
+            if features.ndim != 3 or 0 in features.shape:
+                raise ValueError(
+                    f"{name}_{suffix} must be (B, N+1, D) with the CLS token at index 0, got "
+                    f"{tuple(features.shape)}"
+                )
+        return pair
+
+    def _warn_without_gradient(self, features_i: Tensor, features_j: Tensor) -> None:
+        if (
+            self._warned_no_gradient
+            or not torch.is_grad_enabled()
+            or features_i.requires_grad
+            or features_j.requires_grad
+        ):
+            return
+        self._warned_no_gradient = True
+        warnings.warn(
+            "the features chosen for the contrastive term carry no gradient (features of an EMA "
+            "target encoder do not), so the term trains nothing; pass context features and set "
+            "contrastive_on_context=True",
+            UserWarning,
+            stacklevel=3,
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for buffer in ("_jepa_weight", "_contrastive_weight"):  # buffers in H-JEPA's checkpoints
+            state_dict.pop(prefix + buffer, None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def get_loss_summary(self, loss_dict: dict[str, Tensor]) -> str:
+        """A readable breakdown of what :meth:`forward` returned (reads it on the host)."""
+
+        def value(key: str) -> float:
+            return float(loss_dict[key].detach().mean())
+
+        lines = [
+            "C-JEPA Loss Summary:",
+            f"  Total Loss: {value('loss'):.6f}",
+            f"  JEPA Loss (weight={self.jepa_weight:.3f}): {value('jepa_loss'):.6f}",
+            f"  Contrastive Loss (weight={self.contrastive_weight:.3f}): "
+            f"{value('contrastive_loss'):.6f}",
+            f"  Contrastive Accuracy: {value('contrastive_accuracy'):.4f}",
+            f"  Positive Similarity: {value('contrastive_pos_sim'):.4f}",
+            f"  Negative Similarity: {value('contrastive_neg_sim'):.4f}",
+        ]
+        levels = sorted(
+            int(key[6:]) for key in loss_dict if key.startswith("loss_h") and key[6:].isdigit()
+        )
+        if levels:
+            lines += ["", "JEPA Hierarchical Breakdown:"]
+            lines += [f"  Level {level}: {value(f'loss_h{level}'):.6f}" for level in levels]
+        return "\n".join(lines)
+
+    def extra_repr(self) -> str:
+        """Settings as ``name=value``, for ``print(module)``."""
+        return (
+            f"jepa_weight={self.jepa_weight}, contrastive_weight={self.contrastive_weight}, "
+            f"temperature={float(torch.as_tensor(self.contrastive.temperature).detach()):.6g}, "
+            f"contrastive_on_context={self.contrastive_on_context}"
+        )

@@ -1,0 +1,224 @@
+"""The hierarchical prediction term of JEPA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from cjepa_kernels import reference
+from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.functional import check_floating_tensor, check_positive, check_reduction
+from cjepa_kernels.reference import Reduction, RegressionType
+
+Levels = Tensor | Sequence[Tensor]
+
+
+class HJEPALoss(nn.Module):
+    """Weighted sum over hierarchy levels of the loss between predictions and targets.
+
+    Args:
+        loss_type: ``smoothl1`` (beta 1), ``mse`` or ``huber``.
+        hierarchy_weights: One weight for all levels, or one per level (finite, not negative).
+        num_hierarchies: Number of levels.
+        reduction: ``mean``, ``sum`` or ``none``, per level.
+        normalize_embeddings: L2-normalise predictions and targets along D first.
+        huber_delta: Where ``huber`` turns linear.
+        eps: Smallest norm that is divided by.
+        detach_targets: Stop the gradient at the targets.
+        target_norm: ``"layer"`` is I-JEPA's recipe, parameter-free LayerNorm of the targets with
+            predictions as they are; it overrides ``normalize_embeddings``.
+        backend: ``auto``, ``reference`` or ``chunked``; all are eager PyTorch for this term.
+
+    Raises:
+        ValueError, TypeError: A bad argument; the message names it.
+        RuntimeError: A back end that was asked for by name and is missing.
+
+    Source: I-JEPA, arXiv 2301.08243; hierarchy as in H-JEPA (github.com/jonwiggins/H-JEPA).
+
+    Example:
+        >>> loss_fn = HJEPALoss(hierarchy_weights=[1.0, 0.5], num_hierarchies=2)
+        >>> levels = [torch.ones(2, 4, 8), torch.ones(2, 2, 8)]
+        >>> loss_fn(levels, levels)["loss"].item()
+        0.0
+    """
+
+    def __init__(
+        self,
+        loss_type: RegressionType = "smoothl1",
+        hierarchy_weights: float | Sequence[float] = 1.0,
+        num_hierarchies: int = 3,
+        reduction: Reduction = "mean",
+        normalize_embeddings: bool = True,
+        huber_delta: float = 1.0,
+        eps: float = 1e-8,
+        detach_targets: bool = True,
+        *,
+        target_norm: Literal["layer"] | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if loss_type not in get_args(RegressionType):
+            known = list(get_args(RegressionType))
+            raise ValueError(f"loss_type must be one of {known}, got {loss_type!r}")
+        if isinstance(num_hierarchies, bool) or not isinstance(num_hierarchies, int):
+            raise TypeError(f"num_hierarchies must be an int, got {num_hierarchies!r}")
+        if num_hierarchies < 1:
+            raise ValueError(f"num_hierarchies must be at least 1, got {num_hierarchies}")
+        if target_norm not in ("layer", None):
+            raise ValueError(f"target_norm must be 'layer' or None, got {target_norm!r}")
+        check_reduction(reduction)
+        check_positive("huber_delta", huber_delta)
+        check_positive("eps", eps)
+        check_backend(backend)
+        self.loss_type: RegressionType = loss_type
+        self.num_hierarchies = num_hierarchies
+        self.hierarchy_weights = _per_level(hierarchy_weights, num_hierarchies)
+        self.reduction = reduction
+        self.normalize_embeddings = normalize_embeddings
+        self.huber_delta = huber_delta
+        self.eps = eps
+        self.detach_targets = detach_targets
+        self.target_norm = target_norm
+        self.backend = backend
+
+    def forward(
+        self, predictions: Levels, targets: Levels, masks: Levels | None = None
+    ) -> dict[str, Tensor]:
+        """Loss of every level and their weighted sum.
+
+        Args:
+            predictions: One (B, N_l, D) or (B, D) tensor per level; a single tensor counts as
+                one level.
+            targets: Same shapes.
+            masks: Optional, one (B, N_l) bool tensor per level, True keeps the patch.
+
+        Returns:
+            ``loss`` = sum of weight x level, ``loss_h0``, ``loss_h1``…, and ``loss_unweighted``,
+            the mean of the levels. With ``reduction="none"`` the levels keep their shapes, and
+            ``loss`` and ``loss_unweighted`` are taken from the levels' means.
+        """
+        levels = _as_levels("predictions", predictions)
+        target_levels = _as_levels("targets", targets)
+        mask_levels = [None] * len(levels) if masks is None else _as_levels("masks", masks)
+        self._check(levels, target_levels, mask_levels)
+
+        result: dict[str, Tensor] = {}
+        means = []
+        for index, (prediction, target, mask) in enumerate(
+            zip(levels, target_levels, mask_levels, strict=True)
+        ):
+            with torch.autocast(prediction.device.type, enabled=False):
+                level = reference.regression(
+                    prediction,
+                    target.detach() if self.detach_targets else target,
+                    loss_type=self.loss_type,
+                    normalize_embeddings=self.normalize_embeddings,
+                    target_norm=self.target_norm,
+                    mask=mask,
+                    reduction=self.reduction,
+                    huber_delta=self.huber_delta,
+                    eps=self.eps,
+                )
+            result[f"loss_h{index}"] = level
+            if self.reduction != "none":
+                means.append(level)
+            elif mask is None:
+                means.append(level.mean())
+            else:
+                means.append(level.sum() / (mask.sum() * level.shape[-1]).clamp(min=1))
+        weighted = [
+            weight * mean for weight, mean in zip(self.hierarchy_weights, means, strict=True)
+        ]
+        result["loss"] = torch.stack(weighted).sum()
+        result["loss_unweighted"] = torch.stack(means).mean()
+        return result
+
+    def _check(
+        self,
+        predictions: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+    ) -> None:
+        for name, levels in (("predictions", predictions), ("targets", targets), ("masks", masks)):
+            if len(levels) != self.num_hierarchies:
+                raise ValueError(
+                    f"{name} must have one tensor per level, num_hierarchies="
+                    f"{self.num_hierarchies}, got {len(levels)}"
+                )
+        for index, (prediction, target, mask) in enumerate(
+            zip(predictions, targets, masks, strict=True)
+        ):
+            check_floating_tensor(f"predictions[{index}]", prediction)
+            check_floating_tensor(f"targets[{index}]", target)
+            if prediction.shape != target.shape:
+                raise ValueError(
+                    f"predictions and targets must have the same shape at level {index}, got "
+                    f"{tuple(prediction.shape)} and {tuple(target.shape)}"
+                )
+            if prediction.ndim not in (2, 3) or 0 in prediction.shape:
+                raise ValueError(
+                    f"predictions[{index}] must be (B, N, D) or (B, D) and not empty, got "
+                    f"{tuple(prediction.shape)}"
+                )
+            if prediction.device != target.device:
+                raise ValueError(
+                    f"predictions[{index}] and targets[{index}] must be on the same device, got "
+                    f"{prediction.device} and {target.device}"
+                )
+            if mask is None:
+                continue
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"masks[{index}] must be a bool tensor, got {got}")
+            if mask.shape != prediction.shape[:-1]:
+                raise ValueError(
+                    f"masks[{index}] must be {tuple(prediction.shape[:-1])}, one entry a patch, "
+                    f"got {tuple(mask.shape)}"
+                )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        state_dict.pop(prefix + "_hierarchy_weights", None)  # a buffer in H-JEPA's checkpoints
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Settings as ``name=value``, for ``print(module)``."""
+        normalization = (
+            f"target_norm={self.target_norm}"
+            if self.target_norm
+            else f"normalize_embeddings={self.normalize_embeddings}"
+        )
+        return (
+            f"loss_type={self.loss_type}, num_hierarchies={self.num_hierarchies}, "
+            f"hierarchy_weights={self.hierarchy_weights}, {normalization}, "
+            f"reduction={self.reduction}"
+        )
+
+
+def _as_levels(name: str, levels: Levels) -> list[Any]:
+    if isinstance(levels, Tensor):
+        return [levels]
+    if not isinstance(levels, Sequence) or isinstance(levels, str):
+        raise TypeError(
+            f"{name} must be a tensor or a sequence of tensors, got {type(levels).__name__}"
+        )
+    return list(levels)
+
+
+def _per_level(weights: float | Sequence[float], levels: int) -> list[float]:
+    values = [weights] * levels if isinstance(weights, (int, float)) else list(weights)
+    if len(values) != levels:
+        raise ValueError(
+            f"hierarchy_weights must have one weight per level, num_hierarchies={levels}, "
+            f"got {len(values)}: {values}"
+        )
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"hierarchy_weights must be numbers, got {value!r}")
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"hierarchy_weights must be finite and not negative, got {values}")
+    return [float(value) for value in values]

@@ -1,0 +1,149 @@
+"""NT-Xent as a module."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from cjepa_kernels import reference
+from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.functional import (
+    check_positive,
+    check_reduction,
+    check_temperature,
+    nt_xent,
+)
+from cjepa_kernels.reference import Reduction
+
+
+class NTXentLoss(nn.Module):
+    """Normalised temperature-scaled cross entropy of two views, with monitoring metrics.
+
+    Args:
+        temperature: Positive float. Lower separates hard negatives more sharply.
+        use_cosine_similarity: Cosine similarity, else the plain dot product.
+        reduction: ``mean`` over the 2B anchors, ``sum`` or ``none``.
+        eps: Smallest norm that is divided by.
+        learnable_temperature: Train log(temperature) as the parameter ``log_temperature``,
+            starting at ``temperature``: it stays positive whatever the optimiser does.
+        backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
+        return_logits: Add ``logits`` (2B, 2B + 1) to the result, the positive in column 0,
+            divided by the temperature. This builds the matrix that the loss otherwise avoids.
+
+    Raises:
+        ValueError, TypeError: A bad argument; the message names it.
+        RuntimeError: A back end that was asked for by name and is missing.
+
+    Source: SimCLR, arXiv 2002.05709.
+
+    Example:
+        >>> loss_fn = NTXentLoss(temperature=0.1)
+        >>> out = loss_fn(torch.eye(4), torch.eye(4))
+        >>> sorted(out)
+        ['accuracy', 'loss', 'negative_similarity', 'positive_similarity']
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        use_cosine_similarity: bool = True,
+        reduction: Reduction = "mean",
+        eps: float = 1e-8,
+        *,
+        learnable_temperature: bool = False,
+        backend: Backend = "auto",
+        return_logits: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_float_temperature(temperature)
+        check_reduction(reduction)
+        check_positive("eps", eps)
+        check_backend(backend)
+        self.use_cosine_similarity = use_cosine_similarity
+        self.reduction = reduction
+        self.eps = eps
+        self.backend = backend
+        self.return_logits = return_logits
+        self.log_temperature: nn.Parameter | None
+        if learnable_temperature:
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        else:
+            self.register_parameter("log_temperature", None)
+            self._temperature = float(temperature)
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """The float in use, or exp(log_temperature) as a tensor when it is learnable."""
+        if self.log_temperature is None:
+            return self._temperature
+        return self.log_temperature.exp()
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        _check_float_temperature(value)
+        if self.log_temperature is None:
+            self._temperature = float(value)
+        else:
+            with torch.no_grad():
+                self.log_temperature.fill_(math.log(value))
+
+    def forward(self, z_i: Tensor, z_j: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Loss and metrics of a batch of pairs.
+
+        Args:
+            z_i: (B, D) or (B, N, D) embeddings of the first view.
+            z_j: Same shape; ``z_j[k]`` is the positive of ``z_i[k]``.
+            mask: Optional (B, B) bool, True takes the pair of samples out of the negatives.
+
+        Returns:
+            ``loss``, ``accuracy``, ``positive_similarity``, ``negative_similarity`` and, with
+            ``return_logits``, ``logits``. The metrics are detached 0-dim tensors on the device.
+        """
+        temperature = self.temperature
+        out = nt_xent(
+            z_i,
+            z_j,
+            temperature=temperature,
+            use_cosine_similarity=self.use_cosine_similarity,
+            eps=self.eps,
+            reduction=self.reduction,
+            mask=mask,
+            backend=self.backend,
+        )
+        result = {
+            "loss": out.loss,
+            "accuracy": out.accuracy,
+            "positive_similarity": out.positive_similarity,
+            "negative_similarity": out.negative_similarity,
+        }
+        if self.return_logits:
+            result["logits"] = reference.nt_xent_logits(
+                z_i.flatten(0, -2),
+                z_j.flatten(0, -2),
+                temperature=temperature,
+                use_cosine_similarity=self.use_cosine_similarity,
+                eps=self.eps,
+                mask=mask,
+            )
+        return result
+
+    def extra_repr(self) -> str:
+        """Settings as ``name=value``, for ``print(module)``."""
+        temperature = float(torch.as_tensor(self.temperature).detach())
+        learnable = "" if self.log_temperature is None else ", learnable_temperature=True"
+        return (
+            f"temperature={temperature:.6g}{learnable}, "
+            f"use_cosine_similarity={self.use_cosine_similarity}, reduction={self.reduction}, "
+            f"backend={self.backend}"
+        )
+
+
+def _check_float_temperature(temperature: float) -> None:
+    if isinstance(temperature, Tensor):
+        raise TypeError(
+            "temperature must be a float here; learnable_temperature=True trains it, and "
+            "nt_xent() takes a tensor"
+        )
+    check_temperature(temperature)

@@ -1,0 +1,44 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from cjepa_kernels import backends, chunked
+
+BACKENDS = [name for name, status in backends().items() if status.available]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_seed() -> Iterator[None]:
+    """Same numbers on every machine, and no oversubscription under pytest-xdist."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill memory that was allocated and not written with NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every back end that is available here."""
+    return str(request.param)
+
+
+@pytest.fixture(params=[1, 5, 4096], ids=["one_row", "five_rows", "whole"])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Rows that the chunked back end takes at a time."""
+    monkeypatch.setattr(chunked, "chunk_rows", lambda rows: min(rows, request.param))
+    return int(request.param)

@@ -1,0 +1,158 @@
+"""The package itself: imports, version, compiled module, back ends, examples and docs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cjepa_kernels
+from cjepa_kernels import backends, extras, nt_xent
+from cjepa_kernels.backends import compiled_module
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+def test_importing_needs_torch_alone() -> None:
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        refused = {"numpy", "yaml", "lightning", "sklearn", "datasets", "typer", "rich", "PIL",
+                   "matplotlib", "pydantic", "tensorboard", "pandas", "scipy"}
+        allowed_importers = ("torch",)
+        if name.split(".")[0] in refused:
+            frame = sys._getframe(1)
+            while frame is not None:
+                module = frame.f_globals.get("__name__", "")
+                if module.split(".")[0] in allowed_importers:
+                    return None
+                if module.startswith("cjepa_kernels"):
+                    raise AssertionError(f"{module} imports {name}")
+                frame = frame.f_back
+        return None
+sys.meta_path.insert(0, Refuse())
+import cjepa_kernels, torch
+z = torch.randn(4, 3, requires_grad=True)
+cjepa_kernels.nt_xent(z, torch.randn(4, 3)).loss.backward()
+cjepa_kernels.create_loss_from_config({"type": "cjepa"})
+assert "cjepa_kernels.train" not in sys.modules
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_missing_extra_is_named() -> None:
+    with pytest.raises(ImportError, match=r"pip install 'cjepa_kernels\[train\]'"):
+        extras.require("a_module_that_is_not_there", extra="train")
+
+
+def test_command_line_without_the_extra_says_how_to_get_it() -> None:
+    code = "import sys; sys.modules['lightning'] = None; from cjepa_kernels.cli import main; main()"
+    result = run_python(code)
+    assert result.returncode == 2
+    assert "cjepa_kernels[train]" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_import_error_inside_a_module_is_not_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_module.py").write_text("import another_that_is_missing\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="another_that_is_missing"):
+        extras.require("broken_module", extra="train")
+
+
+def test_build_info() -> None:
+    module = compiled_module()
+    if module is None:
+        pytest.skip("cjepa_kernels._C was not built: no compiler here")
+    info = module.build_info()
+    assert info["version"] == cjepa_kernels.__version__
+    assert info["build_type"] == "Release"
+    assert info["cxx_standard"] >= 201703
+    assert info["instruction_sets"][0] == "baseline"
+    assert info["hardware_threads"] >= 1
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if flags and info["target"] == "Linux x86_64":
+        assert ("avx2" in info["instruction_sets"]) == (" avx2 " in flags and " fma " in flags)
+        assert ("avx512_bf16" in info["instruction_sets"]) == (" avx512_bf16 " in flags)
+
+
+def test_without_the_compiled_module_everything_else_works() -> None:
+    code = """
+import sys
+sys.modules["cjepa_kernels._C"] = None
+import cjepa_kernels, torch
+assert "not built" in cjepa_kernels.backends()["native"].reason
+assert cjepa_kernels.nt_xent(torch.eye(3), torch.eye(3)).accuracy == 1
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_backends_say_what_there_is_and_why_not() -> None:
+    assert list(backends()) == ["triton", "native", "chunked", "reference"]
+    for name, status in backends().items():
+        assert status.reason
+        if not status.available:
+            with pytest.raises(RuntimeError, match=f'"{name}" was asked for and is not available'):
+                nt_xent(torch.eye(2), torch.eye(2), backend=name)  # type: ignore[arg-type]
+    assert backends()["chunked"].available
+    assert backends()["reference"].available
+
+
+def test_the_package_is_marked_as_typed() -> None:
+    assert (Path(cjepa_kernels.__file__).parent / "py.typed").exists()
+
+
+LIBRARY = [
+    name
+    for _, name, _ in pkgutil.walk_packages(cjepa_kernels.__path__, "cjepa_kernels.")
+    if not name.endswith("._C")
+]
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_docstring_examples(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def test_there_are_six_examples() -> None:
+    assert len(EXAMPLES) == 6
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run(script: Path, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    assert not list(tmp_path.iterdir()), "an example leaves nothing behind"
