@@ -1,0 +1,68 @@
+# make demo   set up, train C-JEPA, JEPA and the contrastive term alone, and write a report
+# make test   set up and run the test suite
+# Everything lives in .venv; a second call installs again only when what it depends on has changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
+DEMO_OUT ?= runs/demo
+SEEDS ?= 0,1,2
+
+.PHONY: help demo test lint format bench memory examples clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
+	@echo "make lint   checks of style and types;  make format rewrites"
+	@echo "make bench  time of the loss beside eager PyTorch;  make memory its peak memory"
+	@echo "make examples runs every script in examples/"
+
+# The build tools come first because the package is built without isolation, so that the pinned
+# versions are the ones in use.
+$(VENV)/.base: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.x")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing build tools and PyTorch"
+	$(PIP_INSTALL) torch setuptools wheel cmake ninja pybind11
+	touch $@
+
+$(VENV)/.train: $(VENV)/.base $(BUILD_INPUTS)
+	@echo "Installing cjepa_kernels with what training needs"
+	$(PIP_INSTALL) --no-build-isolation -e '.[train]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.base $(BUILD_INPUTS)
+	@echo "Installing cjepa_kernels with what tests and checks need"
+	CJEPA_REQUIRE_NATIVE=1 CJEPA_WERROR=1 $(PIP_INSTALL) --no-build-isolation -e '.[test,lint]'
+	touch $@ $(VENV)/.train
+
+demo: $(VENV)/.train
+	$(BIN)/cjepa compare --config configs/cjepa.yaml --seeds $(SEEDS) --out $(DEMO_OUT)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+
+bench: $(VENV)/.dev
+	$(BIN)/python bench/nt_xent.py
+
+memory: $(VENV)/.dev
+	$(BIN)/python bench/nt_xent_memory.py
+
+examples: $(VENV)/.train
+	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info cjepa_kernels/_C*.so .coverage* .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,98 @@
+"""How bench/ measures: interleaved runs, medians, and the environment beside them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cjepa_kernels
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(
+    candidates: dict[str, Callable[[], object]], *, seconds: float, least: int = 5
+) -> dict[str, dict[str, float]]:
+    """Time every candidate in turn, round after round, for about ``seconds``.
+
+    One round runs each candidate once, so a change of the machine's speed hits all alike.
+
+    Returns:
+        For each name: ``median``, ``p20``, ``p80`` in seconds and the number of ``rounds``.
+    """
+    for run in candidates.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    deadline = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < least or time.perf_counter() < deadline:
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+        rounds += 1
+    summary = {}
+    for name, values in times.items():
+        deciles = statistics.quantiles(values, n=10, method="inclusive")
+        summary[name] = {
+            "median": statistics.median(values),
+            "p20": deciles[1],
+            "p80": deciles[7],
+            "rounds": float(rounds),
+        }
+    return summary
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    ).stdout.strip()
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    return {
+        "device": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cjepa_kernels": cjepa_kernels.__version__,
+        "commit": commit or None,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
+    """Write ``bench/results/<name>.json`` in one piece and return its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Print rows under a header, columns aligned to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
