@@ -1,0 +1,63 @@
+"""Files that are either complete or absent, whenever the process is killed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_TEMPORARY_SUFFIX = ".partial"
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary name in the same directory that replaces ``path`` once it is complete.
+
+    Args:
+        path: File to create or replace. Missing parent directories are created.
+
+    Yields:
+        The temporary name to write to. It is removed if the block raises.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}{_TEMPORARY_SUFFIX}"
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+        if os.name == "posix":
+            _sync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write a whole file at once: readers see the old contents or the new, never a part.
+
+    Args:
+        path: File to create or replace. Missing parent directories are created.
+        data: The contents; text is encoded as UTF-8.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def remove_partial_files(directory: str | os.PathLike[str]) -> None:
+    """Remove what a killed process left under ``directory`` before it could rename it.
+
+    Args:
+        directory: Directory that is searched with everything below it.
+    """
+    for leftover in Path(directory).rglob(f".*{_TEMPORARY_SUFFIX}"):
+        leftover.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,242 @@
+"""The ``cjepa`` command: train, compare, probe, info."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import cjepa_kernels
+from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.train.callbacks import DivergenceError
+from cjepa_kernels.train.config import (
+    ExperimentConfig,
+    apply_overrides,
+    config_to_dict,
+    load_config,
+)
+
+_USER_ERRORS = (ValueError, TypeError, FileNotFoundError, ImportError, DivergenceError)
+_USER_ERROR_CODE = 2
+_PACKAGES = ("torch", "lightning", "scikit-learn", "datasets", "numpy")
+_PROBE_ROWS = (
+    ("linear probe, %", "linear"),
+    ("few-label probe, %", "few_label"),
+    ("k-NN, %", "knn"),
+    ("linear probe on corrupted images, %", "linear_robust"),
+    ("standard deviation", "std"),
+    ("effective rank", "effective_rank"),
+    ("transfer: linear probe, %", "transfer_linear"),
+    ("transfer: few-label probe, %", "transfer_few_label"),
+    ("transfer: k-NN, %", "transfer_knn"),
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train and compare hierarchical JEPAs with a contrastive term (C-JEPA).",
+)
+
+Config = Annotated[Path, typer.Option("--config", help="YAML file of the experiment.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Replace values, as in trainer.epochs=5."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        help="Directory of the results. Default: runs/ and a name made from the "
+        "experiment, so that the same command resumes and another one starts afresh.",
+    ),
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def train(
+    config: Config, overrides: Overrides = None, out: Out = None, debug: Debug = False
+) -> None:
+    """Train one encoder and evaluate it; a killed run resumes when started again."""
+    with _clear_errors(debug):
+        experiment = load_config(config, overrides or ())
+        from cjepa_kernels.train import runner
+
+        run_dir = out or _default_directory(config, experiment, "")
+        result = runner.train(experiment, run_dir, progress_bar=sys.stderr.isatty())
+        if not result.evaluation:
+            return  # a rank other than the first one
+        console = Console()
+        console.print(_probe_table(result.evaluation, f"{config.stem}, seed {experiment.seed}"))
+        for finding in result.findings:
+            console.print(
+                f"[yellow]{escape(str(finding['rule']))}[/] (epoch {finding['epoch']}): "
+                f"{escape(str(finding['message']))} ({escape(str(finding['evidence']))})"
+            )
+        console.print(f"{result.seconds:.0f} s; results in {run_dir}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    config: Config,
+    overrides: Overrides = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
+    out: Out = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Parallel processes. Default: 2, or 1 on a single core.")
+    ] = None,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="Pretrain on half of the classes, probe the others.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Compare C-JEPA, JEPA alone and the contrastive term alone on the same seeds."""
+    with _clear_errors(debug):
+        experiment = load_config(config, overrides or ())
+        seed_list = _parse_seeds(seeds)
+        from cjepa_kernels.train.compare import compare as run_comparison
+
+        run_comparison(
+            experiment,
+            seeds=seed_list,
+            out_dir=out or _default_directory(config, experiment, "-compare"),
+            workers=workers,
+            transfer=transfer,
+            console=Console(),
+        )
+
+
+@app.command()
+def probe(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A .ckpt file, or the directory of a run.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the numbers to this file.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Probe the target encoder of a checkpoint, on its experiment's data or on others."""
+    with _clear_errors(debug):
+        from cjepa_kernels.train import runner
+        from cjepa_kernels.train.data import load_dataset, resolve_pretrain_classes
+        from cjepa_kernels.train.evaluate import evaluate
+
+        extract, experiment = runner.load_encoder(checkpoint)
+        experiment = apply_overrides(experiment, overrides or ())
+        if experiment.trainer.threads is not None:
+            torch.set_num_threads(experiment.trainer.threads)
+        dataset = load_dataset(experiment.data)
+        numbers = evaluate(
+            extract,
+            dataset,
+            experiment.evaluation,
+            pretrain_classes=resolve_pretrain_classes(experiment.data, dataset),
+        )
+        Console().print(_probe_table(numbers, f"{checkpoint} on {dataset.name}"))
+        if json_file is not None:
+            content = {
+                "checkpoint": str(checkpoint),
+                "data": config_to_dict(experiment)["data"],
+                "evaluation": numbers,
+            }
+            atomic_write(json_file, json.dumps(content, indent=1) + "\n")
+
+
+@app.command()
+def info(debug: Debug = False) -> None:
+    """Show versions, devices, back ends and the compiled module."""
+    with _clear_errors(debug):
+        console = Console()
+        console.print(_version_table())
+        table = Table("back end", "available", "devices", "what it is, or why it is missing")
+        for name, status in cjepa_kernels.backends().items():
+            available = "[green]yes[/]" if status.available else "no"
+            table.add_row(name, available, ", ".join(status.devices), escape(status.reason))
+        console.print(table)
+        console.print(_compiled_module())
+
+
+def _version_table() -> Table:
+    table = Table(show_header=False)
+    table.add_row("cjepa_kernels", cjepa_kernels.__version__)
+    table.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
+    for name in _PACKAGES:
+        table.add_row(name, metadata.version(name))
+    table.add_row("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads")
+    for index in range(torch.cuda.device_count()):
+        table.add_row(f"GPU {index}", torch.cuda.get_device_name(index))
+    if not torch.cuda.is_available():
+        table.add_row("GPU", "none that PyTorch can use")
+    if torch.backends.mps.is_available():
+        table.add_row("MPS", "available")
+    return table
+
+
+def _compiled_module() -> Table:
+    from cjepa_kernels.backends import compiled_module
+
+    table = Table(title="compiled module cjepa_kernels._C", show_header=False)
+    module = compiled_module()
+    if module is None:
+        table.add_row("status", "not built")
+    else:
+        for key, value in module.build_info().items():
+            table.add_row(str(key), escape(str(value)))
+    return table
+
+
+def _probe_table(numbers: dict[str, float], title: str) -> Table:
+    table = Table(title=escape(title))
+    table.add_column("metric")
+    table.add_column("mean of patches", justify="right")
+    table.add_column("CLS", justify="right")
+    for label, key in _PROBE_ROWS:
+        if f"mean/{key}" in numbers:
+            table.add_row(label, f"{numbers[f'mean/{key}']:.2f}", f"{numbers[f'cls/{key}']:.2f}")
+    return table
+
+
+def _default_directory(config: Path, experiment: ExperimentConfig, suffix: str) -> Path:
+    content = json.dumps(config_to_dict(experiment), sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    return Path("runs") / f"{config.stem}{suffix}-{digest}"
+
+
+def _parse_seeds(text: str) -> Sequence[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds: expected integers such as 0,1,2, got {text!r}") from None
+
+
+@contextmanager
+def _clear_errors(debug: bool) -> Iterator[None]:
+    """End a user's error with one clear message and exit code 2."""
+    try:
+        yield
+    except _USER_ERRORS as error:
+        if debug:
+            raise
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]error:[/] [red]{escape(str(error))}[/]", highlight=False
+        )
+        raise typer.Exit(_USER_ERROR_CODE) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,354 @@
+"""Train the arms of a comparison on the same seeds and set the results side by side."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from threadpoolctl import threadpool_limits
+
+from cjepa_kernels.train import runner
+from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.train.compare_progress import progress_display
+from cjepa_kernels.train.comparison import (
+    PAIRS,
+    ArmRun,
+    Comparison,
+    comparison_markdown,
+    paired_differences,
+    rich_tables,
+    save_comparison,
+)
+from cjepa_kernels.train.config import ExperimentConfig, config_from_dict, config_to_dict
+from cjepa_kernels.train.data import Dataset, load_dataset, resolve_pretrain_classes
+from cjepa_kernels.train.evaluate import check_dataset, evaluate, evaluate_pixels
+from cjepa_kernels.train.module import build_loss
+from cjepa_kernels.train.report import write_report
+from cjepa_kernels.train.worker_pool import Job, ReportProgress, run_jobs
+
+ARMS: dict[str, dict[str, float]] = {
+    "cjepa": {},
+    "jepa": {"contrastive_weight": 0.0},
+    "contrastive": {"jepa_weight": 0.0},
+}
+"""What each arm replaces in the experiment's loss section. AdamW divides out a common factor of
+the gradient, so the contrastive arm keeps its weight."""
+
+_PACKAGES = ("cjepa-kernels", "torch", "lightning", "scikit-learn", "numpy")
+
+
+def arm_config(
+    config: ExperimentConfig, arm: str, seed: int, *, transfer: bool = False
+) -> ExperimentConfig:
+    """The experiment of one run: the comparison's, with the arm's loss and the seed.
+
+    Args:
+        config: The comparison's experiment.
+        arm: ``"cjepa"``, ``"jepa"`` or ``"contrastive"``.
+        seed: Seed of initialisation, data order, views and masks.
+        transfer: Leave half of the classes out of pretraining, unless the experiment says which.
+
+    Raises:
+        ValueError: If the arm is unknown or the result is no valid experiment.
+    """
+    if arm not in ARMS:
+        close = get_close_matches(str(arm), ARMS, n=1, cutoff=0.0)
+        raise ValueError(
+            f"arms must be among {', '.join(ARMS)}, got {arm!r}; the nearest is {close[0]!r}"
+        )
+    values = config_to_dict(config)
+    values["seed"] = seed
+    values["loss"] = {**values["loss"], **ARMS[arm]}
+    if transfer and values["data"]["pretrain_classes"] is None:
+        values["data"]["pretrain_classes"] = "half"
+    return config_from_dict(values, origin=f"the configuration of {arm}")
+
+
+def compare(
+    config: ExperimentConfig,
+    *,
+    seeds: Sequence[int],
+    out_dir: Path,
+    arms: Sequence[str] = ("cjepa", "jepa", "contrastive"),
+    workers: int | None = None,
+    transfer: bool = False,
+    console: Console | None = None,
+) -> Comparison:
+    """Train every arm with every seed, print the tables and write JSON, Markdown and a report.
+
+    The arms of one seed share initialisation, data order, views, masks and budget. A comparison
+    that was killed and is started again keeps its finished runs and resumes the others. A result
+    does not depend on ``workers``.
+
+    Args:
+        config: The experiment; each arm replaces a part of its loss section.
+        seeds: Distinct seeds, at least one.
+        out_dir: Receives ``comparison.json``, ``comparison.md``, ``report.html`` and the runs.
+        arms: Some of ``"cjepa"``, ``"jepa"`` and ``"contrastive"``.
+        workers: Parallel processes. Default: 2, or 1 on a single core.
+        transfer: Pretrain on half of the classes and probe the others too.
+        console: Where progress and tables go. Default: the standard output.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ValueError: If an argument or the experiment is not valid, before anything is trained, or
+            if ``out_dir`` holds runs of a different configuration.
+        JobError: If a run fails otherwise; the message names it.
+    """
+    console = console or Console()
+    arms, seeds, out_dir = tuple(arms), tuple(seeds), Path(out_dir)
+    _check_arguments(config, arms, seeds, workers)
+    configs = {
+        (arm, seed): arm_config(config, arm, seed, transfer=transfer)
+        for seed in seeds
+        for arm in arms
+    }
+    base = {seed: arm_config(config, "cjepa", seed, transfer=transfer) for seed in seeds}
+    dataset = load_dataset(base[seeds[0]].data)
+    for run_config in configs.values():
+        build_loss(run_config, dataset.image_shape)
+    check_dataset(dataset, resolve_pretrain_classes(base[seeds[0]].data, dataset))
+
+    jobs = [
+        Job(_run_name(arm, seed), _train_job, (run_config, out_dir / "runs" / _run_name(arm, seed)))
+        for (arm, seed), run_config in configs.items()
+    ]
+    jobs.append(Job("pixels", _pixels_job, (base[seeds[0]], out_dir / "baselines" / "pixels.json")))
+    jobs += [
+        Job(
+            _run_name("untrained", seed),
+            _untrained_job,
+            (base[seed], out_dir / "baselines" / f"{_run_name('untrained', seed)}.json"),
+        )
+        for seed in seeds
+    ]
+    if workers is None:
+        workers = min(2, os.cpu_count() or 1)
+    with progress_display(console, len(jobs)) as on_event:
+        results = run_jobs(jobs, workers, on_event, out_dir / "logs")
+
+    runs = []
+    for arm, seed in configs:
+        result: runner.RunResult = results[_run_name(arm, seed)]
+        runs.append(
+            ArmRun(
+                arm=arm,
+                seed=seed,
+                directory=f"runs/{_run_name(arm, seed)}",
+                history=result.history,
+                evaluation=result.evaluation,
+                findings=result.findings,
+                seconds=result.seconds,
+            )
+        )
+    by_arm = {arm: [run.evaluation for run in runs if run.arm == arm] for arm in arms}
+    comparison = Comparison(
+        dataset=dataset.name,
+        arms=arms,
+        seeds=seeds,
+        transfer=transfer,
+        config=config_to_dict(base[seeds[0]]),
+        runs=runs,
+        baselines={
+            "pixels": [results["pixels"]],
+            "untrained": [results[_run_name("untrained", seed)] for seed in seeds],
+        },
+        paired={
+            f"{first} - {second}": paired_differences(by_arm[first], by_arm[second])
+            for first, second in PAIRS
+            if first in arms and second in arms
+        },
+        environment=environment(config),
+    )
+    _publish(comparison, dataset, configs, out_dir, console)
+    return comparison
+
+
+def _check_arguments(
+    config: ExperimentConfig, arms: Sequence[str], seeds: Sequence[int], workers: int | None
+) -> None:
+    for name, values in (("arms", arms), ("seeds", seeds)):
+        if not values:
+            raise ValueError(f"{name} must hold at least one, got none")
+        if len(set(values)) != len(values):
+            raise ValueError(f"{name} must be distinct, got {', '.join(map(str, values))}")
+    for seed in seeds:
+        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+            raise ValueError(f"seeds must be integers >= 0, got {seed!r}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if config.trainer.devices > 1:
+        raise ValueError(
+            "trainer.devices must be 1 in a comparison, which runs its arms in parallel processes, "
+            f"got {config.trainer.devices}"
+        )
+    kind = config.loss.get("type", "cjepa")
+    if kind not in ("cjepa", "contrastive_jepa") and not config.loss.get("use_contrastive", False):
+        raise ValueError(
+            "loss.type must be cjepa, or loss.use_contrastive true, in a comparison, whose arms "
+            f"switch the terms off themselves, got type {kind!r} without use_contrastive"
+        )
+    for key, default in (("contrastive_weight", 0.1), ("jepa_weight", 1.0)):
+        value = config.loss.get(key, default)
+        if isinstance(value, int | float) and value == 0:
+            raise ValueError(
+                f"loss.{key} must be above 0 in a comparison, whose arms set it to 0 themselves, "
+                f"got {value}"
+            )
+
+
+def _run_name(arm: str, seed: int) -> str:
+    return f"{arm}-seed{seed}"
+
+
+def _train_job(config: ExperimentConfig, run_dir: Path, report: ReportProgress) -> runner.RunResult:
+    return runner.train(
+        config,
+        run_dir,
+        on_progress=lambda progress: report(progress.step, progress.total_steps),
+        progress_bar=False,
+    )
+
+
+def _untrained_job(
+    config: ExperimentConfig, path: Path, report: ReportProgress
+) -> dict[str, float]:
+    known = _known_evaluation(path, config)
+    if known is not None:
+        return known
+    dataset = load_dataset(config.data, show_progress=False)
+    with threadpool_limits(limits=config.trainer.threads):
+        result = evaluate(
+            runner.untrained_encoder(config, dataset),
+            dataset,
+            config.evaluation,
+            pretrain_classes=resolve_pretrain_classes(config.data, dataset),
+        )
+    return _keep_evaluation(path, config, result)
+
+
+def _pixels_job(config: ExperimentConfig, path: Path, report: ReportProgress) -> dict[str, float]:
+    known = _known_evaluation(path, config)
+    if known is not None:
+        return known
+    dataset = load_dataset(config.data, show_progress=False)
+    with threadpool_limits(limits=config.trainer.threads):
+        result = evaluate_pixels(
+            dataset,
+            config.evaluation,
+            pretrain_classes=resolve_pretrain_classes(config.data, dataset),
+        )
+    return _keep_evaluation(path, config, result)
+
+
+def _known_evaluation(path: Path, config: ExperimentConfig) -> dict[str, float] | None:
+    if not path.is_file():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved["config"] != config_to_dict(config):
+        return None
+    evaluation: dict[str, float] = saved["evaluation"]
+    return evaluation
+
+
+def _keep_evaluation(
+    path: Path, config: ExperimentConfig, evaluation: dict[str, float]
+) -> dict[str, float]:
+    document = {"config": config_to_dict(config), "evaluation": evaluation}
+    atomic_write(path, json.dumps(document, indent=1) + "\n")
+    return evaluation
+
+
+def _publish(
+    comparison: Comparison,
+    dataset: Dataset,
+    configs: Mapping[tuple[str, int], ExperimentConfig],
+    out_dir: Path,
+    console: Console,
+) -> None:
+    console.print("drawing the report", style="dim")
+    save_comparison(comparison, out_dir / "comparison.json")
+    atomic_write(out_dir / "comparison.md", comparison_markdown(comparison))
+    seed = comparison.seeds[0]
+    # The encoders of the first seed stand for their arms in the report's pictures.
+    extractors = {
+        arm: runner.load_encoder(out_dir / "runs" / _run_name(arm, seed) / "checkpoints/last.ckpt")[
+            0
+        ]
+        for arm in comparison.arms
+    }
+    some_config = configs[comparison.arms[0], seed]
+    extractors["untrained"] = runner.untrained_encoder(some_config, dataset)
+    report = out_dir / "report.html"
+    with threadpool_limits(limits=some_config.trainer.threads):
+        write_report(comparison, dataset, extractors, report)
+    for table in rich_tables(comparison):
+        console.print(table)
+    console.print(f"Report: {report}", soft_wrap=True)
+
+
+def environment(config: ExperimentConfig) -> dict[str, Any]:
+    """Where and how a result was made: date, command, commit, device, threads, versions.
+
+    Args:
+        config: The experiment.
+    """
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "device": _device(config.trainer.accelerator),
+        "cores": os.cpu_count(),
+        "threads per run": config.trainer.threads or torch.get_num_threads(),
+        "versions": versions,
+    }
+
+
+def _device(accelerator: str) -> str:
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.is_file():
+        for line in cpu_info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the source tree, with ``+`` if it has changes; None outside a git tree."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
+    commit = git("rev-parse", "HEAD")
+    if tracked is None or commit is None:
+        return None
+    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

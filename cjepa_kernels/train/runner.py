@@ -1,0 +1,367 @@
+"""One training run in one directory: started, resumed after a kill, or found finished."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch import Tensor
+
+from cjepa_kernels.train.advisor import Advisor
+from cjepa_kernels.train.atomic import atomic_write, remove_partial_files
+from cjepa_kernels.train.batches import PretrainData
+from cjepa_kernels.train.callbacks import (
+    AdvisorHook,
+    AtomicCheckpointIO,
+    EpochCheckpoint,
+    EpochProgressBar,
+    MetricHistory,
+    Progress,
+    ProgressHook,
+    Stopwatch,
+)
+from cjepa_kernels.train.config import (
+    ExperimentConfig,
+    config_from_dict,
+    config_to_dict,
+    differing_keys,
+)
+from cjepa_kernels.train.data import (
+    Dataset,
+    channel_statistics,
+    load_dataset,
+    pretrain_indices,
+    resolve_pretrain_classes,
+)
+from cjepa_kernels.train.evaluate import FeatureExtractor, evaluate
+from cjepa_kernels.train.module import (
+    CJEPAModule,
+    build_loss,
+    feature_extractor,
+)
+from cjepa_kernels.train.vit import VisionTransformer
+
+_LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run measured."""
+
+    run_dir: Path
+    history: list[dict[str, float]]  # one row per epoch
+    evaluation: dict[str, float]
+    findings: list[dict[str, str | float]]
+    seconds: float
+
+
+def train(
+    config: ExperimentConfig,
+    run_dir: Path,
+    *,
+    on_progress: Callable[[Progress], None] | None = None,
+    progress_bar: bool = True,
+) -> RunResult:
+    """Train and evaluate one encoder, or take up where a killed process stopped.
+
+    The directory gets ``config.yaml``, ``checkpoints/last.ckpt`` (replaced at each epoch's end),
+    ``metrics.csv``, ``log.txt``, ``tensorboard/`` and, at the end, ``result.json``. On the CPU, a
+    run that was killed and started again ends with the numbers of an uninterrupted one.
+
+    Args:
+        config: The experiment.
+        run_dir: Directory of this run alone. With a finished result of the same configuration
+            nothing is trained.
+        on_progress: Called with the progress, a few times a second at most.
+        progress_bar: Whether to draw a progress bar.
+
+    Returns:
+        Metrics of every epoch, the final evaluation, the advisor's findings. Of several ranks,
+        only the first one evaluates.
+
+    Raises:
+        FileNotFoundError: If the data are missing.
+        ValueError: If the configuration does not fit the data, or the directory holds a run of
+            another configuration.
+        DivergenceError: If the loss stops being finite.
+    """
+    run_dir = Path(run_dir)
+    build_loss(config)
+    _check_same_configuration(config, run_dir)
+    finished = run_dir / "result.json"
+    if finished.is_file():
+        return load_result(run_dir)
+    show_bar = progress_bar and config.logging.progress_bar
+    with _threads(config.trainer.threads):
+        dataset = load_dataset(config.data, show_progress=show_bar)
+        samples = _check_against_data(config, dataset)
+        module = _build_module(config, dataset, samples)
+        atomic_write(
+            run_dir / "config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False)
+        )
+        stopwatch = Stopwatch()
+        history = MetricHistory(run_dir / "metrics.csv", dataset, samples)
+        advice = AdvisorHook(_advisor(config, module), history, run_dir / "log.txt")
+        callbacks: list[Callback] = [stopwatch, history, advice]
+        if on_progress is not None:
+            callbacks.append(ProgressHook(on_progress, history))
+        if show_bar:
+            callbacks.append(EpochProgressBar(history))
+        callbacks.append(
+            EpochCheckpoint(run_dir / "checkpoints", config.trainer.keep_every_n_epochs)
+        )
+        with _quiet_lightning():
+            trainer = _trainer(config, run_dir, callbacks, show_bar)
+            if trainer.is_global_zero:
+                remove_partial_files(run_dir)
+            last = run_dir / _LAST_CHECKPOINT
+            trainer.fit(
+                module,
+                datamodule=PretrainData(dataset, samples, config.trainer.batch_size, config.seed),
+                ckpt_path=str(last) if last.is_file() else None,
+                weights_only=True,
+            )
+        if not trainer.is_global_zero:
+            return RunResult(run_dir, history.rows, {}, advice.findings, stopwatch.seconds)
+        evaluation = evaluate(
+            feature_extractor(module.target_encoder, trainer.strategy.root_device),
+            dataset,
+            config.evaluation,
+            pretrain_classes=resolve_pretrain_classes(config.data, dataset),
+        )
+    result = RunResult(run_dir, history.rows, evaluation, advice.findings, stopwatch.seconds)
+    atomic_write(finished, _encode_result(result))
+    return result
+
+
+def load_result(run_dir: Path) -> RunResult:
+    """Read a finished run.
+
+    Args:
+        run_dir: Directory of the run.
+
+    Returns:
+        The result as :func:`train` returned it.
+
+    Raises:
+        FileNotFoundError: If the run is not finished.
+        ValueError: If ``result.json`` is damaged.
+    """
+    file = Path(run_dir) / "result.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"no finished run in {str(run_dir)!r}: {file.name} is missing")
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return RunResult(
+            run_dir=Path(run_dir),
+            history=[_decode_numbers(row) for row in stored["history"]],
+            evaluation=_decode_numbers(stored["evaluation"]),
+            findings=stored["findings"],
+            seconds=stored["seconds"],
+        )
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not a result of this program: {error!r}") from error
+
+
+def load_encoder(checkpoint: Path) -> tuple[FeatureExtractor, ExperimentConfig]:
+    """Load the target encoder of a checkpoint for evaluation.
+
+    Args:
+        checkpoint: A ``.ckpt`` file, or the directory of a run, of which the last one is taken.
+
+    Returns:
+        The feature extractor, on the CPU, and the experiment that it comes from. Images of another
+        shape than the experiment's are a ValueError.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is not a checkpoint of this program.
+    """
+    file = Path(checkpoint)
+    if file.is_dir():
+        file = file / _LAST_CHECKPOINT
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint {str(file)!r}")
+    try:
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+        config = config_from_dict(stored["experiment"], origin=f"the experiment in {file}")
+        channels, height, width = stored["image_shape"]
+        prefix = "target_encoder."
+        weights = {
+            name.removeprefix(prefix): value
+            for name, value in stored["state_dict"].items()
+            if name.startswith(prefix)
+        }
+        encoder = VisionTransformer(
+            config.model, (channels, height, width), torch.zeros(channels), torch.ones(channels)
+        )
+        encoder.load_state_dict(weights)
+    except Exception as error:
+        # A file of any other kind fails somewhere in unpickling, in a way that names nothing.
+        raise ValueError(f"{file} is not a checkpoint of this program: {error}") from error
+    return _checked(feature_extractor(encoder, "cpu"), (channels, height, width)), config
+
+
+def untrained_encoder(config: ExperimentConfig, dataset: Dataset | None = None) -> FeatureExtractor:
+    """Build the encoder as it is before its first step, a baseline.
+
+    Args:
+        config: The experiment.
+        dataset: Its data, if loaded already.
+
+    Returns:
+        The feature extractor, on the CPU.
+
+    Raises:
+        FileNotFoundError: If the data are missing.
+        ValueError: If the configuration does not fit the data.
+    """
+    dataset = load_dataset(config.data, show_progress=False) if dataset is None else dataset
+    module = _build_module(config, dataset, _check_against_data(config, dataset))
+    return feature_extractor(module.target_encoder, "cpu")
+
+
+def _checked(extract: FeatureExtractor, image_shape: Sequence[int]) -> FeatureExtractor:
+    def checked(images: Tensor) -> tuple[Tensor, Tensor]:
+        if tuple(images.shape[1:]) != tuple(image_shape):
+            raise ValueError(
+                f"images: the encoder was trained on shape {tuple(image_shape)}, "
+                f"got {tuple(images.shape[1:])}"
+            )
+        return extract(images)
+
+    return checked
+
+
+def _check_same_configuration(config: ExperimentConfig, run_dir: Path) -> None:
+    file = run_dir / "config.yaml"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir: expected a directory, {str(run_dir)!r} is a file")
+    if not file.is_file():
+        if any((run_dir / name).exists() for name in ("result.json", _LAST_CHECKPOINT)):
+            raise ValueError(f"run_dir: {str(run_dir)!r} holds a run without its config.yaml")
+        return
+    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    differences = differing_keys(stored, config_to_dict(config))
+    if differences:
+        raise ValueError(
+            "\n  ".join(
+                [
+                    f"run_dir: {str(run_dir)!r} holds a run of another configuration; choose "
+                    "another directory or remove it; the keys that differ (there -> here):",
+                    *differences,
+                ]
+            )
+        )
+
+
+def _check_against_data(config: ExperimentConfig, dataset: Dataset) -> Tensor:
+    """Check what needs the data; return the indices of the images that pretraining sees."""
+    build_loss(config, dataset.image_shape)
+    samples = pretrain_indices(config.data, dataset)
+    if config.trainer.batch_size > len(samples):
+        raise ValueError(
+            f"trainer.batch_size: expected at most the {len(samples)} images to pretrain on, "
+            f"got {config.trainer.batch_size}"
+        )
+    return samples
+
+
+def _build_module(config: ExperimentConfig, dataset: Dataset, samples: Tensor) -> CJEPAModule:
+    mean, std = channel_statistics(dataset.train.images, samples)
+    steps_per_epoch = len(samples) // config.trainer.batch_size
+    return CJEPAModule(
+        config, dataset.image_shape, mean, std, steps_per_epoch * config.trainer.epochs
+    )
+
+
+def _advisor(config: ExperimentConfig, module: CJEPAModule) -> Advisor:
+    return Advisor(
+        warmup_epochs=config.optimizer.warmup_fraction * config.trainer.epochs,
+        contrastive_weight=module.loss.contrastive_weight,
+        jepa_weight=module.loss.jepa_weight,
+        batch_size=config.trainer.batch_size,
+        temperature=float(module.loss.contrastive.temperature),
+    )
+
+
+def _trainer(
+    config: ExperimentConfig, run_dir: Path, callbacks: list[Callback], progress_bar: bool
+) -> L.Trainer:
+    loggers: list[Logger] = []
+    if config.logging.tensorboard:
+        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
+    return L.Trainer(
+        default_root_dir=run_dir,
+        accelerator=config.trainer.accelerator,
+        devices=config.trainer.devices,
+        strategy="ddp" if config.trainer.devices > 1 else "auto",
+        precision=config.trainer.precision,
+        max_epochs=config.trainer.epochs,
+        gradient_clip_val=config.optimizer.gradient_clip,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,
+        enable_progress_bar=progress_bar,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Silence tips about hardware, loggers and data loaders that do not apply here."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _encode_result(result: RunResult) -> str:
+    """JSON has no NaN and no infinity: they become strings."""
+    content = {
+        "history": [_encode_numbers(row) for row in result.history],
+        "evaluation": _encode_numbers(result.evaluation),
+        "findings": result.findings,
+        "seconds": result.seconds,
+    }
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+
+def _encode_numbers(row: dict[str, float]) -> dict[str, float | str]:
+    return {key: value if math.isfinite(value) else str(value) for key, value in row.items()}
+
+
+def _decode_numbers(row: dict[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in row.items()}

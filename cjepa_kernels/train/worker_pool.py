@@ -1,0 +1,226 @@
+"""Jobs in parallel processes, with progress reports and an error that names the job."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, cast
+
+ReportProgress = Callable[[int, int], None]  # (step, total steps)
+
+_REPORT_SECONDS = 0.2  # at most five progress reports a second from each job
+# Mistakes of the user keep their type, so that a command line can tell them from defects.
+_USER_ERRORS = {e.__name__: e for e in (ValueError, TypeError, FileNotFoundError, ImportError)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work for one process.
+
+    Attributes:
+        name: Name in progress reports and errors, unique among the jobs.
+        function: Called as ``function(*arguments, report)``; it must be importable, its arguments
+            and its result picklable. ``report(step, total_steps)`` shows progress.
+        arguments: The positional arguments before ``report``.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened to a job.
+
+    Attributes:
+        kind: ``"started"``, ``"progress"`` or ``"finished"``.
+        job: Name of the job.
+        step: Steps done, for ``"progress"``.
+        total_steps: All steps, for ``"progress"``.
+    """
+
+    kind: str
+    job: str
+    step: int = 0
+    total_steps: int = 0
+
+
+class JobError(RuntimeError):
+    """A job failed by a defect or its process died."""
+
+
+class _RemoteError(Exception):
+    """Carries a worker's traceback as the cause of the error raised here."""
+
+    def __str__(self) -> str:
+        return f"in the worker process:\n{self.args[0]}"
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    workers: int,
+    on_event: Callable[[Event], None],
+    log_directory: Path,
+) -> dict[str, Any]:
+    """Run jobs on worker processes; the first failure stops all of them.
+
+    Args:
+        jobs: The jobs, started in this order.
+        workers: Number of processes, >= 1; 1 runs the jobs one by one in this process.
+        on_event: Called in this process as jobs start, progress and finish.
+        log_directory: What worker processes print goes to ``worker-<n>.log`` in it.
+
+    Returns:
+        The results by job name.
+
+    Raises:
+        ValueError: If ``workers`` is below 1, names repeat, or a job raised it; TypeError,
+            FileNotFoundError and ImportError of a job are likewise raised with the job's name.
+        JobError: If a job raised anything else, or its process died.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    names = [job.name for job in jobs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"jobs must have distinct names, got {', '.join(names)}")
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        return _run_here(jobs, on_event)
+    log_directory.mkdir(parents=True, exist_ok=True)
+    with _worker_processes(workers, log_directory) as processes:
+        return _distribute(jobs, processes, on_event)
+
+
+def _run_here(jobs: Sequence[Job], on_event: Callable[[Event], None]) -> dict[str, Any]:
+    results = {}
+    for job in jobs:
+        on_event(Event("started", job.name))
+
+        def report(step: int, total_steps: int, name: str = job.name) -> None:
+            on_event(Event("progress", name, step, total_steps))
+
+        try:
+            results[job.name] = job.function(*job.arguments, report)
+        except Exception as error:
+            raise _failure(job.name, type(error).__name__, str(error)) from error
+        on_event(Event("finished", job.name))
+    return results
+
+
+def _failure(job: str, kind: str, message: str) -> Exception:
+    if kind in _USER_ERRORS:
+        return _USER_ERRORS[kind](f"{job}: {message}")
+    return JobError(f"{job} failed: {kind}: {message}")
+
+
+@contextmanager
+def _worker_processes(workers: int, log_directory: Path) -> Iterator[dict[Connection, Any]]:
+    """Worker processes by the connection that takes them jobs and brings their messages."""
+    # Spawned, not forked: a forked child of a process with threads (torch's) may deadlock.
+    context = multiprocessing.get_context("spawn")
+    processes: dict[Connection, Any] = {}
+    try:
+        for i in range(workers):
+            here, there = context.Pipe()
+            process = context.Process(target=_work, args=(there, log_directory / f"worker-{i}.log"))
+            process.start()
+            there.close()  # so that the end of the process is the end of the connection
+            processes[here] = process
+        yield processes
+    finally:
+        for link, process in processes.items():
+            link.close()
+            process.terminate()
+        for process in processes.values():
+            process.join()
+
+
+def _distribute(
+    jobs: Sequence[Job], processes: dict[Connection, Any], on_event: Callable[[Event], None]
+) -> dict[str, Any]:
+    waiting = deque(jobs)
+    running: dict[Connection, str] = {}
+    results: dict[str, Any] = {}
+
+    def assign(link: Connection) -> None:
+        if waiting:
+            job = waiting.popleft()
+            running[link] = job.name
+            link.send(job)
+            on_event(Event("started", job.name))
+
+    for link in processes:
+        assign(link)
+    while running:
+        for ready in connection.wait(list(running)):
+            link = cast(Connection, ready)
+            job = running[link]
+            try:
+                kind, payload = link.recv()
+            except (EOFError, OSError):
+                processes[link].join()
+                raise JobError(
+                    f"{job} failed: its process ended with exit code {processes[link].exitcode} "
+                    "(a negative code is the signal that killed it)"
+                ) from None
+            if kind == "failed":
+                error_kind, message, remote = payload
+                raise _failure(job, error_kind, message) from _RemoteError(remote)
+            if kind == "progress":
+                on_event(Event("progress", job, *payload))
+            else:
+                del running[link]
+                results[job] = payload
+                on_event(Event("finished", job))
+                assign(link)
+    return results
+
+
+def _work(link: Connection, log: Path) -> None:
+    """A worker process: does the jobs that come until it is terminated."""
+    _end_with_parent()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(descriptor, 1)  # libraries that print must not disturb the progress display
+    os.dup2(descriptor, 2)
+    while True:
+        job: Job = link.recv()
+        last_report = 0.0
+
+        def report(step: int, total_steps: int) -> None:
+            nonlocal last_report
+            now = time.monotonic()
+            if now - last_report >= _REPORT_SECONDS or step >= total_steps:
+                last_report = now
+                link.send(("progress", (step, total_steps)))
+
+        try:
+            result = job.function(*job.arguments, report)
+        except Exception as error:
+            link.send(("failed", (type(error).__name__, str(error), traceback.format_exc())))
+            return
+        link.send(("finished", result))
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent dies, even by SIGKILL, so that no orphan goes on writing."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    sentinel = parent.sentinel
+
+    def wait() -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="end-with-parent").start()

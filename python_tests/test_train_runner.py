@@ -1,0 +1,280 @@
+"""Training runs: learning, resumption after a real kill, directories, encoders, several ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lightning")
+
+from cjepa_kernels.train import runner
+from cjepa_kernels.train.batches import EpochBatches
+from cjepa_kernels.train.callbacks import AtomicCheckpointIO, DivergenceError, to_csv
+from cjepa_kernels.train.config import ExperimentConfig, config_from_dict, config_to_dict
+from cjepa_kernels.train.data import load_dataset
+
+TINY = {
+    "data": {"source": "digits", "train_size": 128, "test_size": 60},
+    "model": {
+        "dim": 16,
+        "depth": 2,
+        "heads": 2,
+        "predictor_dim": 8,
+        "predictor_depth": 1,
+        "predictor_heads": 2,
+    },
+    "trainer": {"epochs": 2, "batch_size": 32, "threads": 1},
+    "evaluation": {"few_labels": 3, "few_label_draws": 2, "knn_k": 3, "robustness": False},
+    "logging": {"tensorboard": False, "progress_bar": False},
+}
+
+
+COMMAND = [sys.executable, "-m", "cjepa_kernels.train.cli", "train"]
+
+
+def tiny(*overrides: str) -> ExperimentConfig:
+    return config_from_dict(TINY, overrides)
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    state: dict[str, torch.Tensor] = torch.load(checkpoint, weights_only=True)["state_dict"]
+    return state
+
+
+def start(config: ExperimentConfig, run_dir: Path, tmp_path: Path) -> subprocess.Popen[bytes]:
+    file = tmp_path / "experiment.json"
+    file.write_text(json.dumps(config_to_dict(config)))
+    return subprocess.Popen(
+        [*COMMAND, "--config", str(file), "--out", str(run_dir)], stdout=subprocess.DEVNULL
+    )
+
+
+def test_killed_run_resumes_to_identical_numbers(tmp_path: Path) -> None:
+    config = tiny("trainer.epochs=12", "evaluation.every_n_epochs=5")
+    whole = runner.train(config, tmp_path / "whole", progress_bar=False)
+
+    killed_dir = tmp_path / "killed"
+    process = start(config, killed_dir, tmp_path)
+    try:
+        deadline = time.monotonic() + 120
+        while not (killed_dir / "checkpoints" / "last.ckpt").is_file():
+            assert process.poll() is None, "the run ended before its first checkpoint"
+            assert time.monotonic() < deadline, "no checkpoint within two minutes"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed_dir / "result.json").exists()
+    epochs_before = len((killed_dir / "metrics.csv").read_text().splitlines()) - 1
+    assert 1 <= epochs_before < 12
+    (killed_dir / ".left.behind.partial").write_text("half a file")
+
+    resumed = runner.train(config, killed_dir, progress_bar=False)
+
+    assert resumed.history == whole.history
+    assert resumed.evaluation == whole.evaluation
+    assert resumed.findings == whole.findings
+    for name in ("metrics.csv", "log.txt", "config.yaml"):
+        assert (killed_dir / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    expected, found = weights(tmp_path / "whole"), weights(killed_dir)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    assert not list(killed_dir.rglob("*.partial"))
+    checkpoint = torch.load(killed_dir / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 12 * 4
+
+
+def test_kill_after_the_last_epoch_only_evaluates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny()
+
+    def stop(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            runner.train(config, tmp_path / "run", progress_bar=False)
+    before = weights(tmp_path / "run")
+    result = runner.train(config, tmp_path / "run", progress_bar=False)
+    assert [row["epoch"] for row in result.history] == [1.0, 2.0]
+    assert result.evaluation["mean/linear"] > 0
+    for name, value in weights(tmp_path / "run").items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_finished_run_is_loaded_and_not_trained(tmp_path: Path) -> None:
+    config = tiny("loss.contrastive_weight=0", "evaluation.every_n_epochs=1")
+    steps: list[int] = []
+    first = runner.train(
+        config, tmp_path, progress_bar=False, on_progress=lambda p: steps.append(p.step)
+    )
+    assert steps[-1] == 8
+    steps.clear()
+    second = runner.train(
+        config, tmp_path, progress_bar=False, on_progress=lambda p: steps.append(p.step)
+    )
+    assert steps == []
+    assert second == first
+    assert first.history[-1]["term_ratio"] == 0.0
+    assert 0 <= first.history[-1]["eval/mean/knn"] <= 100
+    assert 0 < first.history[-1]["cls_effective_rank"] <= 16
+
+
+def test_infinite_ratio_survives_the_result_file(tmp_path: Path) -> None:
+    config = tiny("loss.jepa_weight=0", "trainer.epochs=1")
+    trained = runner.train(config, tmp_path, progress_bar=False)
+    assert trained.history[0]["term_ratio"] == float("inf")
+    assert runner.load_result(tmp_path) == trained
+    json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_another_configuration_in_the_directory_names_the_keys(tmp_path: Path) -> None:
+    runner.train(tiny("trainer.epochs=1"), tmp_path, progress_bar=False)
+    with pytest.raises(ValueError, match=r"(?s)optimizer\.learning_rate: 0\.002 -> 0\.001") as info:
+        runner.train(
+            tiny("trainer.epochs=1", "optimizer.learning_rate=0.001"), tmp_path, progress_bar=False
+        )
+    assert "trainer" not in str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        pytest.param(["trainer.batch_size=129"], r"trainer\.batch_size.*128.*129", id="batch"),
+        pytest.param(["masking.visible=13"], r"masking\.visible.*16.*13 \+ 4", id="masks"),
+        pytest.param(["masking.predicted=3"], r"masking\.predicted.*at least 4.*3", id="levels"),
+        pytest.param(["model.patch_size=3"], r"model\.patch_size.*8 x 8.*3", id="patch"),
+        pytest.param(["loss.contrastive_wieght=1"], "contrastive_weight", id="loss-key"),
+        pytest.param(["loss.contrastive_temperature=-1"], "must be positive", id="temperature"),
+        pytest.param(
+            ["loss.contrastive_weight=0", "loss.jepa_weight=0"], "must not both be 0", id="no-loss"
+        ),
+        pytest.param(["loss.type=hjepa"], r"loss\.type.*contrastive_weight", id="loss-type"),
+        pytest.param(["loss.reduction=none"], r"loss\.reduction", id="reduction"),
+        pytest.param(["data.pretrain_classes=[0,10]"], r"pretrain_classes.*0\.\.9", id="classes"),
+    ],
+)
+def test_bad_experiment_stops_before_training(
+    overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        runner.train(tiny(*overrides), tmp_path / "run", progress_bar=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_divergence_is_reported(tmp_path: Path) -> None:
+    config = tiny("optimizer.learning_rate=1e30", "optimizer.gradient_clip=null")
+    with pytest.raises(DivergenceError, match=r"optimizer\.learning_rate"):
+        runner.train(config, tmp_path, progress_bar=False)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_encoder_of_a_checkpoint_is_the_evaluated_one(tmp_path: Path) -> None:
+    config = tiny("data.pretrain_classes=half", "trainer.keep_every_n_epochs=1")
+    result = runner.train(config, tmp_path, progress_bar=False)
+    assert (tmp_path / "checkpoints" / "epoch0001.ckpt").is_file()
+    assert "mean/transfer_knn" in result.evaluation
+    extract, loaded = runner.load_encoder(tmp_path)
+    assert loaded == config
+    dataset = load_dataset(config.data)
+    cls, mean = extract(dataset.test.images)
+    assert cls.shape == mean.shape == (60, 16)
+    numbers = runner.evaluate(extract, dataset, config.evaluation, pretrain_classes=range(5))
+    assert numbers == result.evaluation
+    untrained_cls, _ = runner.untrained_encoder(config)(dataset.test.images)
+    assert not torch.allclose(untrained_cls, cls, atol=1e-2)
+    with pytest.raises(ValueError, match=r"images.*\(1, 8, 8\).*\(3, 8, 8\)"):
+        extract(dataset.test.images.expand(-1, 3, -1, -1))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"], ids=["empty", "text"])
+def test_file_that_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "some.ckpt"
+    with pytest.raises(FileNotFoundError, match=r"some\.ckpt"):
+        runner.load_encoder(file)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"some\.ckpt is not a checkpoint"):
+        runner.load_encoder(file)
+
+
+def test_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    storage = AtomicCheckpointIO()
+    storage.save_checkpoint({"step": 1}, file)
+    with pytest.raises(Exception, match="pickle"):
+        storage.save_checkpoint({"step": (lambda: 2)}, file)
+    assert storage.load_checkpoint(file) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_arms_share_initial_weights_and_the_baseline_ignores_the_contrastive_term(
+    tmp_path: Path,
+) -> None:
+    once = "trainer.epochs=1"
+    cool = runner.train(tiny(once, "loss.contrastive_weight=0"), tmp_path / "a", progress_bar=False)
+    hot = runner.train(
+        tiny(once, "loss.contrastive_weight=0", "loss.contrastive_temperature=1"),
+        tmp_path / "b",
+        progress_bar=False,
+    )
+    assert cool.evaluation == hot.evaluation
+    for name, value in weights(tmp_path / "a").items():
+        assert torch.equal(value, weights(tmp_path / "b")[name]), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_out_each_batch(ranks: int) -> None:
+    def batches(rank: int, count: int, epoch: int) -> list[list[int]]:
+        sampler = EpochBatches(50, 16, seed=3, rank=rank, ranks=count)
+        sampler.set_epoch(epoch)
+        assert len(sampler) == 3
+        return list(sampler)
+
+    whole = batches(0, 1, 5)
+    assert len({index for batch in whole for index in batch}) == 48
+    for position, batch in enumerate(whole):
+        parts = [batches(rank, ranks, 5)[position] for rank in range(ranks)]
+        assert sorted(index for part in parts for index in part) == sorted(batch)
+    assert batches(0, 1, 6) != whole
+
+
+def test_csv_leaves_absent_metrics_empty() -> None:
+    text = to_csv([{"epoch": 1.0, "loss": 0.1}, {"epoch": 2.0, "loss": 0.25, "eval/knn": 50.0}])
+    assert text == "epoch,loss,eval/knn\n1,0.1,\n2,0.25,50.0\n"
+
+
+def test_two_ranks_on_the_cpu(tmp_path: Path) -> None:
+    # Without the JEPA term the predictor gets no gradient, which DDP must not wait for.
+    config = tiny("trainer.devices=2", "trainer.epochs=1", "loss.jepa_weight=0")
+    file = tmp_path / "experiment.json"
+    file.write_text(json.dumps(config_to_dict(config)))
+    done = subprocess.run(
+        [*COMMAND, "--config", str(file), "--out", str(tmp_path / "run")],
+        env={**os.environ, "MASTER_ADDR": "127.0.0.1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = runner.load_result(tmp_path / "run")
+    assert result.history[0]["step"] == 4
+    assert result.evaluation["mean/linear"] > 0
+    # Each rank contrasts its own 16 pairs, where chance is log(31); one process with all 32
+    # would start above log(63).
+    assert math.log(31) < result.history[0]["contrastive_loss"] < math.log(63)
