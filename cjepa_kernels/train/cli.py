@@ -28,8 +28,16 @@ from cjepa_kernels.train.config import (
     config_to_dict,
     load_config,
 )
+from cjepa_kernels.train.worker_pool import JobError
 
-_USER_ERRORS = (ValueError, TypeError, FileNotFoundError, ImportError, DivergenceError)
+_USER_ERRORS = (
+    ValueError,
+    TypeError,
+    FileNotFoundError,
+    ImportError,
+    DivergenceError,
+    JobError,
+)
 _USER_ERROR_CODE = 2
 _PACKAGES = ("torch", "lightning", "scikit-learn", "datasets", "numpy")
 _PROBE_ROWS = (

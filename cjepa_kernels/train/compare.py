@@ -33,7 +33,6 @@ from cjepa_kernels.train.comparison import (
 from cjepa_kernels.train.config import ExperimentConfig, config_from_dict, config_to_dict
 from cjepa_kernels.train.data import Dataset, load_dataset, resolve_pretrain_classes
 from cjepa_kernels.train.evaluate import check_dataset, evaluate, evaluate_pixels
-from cjepa_kernels.train.module import build_loss
 from cjepa_kernels.train.report import write_report
 from cjepa_kernels.train.worker_pool import Job, ReportProgress, run_jobs
 
@@ -118,8 +117,9 @@ def compare(
     }
     base = {seed: arm_config(config, "cjepa", seed, transfer=transfer) for seed in seeds}
     dataset = load_dataset(base[seeds[0]].data)
-    for run_config in configs.values():
-        build_loss(run_config, dataset.image_shape)
+    for (arm, seed), run_config in configs.items():
+        runner.check_run_directory(run_config, out_dir / "runs" / _run_name(arm, seed))
+        runner.check_against_data(run_config, dataset)
     check_dataset(dataset, resolve_pretrain_classes(base[seeds[0]].data, dataset))
 
     jobs = [

@@ -99,14 +99,14 @@ def train(
     """
     run_dir = Path(run_dir)
     build_loss(config)
-    _check_same_configuration(config, run_dir)
+    check_run_directory(config, run_dir)
     finished = run_dir / "result.json"
     if finished.is_file():
         return load_result(run_dir)
     show_bar = progress_bar and config.logging.progress_bar
     with _threads(config.trainer.threads):
         dataset = load_dataset(config.data, show_progress=show_bar)
-        samples = _check_against_data(config, dataset)
+        samples = check_against_data(config, dataset)
         module = _build_module(config, dataset, samples)
         atomic_write(
             run_dir / "config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False)
@@ -229,7 +229,7 @@ def untrained_encoder(config: ExperimentConfig, dataset: Dataset | None = None) 
         ValueError: If the configuration does not fit the data.
     """
     dataset = load_dataset(config.data, show_progress=False) if dataset is None else dataset
-    module = _build_module(config, dataset, _check_against_data(config, dataset))
+    module = _build_module(config, dataset, check_against_data(config, dataset))
     return feature_extractor(module.target_encoder, "cpu")
 
 
@@ -245,7 +245,16 @@ def _checked(extract: FeatureExtractor, image_shape: Sequence[int]) -> FeatureEx
     return checked
 
 
-def _check_same_configuration(config: ExperimentConfig, run_dir: Path) -> None:
+def check_run_directory(config: ExperimentConfig, run_dir: Path) -> None:
+    """Refuse a directory that holds a run of another configuration.
+
+    Args:
+        config: The experiment.
+        run_dir: Directory of its run, which need not exist.
+
+    Raises:
+        ValueError: If a run is there that cannot be taken up; the differing keys are named.
+    """
     file = run_dir / "config.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir: expected a directory, {str(run_dir)!r} is a file")
@@ -267,8 +276,19 @@ def _check_same_configuration(config: ExperimentConfig, run_dir: Path) -> None:
         )
 
 
-def _check_against_data(config: ExperimentConfig, dataset: Dataset) -> Tensor:
-    """Check what needs the data; return the indices of the images that pretraining sees."""
+def check_against_data(config: ExperimentConfig, dataset: Dataset) -> Tensor:
+    """Check what can only be checked once the data are known.
+
+    Args:
+        config: The experiment.
+        dataset: What its data section loads.
+
+    Returns:
+        (n,) int64, indices of the training images that pretraining sees.
+
+    Raises:
+        ValueError: If model, masks, loss, batch size or classes do not fit the data.
+    """
     build_loss(config, dataset.image_shape)
     samples = pretrain_indices(config.data, dataset)
     if config.trainer.batch_size > len(samples):
