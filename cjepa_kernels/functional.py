@@ -6,10 +6,12 @@ import math
 from typing import NamedTuple, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cjepa_kernels import ops, reference
 from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.distributed import Strategy, gather_pairs
 from cjepa_kernels.reference import Reduction
 
 
@@ -40,6 +42,8 @@ def nt_xent(
     eps: float = 1e-8,
     reduction: Reduction = "mean",
     mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    strategy: Strategy = "auto",
     backend: Backend = "auto",
 ) -> NTXentOutput:
     """NT-Xent of two views, with its metrics, without the (2B, 2B) similarity matrix.
@@ -54,6 +58,12 @@ def nt_xent(
         reduction: ``mean`` over the 2B anchors, ``sum``, or ``none``.
         mask: (B, B) bool (B*N for 3-D inputs); True takes the pair of samples (k, l) out of the
             negatives, in all four blocks of views and both ways. The diagonal is ignored.
+        group: Take the negatives from every rank of this process group. With R ranks and M rows
+            in all, ``mean`` returns (R / M) x the sum over this rank's anchors: its mean over the
+            ranks is the loss of one process on the whole batch, and so is the gradient that DDP
+            averages. ``sum`` and ``none`` cover this rank's anchors, the metrics are global.
+            Ranks may hold different numbers of pairs.
+        strategy: ``auto`` or ``all_gather``: every rank gathers the features of all.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
 
     Returns:
@@ -76,15 +86,43 @@ def nt_xent(
     check_temperature(temperature)
     check_reduction(reduction)
     check_positive("eps", eps)
-    _check_views(z_i, z_j)
+    check_strategy(strategy)
+    # Under a group, a rank without pairs must not stop here and leave the others waiting.
+    _check_views(z_i, z_j, allow_empty=group is not None)
     if z_i.ndim == 3:
         z_i, z_j = z_i.flatten(0, 1), z_j.flatten(0, 1)
     if mask is not None:
+        if group is not None:
+            raise ValueError("mask must be None with a group: it names pairs of one rank only")
         _check_mask(mask, z_i)
     if isinstance(temperature, Tensor) and temperature.device != z_i.device:
         raise ValueError(
             f"temperature must be on the device of z_i, {z_i.device}, got {temperature.device}"
         )
+    if group is None:
+        return _nt_xent(z_i, z_j, temperature, use_cosine_similarity, eps, reduction, mask, backend)
+    pairs = gather_pairs(z_i, z_j, group)
+    out = _nt_xent(
+        pairs.z_i, pairs.z_j, temperature, use_cosine_similarity, eps, "none", None, backend
+    )
+    own = out.loss.view(2, -1)[:, pairs.own].flatten()  # (2 B_r,)
+    loss = reference.reduce(own, "sum" if reduction == "mean" else reduction)
+    if reduction == "mean":
+        loss = loss * (pairs.ranks / len(out.loss))
+    return out._replace(loss=loss, lse=out.lse.view(2, -1)[:, pairs.own].flatten())
+
+
+def _nt_xent(
+    z_i: Tensor,
+    z_j: Tensor,
+    temperature: float | Tensor,
+    use_cosine_similarity: bool,
+    eps: float,
+    reduction: Reduction,
+    mask: Tensor | None,
+    backend: Backend,
+) -> NTXentOutput:
+    """One process, checked arguments."""
     if backend == "reference":
         with torch.autocast(z_i.device.type, enabled=False):
             terms = reference.nt_xent(
@@ -96,20 +134,18 @@ def nt_xent(
                 mask=mask,
             )
         return NTXentOutput(reference.reduce(terms.loss, reduction), *terms[1:])
-    operator = ops.operator("nt_xent", ".chunked" if backend == "chunked" else "")
     tensor = temperature if isinstance(temperature, Tensor) else None
-    outputs = operator(
-        z_i,
-        z_j,
-        mask,
-        tensor,
-        1.0 if isinstance(temperature, Tensor) else float(temperature),
-        use_cosine_similarity,
-        eps,
-        reduction,
-        None,
+    number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    outputs = ops.operator("nt_xent", ".chunked" if backend == "chunked" else "")(
+        z_i, z_j, mask, tensor, number, use_cosine_similarity, eps, reduction, None
     )
     return NTXentOutput(*outputs[:5])
+
+
+def check_strategy(strategy: str) -> None:
+    """Raise unless ``strategy`` is known."""
+    if strategy not in get_args(Strategy):
+        raise ValueError(f"strategy must be one of {list(get_args(Strategy))}, got {strategy!r}")
 
 
 def check_positive(name: str, value: float) -> None:
@@ -149,7 +185,7 @@ def check_floating_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be of fp64, fp32, bf16 or fp16, got {value.dtype}")
 
 
-def _check_views(z_i: Tensor, z_j: Tensor) -> None:
+def _check_views(z_i: Tensor, z_j: Tensor, *, allow_empty: bool) -> None:
     check_floating_tensor("z_i", z_i)
     check_floating_tensor("z_j", z_j)
     if z_i.shape != z_j.shape:
@@ -158,7 +194,7 @@ def _check_views(z_i: Tensor, z_j: Tensor) -> None:
         )
     if z_i.ndim not in (2, 3):
         raise ValueError(f"z_i and z_j must be (B, D) or (B, N, D), got {tuple(z_i.shape)}")
-    if 0 in z_i.shape:
+    if 0 in (z_i.shape[1:] if allow_empty else z_i.shape):
         raise ValueError(
             f"z_i and z_j must hold at least one pair and one feature, got {tuple(z_i.shape)}"
         )

@@ -61,6 +61,8 @@ def check(
     truth = reference.nt_xent(truth_i, truth_j, **options)  # type: ignore[arg-type]
     truth_loss = reference.reduce(truth.loss, reduction)  # type: ignore[arg-type]
     truth_gradients = torch.autograd.grad(truth_loss, (truth_i, truth_j), upstream.double())
+    if cosine and z_i.shape[1] == 1:  # unit rows are +-1: the gradient is 0, not rounding noise
+        truth_gradients = tuple(torch.zeros_like(g) for g in truth_gradients)
 
     eager_i, eager_j = (z.detach().clone().requires_grad_() for z in (z_i, z_j))
     eager = textbook_nt_xent(eager_i, eager_j, **options)  # type: ignore[arg-type]
@@ -319,7 +321,7 @@ def test_autocast_multiplies_in_the_low_dtype_and_returns_fp32(backend: str) -> 
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.integers(1, 24),
-    features=st.integers(1, 20),
+    features=st.integers(2, 20),
     temperature=st.floats(1e-3, 100),
     cosine=st.booleans(),
     mask_share=st.sampled_from([None, 0.0, 0.3, 1.0]),

@@ -6,12 +6,15 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from cjepa_kernels import reference
 from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.distributed import Strategy, resolve_group
 from cjepa_kernels.functional import (
     check_positive,
     check_reduction,
+    check_strategy,
     check_temperature,
     nt_xent,
 )
@@ -30,7 +33,11 @@ class NTXentLoss(nn.Module):
             starting at ``temperature``: it stays positive whatever the optimiser does.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
         return_logits: Add ``logits`` (2B, 2B + 1) to the result, the positive in column 0,
-            divided by the temperature. This builds the matrix that the loss otherwise avoids.
+            divided by the temperature. This builds the matrix that the loss otherwise avoids;
+            with ``distributed`` it covers this rank's pairs.
+        distributed: Take the negatives from all ranks (True), or from those of a process group,
+            as described for ``group`` in :func:`cjepa_kernels.nt_xent`.
+        strategy: How they are exchanged: ``auto`` or ``all_gather``.
 
     Raises:
         ValueError, TypeError: A bad argument; the message names it.
@@ -55,17 +62,24 @@ class NTXentLoss(nn.Module):
         learnable_temperature: bool = False,
         backend: Backend = "auto",
         return_logits: bool = False,
+        distributed: bool | ProcessGroup = False,
+        strategy: Strategy = "auto",
     ) -> None:
         super().__init__()
         _check_float_temperature(temperature)
         check_reduction(reduction)
         check_positive("eps", eps)
         check_backend(backend)
+        check_strategy(strategy)
+        if not isinstance(distributed, bool):
+            resolve_group(distributed)
         self.use_cosine_similarity = use_cosine_similarity
         self.reduction = reduction
         self.eps = eps
         self.backend = backend
         self.return_logits = return_logits
+        self.distributed = distributed
+        self.strategy = strategy
         self.log_temperature: nn.Parameter | None
         if learnable_temperature:
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
@@ -110,6 +124,8 @@ class NTXentLoss(nn.Module):
             eps=self.eps,
             reduction=self.reduction,
             mask=mask,
+            group=resolve_group(self.distributed),
+            strategy=self.strategy,
             backend=self.backend,
         )
         result = {
