@@ -18,6 +18,7 @@ from typing import Any, cast
 
 ReportProgress = Callable[[int, int], None]  # (step, total steps)
 
+_GOODBYE_SECONDS = 10.0  # for a worker to end by itself
 _REPORT_SECONDS = 0.2  # at most five progress reports a second from each job
 # Mistakes of the user keep their type, so that a command line can tell them from defects.
 _USER_ERRORS = {e.__name__: e for e in (ValueError, TypeError, FileNotFoundError, ImportError)}
@@ -138,6 +139,11 @@ def _worker_processes(workers: int, log_directory: Path) -> Iterator[dict[Connec
             there.close()  # so that the end of the process is the end of the connection
             processes[here] = process
         yield processes
+        # All done: without jobs to wait for they leave by themselves, and clean up after libraries.
+        for link in processes:
+            link.close()
+        for process in processes.values():
+            process.join(timeout=_GOODBYE_SECONDS)
     finally:
         for link, process in processes.items():
             link.close()
@@ -188,13 +194,16 @@ def _distribute(
 
 
 def _work(link: Connection, log: Path) -> None:
-    """A worker process: does the jobs that come until it is terminated."""
+    """A worker process: does the jobs that come until there are no more."""
     _end_with_parent()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(descriptor, 1)  # libraries that print must not disturb the progress display
     os.dup2(descriptor, 2)
     while True:
-        job: Job = link.recv()
+        try:
+            job: Job = link.recv()
+        except EOFError:
+            return
         last_report = 0.0
 
         def report(step: int, total_steps: int) -> None:
