@@ -333,3 +333,13 @@ def test_damaged_json(text: str, message: str, tmp_path: Path) -> None:
 def test_missing_json(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no comparison at .*absent\.json"):
         load_comparison(tmp_path / "absent.json")
+
+
+def test_environment_is_that_of_the_first_start(
+    compared: tuple[Comparison, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, out, _ = compared
+    monkeypatch.setattr("sys.argv", ["another", "command"])
+    again = compare(SMALL, seeds=[0, 1], out_dir=out, workers=1, transfer=True, console=quiet())
+    assert again.environment == first.environment
+    assert again.to_json() == first.to_json()

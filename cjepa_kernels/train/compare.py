@@ -137,6 +137,7 @@ def compare(
     ]
     if workers is None:
         workers = min(2, os.cpu_count() or 1)
+    where_made = _recorded_environment(config, out_dir)
     with progress_display(console, len(jobs)) as on_event:
         results = run_jobs(jobs, workers, on_event, out_dir / "logs")
 
@@ -171,7 +172,7 @@ def compare(
             for first, second in PAIRS
             if first in arms and second in arms
         },
-        environment=environment(config),
+        environment=where_made,
     )
     _publish(comparison, dataset, configs, out_dir, console)
     return comparison
@@ -298,6 +299,15 @@ def _publish(
     for table in rich_tables(comparison):
         console.print(table)
     console.print(f"Report: {report}", soft_wrap=True)
+
+
+def _recorded_environment(config: ExperimentConfig, out_dir: Path) -> dict[str, Any]:
+    """The environment in which the comparison began: finished runs are not trained again."""
+    path = out_dir / "environment.json"
+    if not path.is_file():
+        atomic_write(path, json.dumps(environment(config), indent=1) + "\n")
+    recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return recorded
 
 
 def environment(config: ExperimentConfig) -> dict[str, Any]:
