@@ -1,0 +1,37 @@
+"""The recorded results: documents say what the JSON beside them says, and it meets its targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cjepa_kernels.train.comparison import comparison_markdown, load_comparison, text_tables
+
+ROOT = Path(__file__).parent.parent
+RESULTS = sorted((ROOT / "docs" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_document_repeats_its_json(path: Path) -> None:
+    comparison = load_comparison(path)
+    document = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert comparison_markdown(comparison) in document
+    assert len(comparison.seeds) >= 3
+    assert {run.arm for run in comparison.runs} == {"cjepa", "jepa", "contrastive"}
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_readme_repeats_the_mean_pooled_table(name: str) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text_tables(load_comparison(ROOT / "docs" / "results" / f"{name}.json"))[0]
+    for row in (*table.rows, tuple(f"**{cell}**" for cell in table.difference)):
+        assert "| " + " | ".join(row) + " |" in readme
+
+
+def test_recorded_gains_meet_the_targets() -> None:
+    digits = load_comparison(ROOT / "docs" / "results" / "digits.json").paired["cjepa - jepa"]
+    assert digits["mean/few_label"].mean >= 5
+    assert digits["mean/knn"].mean >= 3
+    cifar = load_comparison(ROOT / "docs" / "results" / "cifar10.json").paired["cjepa - jepa"]
+    assert cifar["mean/linear"].mean >= 4
