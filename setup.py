@@ -1,7 +1,9 @@
 """Builds the compiled module with CMake and Ninja; everything else is in pyproject.toml.
 
-Without a compiler the installation goes on and is pure Python: ``cjepa_kernels.backends()`` says
-so. ``CJEPA_REQUIRE_NATIVE=1`` makes a failed build an error, ``CJEPA_NO_NATIVE=1`` skips it, and
+The module needs PyTorch's headers, so an installation that is to have it uses the PyTorch that is
+installed already: ``pip install --no-build-isolation``. Without PyTorch or a compiler at hand the
+installation goes on and is pure Python: ``cjepa_kernels.backends()`` says so.
+``CJEPA_REQUIRE_NATIVE=1`` makes a failed build an error, ``CJEPA_NO_NATIVE=1`` skips it, and
 ``CJEPA_WERROR=1`` treats the compiler's warnings as errors.
 """
 
@@ -35,6 +37,7 @@ class CMakeBuild(build_ext):
 
     def build_with_cmake(self, ext: Extension) -> None:
         import pybind11
+        import torch  # noqa: F401  (its headers; CMake asks Python where they are)
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "cmake"

@@ -34,13 +34,17 @@ def compiled_module() -> ModuleType | None:
 
 
 def _find_backends() -> dict[str, BackendStatus]:
-    if compiled_module() is None:
-        native = "cjepa_kernels._C is not built: reinstall with a C++17 compiler at hand"
+    module = compiled_module()
+    if module is None:
+        native = (
+            "cjepa_kernels._C is not built: reinstall with a C++20 compiler and "
+            "pip install --no-build-isolation"
+        )
     else:
-        native = "cjepa_kernels._C is built; this version has no CPU kernel in it yet"
+        native = f"compiled tile kernels, {module.build_info()['instruction_set']}"
     return {
         "triton": BackendStatus(False, ("cuda",), "this version has no Triton kernels yet"),
-        "native": BackendStatus(False, ("cpu",), native),
+        "native": BackendStatus(module is not None, ("cpu",), native),
         "chunked": BackendStatus(True, ("any",), "pure PyTorch, O(chunk * M) memory"),
         "reference": BackendStatus(
             True, ("any",), "eager autograd, O(M^2) memory; on request only, double backward"

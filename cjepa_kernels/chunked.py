@@ -2,13 +2,15 @@
 
 Rows are taken a chunk at a time against all M columns, so the M x M matrix never exists:
 
-    LSE-_a  = log sum over negatives b of exp l_ab
-    loss_a  = softplus(LSE-_a - l_pos),  r_a = sigmoid(LSE-_a - l_pos),  w_a = g_a r_a
-    dL/dz_a = (1/tau) [ sum_b (w_a exp(l_ab - LSE-_a) + w_b exp(l_ab - LSE-_b)) z_b
-                        - (w_a + w_pos) z_pos ]                        (z: the unit rows)
+    h_a     = max over negatives b of s_ab,  S_a = sum over negatives b of exp((s_ab - h_a) / tau)
+    x_a     = (h_a - s_pos) / tau + log S_a = LSE-_a - l_pos
+    loss_a  = softplus(x_a),  r_a = sigmoid(x_a)
+    dL/dz_a = (1/tau) [ sum_b (w_a exp((s_ab - h_a) / tau) + w_b exp((s_ab - h_b) / tau)) z_b
+                        - (g_a r_a + g_pos r_pos) z_pos ],   w_a = g_a r_a / S_a   (z: unit rows)
     dL/dtau = -(1 / 2 tau) sum_a z_a . dL/dz_a   (L depends on tau through z.z / tau alone)
 
-Every exponent is at most 0 in both terms, at any temperature.
+Every exponent is at most 0 and the difference of two similarities, exact where it matters: no
+logit of size 1 / tau is ever rounded.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ def forward(
     eps: float,
     reduction: str,
     product_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics and what backward needs; arguments and results as in ``ops.SCHEMA_FORWARD``."""
     with torch.no_grad(), torch.autocast(z_i.device.type, enabled=False):
         z = _operands(z_i, z_j, cosine, eps, product_dtype)
@@ -74,7 +76,7 @@ def forward(
             temperature if temperature_tensor is None else temperature_tensor
         )
         batch, rows = z_i.shape[0], z.shape[0]
-        positive, hardest, lse_neg = (z.new_empty(rows) for _ in range(3))
+        positive, hardest, total = (z.new_empty(rows) for _ in range(3))
         kept_sum, kept_count = z.new_zeros(()), z.new_zeros(())
         step = chunk_rows(rows)
         buffer = z.new_empty(step, rows)
@@ -89,11 +91,8 @@ def forward(
                 kept = tile != -torch.inf
                 kept_sum += tile.where(kept, 0.0).sum()
                 kept_count += kept.sum()
-            # The maximum as a shift; a row without negatives has none and sums to log 0.
-            shift = hardest[chunk] / tau
-            shift = shift.masked_fill_(hardest[chunk] == -torch.inf, 0.0)
-            total = tile.div_(tau).sub_(shift[:, None]).exp_().sum(dim=1)
-            lse_neg[chunk] = total.log_().add_(shift)
+            tile.sub_(_shift(hardest[chunk])[:, None]).div_(tau).exp_()
+            torch.sum(tile, dim=1, out=total[chunk])
         if mask is None:
             count = rows * (rows - 2)
             total_sum = z.sum(dim=0).square().sum() - z.square().sum() - positive.sum()
@@ -102,15 +101,16 @@ def forward(
             )
         else:
             negative_similarity = kept_sum / kept_count
-        positive_logit = positive / tau
-        loss = -torch.nn.functional.logsigmoid(positive_logit - lse_neg)
+        shift, log_sum = _shift(hardest), total.log()
+        loss = -torch.nn.functional.logsigmoid((positive - shift) / tau - log_sum)
         return (
             reduce(loss, reduction),  # type: ignore[arg-type]
             (positive > hardest).to(z.dtype).mean(),
             positive.mean(),
             negative_similarity,
-            torch.logaddexp(lse_neg, positive_logit),
-            lse_neg,
+            torch.logaddexp(shift / tau + log_sum, positive / tau),
+            shift,
+            log_sum,
             positive,
         )
 
@@ -121,7 +121,8 @@ def backward(
     z_j: Tensor,
     mask: Tensor | None,
     temperature_tensor: Tensor | None,
-    lse_neg: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
     positive: Tensor,
     temperature: float,
     cosine: bool,
@@ -136,9 +137,9 @@ def backward(
             temperature if temperature_tensor is None else temperature_tensor
         )
         batch, rows = z_i.shape[0], z.shape[0]
-        weight = torch.sigmoid(lse_neg - positive / tau) * grad_loss  # (M,), w_a = g_a r_a
-        # exp(l - inf) = 0: a row without negatives pulls on nothing.
-        shift = lse_neg.masked_fill(lse_neg == -torch.inf, torch.inf)
+        pull = torch.sigmoid((shift - positive) / tau + log_sum) * grad_loss  # (M,), g_a r_a
+        # A row without negatives pulls on nothing: not 0 / 0.
+        weight = pull / log_sum.exp().masked_fill(log_sum == -torch.inf, 1.0)
         grad = torch.empty_like(z)  # (M, D)
         step = chunk_rows(rows)
         buffers = z.new_empty(2, step, rows)
@@ -146,25 +147,29 @@ def backward(
             chunk = slice(start, min(start + step, rows))
             tile, by_column = buffers[:, : chunk.stop - start]
             torch.mm(z[chunk], z.T, out=tile)
-            tile.div_(tau)
             _exclude(tile, start, batch, mask)
-            torch.sub(tile, shift, out=by_column).exp_().mul_(weight)
-            tile.sub_(shift[chunk, None]).exp_().mul_(weight[chunk, None]).add_(by_column)
+            torch.sub(tile, shift, out=by_column).div_(tau).exp_().mul_(weight)
+            tile.sub_(shift[chunk, None]).div_(tau).exp_().mul_(weight[chunk, None]).add_(by_column)
             torch.mm(tile, z, out=grad[chunk])
-        grad.addcmul_((weight + weight.roll(batch))[:, None], z.roll(batch, dims=0), value=-1)
+        grad.addcmul_((pull + pull.roll(batch))[:, None], z.roll(batch, dims=0), value=-1)
         grad.div_(tau)
         if reduction == "mean":  # outside the weights: 1/M must not push them out of range
             grad.div_(rows)
         grad_temperature = (grad * z).sum() / (-2 * tau)
         if cosine:
             _project(grad, z_i, z_j, eps)
-        like = lse_neg if temperature_tensor is None else temperature_tensor
+        like = shift if temperature_tensor is None else temperature_tensor
         # Copies: the outputs of an operator must not share memory.
         return (
             grad[:batch].to(z_i.dtype, copy=True),
             grad[batch:].to(z_j.dtype, copy=True),
             grad_temperature.to(like.dtype),
         )
+
+
+def _shift(hardest: Tensor) -> Tensor:
+    """The hardest negative's similarity, 0 for a row without negatives."""
+    return hardest.masked_fill(hardest == -torch.inf, 0.0)
 
 
 def _project(grad: Tensor, z_i: Tensor, z_j: Tensor, eps: float) -> None:

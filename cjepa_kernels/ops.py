@@ -20,17 +20,19 @@ NAMESPACE = "cjepa_kernels"
 
 # z_i, z_j: (B, D), any strides. mask: (B, B) bool. temperature_tensor: (), overrides temperature.
 # product_dtype: dtype that the operands of z z^T are rounded to; None is the input's.
-# loss: () or, for reduction "none", (M,); lse, lse_neg, positive: (M,); metrics: ().
+# loss: () or, for reduction "none", (M,); lse, shift, log_sum, positive: (M,); metrics: ().
+# shift is a similarity, log_sum the log of the sum over negatives of exp((s - shift) / tau):
+# together they are LSE-, without the rounding of a large number at low temperature.
 SCHEMA_FORWARD = (
     "(Tensor z_i, Tensor z_j, Tensor? mask, Tensor? temperature_tensor, float temperature, "
     "bool use_cosine_similarity, float eps, str reduction, ScalarType? product_dtype) -> "
     "(Tensor loss, Tensor accuracy, Tensor positive_similarity, Tensor negative_similarity, "
-    "Tensor lse, Tensor lse_neg, Tensor positive)"
+    "Tensor lse, Tensor shift, Tensor log_sum, Tensor positive)"
 )
 SCHEMA_BACKWARD = (
     "(Tensor grad_loss, Tensor z_i, Tensor z_j, Tensor? mask, Tensor? temperature_tensor, "
-    "Tensor lse_neg, Tensor positive, float temperature, bool use_cosine_similarity, float eps, "
-    "str reduction, ScalarType? product_dtype) -> "
+    "Tensor shift, Tensor log_sum, Tensor positive, float temperature, "
+    "bool use_cosine_similarity, float eps, str reduction, ScalarType? product_dtype) -> "
     "(Tensor grad_z_i, Tensor grad_z_j, Tensor grad_temperature)"
 )
 OVERLOADS = ("", ".chunked")
@@ -46,7 +48,7 @@ def _fake_forward(z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(z_i.dtype)
     loss = z_i.new_empty((rows,) if reduction == "none" else (), dtype=dtype)
     metrics = (z_i.new_empty((), dtype=dtype) for _ in range(3))
-    saved = (z_i.new_empty(rows, dtype=dtype) for _ in range(3))
+    saved = (z_i.new_empty(rows, dtype=dtype) for _ in range(4))
     return (loss, *metrics, *saved)
 
 
@@ -56,10 +58,10 @@ def _fake_backward(
     z_j: Tensor,
     mask: Tensor | None,
     temperature_tensor: Tensor | None,
-    lse_neg: Tensor,
+    shift: Tensor,
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    like = lse_neg if temperature_tensor is None else temperature_tensor
+    like = shift if temperature_tensor is None else temperature_tensor
     return (
         z_i.new_empty(z_i.shape),
         z_j.new_empty(z_j.shape),
@@ -69,19 +71,17 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z_i, z_j, mask, temperature_tensor, *ctx.options = inputs
-    *not_differentiable, lse_neg, positive = output[1:]
-    ctx.mark_non_differentiable(*not_differentiable, lse_neg, positive)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z_i, z_j, mask, temperature_tensor, lse_neg, positive)
+    ctx.save_for_backward(z_i, z_j, mask, temperature_tensor, *output[-3:])
 
 
 def _make_backward(overload: str) -> Any:
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_loss is None:
             return (None,) * 9
-        z_i, z_j, mask, temperature_tensor, lse_neg, positive = ctx.saved_tensors
         grad_z_i, grad_z_j, grad_temperature = operator("nt_xent_backward", overload)(
-            grad_loss, z_i, z_j, mask, temperature_tensor, lse_neg, positive, *ctx.options
+            grad_loss, *ctx.saved_tensors, *ctx.options
         )
         needs = ctx.needs_input_grad
         return (

@@ -21,6 +21,7 @@ py::dict build_info() {
   info["pybind11"] =
       std::to_string(PYBIND11_VERSION_MAJOR) + "." + std::to_string(PYBIND11_VERSION_MINOR);
   info["instruction_sets"] = cjepa::available_instruction_sets();
+  info["instruction_set"] = cjepa::selected_instruction_set();
   info["hardware_threads"] = std::thread::hardware_concurrency();
   return info;
 }

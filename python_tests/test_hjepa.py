@@ -175,6 +175,7 @@ def test_gradcheck_on_any_shape(
         ({"eps": float("nan")}, ValueError, "eps must be positive"),
         ({"target_norm": "batch"}, ValueError, "target_norm must be 'layer' or None, got 'batch'"),
         ({"backend": "native"}, RuntimeError, '"native" was asked for and is not available'),
+        ({"backend": "triton"}, RuntimeError, '"triton" was asked for and is not available'),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
 )

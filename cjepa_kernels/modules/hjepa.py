@@ -73,6 +73,11 @@ class HJEPALoss(nn.Module):
         check_positive("huber_delta", huber_delta)
         check_positive("eps", eps)
         check_backend(backend)
+        if backend in ("native", "triton"):
+            raise RuntimeError(
+                f'backend "{backend}" was asked for and is not available for the prediction term, '
+                'which is eager PyTorch in this version; use "auto"'
+            )
         self.loss_type: RegressionType = loss_type
         self.num_hierarchies = num_hierarchies
         self.hierarchy_weights = _per_level(hierarchy_weights, num_hierarchies)

@@ -1,0 +1,13 @@
+// SSE2 on x86-64, NEON on aarch64: what every CPU of the architecture has.
+#define CJEPA_VECTOR_BYTES 16
+#ifdef __aarch64__
+#define CJEPA_MICRO_ROWS 12  // 24 accumulators of 32 registers
+#else
+#define CJEPA_MICRO_ROWS 6  // 12 accumulators of 16 registers
+#endif
+#include "tile_core_impl.h"
+
+namespace cjepa {
+extern const TileCore<float> kTileCoreFloatBaseline = Core<float>::table();
+extern const TileCore<double> kTileCoreDoubleBaseline = Core<double>::table();
+}  // namespace cjepa
