@@ -47,7 +47,8 @@ template <typename T>
 struct Exponents {
   double tau;
   bool constant;
-  T scale, shift;
+  T scale, scale_rest, shift;
+  double shift_error;  // log of what rounding the shift to T multiplies every exponential by
 
   Exponents(const std::optional<Tensor>& tensor, double number, bool cosine)
       : tau(tensor.has_value() ? read_scalar(*tensor) : number) {
@@ -55,7 +56,9 @@ struct Exponents {
     const double range = std::is_same_v<T, float> ? 124 : 1000;
     constant = cosine && 2.02 * kLog2E / tau < range;
     scale = static_cast<T>(kLog2E / tau);
+    scale_rest = static_cast<T>(kLog2E / tau - scale);
     shift = constant ? scale : T{0};
+    shift_error = constant ? (kLog2E / tau - shift) / kLog2E : 0;
   }
 };
 
@@ -72,8 +75,8 @@ std::vector<uint8_t> symmetric_mask(const std::optional<Tensor>& mask, int64_t b
 }
 
 template <typename T>
-Tile<T> make_tile(const PackedBatch<T>& z, const TileCore<T>& core, T scale, bool masked, int64_t i,
-                  int64_t j, T* scratch) {
+Tile<T> make_tile(const PackedBatch<T>& z, const TileCore<T>& core, const Exponents<T>& exponents,
+                  bool masked, int64_t i, int64_t j, T* scratch) {
   const Layout& layout = z.layout;
   const int64_t row = i * layout.block, column = j * layout.block;
   Tile<T> t;
@@ -85,7 +88,8 @@ Tile<T> make_tile(const PackedBatch<T>& z, const TileCore<T>& core, T scale, boo
   t.height = round_up(layout.valid(i), core.micro_rows);
   t.width = round_up(layout.valid(j), core.panel);
   t.masked = masked || i == j || layout.valid(i) < layout.block || layout.valid(j) < layout.block;
-  t.scale = scale;
+  t.scale = exponents.scale;
+  t.scale_rest = exponents.scale_rest;
   t.scratch = scratch;
   return t;
 }
@@ -168,7 +172,7 @@ Outputs forward(const Tensor& z_i, const Tensor& z_j, const std::optional<Tensor
       for (int64_t j = i + t - first; t < last; ++t, ++j) {
         if (j == layout.blocks) j = ++i;
         ForwardTile<T> f;
-        f.tile = make_tile(z, core, exponents.scale, mask.has_value(), i, j, scratch.get());
+        f.tile = make_tile(z, core, exponents, mask.has_value(), i, j, scratch.get());
         f.exclusion = exclusion;
         f.constant_shift = exponents.constant;
         f.shift = exponents.shift;
@@ -210,7 +214,7 @@ Outputs forward(const Tensor& z_i, const Tensor& z_j, const std::optional<Tensor
     }
     const bool has_negatives = hardest > -kInfinity;
     const double shift = !has_negatives ? 0 : exponents.constant ? 1 : hardest;
-    double log_sum = has_negatives ? std::log(total) : -kInfinity;
+    double log_sum = has_negatives ? std::log(total) - exponents.shift_error : -kInfinity;
     if (!z.finite || std::isnan(exponents.tau)) log_sum = kNaN;
     const double gap = (shift - positive[a]) / exponents.tau + log_sum;  // LSE- minus l_pos
     const double own = softplus(gap);
@@ -328,7 +332,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tenso
     shift[a] = shift_data[at];
     pull[a] = static_cast<T>(g * r);
     if (log_sum == -kInfinity) continue;  // no negatives: r is 0, and nothing pulls
-    weight[a] = static_cast<T>(g * r * std::exp(-log_sum));
+    weight[a] = static_cast<T>(g * r * std::exp(-log_sum - exponents.shift_error));
   }
 
   // The rows once more, as right-hand sides of the products: [block][D / panel][row][panel]
@@ -358,8 +362,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_loss, const Tenso
       for (int64_t p = begin; p < end; ++p) {
         const auto [i, j] = pairs[p];
         BackwardTile<T> g;
-        g.tile =
-            make_tile(z, core, exponents.scale, mask.has_value(), i, j, static_cast<T*>(nullptr));
+        g.tile = make_tile(z, core, exponents, mask.has_value(), i, j, static_cast<T*>(nullptr));
         g.exclusion = exclusion;
         g.constant_shift = exponents.constant;
         g.shift = exponents.shift;

@@ -24,9 +24,10 @@ struct Tile {
   const T* panels;  // panels of the tile's columns: [width / panel][features][panel]
   int64_t features;
   int64_t row, column, height, width;
-  bool masked;  // whether some entry is excluded: diagonal, edge or mask
-  T scale;      // log2(e) / tau: exponents are base 2
-  T* scratch;   // scratch_size() numbers
+  bool masked;   // whether some entry is excluded: diagonal, edge or mask
+  T scale;       // log2(e) / tau: exponents are base 2
+  T scale_rest;  // what rounding to T took from it
+  T* scratch;    // scratch_size() numbers
 };
 
 // Sums of 2^(scale s - shift) and maxima of s over the tile, added to what is there.
