@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from cjepa_kernels.extras import require
 from cjepa_kernels.modules import ContrastiveJEPALoss, HJEPALoss
+from cjepa_kernels.yaml_reader import read_yaml
 
 # Configuration key -> argument of the module.
 JEPA_KEYS = {
@@ -116,7 +116,7 @@ def nearest(name: object, known: set[str] | tuple[str, ...]) -> str:
 
 def _loss_section(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     if isinstance(config, (str, Path)):
-        config = _read_yaml(Path(config))
+        config = read_yaml(Path(config))
     if not isinstance(config, Mapping):
         raise TypeError(f"config must be a mapping or a path, got {type(config).__name__}")
     section = config.get("loss", config)
@@ -148,13 +148,3 @@ def _loss_type(section: Mapping[str, Any]) -> str:
 
 def _arguments(section: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
     return {argument: section[key] for key, argument in keys.items() if key in section}
-
-
-def _read_yaml(path: Path) -> Any:
-    yaml = require("yaml", extra="yaml")
-    if not path.is_file():
-        raise FileNotFoundError(f"config must be an existing YAML file, got {str(path)!r}")
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {str(path)!r} is not valid YAML: {error}") from error

@@ -87,6 +87,9 @@ def nt_xent(
     check_reduction(reduction)
     check_positive("eps", eps)
     check_strategy(strategy)
+    check_bool("use_cosine_similarity", use_cosine_similarity)
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a process group or None, got {type(group).__name__}")
     # Under a group, a rank without pairs must not stop here and leave the others waiting.
     _check_views(z_i, z_j, allow_empty=group is not None)
     if z_i.ndim == 3:
@@ -154,6 +157,12 @@ def check_positive(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not 0 < value < math.inf:  # a comparison: torch.compile traces it for symbolic floats
         raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_bool(name: str, value: bool) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def check_temperature(temperature: float | Tensor) -> None:

@@ -144,6 +144,18 @@ def test_broken_yaml_names_the_file(tmp_path: Path) -> None:
         create_loss_from_config(path)
 
 
+def test_exponents_are_numbers_and_keys_are_unique(tmp_path: Path) -> None:
+    path = tmp_path / "loss.yaml"
+    path.write_text("loss: {type: cjepa, eps: 1e-6}")
+    assert create_loss_from_config(path).eps == 1e-6
+    path.write_text("loss:\n  eps: 1.0e-6\n  eps: 1.0e-7\n")
+    with pytest.raises(ValueError, match="'eps' is given twice"):
+        create_loss_from_config(path)
+    path.write_bytes(b"loss: \xff")
+    with pytest.raises(ValueError, match=r"loss\.yaml.*not valid YAML"):
+        create_loss_from_config(path)
+
+
 def test_signatures_are_the_documented_ones() -> None:
     """Positional order is part of the contract with code written for the first implementation."""
     assert list(inspect.signature(ContrastiveJEPALoss).parameters)[:8] == [

@@ -175,6 +175,7 @@ def test_bad_embeddings_are_refused(arguments: Any, error: type, message: str) -
         ({"reduction": "avg"}, ValueError, "reduction must be one of.*'avg'"),
         ({"eps": -1.0}, ValueError, "eps must be positive and finite, got -1.0"),
         ({"eps": "small"}, TypeError, "eps must be a number, got 'small'"),
+        ({"use_cosine_similarity": "false"}, TypeError, "use_cosine_similarity must be True or"),
         ({"backend": "cuda"}, ValueError, "backend must be one of.*'cuda'"),
     ],
     ids=lambda value: (
@@ -197,11 +198,21 @@ def test_bad_options_are_refused_by_module_and_function(
         ({"temperature": torch.tensor(1)}, ValueError, "0-dim.*int64"),
         ({"temperature": torch.tensor(0.1, device="meta")}, ValueError, "temperature.*device"),
         ({"mask": torch.ones(3, 3)}, TypeError, "mask must be a bool tensor, got torch.float32"),
+        ({"group": 3}, TypeError, "group must be a process group or None, got int"),
         ({"mask": [[True]]}, TypeError, "mask must be a bool tensor, got list"),
         ({"mask": torch.ones(2, 3, dtype=torch.bool)}, ValueError, r"mask must be \(3, 3\)"),
         ({"mask": torch.ones(3, 3, dtype=torch.bool, device="meta")}, ValueError, "mask.*device"),
     ],
-    ids=["vector", "int", "device", "float_mask", "list_mask", "mask_shape", "mask_device"],
+    ids=[
+        "vector",
+        "int",
+        "device",
+        "float_mask",
+        "group",
+        "list_mask",
+        "mask_shape",
+        "mask_device",
+    ],
 )
 def test_bad_tensors_are_refused(options: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):

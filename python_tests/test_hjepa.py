@@ -170,6 +170,8 @@ def test_gradcheck_on_any_shape(
         ({"hierarchy_weights": [1.0]}, ValueError, r"num_hierarchies=3, got 1"),
         ({"hierarchy_weights": [1.0, -1.0, 1.0]}, ValueError, "finite and not negative"),
         ({"hierarchy_weights": [1.0, "a", 1.0]}, TypeError, "must be numbers, got 'a'"),
+        ({"hierarchy_weights": None}, TypeError, "must be a number or a sequence, got None"),
+        ({"normalize_embeddings": "false"}, TypeError, "normalize_embeddings must be True or"),
         ({"reduction": "max"}, ValueError, "reduction must be one of"),
         ({"huber_delta": 0.0}, ValueError, "huber_delta must be positive"),
         ({"eps": float("nan")}, ValueError, "eps must be positive"),

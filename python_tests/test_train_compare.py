@@ -343,3 +343,5 @@ def test_environment_is_that_of_the_first_start(
     again = compare(SMALL, seeds=[0, 1], out_dir=out, workers=1, transfer=True, console=quiet())
     assert again.environment == first.environment
     assert again.to_json() == first.to_json()
+    fewer = compare(SMALL, seeds=[0], out_dir=out, workers=1, transfer=True, console=quiet())
+    assert fewer.environment["command"] == "another command"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cjepa_kernels.backends import Backend
-from cjepa_kernels.functional import check_floating_tensor
+from cjepa_kernels.functional import check_bool, check_floating_tensor
 from cjepa_kernels.modules.hjepa import Levels
 from cjepa_kernels.modules.nt_xent import NTXentLoss
 from cjepa_kernels.reference import Reduction
@@ -79,6 +79,7 @@ class ContrastiveJEPALoss(nn.Module):
         self.jepa_loss = jepa_loss
         self.jepa_weight = jepa_weight
         self.contrastive_weight = contrastive_weight
+        check_bool("contrastive_on_context", contrastive_on_context)
         self.contrastive_on_context = contrastive_on_context
         self.contrastive = NTXentLoss(
             temperature=contrastive_temperature,
@@ -180,6 +181,11 @@ class ContrastiveJEPALoss(nn.Module):
                 "Either target_features or context_features must be provided for contrastive "
                 "learning: pass the _i and _j views of one of them"
             )
+        if pair[0].shape != pair[1].shape:
+            raise ValueError(
+                f"{name}_i and {name}_j must have the same shape, got {tuple(pair[0].shape)} and "
+                f"{tuple(pair[1].shape)}"
+            )
         for suffix, features in zip("ij", pair, strict=True):
             check_floating_tensor(f"{name}_{suffix}", features)
             if features.ndim != 3 or 0 in features.shape:
@@ -192,6 +198,7 @@ class ContrastiveJEPALoss(nn.Module):
     def _warn_without_gradient(self, features_i: Tensor, features_j: Tensor) -> None:
         if (
             self._warned_no_gradient
+            or torch.compiler.is_compiling()  # a warning would break the graph
             or not torch.is_grad_enabled()
             or features_i.requires_grad
             or features_j.requires_grad

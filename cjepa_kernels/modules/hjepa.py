@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from cjepa_kernels import reference
 from cjepa_kernels.backends import Backend, check_backend
-from cjepa_kernels.functional import check_floating_tensor, check_positive, check_reduction
+from cjepa_kernels.functional import (
+    check_bool,
+    check_floating_tensor,
+    check_positive,
+    check_reduction,
+)
 from cjepa_kernels.reference import Reduction, RegressionType
 
 Levels = Tensor | Sequence[Tensor]
@@ -69,6 +74,8 @@ class HJEPALoss(nn.Module):
             raise ValueError(f"num_hierarchies must be at least 1, got {num_hierarchies}")
         if target_norm not in ("layer", None):
             raise ValueError(f"target_norm must be 'layer' or None, got {target_norm!r}")
+        check_bool("normalize_embeddings", normalize_embeddings)
+        check_bool("detach_targets", detach_targets)
         check_reduction(reduction)
         check_positive("huber_delta", huber_delta)
         check_positive("eps", eps)
@@ -178,6 +185,11 @@ class HJEPALoss(nn.Module):
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
                 raise TypeError(f"masks[{index}] must be a bool tensor, got {got}")
+            if mask.device != prediction.device:
+                raise ValueError(
+                    f"masks[{index}] must be on the device of the predictions, "
+                    f"{prediction.device}, got {mask.device}"
+                )
             if mask.shape != prediction.shape[:-1]:
                 raise ValueError(
                     f"masks[{index}] must be {tuple(prediction.shape[:-1])}, one entry a patch, "
@@ -215,6 +227,8 @@ def _as_levels(name: str, levels: Levels) -> list[Any]:
 
 
 def _per_level(weights: float | Sequence[float], levels: int) -> list[float]:
+    if not isinstance(weights, (int, float, Sequence)) or isinstance(weights, str):
+        raise TypeError(f"hierarchy_weights must be a number or a sequence, got {weights!r}")
     values = [weights] * levels if isinstance(weights, (int, float)) else list(weights)
     if len(values) != levels:
         raise ValueError(

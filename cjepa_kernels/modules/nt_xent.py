@@ -12,6 +12,7 @@ from cjepa_kernels import reference
 from cjepa_kernels.backends import Backend, check_backend
 from cjepa_kernels.distributed import Strategy, resolve_group
 from cjepa_kernels.functional import (
+    check_bool,
     check_positive,
     check_reduction,
     check_strategy,
@@ -67,6 +68,7 @@ class NTXentLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_float_temperature(temperature)
+        check_bool("use_cosine_similarity", use_cosine_similarity)
         check_reduction(reduction)
         check_positive("eps", eps)
         check_backend(backend)

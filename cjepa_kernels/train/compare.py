@@ -42,7 +42,7 @@ ARMS: dict[str, dict[str, float]] = {
     "contrastive": {"jepa_weight": 0.0},
 }
 """What each arm replaces in the experiment's loss section. AdamW divides out a common factor of
-the gradient, so the contrastive arm keeps its weight."""
+the gradient, so the contrastive arm keeps its weight; gradient clipping then binds less."""
 
 _PACKAGES = ("cjepa-kernels", "torch", "lightning", "scikit-learn", "numpy")
 
@@ -137,7 +137,6 @@ def compare(
     ]
     if workers is None:
         workers = min(2, os.cpu_count() or 1)
-    where_made = _recorded_environment(config, out_dir)
     with progress_display(console, len(jobs)) as on_event:
         results = run_jobs(jobs, workers, on_event, out_dir / "logs")
 
@@ -172,7 +171,7 @@ def compare(
             for first, second in PAIRS
             if first in arms and second in arms
         },
-        environment=where_made,
+        environment=_recorded_environment(config, out_dir, [job.name for job in jobs]),
     )
     _publish(comparison, dataset, configs, out_dir, console)
     return comparison
@@ -196,7 +195,7 @@ def _check_arguments(
             "trainer.devices must be 1 in a comparison, which runs its arms in parallel processes, "
             f"got {config.trainer.devices}"
         )
-    kind = config.loss.get("type", "cjepa")
+    kind = str(config.loss.get("type", "cjepa")).lower()
     if kind not in ("cjepa", "contrastive_jepa") and not config.loss.get("use_contrastive", False):
         raise ValueError(
             "loss.type must be cjepa, or loss.use_contrastive true, in a comparison, whose arms "
@@ -258,11 +257,13 @@ def _pixels_job(config: ExperimentConfig, path: Path, report: ReportProgress) ->
 def _known_evaluation(path: Path, config: ExperimentConfig) -> dict[str, float] | None:
     if not path.is_file():
         return None
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    if saved["config"] != config_to_dict(config):
-        return None
-    evaluation: dict[str, float] = saved["evaluation"]
-    return evaluation
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["config"] == config_to_dict(config):
+            return dict(saved["evaluation"])
+    except (json.JSONDecodeError, KeyError, TypeError):
+        pass  # damaged: it is computed anew
+    return None
 
 
 def _keep_evaluation(
@@ -301,13 +302,25 @@ def _publish(
     console.print(f"Report: {report}", soft_wrap=True)
 
 
-def _recorded_environment(config: ExperimentConfig, out_dir: Path) -> dict[str, Any]:
-    """The environment in which the comparison began: finished runs are not trained again."""
+def _recorded_environment(
+    config: ExperimentConfig, out_dir: Path, jobs: Sequence[str]
+) -> dict[str, Any]:
+    """The environment of the call that completed exactly these jobs.
+
+    Finished runs are not trained again, so the same call repeated later keeps its first record;
+    a call with other seeds or arms makes a new one.
+    """
     path = out_dir / "environment.json"
-    if not path.is_file():
-        atomic_write(path, json.dumps(environment(config), indent=1) + "\n")
-    recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return recorded
+    try:
+        recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if recorded["jobs"] == list(jobs):
+            return dict(recorded["environment"])
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        pass  # absent or damaged: it is written anew
+    made = environment(config)
+    document = {"jobs": list(jobs), "environment": made}
+    atomic_write(path, json.dumps(document, indent=1) + "\n")
+    return made
 
 
 def environment(config: ExperimentConfig) -> dict[str, Any]:
