@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from measurement import print_table, write_results
 
-from cjepa_kernels import nt_xent
+from cjepa_kernels import backends, nt_xent
 
 FEATURES = 256
 # What the reference holds at its peak was measured up to this size; beyond, it is M^2 arithmetic.
@@ -58,7 +58,10 @@ def main() -> None:
         print(json.dumps(measure(int(rows), backend)))
         return
     records, table = [], []
-    for backend in ("chunked", "reference"):
+    for backend in ("native", "chunked", "reference"):
+        if not backends()[backend].available:
+            print(f"{backend} is left out: {backends()[backend].reason}")
+            continue
         for rows in map(int, options.rows.split(",")):
             if backend == "reference" and rows > LARGEST_REFERENCE:
                 continue
