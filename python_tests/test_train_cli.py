@@ -55,7 +55,7 @@ def test_train_then_probe(experiment: Path, tmp_path: Path) -> None:
     assert probed.exit_code == 0, probed.output
     stored = json.loads((out / "result.json").read_text())
     assert json.loads(numbers.read_text())["evaluation"] == stored["evaluation"]
-    other = run("probe", out, "evaluation.knn_k=1", "data.test_size=50")
+    other = run("probe", out, "evaluation.knn_k=1", "data.test_size=50", "trainer.threads=1")
     assert other.exit_code == 0, other.output
 
 
@@ -66,6 +66,26 @@ def test_default_directory_follows_the_experiment(experiment: Path, tmp_path: Pa
         assert len(list((tmp_path / "runs").glob("small-*"))) == count
 
 
+def test_default_directory_of_a_comparison_follows_its_options(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directories: list[Path] = []
+    monkeypatch.setattr(
+        compare_module, "compare", lambda _, **options: directories.append(options["out_dir"])
+    )
+    for options in ([], [], ["--transfer"], ["--seeds", "0"]):
+        assert run("compare", "--config", experiment, *options).exit_code == 0
+    assert directories[0] == directories[1]
+    assert len(set(directories)) == 3
+
+
+@pytest.mark.parametrize("override", ["model.dim=128", "seed=9", "trainer.epochs=3"])
+def test_probe_refuses_what_it_would_ignore(override: str, experiment: Path) -> None:
+    result = run("probe", "any.ckpt", override)
+    assert result.exit_code == 2
+    assert f"got {override!r}" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -73,6 +93,8 @@ def test_default_directory_follows_the_experiment(experiment: Path, tmp_path: Pa
         pytest.param(["loss.contrastive_wight=2"], "contrastive_weight", id="loss-key"),
         pytest.param(["trainer.batch_size=65"], "trainer.batch_size", id="batch"),
         pytest.param(["data.source=parquet:absent"], "'absent'", id="data"),
+        pytest.param(["data.source=dgits"], "nearest is 'digits'", id="misspelt"),
+        pytest.param(["trainer.precision=16-mixed"], "trainer.precision", id="precision"),
         pytest.param(["optimizer.learning_rate=1e30", "trainer.epochs=3"], "loss is", id="nan"),
     ],
 )

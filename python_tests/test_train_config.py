@@ -109,6 +109,7 @@ def test_plain_values_round_trip() -> None:
         pytest.param("data.pretrain_classes=[]", r"pretrain_classes.*at least one", id="none"),
         pytest.param("data.pretrain_classes=most", r"pretrain_classes.*'half'.*most", id="word"),
         pytest.param("seed=-1", r"seed: .*0, got -1", id="seed"),
+        pytest.param("seed=99999999999999999999999", r"seed: .*9223372036854775807", id="big-seed"),
         pytest.param("seed.value=1", r"seed is a value, not a section", id="not-a-section"),
         pytest.param("seed", r"expected key=value", id="no-value"),
         pytest.param("=3", r"expected key=value", id="no-key"),
@@ -172,6 +173,8 @@ def test_atomic_write_replaces_or_leaves(tmp_path: Path) -> None:
     assert file.read_text() == "old"
     atomic_write(file, b"new")
     assert file.read_text() == "new"
-    (file.parent / ".file.txt.1f.partial").write_text("left behind")
+    (file.parent / ".file.txt.0123456789ab.partial").write_text("left behind")
+    (file.parent / ".download.partial").write_text("of another program")
     remove_partial_files(tmp_path)
-    assert [path.name for path in file.parent.iterdir()] == ["file.txt"]
+    names = sorted(path.name for path in file.parent.iterdir())
+    assert names == [".download.partial", "file.txt"]

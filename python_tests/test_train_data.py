@@ -173,6 +173,23 @@ def test_missing_source_is_named(source: str, message: str) -> None:
         load(source)
 
 
+@pytest.mark.parametrize(
+    ("source", "nearest"),
+    [
+        ("dgits", "digits"),
+        ("Digits", "digits"),
+        ("parqet:x", "parquet:PATH"),
+        ("imagefoldr:x", "imagefolder:PATH"),
+    ],
+)
+def test_misspelt_source_is_not_looked_up(
+    source: str, nearest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("looked it up"))
+    with pytest.raises(ValueError, match=rf"{source}.*nearest is '{nearest}'"):
+        load(source)
+
+
 def test_unreachable_name_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str) -> None:
         raise ConnectionError("no route to host")
@@ -219,11 +236,70 @@ def test_bad_column_or_size(options: dict[str, Any], message: str, tmp_path: Pat
 
 def test_damaged_image_names_its_row(tmp_path: Path) -> None:
     good = png(COLOURS[0])
-    for bad, message in ((b"junk", "row 1 of the train set"), (good[:-30], "row 1|image 1")):
+    for bad, message in ((b"junk", "is not an image"), (good[:-30], "is damaged")):
         write_parquet(tmp_path / "set" / "train.parquet", [0, 1], encoded=[good, bad])
         write_parquet(tmp_path / "set" / "test.parquet", [0], encoded=[good])
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=rf"row 1 of split 'train' {message}"):
             load(f"parquet:{tmp_path / 'set'}")
+
+
+def test_bad_image_of_a_divided_file_names_its_row_there(tmp_path: Path) -> None:
+    encoded: list[Any] = [png(COLOURS[row % 3]) for row in range(30)]
+    for row in (3, 17, 29):
+        for bad in (None, b"junk"):
+            damaged = [*encoded[:row], bad, *encoded[row + 1 :]]
+            write_parquet(tmp_path / "all.parquet", [0, 1, 2] * 10, encoded=damaged, typed=False)
+            what = "has no image" if bad is None else "is not an image"
+            with pytest.raises(ValueError, match=rf"row {row} of split 'train' {what}"):
+                load(f"parquet:{tmp_path / 'all.parquet'}")
+
+
+def test_null_record_names_its_row(tmp_path: Path) -> None:
+    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("int64")})
+    records = {"picture": [{"bytes": png(COLOURS[0]), "path": None}, None], "kind": [0, 1]}
+    (tmp_path / "set").mkdir()
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(records, features=features).to_parquet(
+            tmp_path / "set" / f"{split}.parquet"
+        )
+    with pytest.raises(ValueError, match=r"row 1 of split 'train' has no image"):
+        load(f"parquet:{tmp_path / 'set'}", label_column="kind")
+
+
+def tiff(pixels: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="TIFF")
+    return buffer.getvalue()
+
+
+def load_images(tmp_path: Path, encoded: Sequence[bytes]) -> Any:
+    for split in ("train", "test"):
+        write_parquet(tmp_path / "set" / f"{split}.parquet", [0, 1], encoded=encoded)
+    return load(f"parquet:{tmp_path / 'set'}").train.images
+
+
+@pytest.mark.parametrize("encode", ["I;16", "I"])
+def test_sixteen_bits_are_rescaled(encode: str, tmp_path: Path) -> None:
+    values = [0, 128, 129, 257, 30000, 65535]
+    wide = np.full((4, 6), values, dtype=np.uint16 if encode == "I;16" else np.int32)
+    encoded = tiff(wide)
+    assert Image.open(io.BytesIO(encoded)).mode == encode
+    images = load_images(tmp_path, [encoded, png(7, mode="L")])
+    assert images.shape == (2, 1, 4, 6)
+    assert images[0, 0, 0].tolist() == [0, 0, 1, 1, 117, 255]
+    assert images[1].unique().tolist() == [7]
+    coloured = load_images(tmp_path, [encoded, png(COLOURS[0])])
+    assert coloured[0, :, 0, 5].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mode"),
+    [(np.full((4, 6), 0.5, np.float32), "F"), (np.full((4, 6), 70000, np.int32), "I")],
+    ids=["float", "32-bit"],
+)
+def test_pixels_of_unknown_range_are_refused(pixels: Any, mode: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"row 1 of split 'train' .*mode '{mode}'"):
+        load_images(tmp_path, [png(7, mode="L"), tiff(pixels)])
 
 
 def test_too_few_images_to_divide(tmp_path: Path) -> None:

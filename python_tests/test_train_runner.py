@@ -10,16 +10,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("lightning")
 
+from cjepa_kernels.backends import BackendStatus
 from cjepa_kernels.train import runner
 from cjepa_kernels.train.batches import EpochBatches
-from cjepa_kernels.train.callbacks import AtomicCheckpointIO, DivergenceError, to_csv
-from cjepa_kernels.train.config import ExperimentConfig, config_from_dict, config_to_dict
+from cjepa_kernels.train.callbacks import (
+    AtomicCheckpointIO,
+    DivergenceError,
+    MetricHistory,
+    to_csv,
+)
+from cjepa_kernels.train.config import (
+    DataConfig,
+    ExperimentConfig,
+    config_from_dict,
+    config_to_dict,
+)
 from cjepa_kernels.train.data import load_dataset
 
 TINY = {
@@ -39,6 +51,11 @@ TINY = {
 
 
 COMMAND = [sys.executable, "-m", "cjepa_kernels.train.cli", "train"]
+
+
+NO_GPU = pytest.mark.skipif(
+    torch.cuda.is_available() or torch.backends.mps.is_available(), reason="has an accelerator"
+)
 
 
 def tiny(*overrides: str) -> ExperimentConfig:
@@ -79,7 +96,7 @@ def test_killed_run_resumes_to_identical_numbers(tmp_path: Path) -> None:
     assert not (killed_dir / "result.json").exists()
     epochs_before = len((killed_dir / "metrics.csv").read_text().splitlines()) - 1
     assert 1 <= epochs_before < 12
-    (killed_dir / ".left.behind.partial").write_text("half a file")
+    (killed_dir / ".last.ckpt.0123456789ab.partial").write_text("half a file")
 
     resumed = runner.train(config, killed_dir, progress_bar=False)
 
@@ -167,6 +184,25 @@ def test_another_configuration_in_the_directory_names_the_keys(tmp_path: Path) -
         pytest.param(["loss.type=hjepa"], r"loss\.type.*contrastive_weight", id="loss-type"),
         pytest.param(["loss.reduction=none"], r"loss\.reduction", id="reduction"),
         pytest.param(["data.pretrain_classes=[0,10]"], r"pretrain_classes.*0\.\.9", id="classes"),
+        pytest.param(
+            ["data.pretrain_classes=[0,1,2,3,4,5,6,7,8]"], "leave at least 2 classes", id="transfer"
+        ),
+        pytest.param(["evaluation.max_train_images=1"], r"max_train_images.*got 1", id="probed"),
+        pytest.param(
+            ["loss.contrastive_on_context=false"],
+            r"contrastive_on_context.*no gradient",
+            id="targets",
+        ),
+        pytest.param(["trainer.precision=16-mixed"], r"trainer\.precision.*CPU", id="half"),
+        pytest.param(
+            ["trainer.precision=16-mixed", "trainer.accelerator=auto"],
+            r"trainer\.precision.*CPU.*'auto'",
+            id="half-auto",
+            marks=NO_GPU,
+        ),
+        pytest.param(
+            ["trainer.accelerator=gpu"], r"trainer\.accelerator.*'gpu'", id="gpu", marks=NO_GPU
+        ),
     ],
 )
 def test_bad_experiment_stops_before_training(
@@ -175,6 +211,99 @@ def test_bad_experiment_stops_before_training(
     with pytest.raises(ValueError, match=message):
         runner.train(tiny(*overrides), tmp_path / "run", progress_bar=False)
     assert not (tmp_path / "run").exists()
+
+
+def test_one_class_stops_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = load_dataset(tiny().data)
+    dataset.train.labels.zero_()
+    monkeypatch.setattr(runner, "load_dataset", lambda *args, **options: dataset)
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        runner.train(tiny(), tmp_path / "run", progress_bar=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_back_end_is_a_value_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = BackendStatus(False, ("cpu",), "not built")
+    module = sys.modules["cjepa_kernels.backends"]  # the package has a function of this name
+    monkeypatch.setitem(vars(module)["_STATUS"], "native", missing)
+    with pytest.raises(ValueError, match=r"loss\.backend.*native.*not built"):
+        runner.train(tiny("loss.backend=native"), tmp_path / "run", progress_bar=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_failed_start_does_not_block_the_corrected_run(tmp_path: Path) -> None:
+    once = tiny("trainer.epochs=1")
+    with pytest.raises(ValueError, match=r"trainer\.precision"):
+        runner.train(
+            tiny("trainer.epochs=1", "trainer.precision=16-mixed"), tmp_path, progress_bar=False
+        )
+    assert runner.train(once, tmp_path, progress_bar=False).history[-1]["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("checkpoints/last.ckpt", "remove it to start the run again"),
+        ("config.yaml", "remove the directory"),
+        ("result.json", "remove it to evaluate the run again"),
+    ],
+)
+def test_damaged_file_of_a_run_is_named(name: str, remedy: str, tmp_path: Path) -> None:
+    config = tiny("trainer.epochs=1")
+    runner.train(config, tmp_path, progress_bar=False)
+    if name != "result.json":
+        (tmp_path / "result.json").unlink()
+    # The YAML of the middle of a file would be valid, so each kind is damaged at its start too.
+    whole = (tmp_path / name).read_bytes()
+    for damaged in (b"", b"{[" + whole[: len(whole) // 2], b"\xff"):
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"(?s){Path(name).name} is .*{remedy}"):
+            runner.train(config, tmp_path, progress_bar=False)
+
+
+def test_collapse_monitor_looks_at_every_class(tmp_path: Path) -> None:
+    dataset = load_dataset(DataConfig())
+    by_class = dataset.train.labels.argsort()
+    history = MetricHistory(tmp_path / "metrics.csv", dataset, by_class)
+    assert len(history.monitored) == 512
+    assert len(dataset.train.labels[history.monitored].unique()) == 10
+    again = MetricHistory(tmp_path / "metrics.csv", dataset, by_class)
+    assert torch.equal(history.monitored, again.monitored)
+
+
+def test_metrics_are_summed_without_fp64_on_mps(tmp_path: Path) -> None:
+    class OnMps:
+        device = torch.device("mps")
+
+        def double(self) -> torch.Tensor:
+            raise TypeError("MPS has no float64")
+
+        def cpu(self) -> torch.Tensor:
+            return torch.ones(2)
+
+    history = MetricHistory(tmp_path / "metrics.csv", load_dataset(tiny().data), torch.arange(4))
+    for step in range(2):
+        history.on_train_batch_end(None, None, {"metrics": OnMps()}, None, step)  # type: ignore[arg-type]
+    assert history._sums is not None
+    assert history._sums.tolist() == [2.0, 2.0]
+
+
+def test_resumed_run_purges_later_tensorboard_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    purged: list[int] = []
+
+    class Recording(runner.TensorBoardLogger):
+        def __init__(self, *args: Any, purge_step: int, **options: Any) -> None:
+            purged.append(purge_step)
+            super().__init__(*args, purge_step=purge_step, **options)
+
+    monkeypatch.setattr(runner, "TensorBoardLogger", Recording)
+    config = tiny("trainer.epochs=1", "logging.tensorboard=true")
+    runner.train(config, tmp_path, progress_bar=False)
+    (tmp_path / "result.json").unlink()
+    runner.train(config, tmp_path, progress_bar=False)
+    assert purged == [1, 5]  # four steps are in the checkpoint
 
 
 def test_divergence_is_reported(tmp_path: Path) -> None:

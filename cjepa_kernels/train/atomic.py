@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _TEMPORARY_SUFFIX = ".partial"
+_TEMPORARY_NAME = re.compile(rf"\..+\.[0-9a-f]{{12}}{re.escape(_TEMPORARY_SUFFIX)}")
 
 
 @contextmanager
@@ -52,7 +54,8 @@ def remove_partial_files(directory: str | os.PathLike[str]) -> None:
         directory: Directory that is searched with everything below it.
     """
     for leftover in Path(directory).rglob(f".*{_TEMPORARY_SUFFIX}"):
-        leftover.unlink(missing_ok=True)
+        if _TEMPORARY_NAME.fullmatch(leftover.name):
+            leftover.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -52,13 +52,15 @@ class MetricHistory(Callback):
     Args:
         path: The CSV file.
         dataset: Images for the collapse monitor and the probes.
-        monitored: (n,) int64, training images that the collapse monitor looks at.
+        monitored: (n,) int64, training images of which the collapse monitor looks at some.
     """
 
     def __init__(self, path: Path, dataset: Dataset, monitored: Tensor) -> None:
         self.path = path
         self.dataset = dataset
-        self.monitored = monitored[:_COLLAPSE_IMAGES]
+        # A source may be sorted by class, so the first images could all be of one.
+        order = torch.randperm(len(monitored), generator=torch.Generator().manual_seed(0))
+        self.monitored = monitored[order[:_COLLAPSE_IMAGES].sort()[0]]
         self.rows: list[Row] = []
         self._sums: Tensor | None = None
         self._steps = 0
@@ -75,7 +77,10 @@ class MetricHistory(Callback):
         batch_idx: int,
     ) -> None:
         # Summed on the device and read once per epoch: reading is a synchronisation.
-        metrics = outputs["metrics"].double()
+        metrics = outputs["metrics"]
+        if metrics.device.type == "mps":  # which has no fp64
+            metrics = metrics.cpu()
+        metrics = metrics.double()
         self._sums = metrics if self._sums is None else self._sums + metrics
         self._steps += 1
 
@@ -295,9 +300,15 @@ class AtomicCheckpointIO(CheckpointIO):
         map_location: Any | None = None,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        checkpoint: dict[str, Any] = torch.load(
-            path, map_location=map_location or "cpu", weights_only=True
-        )
+        try:
+            checkpoint: dict[str, Any] = torch.load(
+                path, map_location=map_location or "cpu", weights_only=True
+            )
+        except Exception as error:
+            # A damaged file fails somewhere in unpickling, in a way that names nothing.
+            raise ValueError(
+                f"{path} is damaged ({error}): remove it to start the run again"
+            ) from error
         return checkpoint
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:

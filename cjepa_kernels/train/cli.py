@@ -7,11 +7,11 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -23,7 +23,6 @@ import cjepa_kernels
 from cjepa_kernels.train.atomic import atomic_write
 from cjepa_kernels.train.callbacks import DivergenceError
 from cjepa_kernels.train.config import (
-    ExperimentConfig,
     apply_overrides,
     config_to_dict,
     load_config,
@@ -63,6 +62,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Replace values, as in trainer.epochs=5."),
 ]
+ProbeOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Replace data.*, evaluation.* or trainer.threads, as in evaluation.knn_k=5.",
+    ),
+]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -83,7 +89,7 @@ def train(
         experiment = load_config(config, overrides or ())
         from cjepa_kernels.train import runner
 
-        run_dir = out or _default_directory(config, experiment, "")
+        run_dir = out or _default_directory(config, config_to_dict(experiment), "")
         result = runner.train(experiment, run_dir, progress_bar=sys.stderr.isatty())
         if not result.evaluation:
             return  # a rank other than the first one
@@ -117,10 +123,11 @@ def compare(
         seed_list = _parse_seeds(seeds)
         from cjepa_kernels.train.compare import compare as run_comparison
 
+        task = {**config_to_dict(experiment), "seeds": seed_list, "transfer": transfer}
         run_comparison(
             experiment,
             seeds=seed_list,
-            out_dir=out or _default_directory(config, experiment, "-compare"),
+            out_dir=out or _default_directory(config, task, "-compare"),
             workers=workers,
             transfer=transfer,
             console=Console(),
@@ -132,7 +139,7 @@ def probe(
     checkpoint: Annotated[
         Path, typer.Argument(help="A .ckpt file, or the directory of a run.", show_default=False)
     ],
-    overrides: Overrides = None,
+    overrides: ProbeOverrides = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the numbers to this file.")
     ] = None,
@@ -144,6 +151,7 @@ def probe(
         from cjepa_kernels.train.data import load_dataset, resolve_pretrain_classes
         from cjepa_kernels.train.evaluate import evaluate
 
+        _check_probe_overrides(overrides or ())
         extract, experiment = runner.load_encoder(checkpoint)
         experiment = apply_overrides(experiment, overrides or ())
         if experiment.trainer.threads is not None:
@@ -219,10 +227,20 @@ def _probe_table(numbers: dict[str, float], title: str) -> Table:
     return table
 
 
-def _default_directory(config: Path, experiment: ExperimentConfig, suffix: str) -> Path:
-    content = json.dumps(config_to_dict(experiment), sort_keys=True)
+def _default_directory(config: Path, task: Mapping[str, Any], suffix: str) -> Path:
+    content = json.dumps(task, sort_keys=True)
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     return Path("runs") / f"{config.stem}{suffix}-{digest}"
+
+
+def _check_probe_overrides(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key.partition(".")[0] not in ("data", "evaluation") and key != "trainer.threads":
+            raise ValueError(
+                "a probe takes data.*, evaluation.* and trainer.threads alone, because the rest "
+                f"belongs to the trained checkpoint; got {override!r}"
+            )
 
 
 def _parse_seeds(text: str) -> Sequence[int]:

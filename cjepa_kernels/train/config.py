@@ -224,7 +224,7 @@ _DEFAULT_LOSS: dict[str, Any] = {
 class ExperimentConfig(_Section):
     """A complete experiment. The ``loss`` section is checked by the loss factory."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
     data: DataConfig = DataConfig()
     views: ViewsConfig = ViewsConfig()
     masking: MaskingConfig = MaskingConfig()

@@ -17,7 +17,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from cjepa_kernels.train.config import DataConfig
-from cjepa_kernels.train.image_decoding import ImageLayout
+from cjepa_kernels.train.image_decoding import EncodedImages, ImageLayout
 
 # Splits and subsets are part of the task, not of a run: every seed of an experiment shares them.
 _SPLIT_SEED = 0
@@ -78,15 +78,11 @@ def load_dataset(config: DataConfig, *, show_progress: bool = True) -> Dataset:
     _check_feature(first, label_column, "label_column", "integers or strings", _holds_labels)
     labels, class_names = _read_labels(splits, label_column)
     rows = _split_rows(labels, config)
-    encoded = {
-        name: splits[source].cast_column(image_column, datasets.Image(decode=False))
+    parts = {
+        name: _encoded_images(splits[source], image_column, rows[name].tolist())
         for name, source in (("train", "train"), ("test", "test" if "test" in splits else "train"))
     }
-    parts = {
-        name: encoded[name].select(rows[name]).select_columns([image_column])
-        for name in ("train", "test")
-    }
-    layout = ImageLayout.of(parts, image_column, config.image_size)
+    layout = ImageLayout.of(parts.values(), config.image_size)
     return Dataset(
         name=config.source,
         train=LabeledImages(
@@ -205,6 +201,11 @@ def _load_digits(config: DataConfig) -> Dataset:
     )
 
 
+def _encoded_images(split: datasets.Dataset, column: str, rows: list[int]) -> EncodedImages:
+    encoded = split.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return EncodedImages(encoded.select(rows), column, str(split.split), rows)
+
+
 def _open_splits(source: str) -> dict[str, datasets.Dataset]:
     """Open a source with the ``datasets`` library; keys "train" and, if there is one, "test"."""
     kind, _, location = source.partition(":")
@@ -216,6 +217,7 @@ def _open_splits(source: str) -> dict[str, datasets.Dataset]:
                 raise FileNotFoundError(f"data.source: no directory {location!r}")
             loaded = _read("imagefolder", source, data_dir=location)
         else:
+            _check_spelling(source)
             loaded = _read(source, source)
     test = next((name for name in _TEST_SPLITS if name in loaded), None)
     if "train" not in loaded:
@@ -227,6 +229,15 @@ def _open_splits(source: str) -> dict[str, datasets.Dataset]:
         if len(split) == 0:
             raise ValueError(f"data.source: the split {name!r} of {source!r} is empty")
     return splits
+
+
+def _check_spelling(source: str) -> None:
+    """Refuse what is nearly a known kind of source: the hub would be tried for half a minute."""
+    kind = source.partition(":")[0]
+    known = {"digits": "digits", "parquet": "parquet:PATH", "imagefolder": "imagefolder:PATH"}
+    close = difflib.get_close_matches(kind.lower(), known, n=1, cutoff=0.7)
+    if close and "/" not in kind and not Path(source).exists():
+        raise ValueError(f"data.source: no source {source!r}; the nearest is {known[close[0]]!r}")
 
 
 def _read(name: str, source: str, **options: Any) -> datasets.DatasetDict:

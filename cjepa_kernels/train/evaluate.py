@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -245,6 +246,30 @@ def check_dataset(dataset: Dataset, pretrain_classes: Sequence[int] | None = Non
             )
 
 
+def check_probe_images(
+    dataset: Dataset, config: EvaluationConfig, pretrain_classes: Sequence[int] | None = None
+) -> None:
+    """Check that the images which fit the probes are of at least two classes.
+
+    Args:
+        dataset: Images and labels.
+        config: The evaluation section of the experiment.
+        pretrain_classes: Classes that pretraining sees, if the others are to be probed.
+
+    Raises:
+        ValueError: If ``max_train_images`` keeps too few.
+    """
+    # The labels stand in for the images, which are large and not looked at.
+    _, labels = _subset(
+        replace(dataset.train, images=dataset.train.labels), config.max_train_images
+    )
+    if len(set(labels.tolist()) - set(pretrain_classes or ())) < 2:
+        raise ValueError(
+            "evaluation.max_train_images must keep images of at least 2 probed classes, "
+            f"got {config.max_train_images}"
+        )
+
+
 def _evaluate(
     extract: Callable[[Tensor], dict[str, Array]],
     dataset: Dataset,
@@ -253,14 +278,10 @@ def _evaluate(
     pretrain_classes: Sequence[int] | None,
 ) -> dict[str, float]:
     check_dataset(dataset, pretrain_classes)
+    check_probe_images(dataset, config, pretrain_classes)
     train_images, train_labels = _subset(dataset.train, config.max_train_images)
     test_labels = dataset.test.labels.numpy().astype(np.int64)
     seen = np.asarray([] if pretrain_classes is None else list(pretrain_classes), dtype=np.int64)
-    if len(np.unique(train_labels[~np.isin(train_labels, seen)])) < 2:
-        raise ValueError(
-            "evaluation.max_train_images must keep images of at least 2 probed classes, "
-            f"got {config.max_train_images}"
-        )
     train, test = extract(train_images), extract(dataset.test.images)
     corrupted: dict[str, dict[str, Array]] = {}
     if config.robustness and not quick:

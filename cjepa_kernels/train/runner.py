@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,8 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import Tensor
@@ -45,7 +47,12 @@ from cjepa_kernels.train.data import (
     pretrain_indices,
     resolve_pretrain_classes,
 )
-from cjepa_kernels.train.evaluate import FeatureExtractor, evaluate
+from cjepa_kernels.train.evaluate import (
+    FeatureExtractor,
+    check_dataset,
+    check_probe_images,
+    evaluate,
+)
 from cjepa_kernels.train.module import (
     CJEPAModule,
     build_loss,
@@ -98,7 +105,7 @@ def train(
         DivergenceError: If the loss stops being finite.
     """
     run_dir = Path(run_dir)
-    build_loss(config)
+    _check_loss(config)
     check_run_directory(config, run_dir)
     finished = run_dir / "result.json"
     if finished.is_file():
@@ -108,6 +115,8 @@ def train(
         dataset = load_dataset(config.data, show_progress=show_bar)
         samples = check_against_data(config, dataset)
         module = _build_module(config, dataset, samples)
+        last = run_dir / _LAST_CHECKPOINT
+        steps_before = _completed_steps(last) if last.is_file() else 0
         atomic_write(
             run_dir / "config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False)
         )
@@ -123,10 +132,9 @@ def train(
             EpochCheckpoint(run_dir / "checkpoints", config.trainer.keep_every_n_epochs)
         )
         with _quiet_lightning():
-            trainer = _trainer(config, run_dir, callbacks, show_bar)
+            trainer = _trainer(config, run_dir, callbacks, show_bar, steps_before)
             if trainer.is_global_zero:
                 remove_partial_files(run_dir)
-            last = run_dir / _LAST_CHECKPOINT
             trainer.fit(
                 module,
                 datamodule=PretrainData(dataset, samples, config.trainer.batch_size, config.seed),
@@ -171,8 +179,11 @@ def load_result(run_dir: Path) -> RunResult:
             findings=stored["findings"],
             seconds=stored["seconds"],
         )
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a result of this program: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{file} is not a result of this program ({error!r}): remove it to evaluate the run "
+            "again"
+        ) from error
 
 
 def load_encoder(checkpoint: Path) -> tuple[FeatureExtractor, ExperimentConfig]:
@@ -260,9 +271,20 @@ def check_run_directory(config: ExperimentConfig, run_dir: Path) -> None:
         raise ValueError(f"run_dir: expected a directory, {str(run_dir)!r} is a file")
     if not file.is_file():
         if any((run_dir / name).exists() for name in ("result.json", _LAST_CHECKPOINT)):
-            raise ValueError(f"run_dir: {str(run_dir)!r} holds a run without its config.yaml")
+            raise ValueError(
+                f"run_dir: {str(run_dir)!r} holds a run without its config.yaml; choose another "
+                "directory or remove it"
+            )
         return
-    stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+    try:
+        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not isinstance(stored, Mapping):
+            raise ValueError(f"expected a mapping of sections, got {type(stored).__name__}")
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}): remove the directory {str(run_dir)!r} to start the run "
+            "again, or choose another one"
+        ) from error
     differences = differing_keys(stored, config_to_dict(config))
     if differences:
         raise ValueError(
@@ -287,9 +309,14 @@ def check_against_data(config: ExperimentConfig, dataset: Dataset) -> Tensor:
         (n,) int64, indices of the training images that pretraining sees.
 
     Raises:
-        ValueError: If model, masks, loss, batch size or classes do not fit the data.
+        ValueError: If model, masks, loss, batch size, classes or probes do not fit the data, or
+            the machine lacks the devices.
     """
-    build_loss(config, dataset.image_shape)
+    _check_loss(config, dataset.image_shape)
+    _check_devices(config)
+    classes = resolve_pretrain_classes(config.data, dataset)
+    check_dataset(dataset, classes)
+    check_probe_images(dataset, config.evaluation, classes)
     samples = pretrain_indices(config.data, dataset)
     if config.trainer.batch_size > len(samples):
         raise ValueError(
@@ -297,6 +324,46 @@ def check_against_data(config: ExperimentConfig, dataset: Dataset) -> Tensor:
             f"got {config.trainer.batch_size}"
         )
     return samples
+
+
+def _check_loss(config: ExperimentConfig, image_shape: tuple[int, int, int] | None = None) -> None:
+    try:
+        build_loss(config, image_shape)
+    except RuntimeError as error:
+        raise ValueError(f"loss.backend: {error}") from error
+    if config.loss.get("contrastive_on_context", True) is False:
+        raise ValueError(
+            "loss.contrastive_on_context: expected true, because the target encoder's features "
+            "carry no gradient and contrasting them trains nothing; got False"
+        )
+
+
+def _check_devices(config: ExperimentConfig) -> None:
+    """Let Lightning look for the devices while no file is written yet."""
+    wanted = config.trainer
+    try:
+        with _quiet_lightning():
+            trainer = L.Trainer(**_device_options(config), logger=False, barebones=True)
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"trainer.accelerator: this machine does not offer {wanted.accelerator!r} with "
+            f"trainer.devices={wanted.devices} and trainer.precision={wanted.precision!r}: {error}"
+        ) from error
+    if wanted.precision == "16-mixed" and isinstance(trainer.accelerator, CPUAccelerator):
+        raise ValueError(
+            "trainer.precision: the CPU takes '32-true' or 'bf16-mixed', got '16-mixed' with "
+            f"trainer.accelerator={wanted.accelerator!r}"
+        )
+
+
+def _completed_steps(checkpoint: Path) -> int:
+    stored = AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True)
+    try:
+        return int(stored["global_step"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{checkpoint} is not a checkpoint of this program: remove it to start the run again"
+        ) from error
 
 
 def _build_module(config: ExperimentConfig, dataset: Dataset, samples: Tensor) -> CJEPAModule:
@@ -318,17 +385,21 @@ def _advisor(config: ExperimentConfig, module: CJEPAModule) -> Advisor:
 
 
 def _trainer(
-    config: ExperimentConfig, run_dir: Path, callbacks: list[Callback], progress_bar: bool
+    config: ExperimentConfig,
+    run_dir: Path,
+    callbacks: list[Callback],
+    progress_bar: bool,
+    steps_before: int,
 ) -> L.Trainer:
     loggers: list[Logger] = []
     if config.logging.tensorboard:
-        loggers.append(TensorBoardLogger(run_dir, name="tensorboard", version=""))
+        # What a killed process logged after its last checkpoint will be logged again.
+        loggers.append(
+            TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=steps_before + 1)
+        )
     return L.Trainer(
+        **_device_options(config),
         default_root_dir=run_dir,
-        accelerator=config.trainer.accelerator,
-        devices=config.trainer.devices,
-        strategy="ddp" if config.trainer.devices > 1 else "auto",
-        precision=config.trainer.precision,
         max_epochs=config.trainer.epochs,
         gradient_clip_val=config.optimizer.gradient_clip,
         callbacks=callbacks,
@@ -339,6 +410,15 @@ def _trainer(
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
+
+
+def _device_options(config: ExperimentConfig) -> dict[str, Any]:
+    return {
+        "accelerator": config.trainer.accelerator,
+        "devices": config.trainer.devices,
+        "strategy": "ddp" if config.trainer.devices > 1 else "auto",
+        "precision": config.trainer.precision,
+    }
 
 
 @contextmanager
