@@ -25,7 +25,7 @@ def read_yaml(path: Path) -> Any:
         raise FileNotFoundError(f"config must be an existing YAML file, got {str(path)!r}")
     try:
         return parse_yaml(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:  # UnicodeDecodeError is one as well
         raise ValueError(f"config {str(path)!r} is not valid YAML: {error}") from error
 
 

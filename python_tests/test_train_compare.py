@@ -28,6 +28,7 @@ from cjepa_kernels.train.comparison import (
     text_tables,
 )
 from cjepa_kernels.train.config import ExperimentConfig, apply_overrides
+from cjepa_kernels.train.run_directory import RunResult
 from cjepa_kernels.train.worker_pool import JobError
 
 SMALL = apply_overrides(
@@ -178,7 +179,7 @@ def test_failing_run_is_named_and_finished_runs_are_kept(
 ) -> None:
     train = runner.train
 
-    def fail_on_jepa(config: ExperimentConfig, *args: Any, **kwargs: Any) -> runner.RunResult:
+    def fail_on_jepa(config: ExperimentConfig, *args: Any, **kwargs: Any) -> RunResult:
         if config.loss["contrastive_weight"] == 0:
             raise ArithmeticError("diverged")
         return train(config, *args, **kwargs)

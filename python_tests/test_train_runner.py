@@ -33,6 +33,7 @@ from cjepa_kernels.train.config import (
     config_to_dict,
 )
 from cjepa_kernels.train.data import load_dataset
+from cjepa_kernels.train.run_directory import load_result
 
 TINY = {
     "data": {"source": "digits", "train_size": 128, "test_size": 60},
@@ -156,7 +157,7 @@ def test_infinite_ratio_survives_the_result_file(tmp_path: Path) -> None:
     config = tiny("loss.jepa_weight=0", "trainer.epochs=1")
     trained = runner.train(config, tmp_path, progress_bar=False)
     assert trained.history[0]["term_ratio"] == float("inf")
-    assert runner.load_result(tmp_path) == trained
+    assert load_result(tmp_path) == trained
     json.loads((tmp_path / "result.json").read_text(), parse_constant=pytest.fail)
 
 
@@ -401,7 +402,7 @@ def test_two_ranks_on_the_cpu(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    result = runner.load_result(tmp_path / "run")
+    result = load_result(tmp_path / "run")
     assert result.history[0]["step"] == 4
     assert result.evaluation["mean/linear"] > 0
     # Each rank contrasts its own 16 pairs, where chance is log(31); one process with all 32

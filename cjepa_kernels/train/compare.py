@@ -34,6 +34,7 @@ from cjepa_kernels.train.config import ExperimentConfig, config_from_dict, confi
 from cjepa_kernels.train.data import Dataset, load_dataset, resolve_pretrain_classes
 from cjepa_kernels.train.evaluate import check_dataset, evaluate, evaluate_pixels
 from cjepa_kernels.train.report import write_report
+from cjepa_kernels.train.run_directory import RunResult, check_run_directory
 from cjepa_kernels.train.worker_pool import Job, ReportProgress, run_jobs
 
 ARMS: dict[str, dict[str, float]] = {
@@ -118,7 +119,7 @@ def compare(
     base = {seed: arm_config(config, "cjepa", seed, transfer=transfer) for seed in seeds}
     dataset = load_dataset(base[seeds[0]].data)
     for (arm, seed), run_config in configs.items():
-        runner.check_run_directory(run_config, out_dir / "runs" / _run_name(arm, seed))
+        check_run_directory(run_config, out_dir / "runs" / _run_name(arm, seed))
         runner.check_against_data(run_config, dataset)
     check_dataset(dataset, resolve_pretrain_classes(base[seeds[0]].data, dataset))
 
@@ -142,7 +143,7 @@ def compare(
 
     runs = []
     for arm, seed in configs:
-        result: runner.RunResult = results[_run_name(arm, seed)]
+        result: RunResult = results[_run_name(arm, seed)]
         runs.append(
             ArmRun(
                 arm=arm,
@@ -214,7 +215,7 @@ def _run_name(arm: str, seed: int) -> str:
     return f"{arm}-seed{seed}"
 
 
-def _train_job(config: ExperimentConfig, run_dir: Path, report: ReportProgress) -> runner.RunResult:
+def _train_job(config: ExperimentConfig, run_dir: Path, report: ReportProgress) -> RunResult:
     return runner.train(
         config,
         run_dir,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -21,6 +19,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from cjepa_kernels.yaml_reader import parse_yaml
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
@@ -255,8 +255,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if not file.is_file():
         raise FileNotFoundError(f"no configuration file {str(file)!r}")
     try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = parse_yaml(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{file} is not valid YAML: {error}") from error
     if values is None:
         values = {}
@@ -340,27 +340,6 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "")
     return lines
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with ``1e-3`` as a number and a key given twice as an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                mark = node.value[position][0].start_mark
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
 def _ascending(bounds: Range | None) -> Range | None:
     if bounds is not None and not 0.0 < bounds[0] <= bounds[1]:
         raise ValueError("expected [low, high] with 0 < low <= high")
@@ -379,8 +358,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not separator or not all(path):
         raise ValueError(f"override {override!r}: expected key=value, as in trainer.epochs=5")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        value = parse_yaml(text)
+    except ValueError as error:
         raise ValueError(f"override {override!r}: the value is not valid YAML") from error
     section = values
     for position, name in enumerate(path[:-1]):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +35,6 @@ from cjepa_kernels.train.config import (
     ExperimentConfig,
     config_from_dict,
     config_to_dict,
-    differing_keys,
 )
 from cjepa_kernels.train.data import (
     Dataset,
@@ -58,20 +54,14 @@ from cjepa_kernels.train.module import (
     build_loss,
     feature_extractor,
 )
+from cjepa_kernels.train.run_directory import (
+    LAST_CHECKPOINT,
+    RunResult,
+    check_run_directory,
+    encode_result,
+    load_result,
+)
 from cjepa_kernels.train.vit import VisionTransformer
-
-_LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run measured."""
-
-    run_dir: Path
-    history: list[dict[str, float]]  # one row per epoch
-    evaluation: dict[str, float]
-    findings: list[dict[str, str | float]]
-    seconds: float
 
 
 def train(
@@ -115,7 +105,7 @@ def train(
         dataset = load_dataset(config.data, show_progress=show_bar)
         samples = check_against_data(config, dataset)
         module = _build_module(config, dataset, samples)
-        last = run_dir / _LAST_CHECKPOINT
+        last = run_dir / LAST_CHECKPOINT
         steps_before = _completed_steps(last) if last.is_file() else 0
         atomic_write(
             run_dir / "config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False)
@@ -150,40 +140,8 @@ def train(
             pretrain_classes=resolve_pretrain_classes(config.data, dataset),
         )
     result = RunResult(run_dir, history.rows, evaluation, advice.findings, stopwatch.seconds)
-    atomic_write(finished, _encode_result(result))
+    atomic_write(finished, encode_result(result))
     return result
-
-
-def load_result(run_dir: Path) -> RunResult:
-    """Read a finished run.
-
-    Args:
-        run_dir: Directory of the run.
-
-    Returns:
-        The result as :func:`train` returned it.
-
-    Raises:
-        FileNotFoundError: If the run is not finished.
-        ValueError: If ``result.json`` is damaged.
-    """
-    file = Path(run_dir) / "result.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"no finished run in {str(run_dir)!r}: {file.name} is missing")
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        return RunResult(
-            run_dir=Path(run_dir),
-            history=[_decode_numbers(row) for row in stored["history"]],
-            evaluation=_decode_numbers(stored["evaluation"]),
-            findings=stored["findings"],
-            seconds=stored["seconds"],
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{file} is not a result of this program ({error!r}): remove it to evaluate the run "
-            "again"
-        ) from error
 
 
 def load_encoder(checkpoint: Path) -> tuple[FeatureExtractor, ExperimentConfig]:
@@ -202,7 +160,7 @@ def load_encoder(checkpoint: Path) -> tuple[FeatureExtractor, ExperimentConfig]:
     """
     file = Path(checkpoint)
     if file.is_dir():
-        file = file / _LAST_CHECKPOINT
+        file = file / LAST_CHECKPOINT
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint {str(file)!r}")
     try:
@@ -254,48 +212,6 @@ def _checked(extract: FeatureExtractor, image_shape: Sequence[int]) -> FeatureEx
         return extract(images)
 
     return checked
-
-
-def check_run_directory(config: ExperimentConfig, run_dir: Path) -> None:
-    """Refuse a directory that holds a run of another configuration.
-
-    Args:
-        config: The experiment.
-        run_dir: Directory of its run, which need not exist.
-
-    Raises:
-        ValueError: If a run is there that cannot be taken up; the differing keys are named.
-    """
-    file = run_dir / "config.yaml"
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"run_dir: expected a directory, {str(run_dir)!r} is a file")
-    if not file.is_file():
-        if any((run_dir / name).exists() for name in ("result.json", _LAST_CHECKPOINT)):
-            raise ValueError(
-                f"run_dir: {str(run_dir)!r} holds a run without its config.yaml; choose another "
-                "directory or remove it"
-            )
-        return
-    try:
-        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(stored, Mapping):
-            raise ValueError(f"expected a mapping of sections, got {type(stored).__name__}")
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(
-            f"{file} is damaged ({error}): remove the directory {str(run_dir)!r} to start the run "
-            "again, or choose another one"
-        ) from error
-    differences = differing_keys(stored, config_to_dict(config))
-    if differences:
-        raise ValueError(
-            "\n  ".join(
-                [
-                    f"run_dir: {str(run_dir)!r} holds a run of another configuration; choose "
-                    "another directory or remove it; the keys that differ (there -> here):",
-                    *differences,
-                ]
-            )
-        )
 
 
 def check_against_data(config: ExperimentConfig, dataset: Dataset) -> Tensor:
@@ -379,7 +295,7 @@ def _advisor(config: ExperimentConfig, module: CJEPAModule) -> Advisor:
         warmup_epochs=config.optimizer.warmup_fraction * config.trainer.epochs,
         contrastive_weight=module.loss.contrastive_weight,
         jepa_weight=module.loss.jepa_weight,
-        batch_size=config.trainer.batch_size,
+        batch_size=config.trainer.batch_size // config.trainer.devices,  # what a rank contrasts
         temperature=float(module.loss.contrastive.temperature),
     )
 
@@ -446,22 +362,3 @@ def _quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _encode_result(result: RunResult) -> str:
-    """JSON has no NaN and no infinity: they become strings."""
-    content = {
-        "history": [_encode_numbers(row) for row in result.history],
-        "evaluation": _encode_numbers(result.evaluation),
-        "findings": result.findings,
-        "seconds": result.seconds,
-    }
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"
-
-
-def _encode_numbers(row: dict[str, float]) -> dict[str, float | str]:
-    return {key: value if math.isfinite(value) else str(value) for key, value in row.items()}
-
-
-def _decode_numbers(row: dict[str, Any]) -> dict[str, float]:
-    return {key: float(value) for key, value in row.items()}
