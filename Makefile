@@ -10,13 +10,14 @@ BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcar
 DEMO_OUT ?= runs/demo
 SEEDS ?= 0,1,2
 
-.PHONY: help demo test lint format bench memory examples clean
+.PHONY: help demo test lint format bench memory micro plot examples clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
 	@echo "make lint   checks of style and types;  make format rewrites"
-	@echo "make bench  time of the loss beside eager PyTorch;  make memory its peak memory"
+	@echo "make bench  time and accuracy of the loss beside its targets;  make memory its peak memory"
+	@echo "make micro  time of each operator;  make plot draws what make bench recorded"
 	@echo "make examples runs every script in examples/"
 
 # The build tools come first because the package is built without isolation, so that the pinned
@@ -35,7 +36,7 @@ $(VENV)/.train: $(VENV)/.base $(BUILD_INPUTS)
 
 $(VENV)/.dev: $(VENV)/.base $(BUILD_INPUTS)
 	@echo "Installing cjepa_kernels with what tests and checks need"
-	CJEPA_REQUIRE_NATIVE=1 CJEPA_WERROR=1 $(PIP_INSTALL) --no-build-isolation -e '.[test,lint]'
+	CJEPA_REQUIRE_NATIVE=1 CJEPA_WERROR=1 $(PIP_INSTALL) --no-build-isolation -e '.[test,lint,bench]'
 	touch $@ $(VENV)/.train
 
 demo: $(VENV)/.train
@@ -60,6 +61,12 @@ bench: $(VENV)/.dev
 
 memory: $(VENV)/.dev
 	$(BIN)/python bench/nt_xent_memory.py
+
+micro: $(VENV)/.dev
+	$(BIN)/python -m pytest bench/test_micro.py --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds
+
+plot: $(VENV)/.dev
+	$(BIN)/python bench/plot.py
 
 examples: $(VENV)/.train
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

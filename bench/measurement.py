@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 import cjepa_kernels
+from cjepa_kernels.backends import compiled_module
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,6 +56,20 @@ def interleaved(
     return summary
 
 
+def instruction_set() -> str:
+    """Instruction set that the native back end uses here, ``none`` where it is not built."""
+    module = compiled_module()
+    return "none" if module is None else str(module.build_info()["instruction_set"])
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of a library, None where it is missing."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def environment() -> dict[str, Any]:
     """What the figures depend on."""
     commit = subprocess.run(
@@ -70,23 +86,32 @@ def environment() -> dict[str, Any]:
         cpu = names[0].split(":", 1)[1].strip() if names else cpu
     return {
         "device": cpu,
+        "instruction_set": instruction_set(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cjepa_kernels": cjepa_kernels.__version__,
+        "pytorch_metric_learning": installed_version("pytorch-metric-learning"),
         "commit": commit or None,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
     }
 
 
-def write_results(name: str, rows: list[dict[str, Any]]) -> Path:
-    """Write ``bench/results/<name>.json`` in one piece and return its path."""
+def write_results(name: str, rows: list[dict[str, Any]], **sections: list[dict[str, Any]]) -> Path:
+    """Write ``bench/results/<name>.json`` in one piece and return its path.
+
+    Args:
+        name: Stem of the file.
+        rows: What was measured.
+        **sections: Further lists, each under its own name.
+    """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+    content = {"environment": environment(), "rows": rows, **sections}
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, path)
     return path
 

@@ -6,35 +6,109 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cjepa_kernels import HJEPALoss, backends, nt_xent
+from cjepa_kernels import HJEPALoss, backends, nt_xent, ops
+
+pytestmark = pytest.mark.benchmark(max_time=0.2, min_rounds=3)
 
 CPU_BACKENDS = [
-    name for name, status in backends().items() if status.available and "cuda" not in status.devices
+    name
+    for name, status in backends().items()
+    if status.available and not {"cpu", "any"}.isdisjoint(status.devices)
 ]
+PATHS = {"": "auto", ".chunked": "chunked"}
+SIZES = [(16, 64), (64, 128), (256, 768), (1024, 128), (2048, 256)]
+
+sizes = pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
 
 
-@pytest.mark.parametrize(("batch", "features"), [(32, 128), (128, 768), (512, 256)], ids=str)
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def views(size: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two views (B, D) of M = 2B rows, as leaves of the graph."""
+    rows, features = size
+    z_i, z_j = torch.randn(2, rows // 2, features).to(dtype)
+    return z_i.clone().requires_grad_(), z_j.clone().requires_grad_()
+
+
+@sizes
+@dtypes
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward_backward"])
-def test_nt_xent(benchmark: Any, backend: Any, batch: int, features: int, backward: bool) -> None:
-    z_i, z_j = (torch.randn(batch, features, requires_grad=True) for _ in range(2))
+@pytest.mark.parametrize("direction", ["forward", "backward", "forward_backward"])
+def test_nt_xent(
+    benchmark: Any, backend: Any, direction: str, dtype: torch.dtype, size: tuple[int, int]
+) -> None:
+    z = views(size, dtype)
 
-    def run() -> None:
-        loss = nt_xent(z_i, z_j, backend=backend).loss
-        if backward:
-            torch.autograd.grad(loss, (z_i, z_j))
+    def forward() -> Tensor:
+        return nt_xent(*z, backend=backend).loss
 
-    benchmark(run)
+    if direction == "forward":
+        benchmark(forward)
+    elif direction == "backward":
+        loss = forward()
+        benchmark(lambda: torch.autograd.grad(loss, z, retain_graph=True))
+    else:
+        benchmark(lambda: torch.autograd.grad(forward(), z))
 
 
-@pytest.mark.parametrize("treatment", ["l2", "layer"])
-def test_hjepa(benchmark: Any, treatment: str) -> None:
-    levels = [torch.randn(16, n, 192, requires_grad=True) for n in (64, 32, 16)]
+class RecordedCalls(TorchDispatchMode):
+    """Calls of this package's operators, below autograd: each with the arguments it got."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == ops.NAMESPACE:
+            self.calls[func] = args
+        return func(*args, **(kwargs or {}))
+
+
+@sizes
+@dtypes
+@pytest.mark.parametrize("overload", ops.OVERLOADS, ids=["dispatched", "chunked"])
+@pytest.mark.parametrize("name", ["nt_xent", "nt_xent_backward"])
+def test_operator(
+    benchmark: Any, name: str, overload: str, dtype: torch.dtype, size: tuple[int, int]
+) -> None:
+    """The operator alone, with the arguments that the function gives it."""
+    z = views(size, dtype)
+    backend: Any = PATHS[overload]
+    with RecordedCalls() as recorded:
+        torch.autograd.grad(nt_xent(*z, backend=backend).loss, z)
+    operator = ops.operator(name, overload)
+    arguments = recorded.calls[operator]
+    with torch.no_grad():
+        benchmark(operator, *arguments)
+
+
+@dtypes
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize("recipe", ["l2", "layer"])
+@pytest.mark.parametrize("features", [64, 192])
+def test_hjepa(
+    benchmark: Any, features: int, recipe: str, direction: str, dtype: torch.dtype
+) -> None:
+    levels = [torch.randn(16, n, features).to(dtype).requires_grad_() for n in (64, 32, 16)]
     targets = [torch.randn_like(level) for level in levels]
-    loss_fn = HJEPALoss(target_norm="layer" if treatment == "layer" else None)
+    loss_fn = HJEPALoss(target_norm="layer" if recipe == "layer" else None)
 
-    def run() -> None:
-        torch.autograd.grad(loss_fn(levels, targets)["loss"], levels)
+    def forward() -> Tensor:
+        loss: Tensor = loss_fn(levels, targets)["loss"]
+        return loss
 
-    benchmark(run)
+    if direction == "forward":
+        benchmark(forward)
+    else:
+        benchmark(lambda: torch.autograd.grad(forward(), levels))

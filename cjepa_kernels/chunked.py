@@ -68,8 +68,11 @@ def forward(
     eps: float,
     reduction: str,
     product_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, ...]:
     """Loss, metrics and what backward needs; arguments and results as in ``ops.SCHEMA_FORWARD``."""
+    if keep:
+        raise ValueError("keep must be False: this back end computes the exponentials again")
     with torch.no_grad(), torch.autocast(z_i.device.type, enabled=False):
         z = _operands(z_i, z_j, cosine, eps, product_dtype)
         tau = positive_temperature(
@@ -112,6 +115,7 @@ def forward(
             shift,
             log_sum,
             positive,
+            z.new_empty(0),
         )
 
 
@@ -124,6 +128,7 @@ def backward(
     shift: Tensor,
     log_sum: Tensor,
     positive: Tensor,
+    kept: Tensor,
     temperature: float,
     cosine: bool,
     eps: float,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple, get_args
 
 import torch
@@ -10,9 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cjepa_kernels import ops, reference
-from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.backends import Backend, backends, check_backend
 from cjepa_kernels.distributed import Strategy, gather_pairs
 from cjepa_kernels.reference import Reduction
+
+NATIVE = backends()["native"].available
+KEPT_BYTES = int(float(os.environ.get("CJEPA_KEPT_MIB", "256")) * 2**20)
 
 
 class NTXentOutput(NamedTuple):
@@ -139,10 +143,25 @@ def _nt_xent(
         return NTXentOutput(reference.reduce(terms.loss, reduction), *terms[1:])
     tensor = temperature if isinstance(temperature, Tensor) else None
     number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    outputs = ops.operator("nt_xent", ".chunked" if backend == "chunked" else "")(
-        z_i, z_j, mask, tensor, number, use_cosine_similarity, eps, reduction, None
+    overload = ".chunked" if backend == "chunked" else ""
+    keep = overload == "" and _keeps_exponentials(z_i, z_j, tensor)
+    outputs = ops.operator("nt_xent", overload)(
+        z_i, z_j, mask, tensor, number, use_cosine_similarity, eps, reduction, None, keep
     )
     return NTXentOutput(*outputs[:5])
+
+
+def _keeps_exponentials(z_i: Tensor, z_j: Tensor, temperature: Tensor | None) -> bool:
+    """Whether the forward should leave the backward its exponentials, within the budget."""
+    if z_i.device.type != "cpu" or not NATIVE or not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_exporting():  # the size would bind the exported program to this batch
+        return False
+    if not (z_i.requires_grad or z_j.requires_grad):
+        if temperature is None or not temperature.requires_grad:
+            return False
+    size = 8 if z_i.dtype == torch.float64 else 4
+    return ops.kept_size(2 * z_i.shape[0]) * size <= KEPT_BYTES
 
 
 def check_strategy(strategy: str) -> None:

@@ -20,18 +20,20 @@ NAMESPACE = "cjepa_kernels"
 
 # z_i, z_j: (B, D), any strides. mask: (B, B) bool. temperature_tensor: (), overrides temperature.
 # product_dtype: dtype that the operands of z z^T are rounded to; None is the input's.
+# keep: keep the exponentials of S for the backward, M^2 / 2 numbers and more (see kept_size).
 # loss: () or, for reduction "none", (M,); lse, shift, log_sum, positive: (M,); metrics: ().
 # shift is a similarity, log_sum the log of the sum over negatives of exp((s - shift) / tau):
 # together they are LSE-, without the rounding of a large number at low temperature.
 SCHEMA_FORWARD = (
     "(Tensor z_i, Tensor z_j, Tensor? mask, Tensor? temperature_tensor, float temperature, "
-    "bool use_cosine_similarity, float eps, str reduction, ScalarType? product_dtype) -> "
+    "bool use_cosine_similarity, float eps, str reduction, ScalarType? product_dtype, "
+    "bool keep) -> "
     "(Tensor loss, Tensor accuracy, Tensor positive_similarity, Tensor negative_similarity, "
-    "Tensor lse, Tensor shift, Tensor log_sum, Tensor positive)"
+    "Tensor lse, Tensor shift, Tensor log_sum, Tensor positive, Tensor kept)"
 )
 SCHEMA_BACKWARD = (
     "(Tensor grad_loss, Tensor z_i, Tensor z_j, Tensor? mask, Tensor? temperature_tensor, "
-    "Tensor shift, Tensor log_sum, Tensor positive, float temperature, "
+    "Tensor shift, Tensor log_sum, Tensor positive, Tensor kept, float temperature, "
     "bool use_cosine_similarity, float eps, str reduction, ScalarType? product_dtype) -> "
     "(Tensor grad_z_i, Tensor grad_z_j, Tensor grad_temperature)"
 )
@@ -42,14 +44,22 @@ AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "Autoca
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
+def kept_size(rows: int) -> int:
+    """Numbers that the native forward keeps on request: the tiles of S on and above the diagonal."""
+    block = 192 if rows >= 1536 else 96
+    blocks = (rows + block - 1) // block
+    return blocks * (blocks + 1) // 2 * block * block
+
+
 def _fake_forward(z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    reduction = args[-2]
+    reduction, _, keep = args[-3:]
     rows = 2 * z_i.shape[0]
     dtype = accumulation_dtype(z_i.dtype)
     loss = z_i.new_empty((rows,) if reduction == "none" else (), dtype=dtype)
     metrics = (z_i.new_empty((), dtype=dtype) for _ in range(3))
     saved = (z_i.new_empty(rows, dtype=dtype) for _ in range(4))
-    return (loss, *metrics, *saved)
+    kept = z_i.new_empty(kept_size(rows) if keep else 0, dtype=dtype)
+    return (loss, *metrics, *saved, kept)
 
 
 def _fake_backward(
@@ -70,16 +80,16 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z_i, z_j, mask, temperature_tensor, *ctx.options = inputs
+    z_i, z_j, mask, temperature_tensor, *ctx.options, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z_i, z_j, mask, temperature_tensor, *output[-3:])
+    ctx.save_for_backward(z_i, z_j, mask, temperature_tensor, *output[-4:])
 
 
 def _make_backward(overload: str) -> Any:
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         if grad_loss is None:
-            return (None,) * 9
+            return (None,) * 10
         grad_z_i, grad_z_j, grad_temperature = operator("nt_xent_backward", overload)(
             grad_loss, *ctx.saved_tensors, *ctx.options
         )
@@ -89,7 +99,7 @@ def _make_backward(overload: str) -> Any:
             grad_z_j if needs[1] else None,
             None,
             grad_temperature if needs[3] else None,
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
     return backward
@@ -104,13 +114,13 @@ def _no_double_backward(ctx: Any, *grads: Any) -> None:
 
 def _make_autocast(overload: str, device_type: str) -> Any:
     def autocast(*args: Any) -> Any:
-        *rest, product_dtype = args
+        *rest, product_dtype, keep = args
         if product_dtype is None:
             product_dtype = torch.get_autocast_dtype(device_type)
             if args[0].dtype == torch.float64:
                 product_dtype = torch.float64
         with torch.autocast(device_type, enabled=False):
-            return operator("nt_xent", overload)(*rest, product_dtype)
+            return operator("nt_xent", overload)(*rest, product_dtype, keep)
 
     return autocast
 

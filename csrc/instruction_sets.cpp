@@ -16,6 +16,7 @@ std::vector<std::string> available_instruction_sets() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     sets.emplace_back("avx512");
+    if (__builtin_cpu_supports("avx512bf16")) sets.emplace_back("avx512_bf16");
   }
 #endif
   return sets;

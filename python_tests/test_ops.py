@@ -10,7 +10,7 @@ import torch
 from tolerances import AUTOCAST_LOSS, relative_error
 from torch import Tensor, nn
 
-from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, NTXentLoss, nt_xent, ops
+from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, NTXentLoss, backends, nt_xent, ops
 
 OVERLOADS = pytest.mark.parametrize("overload", ops.OVERLOADS, ids=["dispatched", "chunked"])
 
@@ -24,14 +24,19 @@ def sample_inputs(dtype: torch.dtype = torch.float64) -> list[tuple[Any, ...]]:
     mask = torch.rand(4, 4) < 0.4
     temperature = torch.tensor(0.3, dtype=dtype, requires_grad=True)
     return [
-        (z(3, 5), z(3, 5), None, None, 0.2, True, 1e-8, "mean", None),
-        (z(4, 3), z(4, 3), mask, None, 0.5, True, 1e-8, "none", None),
-        (z(4, 3), z(4, 3), mask, temperature, 1.0, True, 1e-8, "sum", None),
-        (z(5, 2), z(5, 2), None, temperature, 1.0, False, 1e-8, "mean", None),
-        (z(2, 4), z(2, 4), None, None, 0.1, True, 1e-8, "sum", None),
+        (z(3, 5), z(3, 5), None, None, 0.2, True, 1e-8, "mean", None, False),
+        (z(4, 3), z(4, 3), mask, None, 0.5, True, 1e-8, "none", None, False),
+        (z(4, 3), z(4, 3), mask, temperature, 1.0, True, 1e-8, "sum", None, False),
+        (z(5, 2), z(5, 2), None, temperature, 1.0, False, 1e-8, "mean", None, False),
+        (z(2, 4), z(2, 4), None, None, 0.1, True, 1e-8, "sum", None, False),
     ]
 
 
+def with_kept_exponentials(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*inputs[:-1], True)
+
+
+KEEPS = pytest.mark.skipif(not backends()["native"].available, reason="no compiled kernel here")
 CASES = pytest.mark.parametrize("case", range(5))
 
 
@@ -42,20 +47,42 @@ def test_opcheck_forward(overload: str, case: int, dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.operator("nt_xent", overload), sample_inputs(dtype)[case])
 
 
+@KEEPS
+@CASES
+def test_opcheck_with_kept_exponentials(case: int) -> None:
+    inputs = with_kept_exponentials(sample_inputs()[case])
+    out = ops.operator("nt_xent")(*inputs)
+    assert out[-1].numel() == ops.kept_size(2 * len(inputs[0]))
+    # Not the comparison of outputs: what no pair of rows stands for is left as it was in memory.
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.operator("nt_xent"), inputs, test_utils=utilities)
+    arguments = (torch.ones_like(out[0]), *inputs[:4], *out[-4:], *inputs[4:-1])
+    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+    torch.library.opcheck(ops.operator("nt_xent_backward"), detached)
+
+
+@CASES
+def test_chunked_keeps_nothing(case: int) -> None:
+    with pytest.raises(ValueError, match="keep must be False"):
+        ops.operator("nt_xent", ".chunked")(*with_kept_exponentials(sample_inputs()[case]))
+
+
 @OVERLOADS
 @CASES
 def test_opcheck_backward(overload: str, case: int) -> None:
     inputs = sample_inputs()[case]
     out = ops.operator("nt_xent", overload)(*inputs)
-    arguments = (torch.ones_like(out[0]), *inputs[:4], *out[-3:], *inputs[4:])
+    arguments = (torch.ones_like(out[0]), *inputs[:4], *out[-4:], *inputs[4:-1])
     detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
     torch.library.opcheck(ops.operator("nt_xent_backward", overload), detached)
 
 
-@OVERLOADS
+@pytest.mark.parametrize(
+    ("overload", "keep"), [("", False), pytest.param("", True, marks=KEEPS), (".chunked", False)]
+)
 @CASES
-def test_gradcheck(overload: str, case: int) -> None:
-    inputs = sample_inputs()[case]
+def test_gradcheck(overload: str, keep: bool, case: int) -> None:
+    inputs = (*sample_inputs()[case][:-1], keep)
     operator = ops.operator("nt_xent", overload)
 
     def loss(z_i: Tensor, z_j: Tensor, temperature: Tensor | None) -> Tensor:

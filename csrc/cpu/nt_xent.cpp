@@ -6,32 +6,39 @@
 namespace cjepa {
 namespace {
 
+// Calls run(T(), P()) with the types of sums and of operands.
+template <typename Run>
+auto with_types(const Options& options, const Run& run) {
+  if (options.z_i.scalar_type() == ScalarType::Double) return run(double(), double());
+  if (options.rounded_dtype() == ScalarType::BFloat16 && has_bf16_core())
+    return run(float(), Bf16Pair());
+  return run(float(), float());
+}
+
 Outputs forward(Tensor z_i, Tensor z_j, std::optional<Tensor> mask,
                 std::optional<Tensor> temperature_tensor, double temperature, bool cosine,
-                double eps, std::string reduction, std::optional<ScalarType> product_dtype) {
-  if (z_i.scalar_type() == ScalarType::Double) {
-    const Exponents<double> exponents(temperature_tensor, temperature, cosine);
-    return nt_xent_forward<double>(z_i, z_j, mask, exponents, cosine, eps, reduction,
-                                   product_dtype);
-  }
-  const Exponents<float> exponents(temperature_tensor, temperature, cosine);
-  return nt_xent_forward<float>(z_i, z_j, mask, exponents, cosine, eps, reduction, product_dtype);
+                double eps, std::string reduction, std::optional<ScalarType> product_dtype,
+                bool keep) {
+  const Options options{z_i,    z_j, mask,      temperature_tensor, temperature,
+                        cosine, eps, reduction, product_dtype};
+  return with_types(options, [&](auto sum, auto operand) {
+    return nt_xent_forward<decltype(sum), decltype(operand)>(options, keep);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor z_i, Tensor z_j,
                                             std::optional<Tensor> mask,
                                             std::optional<Tensor> temperature_tensor, Tensor shift,
-                                            Tensor log_sum, Tensor positive, double temperature,
-                                            bool cosine, double eps, std::string reduction,
+                                            Tensor log_sum, Tensor positive, Tensor kept,
+                                            double temperature, bool cosine, double eps,
+                                            std::string reduction,
                                             std::optional<ScalarType> product_dtype) {
-  if (z_i.scalar_type() == ScalarType::Double) {
-    const Exponents<double> exponents(temperature_tensor, temperature, cosine);
-    return nt_xent_backward<double>(grad_loss, z_i, z_j, mask, temperature_tensor, shift, log_sum,
-                                    positive, exponents, cosine, eps, reduction, product_dtype);
-  }
-  const Exponents<float> exponents(temperature_tensor, temperature, cosine);
-  return nt_xent_backward<float>(grad_loss, z_i, z_j, mask, temperature_tensor, shift, log_sum,
-                                 positive, exponents, cosine, eps, reduction, product_dtype);
+  const Options options{z_i,    z_j, mask,      temperature_tensor, temperature,
+                        cosine, eps, reduction, product_dtype};
+  return with_types(options, [&](auto sum, auto operand) {
+    return nt_xent_backward<decltype(sum), decltype(operand)>(options, grad_loss,
+                                                              {shift, log_sum, positive, kept});
+  });
 }
 
 }  // namespace

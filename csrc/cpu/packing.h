@@ -1,4 +1,4 @@
-// The kernel's own copy of a batch: rows normalised, interleaved by view, padded, and in panels.
+// The kernel's own copy of a batch: rows normalised, rounded, padded, and laid out as operands.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,10 +11,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
+#include "memory.h"
 #include "tile_core.h"
 
 namespace cjepa {
@@ -22,150 +23,213 @@ namespace cjepa {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Memory that is not cleared; 64 bytes aligned, as vector loads of packed rows want it.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count = 0)
-      : data_(static_cast<T*>(
-            ::operator new[](sizeof(T) * std::max<int64_t>(count, 1), std::align_val_t{64}))) {}
-  T* get() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_.get()[i]; }
-
- private:
-  struct Free {
-    void operator()(T* p) const { ::operator delete[](p, std::align_val_t{64}); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
-
-template <typename T>
-struct View {  // a (B, D) tensor of any strides and any floating dtype
-  const void* data;
+struct View {  // a (rows, D) tensor of any strides and any floating dtype
+  const char* data;
   ScalarType dtype;
-  int64_t row_stride, column_stride;
+  int64_t rows, features, row_stride, column_stride;
 
   explicit View(const Tensor& z)
-      : data(z.const_data_ptr()),
+      : data(static_cast<const char*>(z.const_data_ptr())),
         dtype(z.scalar_type()),
+        rows(z.size(0)),
+        features(z.size(1)),
         row_stride(z.stride(0)),
         column_stride(z.stride(1)) {}
 
-  void read(int64_t row, int64_t features, T* out) const {
+  // The row itself where it lies contiguous in T, else a copy of it in `space`.
+  template <typename T>
+  const T* row(int64_t index, T* space) const {
     switch (dtype) {
       case ScalarType::Double:
-        return copy<double>(row, features, out);
+        return convert<double>(index, space);
       case ScalarType::Half:
-        return copy<torch::headeronly::Half>(row, features, out);
+        return convert<torch::headeronly::Half>(index, space);
       case ScalarType::BFloat16:
-        return copy<torch::headeronly::BFloat16>(row, features, out);
+        return convert<torch::headeronly::BFloat16>(index, space);
       default:
-        return copy<float>(row, features, out);
+        return convert<float>(index, space);
     }
   }
 
  private:
-  template <typename S>
-  void copy(int64_t row, int64_t features, T* out) const {
-    const S* from = static_cast<const S*>(data) + row * row_stride;
-    if (column_stride == 1) {
-      for (int64_t d = 0; d < features; ++d) out[d] = static_cast<T>(from[d]);
-    } else {
-      for (int64_t d = 0; d < features; ++d) out[d] = static_cast<T>(from[d * column_stride]);
+  template <typename S, typename T>
+  const T* convert(int64_t index, T* space) const {
+    const S* from = reinterpret_cast<const S*>(data) + index * row_stride;
+    if constexpr (std::is_same_v<S, T>) {
+      if (column_stride == 1) return from;
     }
+    if (column_stride == 1) {
+      for (int64_t d = 0; d < features; ++d) space[d] = static_cast<T>(from[d]);
+    } else {
+      for (int64_t d = 0; d < features; ++d) space[d] = static_cast<T>(from[d * column_stride]);
+    }
+    return space;
   }
 };
 
 template <typename T>
-void round_to(std::optional<ScalarType> dtype, int64_t count, T* x) {
-  if (dtype == ScalarType::BFloat16) {
+void round_to(ScalarType dtype, int64_t count, T* x) {
+  const auto through = [&](auto narrow) {
+    using Narrow = decltype(narrow);
     for (int64_t i = 0; i < count; ++i)
-      x[i] = static_cast<float>(torch::headeronly::BFloat16(static_cast<float>(x[i])));
-  } else if (dtype == ScalarType::Half) {
-    for (int64_t i = 0; i < count; ++i)
-      x[i] = static_cast<float>(torch::headeronly::Half(static_cast<float>(x[i])));
-  } else if (dtype == ScalarType::Float) {
-    for (int64_t i = 0; i < count; ++i) x[i] = static_cast<float>(x[i]);
-  }
+      x[i] = static_cast<float>(static_cast<Narrow>(static_cast<float>(x[i])));
+  };
+  if (dtype == ScalarType::BFloat16) return through(torch::headeronly::BFloat16());
+  if (dtype == ScalarType::Half) return through(torch::headeronly::Half());
+  if (dtype == ScalarType::Float && sizeof(T) > sizeof(float)) return through(float());
 }
 
-// Sum of squares in 16 lanes, so that it vectorises and its order is fixed.
+// How rows become operands.
 template <typename T>
-T sum_of_products(const T* x, const T* y, int64_t count) {
-  T lanes[16] = {};
-  int64_t d = 0;
-  for (; d + 16 <= count; d += 16)
-    for (int l = 0; l < 16; ++l) lanes[l] += x[d + l] * y[d + l];
-  for (; d < count; ++d) lanes[d & 15] += x[d] * y[d];
-  T total = 0;
-  for (T lane : lanes) total += lane;
-  return total;
-}
+struct Rounding {
+  bool cosine;
+  T eps;
+  ScalarType dtype;
+
+  // Both results for one raw row: normalised, and rounded after that. Returns the norm.
+  template <typename Core>
+  T apply(const Core& core, const T* raw, int64_t features, T* unit, T* rounded) const {
+    T norm = 1;
+    if (cosine) {
+      norm = core.normalize(raw, features, eps, unit);
+    } else {
+      std::copy(raw, raw + features, unit);
+    }
+    if (rounded != unit) std::copy(unit, unit + features, rounded);
+    round_to(dtype, features, rounded);
+    return norm;
+  }
+};
 
 inline int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 
-// How a batch is cut into blocks. Blocks depend on M alone, never on the number of threads.
+// How rows are cut into blocks, the sides of tiles: by their number alone, never by the number of
+// threads.
 struct Layout {
-  int64_t batch, rows, features;
-  int64_t block, blocks, padded_rows;
+  int64_t rows, features, block, blocks;
 
-  Layout(int64_t batch_, int64_t features_) : batch(batch_), rows(2 * batch_), features(features_) {
-    block = rows >= 1536 ? 192 : 96;
+  Layout(int64_t rows_, int64_t features_)
+      : rows(rows_), features(features_), block(block_of(rows_)) {
     blocks = (rows + block - 1) / block;
-    padded_rows = blocks * block;
   }
+  static int64_t block_of(int64_t rows) { return rows >= 1536 ? 192 : 96; }
+  int64_t padded_rows() const { return blocks * block; }
   int64_t valid(int64_t b) const { return std::min(block, rows - b * block); }
-  // Position in the caller's order (view i, then view j) of an interleaved row.
-  int64_t original(int64_t row) const { return (row & 1) * batch + (row >> 1); }
 };
 
-template <typename T>
-struct PackedBatch {
-  Layout layout;
-  int64_t panel;
-  Buffer<T> rows;    // (padded_rows, D)
-  Buffer<T> panels;  // [padded_rows / panel][D][panel]
-  bool finite = true;
+inline constexpr int64_t kPackedRows = 32;  // packed at a time: a multiple of every panel
 
-  PackedBatch(const Tensor& z_i, const Tensor& z_j, bool cosine, T eps,
-              std::optional<ScalarType> product_dtype, int64_t panel_width)
-      : layout(z_i.size(0), z_i.size(1)),
-        panel(panel_width),
-        rows(layout.padded_rows * layout.features),
-        panels(layout.padded_rows * layout.features) {
-    const View<T> views[2] = {View<T>(z_i), View<T>(z_j)};
-    const ScalarType rounded = product_dtype.value_or(z_i.scalar_type());
+// Rows of one tensor, or of two interleaved: row 2k is row k of the first, 2k + 1 of the second.
+struct Source {
+  const View* views;
+  int64_t count;
+  int64_t rows() const { return count * views->rows; }
+};
+
+template <typename T, typename P>
+struct PackedBatch {
+  static constexpr int64_t kNumbers = std::is_same_v<T, P> ? 1 : 2;  // in a P
+
+  Layout layout;
+  int64_t depth;            // features in P
+  int64_t padded_depth;     // of slices
+  int64_t padded_features;  // of the products' operand
+  Buffer<P> slices;         // [block][padded_depth / panel][block rows][panel]
+  Buffer<P> panels;         // [rows / panel][depth][panel]
+  Buffer<P> products_own;   // [block][padded_features / panel][block rows / kNumbers][panel]
+  bool finite = true;
+  bool bounded = true;  // no row is longer than 1.02
+  std::vector<T> sums;  // [group of rows][features], if asked for
+  std::vector<double> squares;
+
+  // At the first row of block b:
+  const P* slices_of(int64_t b) const { return slices.get() + b * layout.block * padded_depth; }
+  const P* panels_of(int64_t b) const { return panels.get() + b * layout.block * depth; }
+  const P* products_of(int64_t b) const {
+    const Buffer<P>& operand = kNumbers == 1 ? slices : products_own;
+    return operand.get() + b * layout.block / kNumbers * padded_features;
+  }
+
+  struct Wanted {
+    bool similarity, products, sums;
+  };
+
+  PackedBatch(const Source& source, const Rounding<T>& rounding, const TileCore<T, P>& core,
+              Wanted wanted)
+      : layout(source.rows(), source.views->features),
+        depth((layout.features + kNumbers - 1) / kNumbers),
+        padded_depth(round_up(depth, core.panel)),
+        padded_features(round_up(layout.features, core.panel)),
+        // A height rounded up to the micro-tile reads beyond the last row.
+        slices((kNumbers == 1 || wanted.similarity)
+                   ? layout.padded_rows() * padded_depth + core.micro_rows * core.panel
+                   : 0),
+        panels(wanted.similarity ? layout.padded_rows() * depth : 0),
+        products_own(kNumbers == 2 && wanted.products
+                         ? layout.padded_rows() / kNumbers * padded_features
+                         : 0) {
+    const int64_t groups = (layout.rows + kPackedRows - 1) / kPackedRows;
     const int64_t features = layout.features;
-    std::vector<uint8_t> block_finite(layout.blocks, 1);
-    torch::stable::parallel_for(0, layout.blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) {
-        for (int64_t a = b * layout.block; a < (b + 1) * layout.block; ++a) {
-          T* row = rows.get() + a * features;
+    if (wanted.sums) {
+      sums.resize(groups * features);
+      squares.resize(groups);
+    }
+    std::vector<uint8_t> group_finite(groups, 1), group_bounded(groups, 1);
+    deal(groups, 20.0 * layout.rows * features, [&](const auto& take) {
+      Buffer<T> rows(kPackedRows * features), space(features);
+      for (int64_t g; (g = take()) < groups;) {
+        double group_squares = 0;
+        for (int64_t r = 0; r < kPackedRows; ++r) {
+          const int64_t a = g * kPackedRows + r;
+          T* row = rows.get() + r * features;
           if (a >= layout.rows) {
             std::fill(row, row + features, T{0});
             continue;
           }
-          views[a & 1].read(a >> 1, features, row);
-          T zero = 0;
-          for (int64_t d = 0; d < features; ++d) zero += row[d] * T{0};
-          if (!(zero == 0)) block_finite[b] = 0;
-          if (cosine) {
-            const T divisor = std::max(std::sqrt(sum_of_products(row, row, features)), eps);
-            for (int64_t d = 0; d < features; ++d) row[d] /= divisor;
-          }
-          if (sizeof(T) == 8 || rounded != ScalarType::Float) round_to(rounded, features, row);
+          const View& view = source.views[a % source.count];
+          const T* raw = view.row(a / source.count, space.get());
+          rounding.apply(core, raw, features, row, row);
+          const T square = core.dot(row, row, features);
+          group_squares += square;
+          if (!(square <= T{1.0404})) group_bounded[g] = 0;
+          if (!std::isfinite(square) || square == 0) group_finite[g] &= all_finite(raw, features);
         }
-        for (int64_t p = b * layout.block; p < (b + 1) * layout.block; p += panel) {
-          const T* from = rows.get() + p * features;
-          T* to = panels.get() + p * features;
-          for (int64_t d = 0; d < features; ++d)
-            for (int64_t l = 0; l < panel; ++l) to[d * panel + l] = from[l * features + d];
-        }
+        write(core, wanted, rows.get(), g * kPackedRows);
+        if (!wanted.sums) continue;
+        squares[g] = group_squares;
+        T* sum = sums.data() + g * features;
+        for (int64_t r = 0; r < kPackedRows; ++r) core.add(rows.get() + r * features, features, sum);
       }
     });
-    for (uint8_t f : block_finite) finite = finite && f != 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      finite = finite && group_finite[g] != 0;
+      bounded = bounded && group_bounded[g] != 0;
+    }
+  }
+
+ private:
+  static bool all_finite(const T* row, int64_t features) {
+    return std::all_of(row, row + features, [](T x) { return std::isfinite(x); });
+  }
+
+  void write(const TileCore<T, P>& core, Wanted wanted, const T* rows, int64_t first) const {
+    const int64_t features = layout.features, b = first / layout.block;
+    const int64_t row = first - b * layout.block;
+    for (int64_t r = 0; r < kPackedRows; r += core.panel) {
+      const T* from = rows + r * features;
+      if (wanted.similarity || kNumbers == 1) {
+        P* slice = slices.get() + b * layout.block * padded_depth + (row + r) * core.panel;
+        P* panel = wanted.similarity ? panels.get() + (first + r) * depth : nullptr;
+        core.pack(from, features, features, panel, slice, layout.block);
+      }
+      if (wanted.products && kNumbers == 2) {
+        P* out = products_own.get() + b * layout.block / kNumbers * padded_features +
+                 (row + r) / kNumbers * core.panel;
+        core.pack_product(from, features, features, out, layout.block / kNumbers);
+      }
+    }
   }
 };
 

@@ -8,6 +8,6 @@
 #include "tile_core_impl.h"
 
 namespace cjepa {
-extern const TileCore<float> kTileCoreFloatBaseline = Core<float>::table();
-extern const TileCore<double> kTileCoreDoubleBaseline = Core<double>::table();
+extern const TileCore<float, float> kFloatBaseline = Core<float>::table();
+extern const TileCore<double, double> kDoubleBaseline = Core<double>::table();
 }  // namespace cjepa

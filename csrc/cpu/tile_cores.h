@@ -5,7 +5,10 @@
 
 namespace cjepa {
 
-template <typename T>
-const TileCore<T>& tile_core();
+template <typename T, typename P>
+const TileCore<T, P>& tile_core();
+
+// Whether there is a core for pairs of bf16 numbers; without one they are multiplied as fp32.
+bool has_bf16_core();
 
 }  // namespace cjepa

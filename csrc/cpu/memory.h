@@ -1,0 +1,52 @@
+// Buffers of the kernel, and work dealt to threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+namespace cjepa {
+
+// A piece of memory, 64 bytes aligned, not cleared. Those that are given back are kept for the next
+// call, within a limit: a large one costs a page fault and a cleared page each time it is new.
+struct Block {
+  void* data;
+  size_t bytes;
+};
+Block take_block(size_t bytes);
+void give_back(Block block);
+
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count = 0) : block_(take_block(sizeof(T) * count)) {}
+  Buffer(Buffer&& other) noexcept : block_(std::exchange(other.block_, {nullptr, 0})) {}
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { give_back(block_); }
+  T* get() const { return static_cast<T*>(block_.data); }
+  T& operator[](int64_t i) const { return get()[i]; }
+
+ private:
+  Block block_;
+};
+
+// Runs worker(take) in every thread; take() returns the next of 0 … count - 1 until it returns
+// `count`. Which thread takes what must not matter for the result. `work` counts operations: a
+// small job is not worth waking threads for.
+template <typename Worker>
+void deal(int64_t count, double work, const Worker& worker) {
+  std::atomic<int64_t> next{0};
+  const auto take = [&] { return std::min(next.fetch_add(1, std::memory_order_relaxed), count); };
+  constexpr double kWorkPerThread = 1e5;
+  const int64_t threads = std::min({static_cast<int64_t>(torch::stable::get_num_threads()), count,
+                                    1 + static_cast<int64_t>(work / kWorkPerThread)});
+  torch::stable::parallel_for(0, std::max<int64_t>(threads, 1), 1,
+                              [&](int64_t, int64_t) { worker(take); });
+}
+
+}  // namespace cjepa

@@ -1,0 +1,255 @@
+"""The benchmarks run, compare equal formulas, and judge targets rightly. No time is asserted."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
+
+from cjepa_kernels import backends, nt_xent
+
+ROOT = Path(__file__).parent.parent
+BENCH = ROOT / "bench"
+sys.path.insert(0, str(BENCH))
+# Any: the scripts of bench/ are not part of the package.
+accuracy, formulas, measurement, plan, plot, targets = (
+    importlib.import_module(name)
+    for name in ("accuracy", "formulas", "measurement", "plan", "plot", "targets")
+)
+nt_xent_bench: Any = importlib.import_module("nt_xent")
+
+needs_native = pytest.mark.skipif(
+    not backends()["native"].available, reason=backends()["native"].reason
+)
+SIZE = plan.Size(8192, 256)
+
+
+def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+        check=False,
+    )
+
+
+def leaves(batch: int, features: int) -> tuple[torch.Tensor, torch.Tensor]:
+    z_i, noise = torch.randn(2, batch, features, dtype=torch.float64)
+    return z_i.clone().requires_grad_(), (z_i + noise).requires_grad_()
+
+
+def reference(z_i: torch.Tensor, z_j: torch.Tensor) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    loss = nt_xent(z_i, z_j, temperature=formulas.TEMPERATURE, backend="reference").loss
+    return loss, torch.autograd.grad(loss, (z_i, z_j))
+
+
+def measured(part: str, direction: str, **seconds: float) -> list[dict[str, Any]]:
+    """Rows of the results file for one cell at ``SIZE``."""
+    return [
+        {
+            "part": part,
+            "M": SIZE.rows,
+            "D": SIZE.features,
+            "pass": direction,
+            "name": name,
+            "median": median,
+        }
+        for name, median in seconds.items()
+    ]
+
+
+@pytest.mark.parametrize("batch", [2, 7, 33])
+@pytest.mark.parametrize("name", [*formulas.FORMULAS, "metric_learning"])
+def test_formula_equals_the_reference(name: str, batch: int) -> None:
+    if name == "metric_learning":
+        pytest.importorskip("pytorch_metric_learning")
+    z_i, z_j = leaves(batch, 5)
+    loss = plan.find_formula(name, (z_i, z_j))(z_i, z_j)
+    gradients = torch.autograd.grad(loss, (z_i, z_j))
+    expected_loss, expected = reference(z_i, z_j)
+    assert relative_error(loss, expected_loss) <= FLOOR_VALUE[torch.float64]
+    for actual, wanted in zip(gradients, expected, strict=True):
+        assert relative_error(actual, wanted) <= FLOOR_GRADIENT[torch.float64]
+
+
+@pytest.mark.parametrize("rows", [4, 34, 1200], ids=["tiny", "odd", "three_blocks"])
+def test_exact_values_equal_the_reference(rows: int) -> None:
+    z_i, z_j = (z.double().requires_grad_() for z in plan.views(plan.Size(rows, 6)))
+    anchors = torch.randperm(rows)[: rows // 2 + 1].sort().values
+    truth = accuracy.exact(z_i, z_j, anchors)
+    loss, gradients = reference(z_i, z_j)
+    assert relative_error(truth.loss, loss) <= FLOOR_VALUE[torch.float64]
+    expected = torch.cat(gradients)[anchors]
+    assert relative_error(truth.gradient, expected) <= FLOOR_GRADIENT[torch.float64]
+
+
+def test_errors_see_a_wrong_gradient_in_a_checked_subset(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_row_wrong(z_i: torch.Tensor, z_j: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = formulas.eager(z_i, z_j)
+        return loss + (z_j[-1] - z_j[-1].detach()).sum()
+
+    monkeypatch.setitem(formulas.FORMULAS, "wrong", one_row_wrong)
+    monkeypatch.setattr(accuracy, "LARGEST_COMPLETE", 8)
+    monkeypatch.setattr(accuracy, "checked_anchors", lambda rows: torch.tensor([0, rows - 1]))
+    right, wrong = accuracy.measure_errors(plan.Size(40, 6), "fp32", ("eager", "wrong"))
+    assert right["rows_checked"] == 2
+    assert max(right[quantity] for quantity in accuracy.QUANTITIES) < 1e-5
+    assert wrong["loss"] < 1e-5
+    assert wrong["grad_z_i"] < 1e-5
+    assert wrong["grad_z_j"] > 0.1
+
+
+def test_checked_anchors_are_all_or_a_fixed_subset() -> None:
+    assert torch.equal(accuracy.checked_anchors(10), torch.arange(10))
+    subset = accuracy.checked_anchors(32768)
+    assert len(subset.unique()) == accuracy.SUBSET
+    assert torch.equal(subset, accuracy.checked_anchors(32768))
+
+
+@pytest.mark.parametrize(
+    ("part", "direction", "seconds", "verdict"),
+    [
+        ("targets", "forward", {"mm": 1.0, "native": 0.37}, "met"),
+        ("targets", "forward", {"mm": 1.0, "native": 0.371}, "not met"),
+        ("targets", "forward", {"mm": 1.0, plan.NO_GRAD: 0.371}, "no target"),
+        ("targets", "forward+backward", {"mm": 1.0, "native": 0.42}, "met"),
+        ("targets", "forward+backward", {"mm": 1.0, "native": 0.43}, "not met"),
+        ("small", "forward", {"eager": 1.0, "native": 1.0}, "met"),
+        ("small", "forward", {"eager": 1.0, "native": 1.01}, "not met"),
+        ("speedups", "forward+backward", {"hjepa": 10.0, "native": 1.0}, "met"),
+        ("speedups", "forward+backward", {"hjepa": 9.9, "native": 1.0}, "not met"),
+        ("speedups", "forward+backward", {"four_blocks": 9.9, "native": 1.0}, "no target"),
+        ("bf16", "forward", {"native": 1.6, "native-bf16": 1.0}, "met"),
+        ("bf16", "forward", {"native": 1.5, "native-bf16": 1.0}, "not met"),
+        ("sweep", "forward", {"mm": 1.0, "native": 1.0}, "no target"),
+    ],
+)
+def test_verdict(part: str, direction: str, seconds: dict[str, float], verdict: str) -> None:
+    rows = measured(part, direction, **seconds)
+    (comparison,) = targets.compare(part, rows, bf16_instructions=True)
+    assert comparison.verdict == verdict
+    assert comparison.cells()[-1] == verdict
+    assert comparison.record()["verdict"] == verdict
+
+
+def test_bf16_has_no_target_without_its_instructions() -> None:
+    rows = measured("bf16", "forward", native=1.0, **{plan.BF16: 1.0})
+    (comparison,) = targets.compare("bf16", rows, bf16_instructions=False)
+    assert comparison.verdict == "no target"
+
+
+def test_every_target_is_measured_by_a_whole_run() -> None:
+    cells = plan.plan(plan.FULL, plan.PARTS)
+    timed = {(cell.part, cell.size, cell.direction) for cell in cells}
+    assert {("targets", *case) for case in targets.OVER_MM} <= timed
+    assert {("small", size, d) for size in targets.OVER_EAGER_AT for d in plan.DIRECTIONS} <= timed
+    speedups = {
+        (cell.size, name) for cell in cells if cell.part == "speedups" for name in cell.names
+    }
+    assert targets.SPEEDUPS.keys() <= speedups
+
+
+def test_summary_names_what_is_not_met() -> None:
+    rows = [
+        *measured("targets", "forward", mm=1.0, native=0.3),
+        *measured("targets", "forward+backward", mm=1.0, native=0.5),
+    ]
+    comparisons = targets.compare("targets", rows, bf16_instructions=False)
+    lines = nt_xent_bench.summary([entry.record() for entry in comparisons]).splitlines()
+    assert lines[0] == "1 of 2 targets met"
+    assert "native / mm at M=8192 D=256 forward+backward: 0.500, at most 0.42" in lines[1]
+
+
+def test_a_missing_library_is_left_out_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_metric_learning", None)
+    monkeypatch.delitem(sys.modules, "pytorch_metric_learning.losses", raising=False)
+    names = ("eager", "metric_learning")
+    cell = plan.Cell("speedups", plan.Size(8, 4), "forward+backward", names)
+    rows = nt_xent_bench.measure(cell, 0.0)
+    assert [row["name"] for row in rows] == ["eager"]
+    printed = capsys.readouterr().out
+    assert "pytorch-metric-learning is left out: " in printed
+    assert "cjepa_kernels[bench]" in printed
+
+
+@needs_native
+def test_quick_run_prints_every_table_and_writes_nothing() -> None:
+    before = {path: path.read_bytes() for path in measurement.RESULTS.iterdir()}
+    result = run_script("bench/nt_xent.py", "--quick", "--no-save")
+    assert result.returncode == 0, result.stderr
+    headings = [nt_xent_bench.HEADINGS[part] for part in plan.PARTS]
+    lines = result.stdout.splitlines()
+    positions = [lines.index(heading) for heading in headings]
+    assert positions == sorted(positions)
+    assert "targets met" in result.stdout
+    assert before == {path: path.read_bytes() for path in measurement.RESULTS.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "64"], "expected MxD with an even M, got '64'"),
+        (["--sizes", "63x8"], "expected MxD with an even M, got '63x8'"),
+        (["--only", "targets,all"], "expected parts of targets"),
+    ],
+    ids=["no_features", "odd", "part"],
+)
+def test_bad_options_are_refused(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["nt_xent.py", *arguments])
+    with pytest.raises(SystemExit):
+        nt_xent_bench.main()
+    assert message in capsys.readouterr().err
+
+
+@needs_native
+def test_results_are_written_with_their_environment_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurement, "RESULTS", tmp_path)
+    sections = nt_xent_bench.run(plan.QUICK, list(plan.PARTS), 0.0, compiled=False)
+    path = measurement.write_results("nt_xent_cpu", **sections)
+    results = json.loads(path.read_text())
+    known = {"device", "threads", "instruction_set", "torch", "python", "commit", "date"}
+    assert known <= results["environment"].keys()
+    for row in results["rows"]:
+        assert {"M", "D", "pass", "name", "median", "p20", "p80", "rounds"} <= row.keys()
+        assert row["over_mm"] is None or row["over_mm"] > 0
+        assert row["over_eager"] is None or row["over_eager"] > 0
+    assert {entry["part"] for entry in results["targets"]} == set(plan.PARTS) - {"accuracy"}
+    assert {record["dtype"] for record in results["accuracy"]} == {"fp32", "bf16"}
+    svg = plot.draw(results)
+    ElementTree.fromstring(svg)
+    assert plot.INK not in svg
+    assert "var(--ink)" in svg
+
+
+def test_memory_verdict() -> None:
+    memory = importlib.import_module("nt_xent_memory")
+    record = {"backend": "native", "M": 131072, "extra_bytes": 5e8, "seconds": 1.0}
+    for over_input, verdict in ((4.0, "met"), (4.1, "not met")):
+        assert verdict in memory.table_row({**record, "over_input": over_input})
+    assert "met" not in memory.table_row({**record, "M": 4096, "over_input": 1.0})
+
+
+def test_micro_benchmarks_run_once_without_timing() -> None:
+    result = run_script("-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/test_micro.py")
+    assert result.returncode == 0, result.stdout
