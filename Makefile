@@ -6,15 +6,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/* csrc/*/*)
+BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/cpu/*)
 DEMO_OUT ?= runs/demo
 SEEDS ?= 0,1,2
 
-.PHONY: help demo test lint format bench memory micro plot examples clean
+.PHONY: help demo test ctest sanitize lint format bench memory micro plot examples clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
+	@echo "make ctest  C++ tests of the CPU kernel;  make sanitize runs them under sanitizers"
 	@echo "make lint   checks of style and types;  make format rewrites"
 	@echo "make bench  time and accuracy of the loss beside its targets;  make memory its peak memory"
 	@echo "make micro  time of each operator;  make plot draws what make bench recorded"
@@ -44,6 +45,25 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
+
+# $(call run_cpp_tests,build directory,sanitizers)
+comma := ,
+define run_cpp_tests
+	$(BIN)/cmake -G Ninja -S . -B build/$(1) -DCJEPA_TESTS=ON -DCJEPA_SANITIZE=$(2) -DCJEPA_WERROR=ON \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >build/$(1).log || { cat build/$(1).log; exit 1; }
+	$(BIN)/cmake --build build/$(1) --target cpp_tests
+	$(BIN)/ctest --test-dir build/$(1) -j 2 --output-on-failure --no-tests=error
+endef
+
+ctest: $(VENV)/.base
+	mkdir -p build
+	$(call run_cpp_tests,ctest,)
+
+sanitize: $(VENV)/.base
+	mkdir -p build
+	$(call run_cpp_tests,asan,address$(comma)undefined)
+	$(call run_cpp_tests,tsan,thread)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

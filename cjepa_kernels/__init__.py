@@ -3,12 +3,14 @@
 from cjepa_kernels._version import __version__
 from cjepa_kernels.backends import BackendStatus, backends
 from cjepa_kernels.config import create_cjepa_loss_from_config, create_loss_from_config
-from cjepa_kernels.functional import NTXentOutput, nt_xent
+from cjepa_kernels.functional import NTXentOutput, cross_logsumexp, nt_xent
 from cjepa_kernels.modules import ContrastiveJEPALoss, HJEPALoss, NTXentLoss
+from cjepa_kernels.reference import CrossLogSumExp
 
 __all__ = [
     "BackendStatus",
     "ContrastiveJEPALoss",
+    "CrossLogSumExp",
     "HJEPALoss",
     "NTXentLoss",
     "NTXentOutput",
@@ -16,5 +18,6 @@ __all__ = [
     "backends",
     "create_cjepa_loss_from_config",
     "create_loss_from_config",
+    "cross_logsumexp",
     "nt_xent",
 ]

@@ -8,6 +8,8 @@ from types import ModuleType
 from typing import Literal, get_args
 
 Backend = Literal["auto", "reference", "chunked", "native", "triton"]
+NAMES: tuple[str, ...] = get_args(Backend)
+SCHEMA_VERSION = 2  # of the operators' schemas in ops.py; the compiled module carries its own
 
 
 @dataclass(frozen=True)
@@ -26,22 +28,33 @@ class BackendStatus:
 
 
 def compiled_module() -> ModuleType | None:
-    """The compiled module ``cjepa_kernels._C``, or None where it was not built."""
+    """The compiled module ``cjepa_kernels._C``; None if it is missing or of another revision."""
+    return _find_compiled()[0]
+
+
+def _find_compiled() -> tuple[ModuleType | None, str]:
+    """The module, if there is one for these operators, and what to say of it."""
     try:
-        return importlib.import_module("cjepa_kernels._C")
+        module = importlib.import_module("cjepa_kernels._C")
     except ImportError:
-        return None
-
-
-def _find_backends() -> dict[str, BackendStatus]:
-    module = compiled_module()
-    if module is None:
-        native = (
+        return None, (
             "cjepa_kernels._C is not built: reinstall with a C++20 compiler and "
             "pip install --no-build-isolation"
         )
-    else:
-        native = f"compiled tile kernels, {module.build_info()['instruction_set']}"
+    info = module.build_info()
+    if info.get("schema") != SCHEMA_VERSION:
+        return None, (
+            f"cjepa_kernels._C was built for another revision (its operators are of version "
+            f"{info.get('schema')}, here they are of version {SCHEMA_VERSION}): reinstall with "
+            "pip install --no-build-isolation"
+        )
+    return module, f"compiled tile kernels, {info['instruction_set']}"
+
+
+def _find_backends() -> dict[str, BackendStatus]:
+    module, native = _find_compiled()
+    if module is not None:
+        module.register_operators()
     return {
         "triton": BackendStatus(False, ("cuda",), "this version has no Triton kernels yet"),
         "native": BackendStatus(module is not None, ("cpu",), native),
@@ -76,8 +89,8 @@ def check_backend(backend: str) -> None:
         ValueError: Unknown name.
         RuntimeError: Known, asked for by name, and missing on this machine.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {list(get_args(Backend))}, got {backend!r}")
+    if backend not in NAMES:
+        raise ValueError(f"backend must be one of {list(NAMES)}, got {backend!r}")
     if backend == "auto":
         return
     status = _STATUS[backend]

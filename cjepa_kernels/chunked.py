@@ -18,12 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cjepa_kernels.reference import (
-    accumulation_dtype,
-    embed_rows,
-    positive_temperature,
-    reduce,
-)
+from cjepa_kernels.reference import embed_rows, positive_temperature, reduce
 
 # 2^21 elements are 8 MB in fp32: the working set of a chunk stays near the caches, and at
 # M = 32768 it is 64 rows, still enough for the matrix product to run at full speed.
@@ -31,17 +26,33 @@ CHUNK_ELEMENTS = 2**21
 MIN_CHUNK_ROWS = 32
 
 
-def chunk_rows(rows: int) -> int:
-    """Rows taken at a time; memory is ``chunk_rows(M) * M`` numbers per buffer."""
-    return min(rows, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // rows))
+def chunk_rows(rows: int, columns: int | None = None) -> int:
+    """Rows taken at a time against all columns, of which there are as many as rows unless given.
+
+    Memory is ``chunk_rows(M, N) * N`` numbers per buffer.
+    """
+    return min(rows, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // (columns or rows)))
 
 
-def _operands(
-    z_i: Tensor, z_j: Tensor, cosine: bool, eps: float, product_dtype: torch.dtype | None
-) -> Tensor:
+def operands(z: Tensor, cosine: bool, eps: float, product_dtype: torch.dtype | None) -> Tensor:
     """(M, D) rows of the product, rounded to the product's dtype, held in the accumulation one."""
-    z = embed_rows(z_i, z_j, cosine, eps)
-    return z.to(product_dtype or z_i.dtype).to(z.dtype)
+    rows = embed_rows(z, cosine, eps)
+    return rows.to(product_dtype or z.dtype).to(rows.dtype)
+
+
+def project(grad: Tensor, z: Tensor, eps: float) -> None:
+    """In place: (grad - (grad . u) u) / norm with u the unit row; 0 where the norm is <= eps.
+
+    Args:
+        grad: (M, D) gradient of the unit rows; becomes the gradient of the rows themselves.
+        z: (M, D) the rows in the dtype of ``grad``, overwritten.
+        eps: Smallest norm that is divided by.
+    """
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    unit = z.div_(norm.clamp(min=eps))
+    along = (grad * unit).sum(dim=1, keepdim=True)
+    grad.addcmul_(along, unit, value=-1).div_(norm)
+    grad.masked_fill_(norm <= eps, 0.0)
 
 
 def _exclude(tile: Tensor, start: int, batch: int, mask: Tensor | None) -> None:
@@ -70,11 +81,11 @@ def forward(
     product_dtype: torch.dtype | None,
     keep: bool,
 ) -> tuple[Tensor, ...]:
-    """Loss, metrics and what backward needs; arguments and results as in ``ops.SCHEMA_FORWARD``."""
+    """Loss, metrics and what backward needs; arguments and results as in ``ops.NT_XENT``."""
     if keep:
         raise ValueError("keep must be False: this back end computes the exponentials again")
     with torch.no_grad(), torch.autocast(z_i.device.type, enabled=False):
-        z = _operands(z_i, z_j, cosine, eps, product_dtype)
+        z = operands(torch.cat([z_i, z_j]), cosine, eps, product_dtype)
         tau = positive_temperature(
             temperature if temperature_tensor is None else temperature_tensor
         )
@@ -135,9 +146,9 @@ def backward(
     reduction: str,
     product_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of z_i, z_j and the temperature; arguments as in ``ops.SCHEMA_BACKWARD``."""
+    """Gradients of z_i, z_j and the temperature; arguments as in ``ops.NT_XENT_BACKWARD``."""
     with torch.no_grad(), torch.autocast(z_i.device.type, enabled=False):
-        z = _operands(z_i, z_j, cosine, eps, product_dtype)
+        z = operands(torch.cat([z_i, z_j]), cosine, eps, product_dtype)
         tau = positive_temperature(
             temperature if temperature_tensor is None else temperature_tensor
         )
@@ -162,7 +173,7 @@ def backward(
             grad.div_(rows)
         grad_temperature = (grad * z).sum() / (-2 * tau)
         if cosine:
-            _project(grad, z_i, z_j, eps)
+            project(grad, torch.cat([z_i, z_j]).to(grad.dtype), eps)
         like = shift if temperature_tensor is None else temperature_tensor
         # Copies: the outputs of an operator must not share memory.
         return (
@@ -175,13 +186,3 @@ def backward(
 def _shift(hardest: Tensor) -> Tensor:
     """The hardest negative's similarity, 0 for a row without negatives."""
     return hardest.masked_fill(hardest == -torch.inf, 0.0)
-
-
-def _project(grad: Tensor, z_i: Tensor, z_j: Tensor, eps: float) -> None:
-    """In place: (grad - (grad . u) u) / norm with u the unit row; 0 where the norm is <= eps."""
-    z = torch.cat([z_i, z_j]).to(accumulation_dtype(z_i.dtype))
-    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    unit = z.div_(norm.clamp(min=eps))
-    along = (grad * unit).sum(dim=1, keepdim=True)
-    grad.addcmul_(along, unit, value=-1).div_(norm)
-    grad.masked_fill_(norm <= eps, 0.0)

@@ -1,4 +1,4 @@
-"""Functional form: checks the arguments, flattens, and calls the operator of the back end."""
+"""Functional forms: check the arguments, flatten, and call the operator of the back end."""
 
 from __future__ import annotations
 
@@ -13,10 +13,29 @@ from torch import Tensor
 from cjepa_kernels import ops, reference
 from cjepa_kernels.backends import Backend, backends, check_backend
 from cjepa_kernels.distributed import Strategy, gather_pairs
-from cjepa_kernels.reference import Reduction
+from cjepa_kernels.reference import CrossLogSumExp, Reduction
 
+
+def read_mebibytes(variable: str, default: float) -> float:
+    """Number of MiB that an environment variable gives.
+
+    Raises:
+        ValueError: The variable is set and no number, or negative.
+    """
+    value = os.environ.get(variable, str(default))
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not number >= 0:
+        raise ValueError(f"{variable} must be a number of MiB, 0 or more, got {value!r}")
+    return number
+
+
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 NATIVE = backends()["native"].available
-KEPT_BYTES = int(float(os.environ.get("CJEPA_KEPT_MIB", "256")) * 2**20)
+KEPT_BYTES = int(read_mebibytes("CJEPA_KEPT_MIB", 256) * 2**20)
 
 
 class NTXentOutput(NamedTuple):
@@ -102,10 +121,7 @@ def nt_xent(
         if group is not None:
             raise ValueError("mask must be None with a group: it names pairs of one rank only")
         _check_mask(mask, z_i)
-    if isinstance(temperature, Tensor) and temperature.device != z_i.device:
-        raise ValueError(
-            f"temperature must be on the device of z_i, {z_i.device}, got {temperature.device}"
-        )
+    _check_temperature_device(temperature, "z_i", z_i)
     if group is None:
         return _nt_xent(z_i, z_j, temperature, use_cosine_similarity, eps, reduction, mask, backend)
     pairs = gather_pairs(z_i, z_j, group)
@@ -141,14 +157,107 @@ def _nt_xent(
                 mask=mask,
             )
         return NTXentOutput(reference.reduce(terms.loss, reduction), *terms[1:])
-    tensor = temperature if isinstance(temperature, Tensor) else None
-    number = 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    overload = ".chunked" if backend == "chunked" else ""
+    tensor, number = _split_temperature(temperature)
+    overload = _overload(backend, z_i.device)
     keep = overload == "" and _keeps_exponentials(z_i, z_j, tensor)
-    outputs = ops.operator("nt_xent", overload)(
-        z_i, z_j, mask, tensor, number, use_cosine_similarity, eps, reduction, None, keep
+    outputs = ops.call(
+        "nt_xent",
+        overload,
+        *(z_i, z_j, mask, tensor, number, use_cosine_similarity, eps, reduction),
+        *(_product_dtype(z_i), keep),
     )
     return NTXentOutput(*outputs[:5])
+
+
+def cross_logsumexp(
+    x: Tensor,
+    y: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    use_cosine_similarity: bool = True,
+    eps: float = 1e-8,
+    backend: Backend = "auto",
+) -> CrossLogSumExp:
+    """Log-sum-exp of every row and every column of similarities, without the (M, N) matrix.
+
+    With s_ab the similarity of ``x[a]`` and ``y[b]``, one pass gives log sum_b exp(s_ab / tau) for
+    every a and log sum_a exp(s_ab / tau) for every b. Nothing is left out of either sum. These are
+    the denominators of InfoNCE in both directions, the two halves of CLIP's loss.
+
+    Args:
+        x: (M, D), M >= 1. fp64, fp32, bf16 or fp16.
+        y: (N, D), N >= 1; same D, dtype and device.
+        temperature: Positive float, or a 0-dim tensor, which then gets a gradient (a tensor that
+            is not positive gives NaN: nobody may read it on the host).
+        use_cosine_similarity: Cosine similarity, else the plain dot product.
+        eps: Smallest norm that is divided by; a row below it gets a zero gradient.
+        backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
+
+    Returns:
+        CrossLogSumExp: ``row_lse`` (M,), ``column_lse`` (N,) and, detached and not divided by
+        temperature, the largest similarities ``row_max`` (M,) and ``column_max`` (N,); fp32 (fp64
+        for fp64 inputs).
+
+    Raises:
+        TypeError: A tensor of the wrong kind or dtype.
+        ValueError: A wrong shape, device or value; the message names it.
+        RuntimeError: A back end that was asked for by name and is missing.
+
+    Source: InfoNCE, arXiv 1807.03748, equation 4; both directions as in CLIP, arXiv 2103.00020.
+
+    Example:
+        The symmetric loss of CLIP, ``image[k]`` and ``text[k]`` being a pair:
+
+        >>> image, text = torch.eye(4), torch.eye(4)
+        >>> out = cross_logsumexp(image, text, temperature=0.5)
+        >>> positive = torch.cosine_similarity(image, text) / 0.5
+        >>> loss = ((out.row_lse - positive).mean() + (out.column_lse - positive).mean()) / 2
+        >>> round(loss.item(), 4)
+        0.3408
+    """
+    check_backend(backend)
+    check_temperature(temperature)
+    check_positive("eps", eps)
+    check_bool("use_cosine_similarity", use_cosine_similarity)
+    _check_rectangle(x, y)
+    _check_temperature_device(temperature, "x", x)
+    if backend == "reference":
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.cross_logsumexp(
+                x,
+                y,
+                temperature=temperature,
+                use_cosine_similarity=use_cosine_similarity,
+                eps=eps,
+            )
+    outputs = ops.call(
+        "cross_logsumexp",
+        _overload(backend, x.device),
+        *(x, y, *_split_temperature(temperature), use_cosine_similarity, eps, _product_dtype(x)),
+    )
+    return CrossLogSumExp(*outputs[:4])
+
+
+def _overload(backend: Backend, device: torch.device) -> str:
+    """Overload of the operators: the dispatcher's choice, except for a CPU without native kernels.
+
+    A module of an early revision registers kernels by being imported, for schemas that may differ.
+    """
+    return ".chunked" if backend == "chunked" or (device.type == "cpu" and not NATIVE) else ""
+
+
+def _split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """The operators' two arguments: a tensor, which counts if given, and a number."""
+    if isinstance(temperature, Tensor):
+        return temperature, 1.0
+    return None, float(temperature)
+
+
+def _product_dtype(z: Tensor) -> torch.dtype | None:
+    """What autocast wants the operands rounded to; None outside of it."""
+    if z.dtype != torch.float64 and torch.is_autocast_enabled(z.device.type):
+        return torch.get_autocast_dtype(z.device.type)
+    return None
 
 
 def _keeps_exponentials(z_i: Tensor, z_j: Tensor, temperature: Tensor | None) -> bool:
@@ -157,17 +266,16 @@ def _keeps_exponentials(z_i: Tensor, z_j: Tensor, temperature: Tensor | None) ->
         return False
     if torch.compiler.is_exporting():  # the size would bind the exported program to this batch
         return False
-    if not (z_i.requires_grad or z_j.requires_grad):
-        if temperature is None or not temperature.requires_grad:
-            return False
+    if not any(z is not None and z.requires_grad for z in (z_i, z_j, temperature)):
+        return False
     size = 8 if z_i.dtype == torch.float64 else 4
     return ops.kept_size(2 * z_i.shape[0]) * size <= KEPT_BYTES
 
 
 def check_strategy(strategy: str) -> None:
     """Raise unless ``strategy`` is known."""
-    if strategy not in get_args(Strategy):
-        raise ValueError(f"strategy must be one of {list(get_args(Strategy))}, got {strategy!r}")
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
 
 
 def check_positive(name: str, value: float) -> None:
@@ -201,8 +309,8 @@ def check_temperature(temperature: float | Tensor) -> None:
 
 def check_reduction(reduction: str) -> None:
     """Raise unless ``reduction`` is ``mean``, ``sum`` or ``none``."""
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction must be one of {list(get_args(Reduction))}, got {reduction!r}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {list(REDUCTIONS)}, got {reduction!r}")
 
 
 def check_floating_tensor(name: str, value: object) -> None:
@@ -226,11 +334,36 @@ def _check_views(z_i: Tensor, z_j: Tensor, *, allow_empty: bool) -> None:
         raise ValueError(
             f"z_i and z_j must hold at least one pair and one feature, got {tuple(z_i.shape)}"
         )
-    if z_i.dtype != z_j.dtype:
-        raise TypeError(f"z_i and z_j must have the same dtype, got {z_i.dtype} and {z_j.dtype}")
-    if z_i.device != z_j.device:
+    _check_same_kind("z_i and z_j", z_i, z_j)
+
+
+def _check_rectangle(x: Tensor, y: Tensor) -> None:
+    for name, z, shape in (("x", x, "(M, D)"), ("y", y, "(N, D)")):
+        check_floating_tensor(name, z)
+        if z.ndim != 2:
+            raise ValueError(f"{name} must be {shape}, got {tuple(z.shape)}")
+        if 0 in z.shape:
+            raise ValueError(
+                f"{name} must hold at least one row and one feature, got {tuple(z.shape)}"
+            )
+    if x.shape[1] != y.shape[1]:
         raise ValueError(
-            f"z_i and z_j must be on the same device, got {z_i.device} and {z_j.device}"
+            f"x and y must have the same D, got {x.shape[1]} and {y.shape[1]} features"
+        )
+    _check_same_kind("x and y", x, y)
+
+
+def _check_same_kind(names: str, a: Tensor, b: Tensor) -> None:
+    if a.dtype != b.dtype:
+        raise TypeError(f"{names} must have the same dtype, got {a.dtype} and {b.dtype}")
+    if a.device != b.device:
+        raise ValueError(f"{names} must be on the same device, got {a.device} and {b.device}")
+
+
+def _check_temperature_device(temperature: float | Tensor, name: str, z: Tensor) -> None:
+    if isinstance(temperature, Tensor) and temperature.device != z.device:
+        raise ValueError(
+            f"temperature must be on the device of {name}, {z.device}, got {temperature.device}"
         )
 
 

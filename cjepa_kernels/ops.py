@@ -1,22 +1,27 @@
-"""Operators: schema, chunked implementation, fake, autograd and autocast, each in one place.
+"""Operators: schemas, fakes and gradients of each; how they are registered is in ``registration``.
 
-``cjepa_kernels::nt_xent`` dispatches on the device: a compiled back end registers itself under
-its dispatch key (CPU, CUDA), ``CompositeExplicitAutograd`` is the chunked path that serves every
-other device. The overload ``nt_xent.chunked`` has the chunked path alone, for those who ask for
-it by name. Arguments are validated above, in ``functional``.
+Arguments are validated above, in ``functional``. Who changes a schema raises
+``backends.SCHEMA_VERSION`` and the compiled module's with it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from cjepa_kernels import chunked
+from cjepa_kernels import chunked, chunked_cross_logsumexp
 from cjepa_kernels.reference import accumulation_dtype
+from cjepa_kernels.registration import (
+    NAMESPACE,
+    OVERLOADS,
+    Definition,
+    call,
+    operator,
+    register,
+)
 
-NAMESPACE = "cjepa_kernels"
+__all__ = ["NAMESPACE", "OVERLOADS", "call", "kept_size", "operator"]
 
 # z_i, z_j: (B, D), any strides. mask: (B, B) bool. temperature_tensor: (), overrides temperature.
 # product_dtype: dtype that the operands of z z^T are rounded to; None is the input's.
@@ -24,34 +29,29 @@ NAMESPACE = "cjepa_kernels"
 # loss: () or, for reduction "none", (M,); lse, shift, log_sum, positive: (M,); metrics: ().
 # shift is a similarity, log_sum the log of the sum over negatives of exp((s - shift) / tau):
 # together they are LSE-, without the rounding of a large number at low temperature.
-SCHEMA_FORWARD = (
+NT_XENT = (
     "(Tensor z_i, Tensor z_j, Tensor? mask, Tensor? temperature_tensor, float temperature, "
     "bool use_cosine_similarity, float eps, str reduction, ScalarType? product_dtype, "
     "bool keep) -> "
     "(Tensor loss, Tensor accuracy, Tensor positive_similarity, Tensor negative_similarity, "
     "Tensor lse, Tensor shift, Tensor log_sum, Tensor positive, Tensor kept)"
 )
-SCHEMA_BACKWARD = (
+NT_XENT_BACKWARD = (
     "(Tensor grad_loss, Tensor z_i, Tensor z_j, Tensor? mask, Tensor? temperature_tensor, "
     "Tensor shift, Tensor log_sum, Tensor positive, Tensor kept, float temperature, "
     "bool use_cosine_similarity, float eps, str reduction, ScalarType? product_dtype) -> "
     "(Tensor grad_z_i, Tensor grad_z_j, Tensor grad_temperature)"
 )
-OVERLOADS = ("", ".chunked")
-AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
-
-# Any: the methods of Library carry no annotations.
-_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def kept_size(rows: int) -> int:
-    """Numbers that the native forward keeps on request: the tiles of S on and above the diagonal."""
+    """Numbers that the native forward keeps on request: S on and above the diagonal, in tiles."""
     block = 192 if rows >= 1536 else 96
     blocks = (rows + block - 1) // block
     return blocks * (blocks + 1) // 2 * block * block
 
 
-def _fake_forward(z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _fake_nt_xent(z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
     reduction, _, keep = args[-3:]
     rows = 2 * z_i.shape[0]
     dtype = accumulation_dtype(z_i.dtype)
@@ -62,7 +62,7 @@ def _fake_forward(z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return (loss, *metrics, *saved, kept)
 
 
-def _fake_backward(
+def _fake_nt_xent_backward(
     grad_loss: Tensor,
     z_i: Tensor,
     z_j: Tensor,
@@ -70,84 +70,133 @@ def _fake_backward(
     temperature_tensor: Tensor | None,
     shift: Tensor,
     *args: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    like = shift if temperature_tensor is None else temperature_tensor
-    return (
-        z_i.new_empty(z_i.shape),
-        z_j.new_empty(z_j.shape),
-        like.new_empty(()),
-    )
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(z_i, z_j, shift if temperature_tensor is None else temperature_tensor)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_nt_xent(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z_i, z_j, mask, temperature_tensor, *ctx.options, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(z_i, z_j, mask, temperature_tensor, *output[-4:])
 
 
-def _make_backward(overload: str) -> Any:
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        if grad_loss is None:
-            return (None,) * 10
-        grad_z_i, grad_z_j, grad_temperature = operator("nt_xent_backward", overload)(
-            grad_loss, *ctx.saved_tensors, *ctx.options
-        )
-        needs = ctx.needs_input_grad
-        return (
-            grad_z_i if needs[0] else None,
-            grad_z_j if needs[1] else None,
-            None,
-            grad_temperature if needs[3] else None,
-            *(None,) * 6,
-        )
-
-    return backward
-
-
-def _no_double_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        'nt_xent has no second derivative in this back end; use backend="reference" for double '
-        "backward"
+def _nt_xent_gradients(
+    ctx: Any, backward: Any, grad_loss: Tensor | None, *_: Any
+) -> tuple[Any, ...]:
+    if grad_loss is None:
+        return (None,) * 10
+    grad_z_i, grad_z_j, grad_temperature = backward(grad_loss, *ctx.saved_tensors, *ctx.options)
+    needs = ctx.needs_input_grad
+    return (
+        grad_z_i if needs[0] else None,
+        grad_z_j if needs[1] else None,
+        None,
+        grad_temperature if needs[3] else None,
+        *(None,) * 6,
     )
 
 
-def _make_autocast(overload: str, device_type: str) -> Any:
-    def autocast(*args: Any) -> Any:
-        *rest, product_dtype, keep = args
-        if product_dtype is None:
-            product_dtype = torch.get_autocast_dtype(device_type)
-            if args[0].dtype == torch.float64:
-                product_dtype = torch.float64
-        with torch.autocast(device_type, enabled=False):
-            return operator("nt_xent", overload)(*rest, product_dtype, keep)
+# x: (M, D), y: (N, D), any strides; the rest as above.
+# row_*: (M,), column_*: (N,). max: the largest similarity of a row or column of S = x y^T.
+# shift is a similarity, log_sum the log of the sum of exp((s - shift) / tau); lse is their
+# shift / tau + log_sum. The backward takes any such pair: of a larger S as well, of which x and y
+# are a part.
+CROSS_LOGSUMEXP = (
+    "(Tensor x, Tensor y, Tensor? temperature_tensor, float temperature, "
+    "bool use_cosine_similarity, float eps, ScalarType? product_dtype) -> "
+    "(Tensor row_lse, Tensor column_lse, Tensor row_max, Tensor column_max, "
+    "Tensor row_shift, Tensor row_log_sum, Tensor column_shift, Tensor column_log_sum)"
+)
+CROSS_LOGSUMEXP_BACKWARD = (
+    "(Tensor grad_row_lse, Tensor grad_column_lse, Tensor x, Tensor y, "
+    "Tensor? temperature_tensor, Tensor row_shift, Tensor row_log_sum, "
+    "Tensor column_shift, Tensor column_log_sum, float temperature, "
+    "bool use_cosine_similarity, float eps, ScalarType? product_dtype) -> "
+    "(Tensor grad_x, Tensor grad_y, Tensor grad_temperature)"
+)
 
-    return autocast
+
+def _fake_cross_logsumexp(x: Tensor, y: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    dtype = accumulation_dtype(x.dtype)
+
+    def row() -> Tensor:
+        return x.new_empty(x.shape[0], dtype=dtype)
+
+    def column() -> Tensor:
+        return x.new_empty(y.shape[0], dtype=dtype)
+
+    return (row(), column(), row(), column(), row(), row(), column(), column())
 
 
-def operator(name: str, overload: str = "") -> Any:
-    """The registered overload: ``operator("nt_xent")`` or ``operator("nt_xent", ".chunked")``."""
-    return getattr(getattr(torch.ops.cjepa_kernels, name), overload.lstrip(".") or "default")
+def _fake_cross_logsumexp_backward(
+    grad_row_lse: Tensor,
+    grad_column_lse: Tensor,
+    x: Tensor,
+    y: Tensor,
+    temperature_tensor: Tensor | None,
+    row_shift: Tensor,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(x, y, row_shift if temperature_tensor is None else temperature_tensor)
 
 
-def _register(overload: str) -> None:
-    forward, backward = f"nt_xent{overload}", f"nt_xent_backward{overload}"
-    _library.define(forward + SCHEMA_FORWARD, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.define(backward + SCHEMA_BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(forward, chunked.forward, "CompositeExplicitAutograd")
-    _library.impl(backward, chunked.backward, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{forward}", _fake_forward, lib=_library)
-    torch.library.register_fake(f"{NAMESPACE}::{backward}", _fake_backward, lib=_library)
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{forward}",
-        _make_backward(overload),
-        setup_context=_setup_context,
-        lib=_library,
+def _setup_cross_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, y, temperature_tensor, *ctx.options = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, y, temperature_tensor, *output[-4:])
+
+
+def _cross_logsumexp_gradients(
+    ctx: Any, backward: Any, grad_row_lse: Tensor | None, grad_column_lse: Tensor | None, *_: Any
+) -> tuple[Any, ...]:
+    if grad_row_lse is None and grad_column_lse is None:
+        return (None,) * 7
+    saved = ctx.saved_tensors
+    row_shift, column_shift = saved[3], saved[5]
+    grad_x, grad_y, grad_temperature = backward(
+        row_shift.new_zeros(row_shift.shape) if grad_row_lse is None else grad_row_lse,
+        column_shift.new_zeros(column_shift.shape) if grad_column_lse is None else grad_column_lse,
+        *saved,
+        *ctx.options,
     )
-    torch.library.register_autograd(f"{NAMESPACE}::{backward}", _no_double_backward, lib=_library)
-    for device_type, key in AUTOCAST_DEVICES.items():
-        _library.impl(forward, _make_autocast(overload, device_type), key)
+    needs = ctx.needs_input_grad
+    return (
+        grad_x if needs[0] else None,
+        grad_y if needs[1] else None,
+        grad_temperature if needs[2] else None,
+        *(None,) * 4,
+    )
 
 
-for _overload in OVERLOADS:
-    _register(_overload)
+def _fake_gradients(a: Tensor, b: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
+    return a.new_empty(a.shape), b.new_empty(b.shape), temperature.new_empty(())
+
+
+register(
+    Definition(
+        name="nt_xent",
+        schema=NT_XENT,
+        schema_backward=NT_XENT_BACKWARD,
+        forward=chunked.forward,
+        backward=chunked.backward,
+        fake=_fake_nt_xent,
+        fake_backward=_fake_nt_xent_backward,
+        setup_context=_setup_nt_xent,
+        gradients=_nt_xent_gradients,
+    )
+)
+register(
+    Definition(
+        name="cross_logsumexp",
+        schema=CROSS_LOGSUMEXP,
+        schema_backward=CROSS_LOGSUMEXP_BACKWARD,
+        forward=chunked_cross_logsumexp.forward,
+        backward=chunked_cross_logsumexp.backward,
+        fake=_fake_cross_logsumexp,
+        fake_backward=_fake_cross_logsumexp_backward,
+        setup_context=_setup_cross_logsumexp,
+        gradients=_cross_logsumexp_gradients,
+    )
+)

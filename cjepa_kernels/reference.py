@@ -3,7 +3,8 @@
 Written to be read and compared with, not to be fast: NT-Xent here holds several M x M matrices.
 Every back end is tested against these functions in float64. They support double backward.
 
-Letters: B pairs, M = 2B rows, D features, a an anchor (one row), pos(a) its positive.
+Letters: B pairs, M = 2B rows, D features, a an anchor (one row), pos(a) its positive; in a
+rectangle of similarities M rows and N columns.
 """
 
 from __future__ import annotations
@@ -28,6 +29,24 @@ class NTXentTerms(NamedTuple):
     lse: Tensor  # (M,)
 
 
+class CrossLogSumExp(NamedTuple):
+    """Result of ``cross_logsumexp``: M rows against N columns, everything on the device.
+
+    In fp32 (fp64 for fp64 inputs). Only the log-sum-exps carry a gradient.
+
+    Attributes:
+        row_lse: (M,) log-sum-exp of each row's logits, over all N columns.
+        column_lse: (N,) log-sum-exp of each column's logits, over all M rows.
+        row_max: (M,) each row's largest similarity, not divided by temperature.
+        column_max: (N,) each column's largest similarity.
+    """
+
+    row_lse: Tensor
+    column_lse: Tensor
+    row_max: Tensor
+    column_max: Tensor
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of norms, sums, losses and metrics: fp64 for fp64, fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -50,15 +69,14 @@ def normalize_rows(z: Tensor, eps: float) -> Tensor:
     return torch.where(regular, z / torch.where(regular, norm, 1.0), z.detach() / eps)
 
 
-def embed_rows(z_i: Tensor, z_j: Tensor, use_cosine_similarity: bool, eps: float) -> Tensor:
+def embed_rows(z: Tensor, use_cosine_similarity: bool, eps: float) -> Tensor:
     """The M rows whose inner products are the similarities s.
 
     In dot-product mode an infinity becomes NaN, as dividing by the norm makes it in cosine mode.
 
     Returns:
-        (2B, D) in fp32 (fp64 for fp64): view i first, then view j.
+        (M, D) in fp32 (fp64 for fp64).
     """
-    z = torch.cat([z_i, z_j])
     if use_cosine_similarity:
         return normalize_rows(z, eps)
     z = z.to(accumulation_dtype(z.dtype))
@@ -110,7 +128,7 @@ def nt_xent(
     Source: SimCLR, arXiv 2002.05709, equation 1; decoupled sum as in DCL, arXiv 2110.06848.
     """
     batch, rows = z_i.shape[0], 2 * z_i.shape[0]
-    z = embed_rows(z_i, z_j, use_cosine_similarity, eps)  # (M, D)
+    z = embed_rows(torch.cat([z_i, z_j]), use_cosine_similarity, eps)  # (M, D)
     tau = positive_temperature(temperature)
     similarity = z @ z.T  # (M, M)
     anchor = torch.arange(rows, device=z.device)
@@ -155,13 +173,46 @@ def nt_xent_logits(
     """
     with torch.no_grad():
         batch = z_i.shape[0]
-        z = embed_rows(z_i, z_j, use_cosine_similarity, eps)
+        z = embed_rows(torch.cat([z_i, z_j]), use_cosine_similarity, eps)
         logits = (z @ z.T) / positive_temperature(temperature)
         anchor = torch.arange(2 * batch, device=z.device)
         positive = logits[anchor, (anchor + batch) % (2 * batch)]
         negatives = logits.masked_fill(excluded_pairs(batch, mask, z.device), -torch.inf)
         own_view_first = torch.cat([negatives[:batch], negatives[batch:].roll(batch, dims=1)])
         return torch.cat([positive[:, None], own_view_first], dim=1)
+
+
+def cross_logsumexp(
+    x: Tensor,
+    y: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    use_cosine_similarity: bool = True,
+    eps: float = 1e-8,
+) -> CrossLogSumExp:
+    """Log-sum-exp of every row and of every column of S / tau, S the similarities of x and y.
+
+    Args:
+        x: (M, D), one row of S each.
+        y: (N, D), one column of S each.
+        temperature: Float or 0-dim tensor; a tensor that is not positive gives NaN.
+        use_cosine_similarity: Cosine of the rows if true, else their dot product.
+        eps: Smallest norm that is divided by.
+
+    Returns:
+        CrossLogSumExp; the maxima are detached.
+
+    Source: InfoNCE, arXiv 1807.03748, equation 4 (the denominator).
+    """
+    rows, columns = (embed_rows(z, use_cosine_similarity, eps) for z in (x, y))
+    similarity = rows @ columns.T  # (M, N)
+    logits = similarity / positive_temperature(temperature)
+    return CrossLogSumExp(
+        row_lse=torch.logsumexp(logits, dim=1),
+        column_lse=torch.logsumexp(logits, dim=0),
+        row_max=similarity.detach().amax(dim=1),
+        column_max=similarity.detach().amax(dim=0),
+    )
 
 
 def reduce(loss: Tensor, reduction: Reduction) -> Tensor:

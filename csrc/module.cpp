@@ -5,6 +5,7 @@
 #include <string>
 #include <thread>
 
+#include "cpu/operators.h"
 #include "instruction_sets.h"
 
 namespace py = pybind11;
@@ -14,6 +15,7 @@ namespace {
 py::dict build_info() {
   py::dict info;
   info["version"] = CJEPA_VERSION;
+  info["schema"] = cjepa::kSchemaVersion;
   info["compiler"] = CJEPA_COMPILER;
   info["build_type"] = CJEPA_BUILD_TYPE;
   info["target"] = CJEPA_TARGET;
@@ -32,6 +34,8 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Compiled part of cjepa_kernels.";
   module.def("build_info", &build_info,
              "How this module was built and which instruction sets the CPU offers: a dict with "
-             "version, compiler, build_type, target, cxx_standard, pybind11, instruction_sets "
-             "and hardware_threads.");
+             "version, schema, compiler, build_type, target, cxx_standard, pybind11, "
+             "instruction_sets, instruction_set and hardware_threads.");
+  module.def("register_operators", &cjepa::register_operators,
+             "Make the operators' CPU kernels known to PyTorch; a second call does nothing.");
 }

@@ -14,7 +14,7 @@ import torch
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor
 
-from cjepa_kernels import NTXentOutput, backends, nt_xent
+from cjepa_kernels import NTXentOutput, backends, functional, nt_xent
 from cjepa_kernels.backends import compiled_module
 
 TESTS = Path(__file__).parent
@@ -38,7 +38,8 @@ def run(z_i: Tensor, z_j: Tensor, **options: Any) -> list[Tensor]:
 @pytest.mark.parametrize("instruction_set", instruction_sets())
 def test_parity_suite_on_every_instruction_set(instruction_set: str) -> None:
     """The one in use is covered by the suite itself; this covers all that the CPU can run."""
-    files = ["test_nt_xent.py", "test_first_implementation.py", "test_ops.py"]
+    files = ["test_nt_xent.py", "test_cross_logsumexp.py", "test_cross_logsumexp_identities.py"]
+    files += ["test_first_implementation.py", "test_ops.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov"]
     command += ["-k", "native or gradcheck or opcheck", *(str(TESTS / file) for file in files)]
     environment = {**os.environ, "CJEPA_INSTRUCTION_SET": instruction_set, "OMP_NUM_THREADS": "1"}
@@ -63,8 +64,13 @@ def test_unknown_instruction_set_is_refused() -> None:
     ("batch", "features"), [(47, 31), (96, 64), (401, 37), (1000, 70), (4100, 24)], ids=str
 )
 @pytest.mark.parametrize("temperature", [0.1, 0.01], ids=["constant_shift", "running_maxima"])
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed_again"])
 @pytest.mark.usefixtures("poisoned_memory")
-def test_sizes_around_the_blocks(batch: int, features: int, temperature: float) -> None:
+def test_sizes_around_the_blocks(
+    batch: int, features: int, temperature: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kept:
+        monkeypatch.setattr(functional, "KEPT_BYTES", 0)
     z_i = torch.randn(batch, features)
     z_j = z_i + 0.5 * torch.randn_like(z_i)
     actual = run(z_i, z_j, temperature=temperature, backend="native")

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tolerances import AUTOCAST_LOSS, relative_error
+from tolerances import AUTOCAST_LOSS, EXACT, FLOOR_VALUE, relative_error
 from torch import Tensor, nn
 
-from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, NTXentLoss, backends, nt_xent, ops
+from cjepa_kernels import (
+    ContrastiveJEPALoss,
+    HJEPALoss,
+    NTXentLoss,
+    backends,
+    cross_logsumexp,
+    nt_xent,
+    ops,
+)
 
 OVERLOADS = pytest.mark.parametrize("overload", ops.OVERLOADS, ids=["dispatched", "chunked"])
 
@@ -101,12 +112,111 @@ def test_gradgradcheck_of_the_reference() -> None:
     assert torch.autograd.gradgradcheck(loss, (z_i, z_j))
 
 
+def cross_inputs(dtype: torch.dtype = torch.float64) -> list[tuple[Any, ...]]:
+    """The same of cross_logsumexp."""
+
+    def z(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+    temperature = torch.tensor(0.3, dtype=dtype, requires_grad=True)
+    strided = torch.randn(3, 7, dtype=dtype).T.requires_grad_()
+    return [
+        (z(3, 5), z(4, 5), None, 0.2, True, 1e-8, None),
+        (z(1, 4), z(6, 4), temperature, 1.0, True, 1e-8, None),
+        (z(5, 2), z(1, 2), temperature, 1.0, False, 1e-8, None),
+        (z(5, 3), strided, None, 0.02, True, 1e-8, None),
+        (strided, z(2, 3), None, 2.0, False, 1e-8, None),
+    ]
+
+
+@OVERLOADS
+@CASES
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_cross_logsumexp(overload: str, case: int, dtype: torch.dtype) -> None:
+    torch.library.opcheck(ops.operator("cross_logsumexp", overload), cross_inputs(dtype)[case])
+
+
+@OVERLOADS
+@CASES
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_opcheck_cross_logsumexp_backward(overload: str, case: int, dtype: torch.dtype) -> None:
+    inputs = cross_inputs(dtype)[case]
+    out = ops.operator("cross_logsumexp", overload)(*inputs)
+    arguments = (torch.ones_like(out[0]), torch.ones_like(out[1]), *inputs[:3], *out[-4:])
+    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in (*arguments, *inputs[3:]))
+    torch.library.opcheck(ops.operator("cross_logsumexp_backward", overload), detached)
+
+
+@OVERLOADS
+@CASES
+def test_gradcheck_cross_logsumexp(overload: str, case: int) -> None:
+    inputs = cross_inputs()[case]
+    operator = ops.operator("cross_logsumexp", overload)
+
+    def both(x: Tensor, y: Tensor, temperature: Tensor | None) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = operator(x, y, temperature, *inputs[3:])[:2]
+        return result
+
+    assert torch.autograd.gradcheck(both, inputs[:3])
+
+
+@OVERLOADS
+def test_registered_and_direct_autograd_agree(overload: str) -> None:
+    """Below functions the operator itself is called while compiling, an autograd function else."""
+    for name, inputs, differentiable in (
+        ("nt_xent", sample_inputs()[2], 1),
+        ("cross_logsumexp", cross_inputs()[1], 2),
+    ):
+        leaves = [a for a in inputs if isinstance(a, Tensor) and a.requires_grad]
+        results = []
+        for outputs in (ops.operator(name, overload)(*inputs), ops.call(name, overload, *inputs)):
+            assert [o.requires_grad for o in outputs] == [
+                index < differentiable for index in range(len(outputs))
+            ]
+            loss = torch.stack([o.sum() for o in outputs[:differentiable]]).sum()
+            results.append([*outputs, *torch.autograd.grad(loss, leaves)])
+        for actual, expected in zip(*results, strict=True):
+            assert torch.equal(actual, expected)
+
+
+@OVERLOADS
+def test_autocast_reaches_the_backward(overload: str) -> None:
+    """The functions tell the operator what autocast would: both directions round alike."""
+    x, y = (torch.randn(9, 5, requires_grad=True) for _ in range(2))
+    backend: Any = "chunked" if overload else "auto"
+    options = (None, 0.1, True, 1e-8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pairs = [
+            (
+                nt_xent(x, y, backend=backend).loss,
+                ops.operator("nt_xent", overload)(x, y, None, *options, "mean", None, False)[0],
+            ),
+            (
+                cross_logsumexp(x, y, backend=backend).row_lse.sum(),
+                ops.operator("cross_logsumexp", overload)(x, y, *options, None)[0].sum(),
+            ),
+        ]
+    for pair in pairs:
+        actual, expected = (torch.autograd.grad(loss, (x, y)) for loss in pair)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=EXACT, atol=FLOOR_VALUE[torch.float32])
+
+
 @pytest.mark.parametrize("backend", ["auto", "chunked"])
 def test_double_backward_names_the_way_out(backend: Any) -> None:
     z_i, z_j = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
     loss = nt_xent(z_i, z_j, backend=backend).loss
     (gradient,) = torch.autograd.grad(loss, z_i, create_graph=True)
     with pytest.raises(RuntimeError, match='backend="reference"'):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+def test_double_backward_of_cross_logsumexp_names_the_way_out(backend: Any) -> None:
+    x, y = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    out = cross_logsumexp(x, y, backend=backend)
+    (gradient,) = torch.autograd.grad(out.row_lse.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r'cross_logsumexp has no .*backend="reference"'):
         gradient.sum().backward()
 
 
@@ -151,6 +261,32 @@ def test_compile_takes_the_whole_graph(backend: str, options: Any, dynamic: bool
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("learnt", [False, True], ids=["fixed", "learnt"])
+@pytest.mark.parametrize("outputs", [(0,), (1,), (0, 1)], ids=["rows", "columns", "both"])
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+def test_compile_takes_cross_logsumexp(
+    backend: Any, outputs: tuple[int, ...], learnt: bool, dynamic: bool
+) -> None:
+    temperature: Any = torch.tensor(0.3, requires_grad=True) if learnt else 0.3
+
+    def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        out = cross_logsumexp(x, y, temperature=temperature, backend=backend)
+        return torch.stack([out[index].mean() for index in outputs]).sum(), out.column_max
+
+    compiled = torch.compile(loss_fn, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows, columns in ((4, 9), (7, 3)):
+        leaves = [torch.randn(n, 5, requires_grad=True) for n in (rows, columns)]
+        (expected, column_max), (actual, actual_max) = loss_fn(*leaves), compiled(*leaves)
+        torch.testing.assert_close((actual, actual_max), (expected, column_max))
+        wanted = [*leaves, temperature] if learnt else leaves
+        for a, b in zip(
+            torch.autograd.grad(actual, wanted), torch.autograd.grad(expected, wanted), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_compile_takes_c_jepa_with_features_that_carry_no_gradient() -> None:
     """Eagerly this warns; a warning must not break the graph."""
     loss_fn = ContrastiveJEPALoss(HJEPALoss(num_hierarchies=1))
@@ -190,8 +326,66 @@ def test_export_keeps_the_operator() -> None:
 
 
 def test_meta_tensors_have_the_shapes_of_real_ones() -> None:
-    for inputs in sample_inputs():
+    samples = {"nt_xent": sample_inputs(), "cross_logsumexp": cross_inputs()}
+    for name, inputs in ((name, inputs) for name, cases in samples.items() for inputs in cases):
         meta = [a.to("meta") if isinstance(a, Tensor) else a for a in inputs]
-        real_out, meta_out = ops.operator("nt_xent")(*inputs), ops.operator("nt_xent")(*meta)
+        real_out, meta_out = ops.operator(name)(*inputs), ops.operator(name)(*meta)
         for real, fake in zip(real_out, meta_out, strict=True):
             assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
+
+
+@pytest.mark.parametrize("schema", [None, 1, 3], ids=["before_versions", "older", "newer"])
+def test_a_module_of_another_revision_is_not_used(schema: int | None) -> None:
+    """Its kernels may want other arguments: it counts as missing, and no call gets to them."""
+    build_info = {"instruction_set": "avx2"} if schema is None else {"schema": schema}
+    code = f"""
+import sys, types
+module = types.ModuleType("cjepa_kernels._C")
+module.build_info = lambda: {build_info}
+def register_operators():
+    raise AssertionError("kernels of another revision")
+module.register_operators = register_operators
+sys.modules[module.__name__] = module
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+import cjepa_kernels
+from cjepa_kernels.backends import compiled_module
+status = cjepa_kernels.backends()["native"]
+assert not status.available
+assert "built for another revision" in status.reason and "reinstall" in status.reason
+assert compiled_module() is None
+calls = set()
+class Recorded(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "cjepa_kernels":
+            calls.add(str(func))
+        return func(*args, **(kwargs or {{}}))
+z = torch.randn(2, 5, 4, requires_grad=True)
+for training in (True, False):
+    with Recorded(), torch.set_grad_enabled(training):
+        out = cjepa_kernels.cross_logsumexp(z[0], z[1])
+        loss = cjepa_kernels.nt_xent(z[0], z[1]).loss + out.row_lse.sum()
+        if training:
+            loss.backward()
+names = ("nt_xent", "nt_xent_backward", "cross_logsumexp", "cross_logsumexp_backward")
+assert calls == {{f"cjepa_kernels.{{name}}.chunked" for name in names}}, calls
+try:
+    cjepa_kernels.nt_xent(z[0], z[1], backend="native")
+except RuntimeError as error:
+    assert "another revision" in str(error)
+else:
+    raise AssertionError("native was taken")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_schema_version_is_that_of_the_compiled_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = importlib.import_module("cjepa_kernels.backends")  # not the function of that name
+    if not backends()["native"].available:
+        pytest.skip("no compiled kernel here")
+    assert module.compiled_module().build_info()["schema"] == module.SCHEMA_VERSION
+    monkeypatch.setattr(module, "SCHEMA_VERSION", module.SCHEMA_VERSION + 1)
+    assert module.compiled_module() is None

@@ -38,8 +38,6 @@ void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-void release(Block block) { ::operator delete(block.data, kAlignment); }
-
 // Blocks that are free, the one that was given back first in front. Whoever finds it locked does
 // without: a fork may leave it locked for good in the child.
 class Cache {
@@ -84,6 +82,8 @@ Cache& cache() {
 }
 
 }  // namespace
+
+void release(Block block) { ::operator delete(block.data, kAlignment); }
 
 Block take_block(size_t bytes) {
   Block block{nullptr, 0};

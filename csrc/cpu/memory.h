@@ -11,14 +11,16 @@
 
 namespace cjepa {
 
-// A piece of memory, 64 bytes aligned, not cleared. Those that are given back are kept for the next
-// call, within a limit: a large one costs a page fault and a cleared page each time it is new.
+// A piece of memory, 64 bytes aligned, not cleared. What is given back may be kept for the next
+// call, CJEPA_CACHE_MIB (256) in all: large memory that is new costs a page fault and a cleared
+// page for each of its pages.
 struct Block {
   void* data;
   size_t bytes;
 };
 Block take_block(size_t bytes);
-void give_back(Block block);
+void give_back(Block block);  // to the cache, if there is room
+void release(Block block);    // to the system
 
 template <typename T>
 class Buffer {
@@ -27,11 +29,12 @@ class Buffer {
   Buffer(Buffer&& other) noexcept : block_(std::exchange(other.block_, {nullptr, 0})) {}
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { give_back(block_); }
+  ~Buffer() { block_.bytes > kLargest ? release(block_) : give_back(block_); }
   T* get() const { return static_cast<T*>(block_.data); }
   T& operator[](int64_t i) const { return get()[i]; }
 
  private:
+  static constexpr size_t kLargest = size_t{28} << 20;  // above this, what is new hardly matters
   Block block_;
 };
 
@@ -42,7 +45,7 @@ template <typename Worker>
 void deal(int64_t count, double work, const Worker& worker) {
   std::atomic<int64_t> next{0};
   const auto take = [&] { return std::min(next.fetch_add(1, std::memory_order_relaxed), count); };
-  constexpr double kWorkPerThread = 1e5;
+  constexpr double kWorkPerThread = 5e5;
   const int64_t threads = std::min({static_cast<int64_t>(torch::stable::get_num_threads()), count,
                                     1 + static_cast<int64_t>(work / kWorkPerThread)});
   torch::stable::parallel_for(0, std::max<int64_t>(threads, 1), 1,

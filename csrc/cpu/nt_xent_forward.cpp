@@ -15,83 +15,6 @@ Tensor scalar(const Tensor& like, double value) {
   return t;
 }
 
-// More than this is written around the caches: it would not be found there by the backward.
-constexpr size_t kPastCaches = size_t{4} << 20;
-
-// Sums over tiles. The panels of all tiles, in order, are dealt to a fixed number of chunks, each
-// with sums of its own.
-template <typename T>
-struct PartialSums {
-  int64_t chunks, rows;
-  Buffer<T> sum, maximum;  // (chunks, rows)
-  Buffer<T> positive;      // (rows)
-  std::vector<double> negative_sum;
-  std::vector<int64_t> negative_count;
-
-  PartialSums(int64_t chunks_, int64_t rows_)
-      : chunks(chunks_),
-        rows(rows_),
-        sum(chunks * rows),
-        maximum(chunks * rows),
-        positive(rows),
-        negative_sum(chunks),
-        negative_count(chunks) {}
-};
-
-template <typename T, typename P>
-PartialSums<T> sum_tiles(const TileCore<T, P>& core, const Pairs<T, P>& pairs, T* kept) {
-  const PackedBatch<T, P>& z = pairs.z;
-  const Layout& layout = z.layout;
-  const int64_t tiles = layout.blocks * (layout.blocks + 1) / 2;
-  const int64_t panels = layout.block / core.panel;  // of a tile
-  const int64_t area = layout.block * layout.block;
-  const int64_t chunks = std::min<int64_t>(tiles * panels, layout.rows >= 1536 ? 64 : 16);
-  PartialSums<T> sums(chunks, layout.padded_rows());
-  const double work = 1.0 * layout.rows * layout.rows * (z.depth + 20);
-  deal(chunks, work, [&](const auto& take) {
-    Buffer<T> scratch(core.scratch_size(layout.block)), space(kept == nullptr ? area : 0);
-    for (int64_t c; (c = take()) < chunks;) {
-      T* sum = sums.sum.get() + c * sums.rows;
-      T* maximum = sums.maximum.get() + c * sums.rows;
-      std::fill(sum, sum + sums.rows, T{0});
-      std::fill(maximum, maximum + sums.rows, -std::numeric_limits<T>::infinity());
-      int64_t p = tiles * panels * c / chunks;
-      const int64_t last = tiles * panels * (c + 1) / chunks;
-      int64_t i = 0, first = 0;  // tile row of p, and the number of its first tile
-      while (p / panels >= first + layout.blocks - i) first += layout.blocks - i++;
-      for (int64_t j = i + p / panels - first; p < last; ++j) {
-        if (j == layout.blocks) j = ++i;
-        const int64_t begin = p % panels * core.panel;
-        const int64_t end = std::min(layout.block, begin + (last - p) * core.panel);
-        p += (end - begin) / core.panel;
-        if (begin >= layout.valid(j)) continue;
-        SimilarityTile<T, P> t = make_tile(core, z, z, i, j, begin, end);
-        if (p < last && end == layout.block)
-          t.next_panels = z.panels_of(j + 1 < layout.blocks ? j + 1 : i + 1);
-        t.exclusion = pairs.exclusion;
-        t.exponent = pairs.shift.exponent;
-        if (kept != nullptr) {
-          t.out = kept + tile_number(i, j, layout.blocks) * area + begin;
-        } else if (!t.exponent.constant_shift) {
-          t.out = space.get() + begin;
-        }
-        t.out_stride = layout.block;
-        t.past_caches = tiles * area * sizeof(T) > kPastCaches;
-        t.row_sum = sum + t.row;
-        t.row_max = maximum + t.row;
-        t.column_sum = sum + t.column;
-        t.column_max = maximum + t.column;
-        t.positive = i == j ? sums.positive.get() + t.row : nullptr;
-        t.negative_sum = t.exclusion.mask == nullptr ? nullptr : &sums.negative_sum[c];
-        t.negative_count = t.exclusion.mask == nullptr ? nullptr : &sums.negative_count[c];
-        t.scratch = scratch.get();
-        core.similarity(t);
-      }
-    }
-  });
-  return sums;
-}
-
 struct Totals {
   double loss = 0, positive = 0;
   int64_t hits = 0;
@@ -102,42 +25,18 @@ struct PerRow {  // outputs in the caller's order; loss may be null
   T *loss, *lse, *shift, *log_sum, *positive;
 };
 
-constexpr int64_t kReducedRows = 256;  // at a time
-
 // Adds up the chunks of some rows, and finishes those rows.
 template <typename T, typename P>
 Totals reduce_rows(const Pairs<T, P>& pairs, const PartialSums<T>& sums, int64_t begin,
                    const PerRow<T>& out) {
   const Shift<T>& shift = pairs.shift;
   const int64_t count = std::min(kReducedRows, pairs.z.layout.rows - begin);
-  T hardest[kReducedRows];
-  double total[kReducedRows];
-  std::fill(hardest, hardest + count, -std::numeric_limits<T>::infinity());
-  std::fill(total, total + count, 0.0);
-  for (int64_t c = 0; c < sums.chunks; ++c) {
-    const T* maximum = sums.maximum.get() + c * sums.rows + begin;
-    for (int64_t a = 0; a < count; ++a)
-      hardest[a] = maximum[a] > hardest[a] ? maximum[a] : hardest[a];
-  }
-  for (int64_t c = 0; c < sums.chunks; ++c) {
-    const T* sum = sums.sum.get() + c * sums.rows + begin;
-    const T* maximum = sums.maximum.get() + c * sums.rows + begin;
-    if (shift.exponent.constant_shift) {
-      for (int64_t a = 0; a < count; ++a) total[a] += sum[a];
-      continue;
-    }
-    for (int64_t a = 0; a < count; ++a) {
-      if (maximum[a] > -std::numeric_limits<T>::infinity())
-        total[a] += sum[a] * std::exp((static_cast<double>(maximum[a]) - hardest[a]) / shift.tau);
-    }
-  }
+  const ReducedRows<T> reduced(shift, sums.row_sum.get(), sums.row_max.get(), sums.chunks,
+                               sums.rows, begin, count);
   Totals totals;
   for (int64_t a = 0; a < count; ++a) {
-    const double positive = sums.positive[begin + a];
-    const bool has_negatives = hardest[a] > -kInfinity;
-    const double top =
-        !has_negatives ? 0 : shift.exponent.constant_shift ? 1 : static_cast<double>(hardest[a]);
-    double log_sum = has_negatives ? std::log(total[a]) - shift.error : -kInfinity;
+    const double positive = sums.positive[begin + a], top = reduced.top(shift, a);
+    double log_sum = reduced.log_sum(shift, a);
     if (!pairs.z.finite || std::isnan(shift.tau)) log_sum = kNaN;
     const double gap = (top - positive) / shift.tau + log_sum;  // LSE- minus the positive's logit
     const double own = softplus(gap);
@@ -149,7 +48,7 @@ Totals reduce_rows(const Pairs<T, P>& pairs, const PartialSums<T>& sums, int64_t
     if (out.loss != nullptr) out.loss[at] = static_cast<T>(own);
     totals.loss += own;
     totals.positive += positive;
-    totals.hits += positive > hardest[a];
+    totals.hits += positive > reduced.hardest[a];
   }
   return totals;
 }
@@ -188,16 +87,14 @@ Outputs nt_xent_forward(const Options& options, bool keep) {
   const Tensor& like = options.z_i;
   const ScalarType dtype = dtype_of<T>();
   Tensor kept = keep ? make_kept<T>(kept_size(rows)) : make(like, {0}, dtype);
-  const PartialSums<T> sums =
-      sum_tiles(core, pairs, keep ? static_cast<T*>(kept.mutable_data_ptr()) : nullptr);
+  const PartialSums<T> sums = sum_tiles(pairs.logits, keep ? data_of<T>(kept) : nullptr);
 
   const bool none = options.reduction == "none";
   Tensor loss = none ? make(like, {rows}, dtype) : make(like, {}, dtype);
   Tensor lse = make(like, {rows}, dtype), shift = make(like, {rows}, dtype);
   Tensor log_sum = make(like, {rows}, dtype), positive = make(like, {rows}, dtype);
-  const auto data = [](Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
-  const PerRow<T> out{none ? data(loss) : nullptr, data(lse), data(shift), data(log_sum),
-                      data(positive)};
+  const PerRow<T> out{none ? data_of<T>(loss) : nullptr, data_of<T>(lse), data_of<T>(shift),
+                      data_of<T>(log_sum), data_of<T>(positive)};
   const int64_t parts = (rows + kReducedRows - 1) / kReducedRows;
   std::vector<Totals> totals(parts);
   deal(parts, 100.0 * rows, [&](const auto& take) {
@@ -213,7 +110,8 @@ Outputs nt_xent_forward(const Options& options, bool keep) {
 
   const double count = static_cast<double>(rows);
   if (!none)
-    *data(loss) = static_cast<T>(options.reduction == "mean" ? total.loss / count : total.loss);
+    *data_of<T>(loss) =
+        static_cast<T>(options.reduction == "mean" ? total.loss / count : total.loss);
   double negative = kNaN;
   if (options.mask.has_value()) {
     double sum = 0;

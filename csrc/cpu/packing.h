@@ -110,8 +110,8 @@ inline int64_t round_up(int64_t x, int64_t multiple) {
 struct Layout {
   int64_t rows, features, block, blocks;
 
-  Layout(int64_t rows_, int64_t features_)
-      : rows(rows_), features(features_), block(block_of(rows_)) {
+  Layout(int64_t rows_, int64_t features_, int64_t block_)
+      : rows(rows_), features(features_), block(block_) {
     blocks = (rows + block - 1) / block;
   }
   static int64_t block_of(int64_t rows) { return rows >= 1536 ? 192 : 96; }
@@ -156,9 +156,9 @@ struct PackedBatch {
     bool similarity, products, sums;
   };
 
-  PackedBatch(const Source& source, const Rounding<T>& rounding, const TileCore<T, P>& core,
-              Wanted wanted)
-      : layout(source.rows(), source.views->features),
+  PackedBatch(const Source& source, int64_t block, const Rounding<T>& rounding,
+              const TileCore<T, P>& core, Wanted wanted)
+      : layout(source.rows(), source.views->features, block),
         depth((layout.features + kNumbers - 1) / kNumbers),
         padded_depth(round_up(depth, core.panel)),
         padded_features(round_up(layout.features, core.panel)),
@@ -181,13 +181,11 @@ struct PackedBatch {
       Buffer<T> rows(kPackedRows * features), space(features);
       for (int64_t g; (g = take()) < groups;) {
         double group_squares = 0;
-        for (int64_t r = 0; r < kPackedRows; ++r) {
-          const int64_t a = g * kPackedRows + r;
+        const int64_t first = g * kPackedRows;
+        const int64_t count = std::min(kPackedRows, layout.rows - first);
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t a = first + r;
           T* row = rows.get() + r * features;
-          if (a >= layout.rows) {
-            std::fill(row, row + features, T{0});
-            continue;
-          }
           const View& view = source.views[a % source.count];
           const T* raw = view.row(a / source.count, space.get());
           rounding.apply(core, raw, features, row, row);
@@ -196,11 +194,13 @@ struct PackedBatch {
           if (!(square <= T{1.0404})) group_bounded[g] = 0;
           if (!std::isfinite(square) || square == 0) group_finite[g] &= all_finite(raw, features);
         }
-        write(core, wanted, rows.get(), g * kPackedRows);
+        // What is beyond the last row is excluded from S, but the second of a pair meets a zero.
+        if (count < kPackedRows) std::fill_n(rows.get() + count * features, features, T{0});
+        write(core, wanted, rows.get(), first, count);
         if (!wanted.sums) continue;
         squares[g] = group_squares;
         T* sum = sums.data() + g * features;
-        for (int64_t r = 0; r < kPackedRows; ++r) core.add(rows.get() + r * features, features, sum);
+        for (int64_t r = 0; r < count; ++r) core.add(rows.get() + r * features, features, sum);
       }
     });
     for (int64_t g = 0; g < groups; ++g) {
@@ -214,20 +214,22 @@ struct PackedBatch {
     return std::all_of(row, row + features, [](T x) { return std::isfinite(x); });
   }
 
-  void write(const TileCore<T, P>& core, Wanted wanted, const T* rows, int64_t first) const {
+  void write(const TileCore<T, P>& core, Wanted wanted, const T* rows, int64_t first,
+             int64_t count) const {
     const int64_t features = layout.features, b = first / layout.block;
     const int64_t row = first - b * layout.block;
-    for (int64_t r = 0; r < kPackedRows; r += core.panel) {
+    for (int64_t r = 0; r < count; r += core.panel) {
+      const int64_t valid = std::min(core.panel, count - r);
       const T* from = rows + r * features;
       if (wanted.similarity || kNumbers == 1) {
         P* slice = slices.get() + b * layout.block * padded_depth + (row + r) * core.panel;
         P* panel = wanted.similarity ? panels.get() + (first + r) * depth : nullptr;
-        core.pack(from, features, features, panel, slice, layout.block);
+        core.pack(from, valid, features, panel, slice, layout.block);
       }
       if (wanted.products && kNumbers == 2) {
         P* out = products_own.get() + b * layout.block / kNumbers * padded_features +
                  (row + r) / kNumbers * core.panel;
-        core.pack_product(from, features, features, out, layout.block / kNumbers);
+        core.pack_product(from, valid, features, out, layout.block / kNumbers);
       }
     }
   }

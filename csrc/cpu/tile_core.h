@@ -40,18 +40,18 @@ struct Exponent {
 // excluded entries as 0 or -inf. Of a tile on the diagonal the part below it is left out.
 template <typename T, typename P>
 struct SimilarityTile {
-  const P* rows;       // [depth / panel][slice_rows][panel], at the tile's first row
-  int64_t slice_rows;  // rows of the block that the slices hold
-  const P* panels;     // [width / panel][depth][panel]
+  const P* rows;         // [depth / panel][slice_rows][panel], at the tile's first row
+  int64_t slice_rows;    // rows of the block that the slices hold
+  const P* panels;       // [width / panel][depth][panel]
   const P* next_panels;  // needed after these, or null
-  int64_t depth;       // features / (numbers in a P)
+  int64_t depth;         // features / (numbers in a P)
   int64_t row, column, height, width;
   Exclusion exclusion;
   Exponent<T> exponent;
   T* out;  // (height, out_stride); null with a constant shift: not kept
   int64_t out_stride;
   bool past_caches;  // whether to write `out` around the caches
-  T* row_sum;  // all at the tile's first row or column; null: no sums
+  T* row_sum;        // all at the tile's first row or column; null: no sums
   T* row_max;
   T* column_sum;
   T* column_max;
@@ -86,7 +86,7 @@ struct Product {
   bool transposed;
   int64_t a_stride;
   int64_t height, depth;
-  const P* panels;  // [features / panel][panel_depth][panel], at the first of `depth`
+  const P* panels;       // [features / panel][panel_depth][panel], at the first of `depth`
   const P* next_panels;  // needed after these, or null
   int64_t panel_depth;
   int64_t features;  // multiple of the panel
@@ -104,8 +104,8 @@ inline constexpr int64_t kCoefficientStride = 192;  // numbers P in a row of coe
 //   g = factor (sum - pull positive), projected on unit's complement and divided by |z|
 template <typename T>
 struct FinishRow {
-  T* gradient;  // in: the sum; out: the gradient
-  const T* own;       // the rounded row that the products saw, and its positive's
+  T* gradient;   // in: the sum; out: the gradient
+  const T* own;  // the rounded row that the products saw, and its positive's
   const T* positive;
   const T* unit;  // not rounded; null: the dot product, nothing to project
   T pull, factor, norm;
@@ -125,12 +125,12 @@ struct TileCore {
   void (*add)(const T* x, int64_t count, T* sum);  // sum += x
   // out = in / max(|in|, eps); returns |in|.
   T (*normalize)(const T* in, int64_t features, T eps, T* out);
-  // `panel` rows, `stride` apart, to the slices and, unless null, to a panel of the transpose.
-  void (*pack)(const T* rows, int64_t stride, int64_t features, P* panel_out, P* slices,
+  // At most `panel` contiguous rows to the slices and, unless null, to a panel of the transpose.
+  void (*pack)(const T* rows, int64_t count, int64_t features, P* panel_out, P* slices,
                int64_t slice_rows);
-  // The same rows as operand of a product over rows: [features / panel][panel_depth][panel].
-  void (*pack_product)(const T* rows, int64_t stride, int64_t features, P* out,
-                       int64_t panel_depth);
+  // The same rows as operand of a product over rows: [features / panel][panel_depth][panel]. Where
+  // P holds two numbers and the count is odd, one more row is read.
+  void (*pack_product)(const T* rows, int64_t count, int64_t features, P* out, int64_t panel_depth);
   T (*finish)(const FinishRow<T>&);  // returns gradient . own before the projection
 };
 

@@ -16,7 +16,9 @@ struct Bf16Operand {
   static constexpr int kNumbers = 2;
   typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
   typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
-  static CJEPA_INLINE Packed load(const P* p) { return (Packed) * reinterpret_cast<const Words*>(p); }
+  static CJEPA_INLINE Packed load(const P* p) {
+    return (Packed) * reinterpret_cast<const Words*>(p);
+  }
   static CJEPA_INLINE Packed all(P x) { return (Packed)(Words{} + x); }
   static CJEPA_INLINE V multiply_add(V sum, Packed a, Packed b) {
     return (V)_mm512_dpbf16_ps((__m512)sum, a, b);

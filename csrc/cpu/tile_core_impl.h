@@ -54,18 +54,23 @@ template <>
 struct Exp2Table<float> {  // minimax on [-1/2, 1/2]: relative error 8e-8 in fp32, mean 3e-10
   static constexpr int kDegree = 6, kMantissa = 23;
   static constexpr float kLowestExponent = -126.0f;
-  static constexpr float kValues[] = {1.534581188998e-4f, 1.339993121813e-3f, 9.618488957526e-3f,
-                                      5.550328776968e-2f, 2.402264689063e-1f, 6.931472057373e-1f,
-                                      1.0f,               12582912.0f};
+  static constexpr float kValues[] = {1.534581188998e-4f,
+                                      1.339993121813e-3f,
+                                      9.618488957526e-3f,
+                                      5.550328776968e-2f,
+                                      2.402264689063e-1f,
+                                      6.931472057373e-1f,
+                                      1.0f,
+                                      12582912.0f};
 };
 template <>
 struct Exp2Table<double> {  // Taylor series: the last term is below 2e-17
   static constexpr int kDegree = 13, kMantissa = 52;
   static constexpr double kLowestExponent = -1022.0;
-  static constexpr double kValues[] = {
-      taylor(13), taylor(12), taylor(11), taylor(10), taylor(9), taylor(8), taylor(7),         //
-      taylor(6),  taylor(5),  taylor(4),  taylor(3),  taylor(2), taylor(1), taylor(0),
-      6755399441055744.0};
+  static constexpr double kValues[] = {taylor(13), taylor(12), taylor(11), taylor(10),
+                                       taylor(9),  taylor(8),  taylor(7),  //
+                                       taylor(6),  taylor(5),  taylor(4),  taylor(3),
+                                       taylor(2),  taylor(1),  taylor(0),  6755399441055744.0};
 };
 
 template <typename T, typename Operand = PlainOperand<T>>
@@ -129,11 +134,29 @@ struct Core {
     return (V)bits;
   }
 
+  // What to bring into the cache while a micro-tile is computed, `step` bytes for each of the
+  // product's depth: requests all at once would hold up the loads that the product waits for.
+  struct Ahead {
+    const char* at;
+    int64_t step;
+
+    // The share of the micro-tile in row i of `height` in `count` numbers from `next`.
+    Ahead(const P* next, int64_t count, int64_t i, int64_t height, int64_t depth)
+        : at(reinterpret_cast<const char*>(next)), step(0) {
+      if (next == nullptr) return;
+      const int64_t share = count * sizeof(P) * MR / height;
+      at += i / MR * share;
+      step = (share + depth - 1) / depth;
+    }
+  };
+
   // acc[m][v] += sum_k a[m * ROW + k * step] * panel[k * NR + v * L ...]
   template <int64_t ROW>
   static CJEPA_INLINE void multiply(V (&acc)[MR][NV], const P* a, int64_t step, const P* panel,
-                                    int64_t depth) {
+                                    int64_t depth, Ahead& ahead) {
     for (int64_t k = 0; k < depth; ++k) {
+      __builtin_prefetch(ahead.at, 0, 2);
+      ahead.at += ahead.step;
       const Packed b0 = Operand::load(panel), b1 = Operand::load(panel + L);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; ++m) {
@@ -148,14 +171,16 @@ struct Core {
 
   static CJEPA_INLINE void similarities(V (&acc)[MR][NV], const Similarity& t, int64_t i,
                                         int64_t j) {
+    const P* next = j + NR < t.width ? t.panels + (j + NR) * t.depth : t.next_panels;
+    Ahead ahead(next, NR * t.depth, i, t.height, t.depth);
     const P* a = t.rows + i * NR;
     const P* panel = t.panels + j * t.depth;
     int64_t k = 0;
     for (; k + NR <= t.depth; k += NR) {
-      multiply<NR>(acc, a, 1, panel + k * NR, NR);
+      multiply<NR>(acc, a, 1, panel + k * NR, NR, ahead);
       a += t.slice_rows * NR;
     }
-    if (k < t.depth) multiply<NR>(acc, a, 1, panel + k * NR, t.depth - k);
+    if (k < t.depth) multiply<NR>(acc, a, 1, panel + k * NR, t.depth - k, ahead);
   }
 
   static constexpr int kLanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -180,8 +205,7 @@ struct Core {
 
   // Whether some entry of the micro-tile, or of the micro-tiles below it, is excluded.
   static bool needs_mask(const Exclusion& e, int64_t a, int64_t b) {
-    return a + MR > e.rows || b + NR > e.columns ||
-           (e.self && (e.mask != nullptr || a + MR > b));
+    return a + MR > e.rows || b + NR > e.columns || (e.self && (e.mask != nullptr || a + MR > b));
   }
 
   // First row of the tile, relative to it, from which all micro-tiles of the panel are masked.
@@ -221,15 +245,6 @@ struct Core {
 
   enum Keep { kForgotten, kStored, kStreamed };
 
-  // The share of a micro-tile's row i, of `height`, in bringing the next panel into the cache.
-  static CJEPA_INLINE void prefetch_share(const P* next, int64_t count, int64_t i, int64_t height) {
-    if (next == nullptr) return;
-    const int64_t share = (count * MR + height - 1) / height;
-    const P* last = next + least(count, i / MR * share + share);
-    constexpr int64_t kLine = 64 / sizeof(P);
-    for (const P* p = next + i / MR * share; p < last; p += kLine) __builtin_prefetch(p, 0, 2);
-  }
-
   // Rows [begin, end) of the tile's panel j, with a constant shift.
   template <bool MASKED, Keep KEEP, bool SUMS>
   static CJEPA_NOINLINE void run_constant(const Similarity& t, int64_t j, int64_t begin,
@@ -238,9 +253,7 @@ struct Core {
     T* lanes_max = t.scratch + t.height * L;
     V column_sum[NV] = {}, column_max[NV];
     for (int v = 0; v < NV; ++v) column_max[v] = all(kLowest);
-    const P* next = j + NR < t.width ? t.panels + (j + NR) * t.depth : t.next_panels;
     for (int64_t i = begin; i < end; i += MR) {
-      prefetch_share(next, NR * t.depth, i, t.height);
       V acc[MR][NV] = {};
       similarities(acc, t, i, j);
       const Exponent<T>* e = opaque(&t.exponent);
@@ -417,8 +430,7 @@ struct Core {
       t.row_max[i] = maximum;
     }
     for (int64_t j = 0; j < t.width; j += L) {
-      const int64_t height =
-          self ? least(t.height, t.column + j / NR * NR + NR - t.row) : t.height;
+      const int64_t height = self ? least(t.height, t.column + j / NR * NR + NR - t.row) : t.height;
       const V previous = load(t.column_max + j);
       V top = previous;
       for (int64_t i = 0; i < height; ++i) top = larger(top, load(t.out + i * t.out_stride + j));
@@ -453,7 +465,7 @@ struct Core {
     } else if (t.out == nullptr) {
       tile_constant<kForgotten, true>(t);
     } else if (t.row_sum == nullptr) {
-      tile_constant<kStored, false>(t);
+      t.past_caches ? tile_constant<kStreamed, false>(t) : tile_constant<kStored, false>(t);
       mirror(t);
     } else {
       t.past_caches ? tile_constant<kStreamed, true>(t) : tile_constant<kStored, true>(t);
@@ -488,7 +500,8 @@ struct Core {
       const T* kept = c.kept + i * c.kept_stride;
       P* out = c.out + i * c.out_stride;
       const V weight = all(c.row_weight[i]);
-      for_each_vector(c.width, [&](int64_t j) {
+      // Pairs are whole: after an odd number of columns comes one of padding.
+      for_each_vector(round_up(c.width, Operand::kNumbers), [&](int64_t j) {
         Operand::store_along(out + j / Operand::kNumbers,
                              coefficient(c, load(kept + j), i, weight, j));
       });
@@ -560,15 +573,15 @@ struct Core {
       const P* panel = p.panels + d * p.panel_depth;
       for (int64_t i = 0; i < p.height; i += MR) {
         prefetcher.step();
-        const P* next = d + NR < p.features ? panel + p.panel_depth * NR : p.next_panels;
-        prefetch_share(next, p.depth * NR, i, p.height);
+        Ahead ahead(d + NR < p.features ? panel + p.panel_depth * NR : p.next_panels, p.depth * NR,
+                    i, p.height, p.depth);
         // From zero, not from `out`: small terms added to a large sum one by one would each be
         // rounded at its scale (20 times the error at M = 8200).
         V acc[MR][NV] = {};
         if (p.transposed) {
-          multiply<1>(acc, p.a + i, p.a_stride, panel, p.depth);
+          multiply<1>(acc, p.a + i, p.a_stride, panel, p.depth, ahead);
         } else {
-          multiply<kCoefficientStride>(acc, p.a + i * kCoefficientStride, 1, panel, p.depth);
+          multiply<kCoefficientStride>(acc, p.a + i * kCoefficientStride, 1, panel, p.depth, ahead);
         }
         if (i + MR <= p.height) {
           add_micro_tile<true>(p, acc, i, d);
@@ -602,7 +615,7 @@ struct Core {
     return norm;
   }
 
-  static void pack(const T* rows, int64_t stride, int64_t features, P* panel, P* slices,
+  static void pack(const T* rows, int64_t valid, int64_t features, P* panel, P* slices,
                    int64_t slice_rows) {
     static_assert(sizeof(P) == sizeof(T));  // transposed as numbers, whatever they are
     constexpr int N = Operand::kNumbers;
@@ -610,8 +623,8 @@ struct Core {
     for (int64_t k = 0; k < depth; k += NR) {
       const int64_t count = least(NR, depth - k);
       P* slice = slices + k * slice_rows;
-      for (int r = 0; r < NR; ++r) {
-        const T* row = rows + r * stride;
+      for (int64_t r = 0; r < valid; ++r) {
+        const T* row = rows + r * features;
         if (N == 1 && count == NR) {
           for (int c = 0; c < NR; c += L)
             *reinterpret_cast<V*>(slice + r * NR + c) = load(row + k + c);
@@ -622,7 +635,7 @@ struct Core {
       }
       if (panel == nullptr) continue;
       for (int64_t c = 0; c < count; c += L) {
-        for (int r = 0; r < NR; r += L) {
+        for (int64_t r = 0; r < valid; r += L) {
           V x[L];
           for (int l = 0; l < L; ++l) x[l] = *reinterpret_cast<V*>(slice + (r + l) * NR + c);
           transpose<L / 2>(x);
@@ -633,15 +646,15 @@ struct Core {
     }
   }
 
-  static void pack_product(const T* rows, int64_t stride, int64_t features, P* out,
+  static void pack_product(const T* rows, int64_t valid, int64_t features, P* out,
                            int64_t panel_depth) {
     constexpr int N = Operand::kNumbers;
     for (int64_t k = 0; k < features; k += NR) {
       const int64_t count = least(NR, features - k);
-      for (int r = 0; r < NR / N; ++r) {
+      for (int64_t r = 0; r < (valid + N - 1) / N; ++r) {
         P* to = out + k * panel_depth + r * NR;
-        const T* from = rows + r * N * stride + k;
-        for (int64_t c = 0; c < count; ++c) to[c] = Operand::join_rows(from + c, stride);
+        const T* from = rows + r * N * features + k;
+        for (int64_t c = 0; c < count; ++c) to[c] = Operand::join_rows(from + c, features);
         for (int64_t c = count; c < NR; ++c) to[c] = P{};
       }
     }

@@ -1,0 +1,156 @@
+"""How an operator and its backward are registered with PyTorch: the same way for all of them.
+
+``cjepa_kernels::<name>`` dispatches on the device: a compiled back end registers itself under its
+dispatch key (CPU, CUDA), ``CompositeExplicitAutograd`` is the chunked path that serves every other
+device. The overload ``<name>.chunked`` has the chunked path alone, for those who ask for it by
+name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "cjepa_kernels"
+OVERLOADS = ("", ".chunked")
+AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
+
+# Any: the methods of Library carry no annotations.
+_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+_operators: dict[tuple[str, str], Any] = {}  # by name and overload, like the next
+_functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
+
+
+@dataclass(frozen=True)
+class Definition:
+    """An operator with its backward, ``<name>_backward``, and what all back ends share of them.
+
+    Attributes:
+        name: Of the operator.
+        schema: Arguments, a ``product_dtype`` among them, and results.
+        schema_backward: The same of the backward.
+        forward: Chunked implementation of the operator.
+        backward: Chunked implementation of the backward.
+        fake: Results of the operator without their values.
+        fake_backward: The same of the backward.
+        setup_context: ``(ctx, inputs, output)``: saves what the gradients need.
+        gradients: ``(ctx, backward, *upstream)``: the gradient of every input, by the operator
+            ``backward``; an upstream gradient is None where there is none.
+    """
+
+    name: str
+    schema: str
+    schema_backward: str
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+    fake: Callable[..., tuple[Tensor, ...]]
+    fake_backward: Callable[..., tuple[Tensor, ...]]
+    setup_context: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None]
+    gradients: Callable[..., tuple[Any, ...]]
+
+
+def operator(name: str, overload: str = "") -> Any:
+    """The registered overload: ``operator("nt_xent")`` or ``operator("nt_xent", ".chunked")``."""
+    return _operators[name, overload]
+
+
+def call(name: str, overload: str, *args: Any) -> tuple[Tensor, ...]:
+    """Call an operator with the least in between.
+
+    The registered autograd is Python code under every call, most of a small batch's time. It
+    serves torch.compile, torch.export and those who call the operator itself.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return operator(name, overload)(*args)  # type: ignore[no-any-return]
+    function = _functions[name, overload]
+    return function.apply(*args)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def register(definition: Definition) -> None:
+    """Define the operator and its backward, in every overload."""
+    for overload in OVERLOADS:
+        _register(definition, overload)
+
+
+def _register(definition: Definition, overload: str) -> None:
+    forward, backward = f"{definition.name}{overload}", f"{definition.name}_backward{overload}"
+    _library.define(forward + definition.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.define(backward + definition.schema_backward, tags=(torch.Tag.pt2_compliant_tag,))
+    for name in (definition.name, f"{definition.name}_backward"):
+        packet = getattr(torch.ops.cjepa_kernels, name)
+        _operators[name, overload] = getattr(packet, overload.lstrip(".") or "default")
+    _library.impl(forward, definition.forward, "CompositeExplicitAutograd")
+    _library.impl(backward, definition.backward, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{forward}", definition.fake, lib=_library)
+    torch.library.register_fake(f"{NAMESPACE}::{backward}", definition.fake_backward, lib=_library)
+    gradients = _make_gradients(definition, overload)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{forward}",
+        gradients,
+        setup_context=definition.setup_context,
+        lib=_library,
+    )
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{backward}", _make_no_double_backward(definition.name), lib=_library
+    )
+    for device_type, key in AUTOCAST_DEVICES.items():
+        _library.impl(forward, _make_autocast(definition.name, overload, device_type), key)
+    _functions[definition.name, overload] = _make_function(definition, overload, gradients)
+
+
+def _make_gradients(definition: Definition, overload: str) -> Callable[..., tuple[Any, ...]]:
+    backward = operator(f"{definition.name}_backward", overload)
+
+    def gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        return definition.gradients(ctx, backward, *upstream)
+
+    return gradients
+
+
+def _make_no_double_backward(name: str) -> Callable[..., None]:
+    def no_double_backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f'{name} has no second derivative in this back end; use backend="reference" for '
+            "double backward"
+        )
+
+    return no_double_backward
+
+
+def _make_autocast(name: str, overload: str, device_type: str) -> Callable[..., Any]:
+    forward = operator(name, overload)
+    position = [argument.name for argument in forward._schema.arguments].index("product_dtype")
+
+    def autocast(*args: Any) -> Any:
+        product_dtype = args[position]
+        if product_dtype is None:
+            product_dtype = torch.get_autocast_dtype(device_type)
+            if args[0].dtype == torch.float64:
+                product_dtype = torch.float64
+        with torch.autocast(device_type, enabled=False):
+            return forward(*args[:position], product_dtype, *args[position + 1 :])
+
+    return autocast
+
+
+def _make_function(
+    definition: Definition, overload: str, gradients: Callable[..., tuple[Any, ...]]
+) -> type[torch.autograd.Function]:
+    """The operator as an autograd function, of the kind that costs least per call."""
+    operator_forward, setup_context = operator(definition.name, overload), definition.setup_context
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = operator_forward(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        backward = staticmethod(gradients)
+
+    Function.__name__ = definition.name
+    return Function

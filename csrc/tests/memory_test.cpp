@@ -1,0 +1,157 @@
+// The cache of blocks, and the dealing of work to threads.
+#include "../cpu/memory.h"
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "threads.h"
+
+namespace cjepa::test {
+namespace {
+
+constexpr size_t kMebibyte = size_t{1} << 20;
+constexpr size_t kLimit = 8 * kMebibyte;
+// Before the first block is taken: the limit is read once.
+[[maybe_unused]] const int limited = setenv("CJEPA_CACHE_MIB", "8", 1);
+
+Block take(size_t bytes) {
+  const Block block = take_block(bytes);
+  CHECK(block.bytes >= bytes, "%zu of %zu bytes", block.bytes, bytes);
+  CHECK(reinterpret_cast<uintptr_t>(block.data) % 64 == 0, "%p is not aligned", block.data);
+  std::memset(block.data, 0x5a, bytes);
+  return block;
+}
+
+// Leaves one block in the cache, which is too large for all that is asked for here and gives way to
+// the first one that comes back.
+void empty_cache() { give_back(take(kLimit)); }
+
+CJEPA_TEST(blocks_are_used_again) {
+  empty_cache();
+  const Block block = take(kMebibyte);
+  give_back(block);
+  const Block larger = take(kMebibyte + 1);
+  CHECK(larger.data != block.data, "a block of 1 MiB for more than that");
+  const Block smaller = take(kMebibyte / 2);
+  CHECK(smaller.data != block.data, "twice what was asked for");
+  const Block again = take(kMebibyte * 3 / 4);
+  CHECK(again.data == block.data && again.bytes == kMebibyte, "a block that fits was not taken");
+  for (const Block& b : {larger, smaller, again}) give_back(b);
+}
+
+CJEPA_TEST(the_best_fitting_block_is_taken) {
+  empty_cache();
+  const Block a = take(1200 << 10), b = take(1100 << 10), c = take(1400 << 10);
+  for (const Block& block : {a, b, c}) give_back(block);
+  CHECK(take(kMebibyte).data == b.data, "another block fits better");
+  CHECK(take(kMebibyte).data == a.data, "another block fits better");
+  give_back(a);
+  give_back(b);
+}
+
+CJEPA_TEST(the_oldest_blocks_leave_first) {
+  empty_cache();
+  const Block a = take(3 * kMebibyte), b = take(3 * kMebibyte + 64), c = take(3 * kMebibyte + 128);
+  for (const Block& block : {a, b, c}) give_back(block);  // 9 MiB: the first one has to leave
+  const Block first = take_block(3 * kMebibyte), second = take_block(3 * kMebibyte);
+  CHECK(first.data == b.data && second.data == c.data, "the last two of three should be left");
+  give_back(first);
+  give_back(second);
+  give_back(take(kLimit + 1));  // never kept
+  CHECK(take_block(3 * kMebibyte).data == b.data, "a block above the limit displaced others");
+  give_back(b);
+}
+
+CJEPA_TEST(empty_and_moved_buffers) {
+  Buffer<double> none, some(3);
+  some[2] = 1;
+  double* const data = some.get();
+  const Buffer<double> moved(std::move(some));
+  CHECK(moved.get() == data && moved[2] == 1, "the buffer did not move");
+  CHECK(some.get() == nullptr, "two buffers own one block");  // NOLINT: that is the question
+}
+
+// Every thread finds what it wrote in the blocks that it holds.
+void use_blocks(uint8_t mark, int rounds) {
+  Random random;
+  for (int round = 0; round < rounds; ++round) {
+    std::vector<Block> blocks;
+    for (int k = 0; k < 3; ++k) {
+      const size_t bytes = static_cast<size_t>(random.uniform(1, 200 << 10));
+      blocks.push_back(take_block(bytes));
+      std::memset(blocks.back().data, mark, blocks.back().bytes);
+    }
+    for (const Block& block : blocks) {
+      const auto* bytes = static_cast<const uint8_t*>(block.data);
+      CHECK(bytes[0] == mark && bytes[block.bytes - 1] == mark,
+            "another thread wrote to a block of thread %d", mark);
+      give_back(block);
+    }
+  }
+}
+
+CJEPA_TEST(several_threads) {
+  std::vector<std::thread> threads;
+  for (uint8_t mark = 0; mark < 4; ++mark) threads.emplace_back(use_blocks, mark, 2000);
+  for (std::thread& thread : threads) thread.join();
+}
+
+// A child of fork may find the cache locked for good, by a thread that it does not have.
+CJEPA_TEST(fork_while_locked) {
+  std::atomic<bool> stop{false};
+  std::thread other([&] {
+    while (!stop) give_back(take_block(100 << 10));
+  });
+  for (int k = 0; k < 50; ++k) {
+    const pid_t child = fork();
+    if (child == 0) {
+      alarm(20);  // ends a child that waits for the lock
+      const Block block = take_block(100 << 10);
+      static_cast<char*>(block.data)[block.bytes - 1] = 1;
+      give_back(block);
+      _exit(0);
+    }
+    int status = -1;
+    waitpid(child, &status, 0);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "child %d ended with status %d", k,
+          status);
+  }
+  stop = true;
+  other.join();
+}
+
+CJEPA_TEST(work_is_dealt_once) {
+  for (const uint32_t threads : {1, 2, 5}) {
+    use_threads(threads);
+    for (const int64_t count : {0, 1, 4, 20000}) {
+      for (const double work : {0.0, 7.5e5, 1e9}) {
+        std::vector<int> taken(count);  // not atomic: no two threads may meet
+        std::atomic<int> workers{0};
+        deal(count, work, [&](const auto& take) {
+          ++workers;  // and wait for the others, so that they really take at the same time
+          for (int k = 0; k < 1000 && workers < static_cast<int>(threads); ++k)
+            std::this_thread::yield();
+          for (int64_t k; (k = take()) < count;) ++taken[k];
+          CHECK(take() == count, "%ld tasks: more after the last", count);
+        });
+        for (int64_t k = 0; k < count; ++k)
+          CHECK(taken[k] == 1, "task %ld of %ld ran %d times", k, count, taken[k]);
+        const int most = std::min({static_cast<int>(threads), std::max(static_cast<int>(count), 1),
+                                   work < 5e5   ? 1
+                                   : work < 1e6 ? 2
+                                                : 5});
+        CHECK(workers == most, "%ld tasks, work %g: %d threads, expected %d", count, work,
+              workers.load(), most);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace cjepa::test

@@ -1,0 +1,68 @@
+# C++ tests of the kernel: CJEPA_TESTS=ON adds the target `cpp_tests`, which builds them, and CTest
+# entries that run them. Included, not a directory of its own: the flags of single files hold in one.
+enable_testing()
+add_custom_target(cpp_tests)
+set(tests csrc/tests)
+
+# A target for tests only; links the libraries that follow.
+function(cjepa_configure_tests target)
+  cjepa_compile(${target})
+  set_target_properties(${target} PROPERTIES EXCLUDE_FROM_ALL ON CXX_VISIBILITY_PRESET hidden
+    VISIBILITY_INLINES_HIDDEN ON BUILD_RPATH ${CJEPA_TORCH_DIR}/lib)
+  target_link_libraries(${target} PRIVATE ${ARGN})
+endfunction()
+
+# Sanitizers of GCC 12 want addresses that are randomised in 28 bits at most, and some systems take
+# more: there the tests run without, where that is allowed.
+if(CJEPA_SANITIZE)
+  execute_process(COMMAND setarch -R true RESULT_VARIABLE refused OUTPUT_QUIET ERROR_QUIET)
+  if(refused EQUAL 0)
+    set(launcher setarch -R)
+  endif()
+endif()
+
+# A name, a program, what it finds in its environment. A test whose instruction set this machine
+# lacks says so by its exit code.
+function(cjepa_add_test name program)
+  add_test(NAME ${name} COMMAND ${launcher} $<TARGET_FILE:${program}>)
+  set_tests_properties(${name} PROPERTIES
+    ENVIRONMENT "${ARGN}" SKIP_RETURN_CODE 77 TIMEOUT 600)
+endfunction()
+
+add_library(test_core STATIC ${core_sources})
+cjepa_configure_tests(test_core)
+add_library(test_driver STATIC ${driver_sources})
+cjepa_configure_tests(test_driver test_core)
+cjepa_link_torch(test_driver)
+# The expected values: quick, and nothing that a sanitizer is to look at.
+add_library(test_loop STATIC ${tests}/nt_xent_loop.cpp)
+cjepa_configure_tests(test_loop)
+target_compile_options(test_loop PRIVATE -O2 -fno-sanitize=all)
+
+add_executable(tile_core_test ${tests}/check.cpp ${tests}/similarity_test.cpp
+  ${tests}/product_test.cpp ${tests}/rows_test.cpp)
+cjepa_configure_tests(tile_core_test test_core)
+foreach(name nt_xent memory)
+  # threads.cpp takes the place of PyTorch's threads: it says why.
+  add_executable(${name}_test ${tests}/check.cpp ${tests}/${name}_test.cpp ${tests}/threads.cpp)
+  cjepa_configure_tests(${name}_test test_driver test_core test_loop)
+  cjepa_link_torch(${name}_test)
+endforeach()
+add_dependencies(cpp_tests nt_xent_test memory_test)
+
+cjepa_add_test(memory memory_test)
+set(poisoned CJEPA_POISON_MEMORY=1)
+if(CJEPA_SANITIZE STREQUAL "thread")
+  # One set is enough: the cores know nothing of threads.
+  cjepa_add_test(nt_xent nt_xent_test ${poisoned})
+  return()
+endif()
+add_dependencies(cpp_tests tile_core_test)
+foreach(set ${instruction_sets})
+  cjepa_add_test(tile_core.${set} tile_core_test CJEPA_INSTRUCTION_SET=${set})
+  # A block that comes out of the cache may be larger than what was asked for, and hides from an
+  # address sanitizer what is written there.
+  cjepa_add_test(nt_xent.${set} nt_xent_test ${poisoned} CJEPA_INSTRUCTION_SET=${set}
+    CJEPA_CACHE_MIB=0)
+endforeach()
+cjepa_add_test(nt_xent.cached nt_xent_test ${poisoned})

@@ -1,0 +1,481 @@
+"""Values and gradients of cross_logsumexp against the float64 reference."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import AUTOCAST_LOSS, FLOOR_GRADIENT, FLOOR_VALUE, METRIC, relative_error
+from torch import Tensor
+
+from cjepa_kernels import CrossLogSumExp, backends, chunked, cross_logsumexp, reference
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+# (M, N, D): one of each, one against many, odd sizes past a tile, and very unequal ones.
+SHAPES = [
+    (1, 1, 4),
+    (2, 3, 1),
+    (5, 3, 7),
+    (1, 300, 16),
+    (300, 1, 16),
+    (64, 64, 64),
+    (97, 193, 33),
+    (200, 1000, 24),
+    (1000, 200, 24),
+]
+# Both sides of where a constant shift would leave fp32's range, about 0.0235.
+TEMPERATURES = [1e-3, 0.01, 0.02, 0.0231, 0.05, 0.1, 1.0, 100.0]
+
+
+def sides(
+    rows: int, columns: int, features: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Random x, and y whose rows lie near rows of x, as leaves that want a gradient."""
+    x = torch.randn(rows, features, dtype=torch.float64)
+    y = x[torch.arange(columns) % rows] + torch.randn(columns, features, dtype=torch.float64)
+    return x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()
+
+
+def textbook(
+    x: Tensor, y: Tensor, *, temperature: float | Tensor, use_cosine_similarity: bool
+) -> CrossLogSumExp:
+    """What users come from: everything in the input's dtype, the matrix in memory."""
+    if use_cosine_similarity:
+        x, y = (F.normalize(z, dim=1, eps=1e-8) for z in (x, y))
+    similarity = x @ y.T
+    lse = [torch.logsumexp(similarity / temperature, dim=dim) for dim in (1, 0)]
+    return CrossLogSumExp(*lse, *(similarity.detach().amax(dim=dim) for dim in (1, 0)))
+
+
+def check(
+    x: Tensor, y: Tensor, backend: Any, *, temperature: float = 0.1, cosine: bool = True
+) -> None:
+    """Both log-sum-exps, the maxima and both gradients within the tolerance rule."""
+    dtype = x.dtype
+    options: dict[str, Any] = {"temperature": temperature, "use_cosine_similarity": cosine}
+    out = cross_logsumexp(x, y, backend=backend, **options)
+    upstream = [torch.rand_like(lse) - 0.3 for lse in out[:2]]
+    gradients = torch.autograd.grad(out[:2], (x, y), upstream)
+
+    truth_leaves = [z.detach().double().requires_grad_() for z in (x, y)]
+    truth = reference.cross_logsumexp(*truth_leaves, **options)
+    truth_upstream = [u.double() for u in upstream]
+    truth_gradients = torch.autograd.grad(truth[:2], truth_leaves, truth_upstream)
+    if cosine and x.shape[1] == 1:  # unit rows are +-1: the gradient is 0, not rounding noise
+        truth_gradients = tuple(torch.zeros_like(g) for g in truth_gradients)
+
+    eager_leaves = [z.detach().clone().requires_grad_() for z in (x, y)]
+    eager = textbook(*eager_leaves, **options)
+    eager_upstream = [u.to(dtype) for u in upstream]
+    eager_gradients = torch.autograd.grad(eager[:2], eager_leaves, eager_upstream)
+
+    def check_one(actual: Tensor, expected: Tensor, same_dtype: Tensor, floor: float) -> None:
+        assert actual.isfinite().all()
+        error = relative_error(same_dtype, expected)
+        bound = floor + (2 * error if math.isfinite(error) else 0.0)
+        assert relative_error(actual, expected) <= bound
+
+    for lse, expected, same_dtype in zip(out[:2], truth[:2], eager[:2], strict=True):
+        check_one(lse, expected, same_dtype, FLOOR_VALUE[dtype])
+    for gradient, expected, same_dtype in zip(
+        gradients, truth_gradients, eager_gradients, strict=True
+    ):
+        assert gradient.dtype == dtype
+        check_one(gradient, expected, same_dtype, FLOOR_GRADIENT[dtype])
+    scale = max(1.0, truth.row_max.abs().max().item())
+    for largest, expected, same_dtype in zip(out[2:], truth[2:], eager[2:], strict=True):
+        bound = METRIC[dtype] * scale + 2 * (same_dtype.double() - expected).abs().max()
+        assert (largest.double() - expected).abs().max() <= bound
+        assert not largest.requires_grad
+    assert [len(t) for t in out] == [len(x), len(y)] * 2
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+    assert {t.dtype for t in out} == {accumulation}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_shapes_and_dtypes(backend: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    check(*sides(*shape, dtype), backend)
+
+
+# Blocks of 96 rows, of 192 from 1536 on, on either side; ragged.
+@pytest.mark.parametrize(
+    "shape", [(96, 192, 16), (401, 97, 37), (1537, 210, 9), (60, 1700, 9), (1600, 1550, 8)], ids=str
+)
+@pytest.mark.parametrize("temperature", [0.1, 0.01], ids=["constant_shift", "running_maxima"])
+@pytest.mark.usefixtures("poisoned_memory")
+def test_sizes_around_the_blocks(
+    backend: str, shape: tuple[int, int, int], temperature: float
+) -> None:
+    check(*sides(*shape, torch.float32), backend, temperature=temperature)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 4096], ids=["one_row", "five_rows", "whole"])
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_chunks_of_any_size(
+    rows: int, temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", rows)
+    check(*sides(17, 23, 9, dtype), "chunked", temperature=temperature)
+    check(*sides(23, 17, 9, dtype), "chunked", temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk"),
+    [((10, 2**30), 10), ((2**15, 2**15), 64), ((2**15, 1), 2**15), ((2**22, 4), 2**19)],
+    ids=str,
+)
+def test_a_chunk_is_bounded_whatever_the_shape(shape: tuple[int, int], chunk: int) -> None:
+    assert chunked.chunk_rows(*shape) == chunk
+
+
+def hard_sides(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Aligned, anti-aligned and duplicate rows beside random ones."""
+    x = torch.randn(41, 19, dtype=torch.float64)
+    y = torch.randn(58, 19, dtype=torch.float64)
+    y[:30] = x[:30] + 0.1 * y[:30]
+    y[3] = -x[3]
+    y[4] = y[5] = x[4] = x[5]  # two columns tie for the largest, and they are the row itself
+    y[6] = -x.mean(dim=0)
+    return x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_temperatures(backend: str, temperature: float, dtype: torch.dtype) -> None:
+    check(*hard_sides(dtype), backend, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 5.0])
+@pytest.mark.parametrize("shape", [(23, 40, 12), (1, 300, 5), (97, 193, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_dot_product(
+    backend: str, shape: tuple[int, int, int], temperature: float, dtype: torch.dtype
+) -> None:
+    check(*sides(*shape, dtype), backend, temperature=temperature, cosine=False)
+
+
+@pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
+def test_strides_do_not_matter(backend: Any, cosine: bool) -> None:
+    """CLS rows of (B, N, D) features, and a transposed tensor."""
+    strided = (torch.randn(9, 4, 6)[:, 0].requires_grad_(), torch.randn(6, 21).T.requires_grad_())
+    dense = tuple(z.detach().clone(memory_format=torch.contiguous_format) for z in strided)
+    results = []
+    for x, y in (strided, tuple(z.requires_grad_() for z in dense)):
+        out = cross_logsumexp(x, y, use_cosine_similarity=cosine, backend=backend)
+        # .sum() hands down an expanded gradient, one number with stride 0.
+        results.append([*out, *torch.autograd.grad(out.row_lse.sum(), (x, y))])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_strided_upstream_gradient(backend: Any) -> None:
+    x, y = sides(9, 14, 5)
+    out = cross_logsumexp(x, y, backend=backend)
+    row, column = torch.randn(9, 2, dtype=x.dtype)[:, 1], torch.randn(14, 3, dtype=x.dtype)[:, 0]
+    strided = torch.autograd.grad(out[:2], (x, y), (row, column), retain_graph=True)
+    dense = torch.autograd.grad(out[:2], (x, y), (row.contiguous(), column.contiguous()))
+    for actual, expected in zip(strided, dense, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("output", ["row_lse", "column_lse"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_gradient_through_one_output(backend: Any, output: str, dtype: torch.dtype) -> None:
+    x, y = sides(31, 44, 10, dtype)
+    truth_leaves = [z.detach().double().requires_grad_() for z in (x, y)]
+    lse = getattr(cross_logsumexp(x, y, backend=backend), output)
+    truth = getattr(reference.cross_logsumexp(*truth_leaves), output)
+    upstream = torch.randn_like(lse)
+    actual = torch.autograd.grad(lse, (x, y), upstream)
+    expected = torch.autograd.grad(truth, truth_leaves, upstream.double())
+    for gradient, truth_gradient in zip(actual, expected, strict=True):
+        assert relative_error(gradient, truth_gradient) <= 2 * FLOOR_GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("frozen", ["x", "y"])
+def test_one_frozen_side(backend: Any, frozen: str) -> None:
+    x, y = sides(8, 11, 5)
+    out = cross_logsumexp(x, y, backend=backend)
+    expected = torch.autograd.grad(out.row_lse.sum() + out.column_lse.sum(), (x, y))
+    constant, trained, index = (x, y, 1) if frozen == "x" else (y, x, 0)
+    constant.requires_grad_(False)
+    out = cross_logsumexp(x, y, backend=backend)
+    (out.row_lse.sum() + out.column_lse.sum()).backward()
+    assert constant.grad is None
+    assert torch.equal(trained.grad, expected[index])
+
+
+def test_one_tensor_on_both_sides(backend: Any) -> None:
+    x = torch.randn(13, 6, dtype=torch.float64, requires_grad=True)
+    out = cross_logsumexp(x, x, backend=backend)
+    expected = reference.cross_logsumexp(x, x)
+    torch.testing.assert_close(out.row_lse, expected.row_lse)
+    torch.testing.assert_close(out.row_lse, out.column_lse)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.row_lse.sum(), x), torch.autograd.grad(expected.row_lse.sum(), x)
+    )
+
+
+@pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
+@pytest.mark.parametrize("value", [0.02, 0.2, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_temperature_gradient(backend: Any, value: float, cosine: bool, dtype: torch.dtype) -> None:
+    x, y = sides(19, 26, 6, dtype)
+    truth_leaves = [z.detach().double() for z in (x, y)]
+    temperature = torch.tensor(value, dtype=dtype, requires_grad=True)
+    truth_temperature = temperature.detach().double().requires_grad_()
+    options: dict[str, Any] = {"use_cosine_similarity": cosine}
+    out = cross_logsumexp(x, y, temperature=temperature, backend=backend, **options)
+    truth = reference.cross_logsumexp(*truth_leaves, temperature=truth_temperature, **options)
+    upstream = [torch.rand_like(lse) + 0.5 for lse in out[:2]]
+    (actual,) = torch.autograd.grad(out[:2], temperature, upstream)
+    (expected,) = torch.autograd.grad(truth[:2], truth_temperature, [u.double() for u in upstream])
+    assert actual.dtype == temperature.dtype
+    assert relative_error(actual, expected) < 10 * FLOOR_GRADIENT[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_temperature_tensor_gives_the_values_of_the_float(backend: Any, dtype: torch.dtype) -> None:
+    x, y = sides(12, 7, 5, torch.float32)
+    tensor = cross_logsumexp(
+        x, y, temperature=torch.tensor(0.25, dtype=dtype, requires_grad=True), backend=backend
+    )
+    number = cross_logsumexp(x, y, temperature=0.25, backend=backend)
+    torch.testing.assert_close(tensor, number)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, math.nan])
+def test_bad_temperature_tensor_gives_nan(backend: Any, value: float) -> None:
+    x, y = sides(4, 6, 3)
+    out = cross_logsumexp(x, y, temperature=torch.tensor(value), backend=backend)
+    assert out.row_lse.isnan().all()
+    assert out.column_lse.isnan().all()
+
+
+@pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_non_finite_inputs_give_nan(backend: Any, poison: float, cosine: bool) -> None:
+    x, y = (z.detach().clone() for z in sides(9, 12, 4))
+    y[2, 1] = poison
+    x, y = x.requires_grad_(), y.requires_grad_()
+    out = cross_logsumexp(x, y, use_cosine_similarity=cosine, backend=backend)
+    assert out.row_lse.isnan().all()
+    assert out.column_lse[2].isnan()
+    (out.row_lse.sum() + out.column_lse.sum()).backward()  # nothing raises
+
+
+def test_rows_of_zeros_get_no_gradient(backend: Any) -> None:
+    x, y = (z.detach().clone() for z in sides(9, 12, 4, torch.float32))
+    x[3], y[5] = 0.0, 1e-9
+    x, y = x.requires_grad_(), y.requires_grad_()
+    out = cross_logsumexp(x, y, backend=backend)
+    assert out.row_lse[3].item() == pytest.approx(math.log(12), abs=1e-5)
+    for gradient, zero in zip(torch.autograd.grad(out[1].sum(), (x, y)), (3, 5), strict=True):
+        assert (gradient[zero] == 0).all()
+        assert gradient.isfinite().all()
+        assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**-16])
+def test_loss_scale_changes_nothing_but_the_scale(backend: Any, scale: float) -> None:
+    x, y = sides(16, 30, 8, torch.float32)
+
+    def gradients(factor: float) -> tuple[Tensor, ...]:
+        out = cross_logsumexp(x, y, backend=backend)
+        return torch.autograd.grad(factor * (out.row_lse.sum() + out.column_lse.mean()), (x, y))
+
+    for scaled, plain in zip(gradients(scale), gradients(1.0), strict=True):
+        assert torch.equal(scaled, plain * scale)
+
+
+def test_huge_loss_scale_with_antipodal_rows(backend: Any) -> None:
+    """Everything is as far away as can be: with a constant shift the weights are at their largest.
+
+    Just above where that shift would leave the range of fp32.
+    """
+    direction = F.normalize(torch.randn(1, 24), dim=1)
+    x = (direction + 1e-3 * torch.randn(20, 24)).requires_grad_()
+    y = (-direction + 1e-3 * torch.randn(33, 24)).requires_grad_()
+    truth_leaves = [z.detach().double().requires_grad_() for z in (x, y)]
+    truth = reference.cross_logsumexp(*truth_leaves, temperature=0.024)
+    expected = torch.autograd.grad(truth.row_lse.sum() + truth.column_lse.sum(), truth_leaves)
+    out = cross_logsumexp(x, y, temperature=0.024, backend=backend)
+    loss = (out.row_lse.sum() + out.column_lse.sum()) * 2.0**16
+    eager_leaves = [z.detach().clone().requires_grad_() for z in (x, y)]
+    eager = textbook(*eager_leaves, temperature=0.024, use_cosine_similarity=True)
+    same_dtype = torch.autograd.grad(eager[0].sum() + eager[1].sum(), eager_leaves)
+    for index, gradient in enumerate(torch.autograd.grad(loss, (x, y))):
+        assert gradient.isfinite().all()
+        bound = 2 * relative_error(same_dtype[index], expected[index])
+        floor = FLOOR_GRADIENT[torch.float32]
+        assert relative_error(gradient / 2.0**16, expected[index]) <= bound + floor
+
+
+def test_same_bits_every_time(backend: Any) -> None:
+    x, y = sides(150, 90, 40, torch.float32)
+    runs = []
+    for _ in range(3):
+        out = cross_logsumexp(x, y, backend=backend)
+        runs.append([*out, *torch.autograd.grad(out[0].sum() + out[1].sum(), (x, y))])
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.skipif(not backends()["native"].available, reason="no compiled kernel here")
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+def test_native_same_bits_on_any_number_of_threads(temperature: float) -> None:
+    x, y = sides(700, 1200, 33, torch.float32)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        out = cross_logsumexp(x, y, temperature=temperature, backend="native")
+        results.append([*out, *torch.autograd.grad(out[0].sum() + out[1].sum(), (x, y))])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_without_gradients(backend: Any) -> None:
+    x, y = sides(6, 9, 4)
+    expected = cross_logsumexp(x, y, backend=backend)
+    with torch.no_grad():
+        out = cross_logsumexp(x, y, backend=backend)
+    assert isinstance(out, CrossLogSumExp)
+    assert not any(t.requires_grad for t in out)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+
+
+def test_autocast_multiplies_in_the_low_dtype_and_returns_fp32(backend: Any) -> None:
+    x, y = sides(32, 51, 24, torch.float32)
+    expected = cross_logsumexp(x, y, backend=backend)
+    gradient = torch.autograd.grad(expected.row_lse.sum(), x)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = cross_logsumexp(x, y, backend=backend)
+        assert out.row_lse.dtype == torch.float32
+        (actual,) = torch.autograd.grad(out.row_lse.sum(), x)
+    assert actual.dtype == torch.float32
+    assert relative_error(out.row_lse, expected.row_lse) < AUTOCAST_LOSS
+    assert relative_error(out.column_lse, expected.column_lse) < AUTOCAST_LOSS
+    assert relative_error(actual, gradient) < 2 * AUTOCAST_LOSS
+    if backend != "reference":  # the reference stays in fp32: it is the truth
+        assert not torch.equal(out.row_lse, expected.row_lse)
+
+
+@pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
+def test_reference_is_logsumexp_of_the_matrix(cosine: bool) -> None:
+    x, y = (z.detach() for z in sides(14, 9, 5))
+    out = reference.cross_logsumexp(x, y, temperature=0.3, use_cosine_similarity=cosine)
+    for a in range(14):
+        pairs = [F.cosine_similarity(x[a], b, dim=0) if cosine else x[a] @ b for b in y]
+        expected = math.log(sum(math.exp(s.item() / 0.3) for s in pairs))
+        assert out.row_lse[a].item() == pytest.approx(expected, rel=1e-12)
+        assert out.row_max[a].item() == pytest.approx(max(s.item() for s in pairs), rel=1e-12)
+    swapped = reference.cross_logsumexp(y, x, temperature=0.3, use_cosine_similarity=cosine)
+    torch.testing.assert_close(out.column_lse, swapped.row_lse)
+    torch.testing.assert_close(out.column_max, swapped.row_max)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 40),
+    features=st.integers(2, 20),
+    temperature=st.floats(1e-3, 100),
+    cosine=st.booleans(),
+    seed=st.integers(0, 2**31),
+    name=st.sampled_from([name for name, status in backends().items() if status.available]),
+)
+def test_any_shape_and_value(
+    rows: int,
+    columns: int,
+    features: int,
+    temperature: float,
+    cosine: bool,
+    seed: int,
+    name: str,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (
+        torch.randn(n, features, generator=generator, dtype=torch.float64).requires_grad_()
+        for n in (rows, columns)
+    )
+    check(x, y, name, temperature=temperature, cosine=cosine)
+
+
+x34 = torch.zeros(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (([1.0], x34), {}, TypeError, "x must be a tensor, got list"),
+        ((x34, None), {}, TypeError, "y must be a tensor, got NoneType"),
+        ((x34.int(), x34), {}, TypeError, "x must be of fp64, fp32, bf16 or fp16, got torch.int32"),
+        ((x34, x34.bool()), {}, TypeError, "y must be of fp64.* got torch.bool"),
+        ((x34[0], x34), {}, ValueError, r"x must be \(M, D\), got \(4,\)"),
+        ((x34, x34[None]), {}, ValueError, r"y must be \(N, D\), got \(1, 3, 4\)"),
+        ((x34[:0], x34), {}, ValueError, r"x must hold at least one row and one .* got \(0, 4\)"),
+        ((x34, x34[:, :0]), {}, ValueError, r"y must hold at least one row and one .*\(3, 0\)"),
+        ((x34, x34[:, :2]), {}, ValueError, "x and y must have the same D, got 4 and 2 features"),
+        (
+            (x34, x34.double()),
+            {},
+            TypeError,
+            "x and y must have the same dtype, got torch.float32 and torch.float64",
+        ),
+        (
+            (x34, x34.to("meta")),
+            {},
+            ValueError,
+            "x and y must be on the same device, got cpu and meta",
+        ),
+        ((x34, x34), {"temperature": -0.1}, ValueError, "Temperature must be positive.* got -0.1"),
+        ((x34, x34), {"temperature": "0.1"}, TypeError, "temperature must be a float .* got '0.1'"),
+        ((x34, x34), {"temperature": torch.ones(2)}, ValueError, r"temperature must .* \(2,\)"),
+        (
+            (x34, x34),
+            {"temperature": torch.ones((), device="meta")},
+            ValueError,
+            "temperature must be on the device of x, cpu, got meta",
+        ),
+        ((x34, x34), {"eps": 0.0}, ValueError, "eps must be positive and finite, got 0.0"),
+        (
+            (x34, x34),
+            {"use_cosine_similarity": 1},
+            TypeError,
+            "use_cosine_similarity must be True or False, got 1",
+        ),
+        ((x34, x34), {"backend": "numpy"}, ValueError, "backend must be one of .* got 'numpy'"),
+    ],
+    ids=lambda value: value.replace("\\", "") if isinstance(value, str) else "",
+)
+def test_mistakes_are_named(
+    arguments: tuple[Any, Any], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        cross_logsumexp(*arguments, **options)
+
+
+def test_missing_back_end_is_an_error() -> None:
+    missing = [name for name, status in backends().items() if not status.available]
+    for name in missing:
+        with pytest.raises(RuntimeError, match=f'"{name}" was asked for and is not available'):
+            cross_logsumexp(x34, x34, backend=name)  # type: ignore[arg-type]
+
+
+def test_second_derivative_of_the_reference() -> None:
+    x, y = sides(3, 4, 3)
+
+    def both(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        return cross_logsumexp(a, b, temperature=0.5, backend="reference")[:2]
+
+    assert torch.autograd.gradgradcheck(both, (x, y))

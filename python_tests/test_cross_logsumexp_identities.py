@@ -1,0 +1,157 @@
+"""What cross_logsumexp is made for, and the identities that other losses will rely on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerances import FLOOR_GRADIENT, relative_error
+from torch import Tensor
+
+from cjepa_kernels import backends, cross_logsumexp, nt_xent
+
+AVAILABLE = [name for name, status in backends().items() if status.available]
+
+
+def random_rows(*shape: int, generator: torch.Generator | None = None) -> Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_symmetric_info_nce_is_cross_entropy_both_ways(backend: Any, temperature: float) -> None:
+    image, text = random_rows(25, 11), random_rows(25, 11)
+    out = cross_logsumexp(image, text, temperature=temperature, backend=backend)
+    positive = F.cosine_similarity(image, text) / temperature
+    loss = ((out.row_lse - positive).mean() + (out.column_lse - positive).mean()) / 2
+    logits = F.normalize(image, dim=1) @ F.normalize(text, dim=1).T / temperature
+    labels = torch.arange(25)
+    expected = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    torch.testing.assert_close(loss, expected)
+    for actual, truth in zip(
+        torch.autograd.grad(loss, (image, text)),
+        torch.autograd.grad(expected, (image, text)),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, truth)
+
+
+def test_nt_xent_from_rectangles(backend: Any) -> None:
+    """Its loss and gradient, from the rectangle of the views and the square of each."""
+    z_i, z_j = random_rows(21, 8), random_rows(21, 8)
+    tau = 0.4
+    views = cross_logsumexp(z_i, z_j, temperature=tau, backend=backend)
+    positive = F.cosine_similarity(z_i, z_j) / tau
+    losses = []
+    for z, other in ((z_i, views.row_lse), (z_j, views.column_lse)):
+        own = cross_logsumexp(z, z, temperature=tau, backend=backend).row_lse
+        without_itself = own + torch.log1p(-torch.exp(1 / tau - own))  # a row's own cosine is 1
+        losses.append(torch.logaddexp(without_itself, other) - positive)
+    loss = torch.cat(losses).mean()
+    expected = nt_xent(z_i, z_j, temperature=tau, backend="reference").loss
+    torch.testing.assert_close(loss, expected)
+    for actual, truth in zip(
+        torch.autograd.grad(loss, (z_i, z_j)),
+        torch.autograd.grad(expected, (z_i, z_j)),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, truth)
+
+
+shapes_and_options: dict[str, Any] = {
+    "rows": st.integers(1, 40),
+    "columns": st.integers(1, 40),
+    "features": st.integers(2, 20),
+    "temperature": st.floats(1e-3, 100),
+    "cosine": st.booleans(),
+    "seed": st.integers(0, 2**31),
+    "name": st.sampled_from(AVAILABLE),
+}
+
+
+@settings(max_examples=30, deadline=None)
+@given(**shapes_and_options)
+def test_swapping_the_sides_swaps_the_outputs(
+    rows: int,
+    columns: int,
+    features: int,
+    temperature: float,
+    cosine: bool,
+    seed: int,
+    name: Any,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (random_rows(n, features, generator=generator) for n in (rows, columns))
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "use_cosine_similarity": cosine,
+        "backend": name,
+    }
+    out, swapped = cross_logsumexp(x, y, **options), cross_logsumexp(y, x, **options)
+    order = [swapped.column_lse, swapped.row_lse, swapped.column_max, swapped.row_max]
+    for actual, expected in zip(out, order, strict=True):
+        torch.testing.assert_close(actual, expected)
+    upstream = [torch.randn(n, generator=generator, dtype=torch.float64) for n in (rows, columns)]
+    for actual, expected in zip(
+        torch.autograd.grad(out[:2], (x, y), upstream),
+        torch.autograd.grad(swapped[:2], (x, y), upstream[::-1]),
+        strict=True,
+    ):
+        # Near 0 where one column has all of the weight: relative to the whole, not to itself.
+        assert relative_error(actual, expected) <= 2 * FLOOR_GRADIENT[torch.float64]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 20),
+    features=st.integers(2, 12),
+    temperature=st.floats(1e-3, 10),
+    seed=st.integers(0, 2**31),
+    name=st.sampled_from(AVAILABLE),
+)
+def test_rectangles_add_up_to_nt_xent(
+    batch: int, features: int, temperature: float, seed: int, name: Any
+) -> None:
+    """Both with the anchor's own logit, 1 / tau, put back: so nothing is subtracted."""
+    generator = torch.Generator().manual_seed(seed)
+    z_i, z_j = (random_rows(batch, features, generator=generator) for _ in range(2))
+    options: dict[str, Any] = {"temperature": temperature, "backend": name}
+    own = torch.tensor(1 / temperature, dtype=torch.float64)
+    expected = torch.logaddexp(nt_xent(z_i, z_j, **options).lse, own)
+    views = cross_logsumexp(z_i, z_j, **options)
+    actual = [
+        torch.logaddexp(cross_logsumexp(z, z, **options).row_lse, other)
+        for z, other in ((z_i, views.row_lse), (z_j, views.column_lse))
+    ]
+    torch.testing.assert_close(torch.cat(actual), expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(**shapes_and_options, cut=st.floats(0, 1))
+def test_parts_add_up_to_the_whole(
+    rows: int,
+    columns: int,
+    features: int,
+    temperature: float,
+    cosine: bool,
+    seed: int,
+    name: Any,
+    cut: float,
+) -> None:
+    """Columns in two parts: rows add up, columns are independent. So do a ring's ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (random_rows(n, features, generator=generator) for n in (rows, columns + 1))
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "use_cosine_similarity": cosine,
+        "backend": name,
+    }
+    whole = cross_logsumexp(x, y, **options)
+    at = 1 + int(cut * (columns - 1))
+    left, right = (cross_logsumexp(x, part, **options) for part in (y[:at], y[at:]))
+    torch.testing.assert_close(torch.logaddexp(left.row_lse, right.row_lse), whole.row_lse)
+    torch.testing.assert_close(torch.cat([left.column_lse, right.column_lse]), whole.column_lse)
+    torch.testing.assert_close(torch.maximum(left.row_max, right.row_max), whole.row_max)
