@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "tiles.h"
+#include "gradients.h"
 
 namespace cjepa {
 namespace {

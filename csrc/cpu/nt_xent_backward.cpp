@@ -1,4 +1,5 @@
 // dL/dz_a = (1 / tau) [ sum_b e_ab (w_a + w_b) z_b - (g_a r_a + g_pos r_pos) z_pos ] for unit rows.
+#include "gradients.h"
 #include "nt_xent.h"
 
 namespace cjepa {
