@@ -36,6 +36,7 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 NATIVE = backends()["native"].available
 KEPT_BYTES = int(read_mebibytes("CJEPA_KEPT_MIB", 256) * 2**20)
+read_mebibytes("CJEPA_CACHE_MIB", 256)  # for the compiled module, which cannot say what is wrong
 
 
 class NTXentOutput(NamedTuple):

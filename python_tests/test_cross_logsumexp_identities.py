@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tolerances import FLOOR_GRADIENT, relative_error
 from torch import Tensor
 
-from cjepa_kernels import backends, cross_logsumexp, nt_xent
+from cjepa_kernels import backends, cross_logsumexp, nt_xent, ops
 
 AVAILABLE = [name for name, status in backends().items() if status.available]
 
@@ -155,3 +155,46 @@ def test_parts_add_up_to_the_whole(
     torch.testing.assert_close(torch.logaddexp(left.row_lse, right.row_lse), whole.row_lse)
     torch.testing.assert_close(torch.cat([left.column_lse, right.column_lse]), whole.column_lse)
     torch.testing.assert_close(torch.maximum(left.row_max, right.row_max), whole.row_max)
+
+
+@pytest.mark.parametrize(("cosine", "temperature"), [(True, 0.1), (True, 0.01), (False, 1.0)])
+@pytest.mark.parametrize("overload", ops.OVERLOADS, ids=["dispatched", "chunked"])
+def test_backward_of_parts_with_the_sums_of_the_whole(
+    overload: str, cosine: bool, temperature: float
+) -> None:
+    """What a ring over ranks does: each part of y, with the log-sum-exp over all of it."""
+    x, y = random_rows(19, 6), random_rows(40, 6)
+    options = (temperature, cosine, 1e-8, None)
+    grad_row = torch.randn(19, dtype=torch.float64)
+    grad_column = torch.randn(40, dtype=torch.float64)
+    with torch.no_grad():
+        whole = ops.operator("cross_logsumexp", overload)(x, y, None, *options)
+        backward = ops.operator("cross_logsumexp_backward", overload)
+        expected = backward(grad_row, grad_column, x, y, None, *whole[4:], *options)
+        row = whole[4:6]
+        as_one_number = (whole[0] * temperature, torch.zeros_like(whole[0]))  # the same LSE
+        for pair in (row, as_one_number):
+            parts = [
+                backward(
+                    *(grad_row, grad_column[part].contiguous(), x, y[part], None, *pair),
+                    *(whole[6][part].contiguous(), whole[7][part].contiguous(), *options),
+                )
+                for part in (slice(0, 27), slice(27, None))
+            ]
+            torch.testing.assert_close(parts[0][0] + parts[1][0], expected[0])
+            torch.testing.assert_close(torch.cat([p[1] for p in parts]), expected[1])
+
+
+@pytest.mark.skipif(not backends()["native"].available, reason="no compiled kernel here")
+@pytest.mark.parametrize("shape", [(4300, 700), (500, 4200)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_native_in_several_squares(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """More blocks than the backward's workspace holds at a time."""
+    sides = [torch.randn(rows, 8).to(dtype).requires_grad_() for rows in shape]
+    upstream = [torch.randn(rows) for rows in shape]
+    gradients = []
+    for backend in ("native", "chunked"):
+        out = cross_logsumexp(sides[0], sides[1], backend=backend)  # type: ignore[arg-type]
+        gradients.append(torch.autograd.grad(out[:2], sides, upstream))
+    for actual, expected in zip(*gradients, strict=True):
+        assert relative_error(actual, expected) < 4 * FLOOR_GRADIENT[dtype]

@@ -14,7 +14,7 @@ import torch
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor
 
-from cjepa_kernels import NTXentOutput, backends, functional, nt_xent
+from cjepa_kernels import NTXentOutput, backends, cross_logsumexp, functional, nt_xent, ops
 from cjepa_kernels.backends import compiled_module
 
 TESTS = Path(__file__).parent
@@ -38,11 +38,13 @@ def run(z_i: Tensor, z_j: Tensor, **options: Any) -> list[Tensor]:
 @pytest.mark.parametrize("instruction_set", instruction_sets())
 def test_parity_suite_on_every_instruction_set(instruction_set: str) -> None:
     """The one in use is covered by the suite itself; this covers all that the CPU can run."""
-    files = ["test_nt_xent.py", "test_cross_logsumexp.py", "test_cross_logsumexp_identities.py"]
-    files += ["test_first_implementation.py", "test_ops.py"]
+    files = ["test_native.py", "test_nt_xent.py", "test_ops.py", "test_first_implementation.py"]
+    files += ["test_cross_logsumexp.py", "test_cross_logsumexp_identities.py"]
+    chosen = "sizes_around or (not test_native and (native or gradcheck or opcheck))"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov"]
-    command += ["-k", "native or gradcheck or opcheck", *(str(TESTS / file) for file in files)]
+    command += ["-k", chosen, *(str(TESTS / file) for file in files)]
     environment = {**os.environ, "CJEPA_INSTRUCTION_SET": instruction_set, "OMP_NUM_THREADS": "1"}
+    environment["CJEPA_POISON_MEMORY"] = "1"
     environment = {k: v for k, v in environment.items() if not k.startswith(("PYTEST_", "COV"))}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:]
@@ -139,3 +141,83 @@ def test_huge_loss_scale_with_antipodal_negatives() -> None:
     for gradient, expected in zip(torch.autograd.grad(loss, leaves), truth[5:], strict=True):
         assert gradient.isfinite().all()
         assert relative_error(gradient / 2.0**16, expected) < 1e-4
+
+
+@pytest.mark.parametrize("rows", [2, 94, 98, 1534, 1536, 1538])
+def test_python_knows_how_much_is_kept(rows: int) -> None:
+    z = torch.randn(rows // 2, 2)
+    out = ops.operator("nt_xent")(z, z, None, None, 0.1, True, 1e-8, "mean", None, True)
+    assert out[-1].numel() == ops.kept_size(rows)
+
+
+def test_exponentials_are_kept_for_a_gradient_within_the_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keeps = functional._keeps_exponentials
+    z = torch.randn(50, 4)
+    wanted = z.clone().requires_grad_()
+    temperature = torch.tensor(0.1, requires_grad=True)
+    assert keeps(wanted, z, None)
+    assert keeps(z, wanted, None)
+    assert keeps(z, z, temperature)
+    assert not keeps(z, z, None)
+    with torch.no_grad():
+        assert not keeps(wanted, z, None)
+    monkeypatch.setattr(functional, "KEPT_BYTES", 4 * ops.kept_size(100))
+    assert keeps(wanted, z, None)
+    assert not keeps(wanted.double(), z.double(), None)  # twice the bytes
+
+
+def test_dot_product_of_long_rows() -> None:
+    """Far beyond what the constant shift can take: exponents of hundreds."""
+    z_i, z_j = 20 * torch.nn.functional.normalize(torch.randn(2, 60, 12), dim=2)
+    options = {"use_cosine_similarity": False, "temperature": 0.1}
+    actual = run(z_i, z_j, backend="native", **options)
+    truth = run(z_i.double(), z_j.double(), backend="reference", **options)
+    for index in (0, 5, 6):
+        assert relative_error(actual[index], truth[index]) < 1e-4
+
+
+def test_a_huge_row_leaves_the_others_alone() -> None:
+    """Exponents far below the range are zero, whatever their size."""
+    x = torch.tensor([[1.0, 0.0], [-1e15, 0.0]])
+    y = torch.tensor([[1.0, 0.0], [0.5, 1.0]])
+    options = {"use_cosine_similarity": False, "temperature": 0.7}
+    actual = cross_logsumexp(x, y, backend="native", **options)  # type: ignore[arg-type]
+    expected = cross_logsumexp(x.double(), y.double(), backend="reference", **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(actual.column_lse.double(), expected.column_lse, rtol=1e-6, atol=0)
+
+
+Z = torch.ones(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({1: torch.ones(2, 4)}, "same number of rows"),
+        ({1: torch.ones(3, 2)}, "as many features"),
+        ({1: Z.double()}, "same dtype"),
+        ({0: Z.int(), 1: Z.int()}, "fp64, fp32, bf16 or fp16"),
+        ({0: Z[None], 1: Z[None]}, "2-D"),
+        ({0: Z[:, :0], 1: Z[:, :0]}, "empty"),
+        ({2: torch.ones(2, 2, dtype=torch.bool)}, "mask"),
+        ({7: "median"}, "reduction"),
+    ],
+    ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
+)
+def test_the_operator_itself_stays_in_its_memory(change: dict[int, Any], message: str) -> None:
+    arguments = [Z, Z, None, None, 0.1, True, 1e-8, "mean", None, False]
+    for position, value in change.items():
+        arguments[position] = value
+    with pytest.raises(ValueError, match=message):
+        ops.operator("nt_xent")(*arguments)
+
+
+@pytest.mark.parametrize("position", [0, 5, 6, 7, 8])
+def test_the_backward_operator_takes_what_its_forward_left(position: int) -> None:
+    saved = ops.operator("nt_xent")(Z, Z, None, None, 0.1, True, 1e-8, "none", None, True)
+    arguments = [torch.ones(6), Z, Z, None, None, *saved[-4:], 0.1, True, 1e-8, "none", None]
+    ops.operator("nt_xent_backward")(*arguments)
+    arguments[position] = arguments[position][:-1].clone()
+    with pytest.raises(ValueError, match="cjepa_kernels: "):
+        ops.operator("nt_xent_backward")(*arguments)

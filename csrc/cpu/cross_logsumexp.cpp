@@ -105,6 +105,12 @@ Weights<T> make_weights(const Tensor& grad, const Tensor& shift, const Tensor& l
   return w;
 }
 
+template <typename T>
+bool all_are(const Tensor& t, T value) {
+  const T* data = data_of<T>(t);
+  return std::all_of(data, data + t.size(0), [&](T x) { return x == value; });
+}
+
 struct Saved {
   Tensor row_shift, row_log_sum, column_shift, column_log_sum;
 };
@@ -113,7 +119,12 @@ template <typename T, typename P>
 std::tuple<Tensor, Tensor, Tensor> run_backward_of(const Inputs& in, const Tensor& grad_row,
                                                    const Tensor& grad_column, const Saved& saved) {
   const TileCore<T, P>& core = tile_core<T, P>();
-  const Rectangle<T, P> r(in, core, {true, true, false});
+  Rectangle<T, P> r(in, core, {true, true, false});
+  // The saved shifts may be those of a larger S, which these rows are a part of.
+  if (!all_are(saved.row_shift, T{1}) || !all_are(saved.column_shift, T{1})) {
+    r.shift = Shift<T>(r.shift.tau, false);
+    r.logits.exponent = r.shift.exponent;
+  }
   const Layout &rows = r.x.layout, &columns = r.y.layout;
   double largest = 0;
   for (const Tensor* grad : {&grad_row, &grad_column})

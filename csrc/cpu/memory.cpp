@@ -17,7 +17,8 @@ constexpr size_t kSmall = size_t{64} << 10;  // below this the C++ library's own
 
 size_t mebibytes(const char* variable, double otherwise) {
   const char* value = std::getenv(variable);
-  return static_cast<size_t>((value == nullptr ? otherwise : std::atof(value)) * (1 << 20));
+  const double number = value == nullptr ? otherwise : std::atof(value);  // checked in Python
+  return number > 0 ? static_cast<size_t>(number * (1 << 20)) : 0;
 }
 
 // Tests fill new memory with NaNs.

@@ -94,6 +94,12 @@ struct MicroTile {
     store(p, x);
 #endif
   }
+  // After stream(), before another thread may read.
+  static CJEPA_INLINE void fence() {
+#ifdef CJEPA_FENCE
+    CJEPA_FENCE();
+#endif
+  }
   static CJEPA_INLINE V all(T x) { return x - V{}; }
   static CJEPA_INLINE V larger(V a, V b) { return a > b ? a : b; }
   static constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -119,12 +125,16 @@ struct MicroTile {
   // Unbounded, the exponent must be within the dtype's range; bounded, it is raised into it.
   template <bool BOUNDED>
   static CJEPA_INLINE V exp2(V d, V scale, V rest, V shift, const T* table) {
-    V x = d * scale - shift;
-    if constexpr (BOUNDED) x = larger(x, all(Table::kLowestExponent));
+    V x = d * scale - shift, correction = d * rest;
+    if constexpr (BOUNDED) {
+      const I inside = x > all(Table::kLowestExponent);
+      x = inside ? x : all(Table::kLowestExponent);
+      correction = inside ? correction : V{};
+    }
     const V magic = all(table[Table::kDegree + 1]);
     const V t = x + magic;
     const I n = (I)t << Table::kMantissa;  // the bits of magic itself are shifted out
-    const V f = (x - (t - magic)) + d * rest;
+    const V f = (x - (t - magic)) + correction;
     V p = all(table[0]);
 #pragma GCC unroll 16
     for (int k = 1; k <= Table::kDegree; ++k) p = p * f + all(table[k]);
@@ -203,15 +213,15 @@ struct MicroTile {
 };
 
 // The names of MicroTile in a struct that derives from it.
-#define CJEPA_USING_MICRO_TILE(T, Operand)                              \
-  using Tile = MicroTile<T, Operand>;                                   \
-  using V = typename Tile::V;                                           \
-  using I = typename Tile::I;                                           \
-  using P = typename Tile::P;                                           \
-  using Packed = typename Tile::Packed;                                 \
-  using Table = typename Tile::Table;                                   \
-  using Tile::L, Tile::MR, Tile::NV, Tile::NR, Tile::kLowest;           \
-  using Tile::load, Tile::store, Tile::stream, Tile::all, Tile::larger; \
+#define CJEPA_USING_MICRO_TILE(T, Operand)                                           \
+  using Tile = MicroTile<T, Operand>;                                                \
+  using V = typename Tile::V;                                                        \
+  using I = typename Tile::I;                                                        \
+  using P = typename Tile::P;                                                        \
+  using Packed = typename Tile::Packed;                                              \
+  using Table = typename Tile::Table;                                                \
+  using Tile::L, Tile::MR, Tile::NV, Tile::NR, Tile::kLowest;                        \
+  using Tile::load, Tile::store, Tile::stream, Tile::fence, Tile::all, Tile::larger; \
   using Tile::least, Tile::round_up, Tile::opaque, Tile::total;
 
 }  // namespace

@@ -191,6 +191,7 @@ struct SimilarityCore : MicroTile<T, Operand> {
       if (plain > 0) run_constant<false, KEEP, SUMS>(t, j, 0, plain);
       if (plain < height) run_constant<true, KEEP, SUMS>(t, j, plain, height);
     }
+    if constexpr (KEEP == kStreamed) fence();
     if constexpr (SUMS) {
       add_lanes(t);
     }

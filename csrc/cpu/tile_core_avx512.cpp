@@ -1,5 +1,6 @@
 #define CJEPA_VECTOR_BYTES 64
 #define CJEPA_MICRO_ROWS 12  // 24 accumulators of 32 registers
+#define CJEPA_FENCE() _mm_sfence()
 #define CJEPA_STREAM(p, x) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)(x))
 #include <immintrin.h>
 

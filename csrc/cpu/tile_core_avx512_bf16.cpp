@@ -1,6 +1,7 @@
 // bf16 operands with the AVX512-BF16 dot product: twice the numbers a cycle of an fp32 product.
 #define CJEPA_VECTOR_BYTES 64
 #define CJEPA_MICRO_ROWS 12
+#define CJEPA_FENCE() _mm_sfence()
 #define CJEPA_STREAM(p, x) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)(x))
 #include <immintrin.h>
 

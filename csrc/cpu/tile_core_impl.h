@@ -2,6 +2,7 @@
 //   CJEPA_VECTOR_BYTES  width of a vector register
 //   CJEPA_MICRO_ROWS    rows of the register tile; it is two vectors wide
 //   CJEPA_STREAM(p, x)  if there is such an instruction: store x at p around the caches
+//   CJEPA_FENCE()       what makes such stores visible to other threads
 // Everything is in an unnamed namespace: see tile_core.h.
 #include "product_core.h"
 #include "row_core.h"
