@@ -4,7 +4,7 @@
 #include <string>
 #include <tuple>
 
-#include "tiles.h"
+#include "sample_mask.h"
 
 namespace cjepa {
 
@@ -29,7 +29,7 @@ struct Pairs {
   Rounding<T> rounding;
   PackedBatch<T, P> z;
   Shift<T> shift;
-  std::vector<uint8_t> excluded;  // the mask made symmetric
+  SampleMask mask;
   Logits<T, P> logits;
 
   Pairs(const Options& o, const TileCore<T, P>& core, typename PackedBatch<T, P>::Wanted wanted)
@@ -37,19 +37,12 @@ struct Pairs {
         rounding{o.cosine, static_cast<T>(o.eps), o.rounded_dtype()},
         z(source(), Layout::block_of(source().rows()), rounding, core, wanted),
         shift(read_temperature(o.temperature_tensor, o.temperature), z.bounded),
-        logits{core, z, z, {}, shift.exponent} {
-    const int64_t batch = views[0].rows;
-    if (o.mask.has_value()) {
-      const auto* m = static_cast<const uint8_t*>(o.mask->const_data_ptr());
-      const int64_t row = o.mask->stride(0), column = o.mask->stride(1);
-      excluded.resize(batch * batch);
-      for (int64_t k = 0; k < batch; ++k)
-        for (int64_t l = 0; l < batch; ++l)
-          excluded[k * batch + l] = m[k * row + l * column] | m[l * row + k * column];
-    }
-    const uint8_t* mask = o.mask.has_value() ? excluded.data() : nullptr;
-    logits.exclusion = {z.layout.rows, z.layout.rows, true, mask, batch};
-  }
+        mask(o.mask.has_value() && wanted.similarity ? SampleMask(*o.mask) : SampleMask()),
+        logits{core,
+               z,
+               z,
+               {z.layout.rows, z.layout.rows, true, mask.get(), mask.stride},
+               shift.exponent} {}
   Pairs(const Pairs&) = delete;
   Pairs& operator=(const Pairs&) = delete;
 

@@ -115,11 +115,8 @@ Outputs nt_xent_forward(const Options& options, bool keep) {
   double negative = kNaN;
   if (options.mask.has_value()) {
     double sum = 0;
-    int64_t negatives = 0;
-    for (int64_t c = 0; c < sums.chunks; ++c) {
-      sum += sums.negative_sum[c];
-      negatives += sums.negative_count[c];
-    }
+    for (double s : sums.negative_sum) sum += s;
+    const int64_t negatives = rows * (rows - 2) - 4 * pairs.mask.pairs;
     if (negatives > 0) negative = sum / static_cast<double>(negatives);
   } else {
     negative = mean_negative(pairs.z, total.positive);

@@ -28,6 +28,17 @@ void check_inputs(const Tensor& a, const Tensor& b, const std::optional<Tensor>&
   check(!temperature.has_value() || temperature->numel() == 1, "temperature must be one number");
 }
 
+// PyTorch's own conversion to std::string (2.11 to 2.13) leaks one with every call.
+std::string read_string(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
+}
+
 // Rows of what a forward left for a backward, or of a gradient.
 void check_rows(const Tensor& t, const Tensor& like, int64_t rows, const char* what) {
   const ScalarType dtype =
@@ -48,10 +59,11 @@ void check_pairs(const Options& o) {
 
 Outputs forward(Tensor z_i, Tensor z_j, std::optional<Tensor> mask,
                 std::optional<Tensor> temperature_tensor, double temperature, bool cosine,
-                double eps, std::string reduction, std::optional<ScalarType> product_dtype,
+                double eps, StringHandle reduction, std::optional<ScalarType> product_dtype,
                 bool keep) {
-  const Options options{z_i,    z_j, mask,      temperature_tensor, temperature,
-                        cosine, eps, reduction, product_dtype};
+  const Options options{z_i,          z_j,    mask, temperature_tensor,
+                        temperature,  cosine, eps,  read_string(reduction),
+                        product_dtype};
   check_pairs(options);
   return with_types(z_i.scalar_type(), options.rounded_dtype(), [&](auto sum, auto operand) {
     return nt_xent_forward<decltype(sum), decltype(operand)>(options, keep);
@@ -63,10 +75,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor z_i, Tensor
                                             std::optional<Tensor> temperature_tensor, Tensor shift,
                                             Tensor log_sum, Tensor positive, Tensor kept,
                                             double temperature, bool cosine, double eps,
-                                            std::string reduction,
+                                            StringHandle reduction,
                                             std::optional<ScalarType> product_dtype) {
-  const Options options{z_i,    z_j, mask,      temperature_tensor, temperature,
-                        cosine, eps, reduction, product_dtype};
+  const Options options{z_i,          z_j,    mask, temperature_tensor,
+                        temperature,  cosine, eps,  read_string(reduction),
+                        product_dtype};
   check_pairs(options);
   const int64_t rows = 2 * z_i.size(0);
   for (const Tensor* t : {&shift, &log_sum, &positive}) {
@@ -76,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor z_i, Tensor
   check(kept.size(0) == 0 || kept.size(0) == kept_size(rows),
         "kept must be empty or what the forward kept");
   check_rows(kept, z_i, kept.size(0), "kept must be what the forward kept");
-  if (reduction == "none") {
+  if (options.reduction == "none") {
     check_rows(grad_loss, z_i, rows, "grad_loss must be like the loss");
   } else {
     check(grad_loss.dim() == 0 && grad_loss.scalar_type() == shift.scalar_type(),

@@ -39,9 +39,10 @@ struct SimilarityCore : MicroTile<T, Operand> {
     const auto bound = [](int64_t x) { return static_cast<Lane>(x < 0 ? 0 : least(x, L)); };
     I keep = (lane >= bound(first)) & (lane < bound(last));
     if (e.self && e.mask != nullptr) {
-      const uint8_t* row = e.mask + (a >> 1) * e.batch;
-      for (int l = 0; l < L; ++l)
-        if (keep[l] && row[(b + l) >> 1]) keep[l] = 0;
+      if (b >= e.columns) return I{};
+      const int64_t sample = b >> 1;  // those of L entries lie in one byte
+      const auto excluded = e.mask[(a >> 1) * e.mask_stride + sample / 8] >> sample % 8;
+      keep &= ((I{} + static_cast<Lane>(excluded)) >> (lane >> 1) & 1) - 1;
     }
     return keep;
   }
@@ -70,19 +71,12 @@ struct SimilarityCore : MicroTile<T, Operand> {
     t.positive[a - t.row] = t.positive[a + 1 - t.row] = s[lane];
   }
 
-  static void count_negatives(const Similarity& t, V s, I keep) {
-    for (int l = 0; l < L; ++l) {
-      if (!keep[l]) continue;
-      *t.negative_sum += 2 * static_cast<double>(s[l]);  // an entry stands for both orders
-      *t.negative_count += 2;
-    }
-  }
-
   // Side effects of a masked vector of entries; what is excluded becomes -inf.
   static V mask_entries(const Similarity& t, V s, int64_t a, int64_t b) {
     const I keep = keep_mask(t.exclusion, a, b);
     if (t.positive != nullptr) read_positive(t, s, a, b);
-    if (t.negative_sum != nullptr) count_negatives(t, s, keep);
+    if (t.negative_sum != nullptr)  // an entry stands for both orders
+      *t.negative_sum += 2 * static_cast<double>(total(keep != 0 ? s : V{}));
     return keep != 0 ? s : all(kLowest);
   }
 

@@ -17,12 +17,13 @@ using Bf16Pair = uint32_t;  // first number in the low half
 
 // Which entries of S count. With `self`, X and Y are one batch whose rows are interleaved (row 2k
 // is view i of sample k, row 2k + 1 view j): only pairs above the diagonal are looked at, a row's
-// positive (row ^ 1) is not a negative, and mask, if any, excludes more pairs of samples.
+// positive (row ^ 1) is not a negative, and mask, if any, excludes more pairs of samples: bit l % 8
+// of byte l / 8 of row k is set for the pair (k, l) and, as it is symmetric, for (l, k).
 struct Exclusion {
   int64_t rows, columns;  // what lies beyond is padding
   bool self;
-  const uint8_t* mask;  // (batch, batch), symmetric, or null
-  int64_t batch;
+  const uint8_t* mask;  // or null
+  int64_t mask_stride;  // bytes of a row
 };
 
 // Exponents are base 2: scale = log2(e) / tau. With a constant shift (|s| <= 1.02 and a range that
@@ -56,9 +57,8 @@ struct SimilarityTile {
   T* column_sum;
   T* column_max;
   T* positive;           // written where the tile meets the diagonal
-  double* negative_sum;  // with a mask: sum and number of the negatives, else null
-  int64_t* negative_count;
-  T* scratch;  // scratch_size() numbers
+  double* negative_sum;  // with a mask: of the s of the negatives, in both orders; else null
+  T* scratch;            // scratch_size() numbers
 };
 
 // Coefficients of the products from a part of a kept tile: e (w_row + w_column) with a constant

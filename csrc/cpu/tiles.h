@@ -122,7 +122,6 @@ struct PartialSums {
   Buffer<T> column_sum, column_max;  // (chunks, columns); with `self` those of rows serve for both
   Buffer<T> positive;                // (rows) with `self`
   std::vector<double> negative_sum;  // with a mask
-  std::vector<int64_t> negative_count;
 };
 
 template <typename T, typename P>
@@ -142,8 +141,7 @@ PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* kept) {
                       Buffer<T>(self ? 0 : chunks * columns),
                       Buffer<T>(self ? 0 : chunks * columns),
                       Buffer<T>(self ? rows : 0),
-                      std::vector<double>(chunks),
-                      std::vector<int64_t>(chunks)};
+                      std::vector<double>(chunks)};
   const double work = 1.0 * tiles * area * (logits.x.depth + 20);
   deal(chunks, work, [&](const auto& take) {
     Buffer<T> scratch(logits.core.scratch_size(block)), space(kept == nullptr ? area : 0);
@@ -184,7 +182,6 @@ PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* kept) {
         t.column_max = column_max + t.column;
         t.positive = self && i == j ? sums.positive.get() + t.row : nullptr;
         t.negative_sum = t.exclusion.mask == nullptr ? nullptr : &sums.negative_sum[c];
-        t.negative_count = t.exclusion.mask == nullptr ? nullptr : &sums.negative_count[c];
         t.scratch = scratch.get();
         logits.core.similarity(t);
       }

@@ -1,0 +1,55 @@
+// A user's mask, made ready for the tiles.
+#pragma once
+
+#include "tiles.h"
+
+namespace cjepa {
+
+// Which pairs of samples are excluded, in either order: a bit each, eight to a byte.
+struct SampleMask {
+  int64_t batch = 0, stride = 0;  // bytes of a row
+  int64_t pairs = 0;              // ordered pairs (k, l), k != l, that are excluded
+  Buffer<uint8_t> bits;
+
+  SampleMask() = default;
+
+  // (batch, batch) of bool; its diagonal is ignored.
+  explicit SampleMask(const Tensor& mask)
+      : batch(mask.size(0)), stride((batch + 7) / 8), bits(batch * stride) {
+    const auto* given = static_cast<const uint8_t*>(mask.const_data_ptr());
+    const int64_t row = mask.stride(0), column = mask.stride(1);
+    constexpr int64_t kSide = 64;  // a square and the one across the diagonal stay in the L1 cache
+    const int64_t bands = (batch + kSide - 1) / kSide;
+    std::atomic<int64_t> excluded{0};
+    deal(bands, 4.0 * batch * batch, [&](const auto& take) {
+      uint8_t across[kSide][kSide];
+      int64_t count = 0;
+      for (int64_t band; (band = take()) < bands;) {
+        const int64_t first = band * kSide, last = std::min(batch, first + kSide);
+        for (int64_t left = 0; left < batch; left += kSide) {
+          const int64_t right = std::min(batch, left + kSide);
+          for (int64_t l = left; l < right; ++l)
+            for (int64_t k = first; k < last; ++k)
+              across[k - first][l - left] = given[l * row + k * column];
+          for (int64_t k = first; k < last; ++k) {
+            const uint8_t* from = given + k * row + left * column;
+            for (int64_t l = 0; l < right - left; l += 8) {
+              unsigned byte = 0;
+              for (int64_t bit = 0; bit < std::min<int64_t>(8, right - left - l); ++bit)
+                byte |= unsigned(from[(l + bit) * column] | across[k - first][l + bit]) << bit;
+              bits[k * stride + (left + l) / 8] = static_cast<uint8_t>(byte);
+              count += __builtin_popcount(byte);
+            }
+          }
+        }
+        for (int64_t k = first; k < last; ++k) count -= given[k * (row + column)];
+      }
+      excluded += count;
+    });
+    pairs = excluded;
+  }
+
+  const uint8_t* get() const { return batch == 0 ? nullptr : bits.get(); }
+};
+
+}  // namespace cjepa
