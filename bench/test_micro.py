@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cjepa_kernels import HJEPALoss, backends, nt_xent, ops
+from cjepa_kernels import HJEPALoss, backends, cross_logsumexp, nt_xent, ops
 
 pytestmark = pytest.mark.benchmark(max_time=0.2, min_rounds=3)
 
@@ -75,18 +75,32 @@ class RecordedCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def nt_xent_outputs(z_i: Tensor, z_j: Tensor, backend: Any) -> tuple[Tensor, ...]:
+    return (nt_xent(z_i, z_j, backend=backend).loss,)
+
+
+def cross_logsumexp_outputs(x: Tensor, y: Tensor, backend: Any) -> tuple[Tensor, ...]:
+    """Of the rectangle of the two views, (B, B): both outputs that have a gradient."""
+    return cross_logsumexp(x, y, backend=backend)[:2]
+
+
+OUTPUTS = {"nt_xent": nt_xent_outputs, "cross_logsumexp": cross_logsumexp_outputs}
+
+
 @sizes
 @dtypes
 @pytest.mark.parametrize("overload", ops.OVERLOADS, ids=["dispatched", "chunked"])
-@pytest.mark.parametrize("name", ["nt_xent", "nt_xent_backward"])
+@pytest.mark.parametrize(
+    "name", [name + suffix for name in OUTPUTS for suffix in ("", "_backward")]
+)
 def test_operator(
     benchmark: Any, name: str, overload: str, dtype: torch.dtype, size: tuple[int, int]
 ) -> None:
     """The operator alone, with the arguments that the function gives it."""
     z = views(size, dtype)
-    backend: Any = PATHS[overload]
     with RecordedCalls() as recorded:
-        torch.autograd.grad(nt_xent(*z, backend=backend).loss, z)
+        outputs = OUTPUTS[name.removesuffix("_backward")](*z, PATHS[overload])
+        torch.autograd.grad(outputs, z, [torch.ones_like(output) for output in outputs])
     operator = ops.operator(name, overload)
     arguments = recorded.calls[operator]
     with torch.no_grad():

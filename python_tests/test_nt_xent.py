@@ -268,6 +268,22 @@ def test_temperature_tensor_gives_the_loss_of_the_float(backend: str) -> None:
     torch.testing.assert_close(tensor.loss, number.loss)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature_dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_temperature_of_another_dtype_gets_its_gradient(
+    backend: str, temperature_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    z_i, z_j = views(12, 7, dtype)
+    temperature = torch.tensor(0.25, dtype=temperature_dtype, requires_grad=True)
+    loss = nt_xent(z_i, z_j, temperature=temperature, backend=backend).loss
+    (gradient,) = torch.autograd.grad(loss, temperature)
+    exact = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+    truth = nt_xent(z_i.double(), z_j.double(), temperature=exact, backend="reference").loss
+    (expected,) = torch.autograd.grad(truth, exact)
+    assert gradient.dtype == temperature_dtype
+    torch.testing.assert_close(gradient.double(), expected, rtol=0.02, atol=0.0)
+
+
 @pytest.mark.parametrize("value", [0.0, -0.5, math.nan])
 def test_bad_temperature_tensor_gives_nan(backend: str, value: float) -> None:
     z_i, z_j = views(4, 3)

@@ -178,7 +178,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_logsumexp_backward(
     std::optional<ScalarType> product_dtype) {
   const Inputs in{x, y, temperature_tensor, temperature, cosine, eps, product_dtype};
   const Saved saved{row_shift, row_log_sum, column_shift, column_log_sum};
-  return with_types(x.scalar_type(), in.rounded_dtype(), [&](auto sum, auto operand) {
+  const ScalarType operands = backward_operands(in.rounded_dtype(), temperature_tensor);
+  return with_types(x.scalar_type(), operands, [&](auto sum, auto operand) {
     return run_backward_of<decltype(sum), decltype(operand)>(in, grad_row, grad_column, saved);
   });
 }

@@ -125,21 +125,25 @@ void add_products(const Logits<T, P>& logits, const Weights<T>& row_weights,
   }
 }
 
+template <typename To, typename T>
+To round_to(T x) {
+  if constexpr (sizeof(To) == 2) return static_cast<To>(static_cast<float>(x));
+  return static_cast<To>(x);
+}
+
 template <typename T>
 void write_row(Tensor& out, int64_t row, int64_t features, const T* from) {
   const auto write = [&](auto zero) {
     auto* to = data_of<decltype(zero)>(out) + row * features;
-    for (int64_t d = 0; d < features; ++d) to[d] = static_cast<decltype(zero)>(from[d]);
+    for (int64_t d = 0; d < features; ++d) to[d] = round_to<decltype(zero)>(from[d]);
   };
   switch (out.scalar_type()) {
     case ScalarType::Double:
       return write(double());
     case ScalarType::Half:
-      if constexpr (sizeof(T) == 4) return write(torch::headeronly::Half());
-      return;
+      return write(torch::headeronly::Half());
     case ScalarType::BFloat16:
-      if constexpr (sizeof(T) == 4) return write(torch::headeronly::BFloat16());
-      return;
+      return write(torch::headeronly::BFloat16());
     default:
       return write(float());
   }

@@ -95,7 +95,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor z_i, Tensor
     check(grad_loss.dim() == 0 && grad_loss.scalar_type() == shift.scalar_type(),
           "grad_loss must be like the loss");
   }
-  return with_types(z_i.scalar_type(), options.rounded_dtype(), [&](auto sum, auto operand) {
+  const ScalarType operands = backward_operands(options.rounded_dtype(), temperature_tensor);
+  return with_types(z_i.scalar_type(), operands, [&](auto sum, auto operand) {
     return nt_xent_backward<decltype(sum), decltype(operand)>(options, grad_loss,
                                                               {shift, log_sum, positive, kept});
   });

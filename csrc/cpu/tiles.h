@@ -53,6 +53,12 @@ auto with_types(ScalarType input, ScalarType rounded, const Run& run) {
   return run(float(), float());
 }
 
+// dL/dtau is a sum of z . dL/dz that cancels: coefficients rounded to bf16 leave percents of it
+// wrong, so that a temperature tensor takes the operands, rounded all the same, as fp32.
+inline ScalarType backward_operands(ScalarType rounded, const std::optional<Tensor>& temperature) {
+  return temperature.has_value() ? ScalarType::Float : rounded;
+}
+
 // NaN, which the result then is, unless positive.
 inline double read_temperature(const std::optional<Tensor>& tensor, double number) {
   const double t = tensor.has_value() ? read_scalar(*tensor) : number;

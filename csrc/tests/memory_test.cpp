@@ -4,7 +4,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdlib>
+#include <iterator>
 #include <set>
 #include <thread>
 #include <vector>
@@ -102,28 +104,72 @@ CJEPA_TEST(several_threads) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// A child of fork may find the cache locked for good, by a thread that it does not have.
-CJEPA_TEST(fork_while_locked) {
+// A thread that found the cache locked and allocated afresh would leave one block more there: they
+// would pile up.
+CJEPA_TEST(no_more_blocks_than_were_in_use) {
+  empty_cache();
+  constexpr size_t kSizes[] = {100 << 10, 200 << 10, 400 << 10};  // none fits another
+  constexpr int kThreads = 4, kRounds = 20000;
+  struct Use {
+    std::atomic<int> now{0}, most{0};
+    std::set<void*> addresses[kThreads];
+  } uses[std::size(kSizes)];
+  std::vector<std::thread> threads;
+  for (int thread = 0; thread < kThreads; ++thread) {
+    threads.emplace_back([&, thread] {
+      for (int round = 0; round < kRounds; ++round) {
+        const size_t k = (round + thread) % std::size(kSizes);
+        Use& use = uses[k];
+        const int now = ++use.now;
+        for (int most = use.most; most < now && !use.most.compare_exchange_weak(most, now);) {
+        }
+        const Block block = take_block(kSizes[k]);
+        use.addresses[thread].insert(block.data);
+        if (round % 7 == 0) std::this_thread::yield();
+        give_back(block);
+        --use.now;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (Use& use : uses) {
+    std::set<void*> all;
+    for (const std::set<void*>& some : use.addresses) all.insert(some.begin(), some.end());
+    CHECK(static_cast<int>(all.size()) <= use.most, "%zu blocks where %d were in use at most",
+          all.size(), use.most.load());
+  }
+}
+
+// A child of fork has none of the threads that may hold the lock of the cache at that time.
+CJEPA_TEST(fork_while_others_use_the_cache) {
+  constexpr size_t kBytes = 100 << 10;
   std::atomic<bool> stop{false};
-  std::thread other([&] {
-    while (!stop) give_back(take_block(100 << 10));
-  });
-  for (int k = 0; k < 50; ++k) {
+  std::vector<std::thread> others;
+  for (int k = 0; k < 3; ++k) {
+    others.emplace_back([&] {
+      while (!stop) give_back(take_block(kBytes));
+    });
+  }
+  bool ended = true;
+  for (int k = 0; k < 100 && ended; ++k) {
     const pid_t child = fork();
     if (child == 0) {
       alarm(20);  // ends a child that waits for the lock
-      const Block block = take_block(100 << 10);
-      static_cast<char*>(block.data)[block.bytes - 1] = 1;
-      give_back(block);
+      for (int round = 0; round < 3; ++round) {
+        const Block block = take_block(kBytes);
+        static_cast<char*>(block.data)[block.bytes - 1] = 1;
+        give_back(block);
+      }
       _exit(0);
     }
     int status = -1;
     waitpid(child, &status, 0);
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "child %d ended with status %d", k,
-          status);
+    ended = WIFEXITED(status) && WEXITSTATUS(status) == 0;
+    CHECK(ended, "child %d ended with status %d", k, status);
+    give_back(take_block(kBytes));  // the parent's lock is free again
   }
   stop = true;
-  other.join();
+  for (std::thread& thread : others) thread.join();
 }
 
 CJEPA_TEST(work_is_dealt_once) {

@@ -3,11 +3,10 @@
 #include "../cpu/nt_xent.h"
 
 #include <algorithm>
-#include <thread>
 
 #include "check.h"
 #include "nt_xent_loop.h"
-#include "threads.h"
+#include "tensors.h"
 
 namespace cjepa::test {
 namespace {
@@ -26,69 +25,6 @@ struct Problem {
   ScalarType rounded_dtype() const { return product_dtype.value_or(dtype); }
 };
 
-double through_bf16(double x) {
-  return static_cast<float>(torch::headeronly::BFloat16(static_cast<float>(x)));
-}
-double through_float(double x) { return static_cast<float>(x); }
-double through_half(double x) {
-  return static_cast<float>(torch::headeronly::Half(static_cast<float>(x)));
-}
-
-// Calls run with a number of the type that a dtype stands for.
-template <typename Run>
-auto with_number(ScalarType dtype, const Run& run) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return run(double());
-    case ScalarType::Half:
-      return run(torch::headeronly::Half());
-    case ScalarType::BFloat16:
-      return run(torch::headeronly::BFloat16());
-    default:
-      return run(float());
-  }
-}
-
-// A tensor on memory of the test's own, so that what lies around it is guarded too.
-class Given {
- public:
-  Given(ScalarType dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides)
-      : dtype_(dtype), sizes_(std::move(sizes)), strides_(std::move(strides)) {
-    int64_t last = 0;
-    for (size_t k = 0; k < sizes_.size(); ++k) last += (sizes_[k] - 1) * strides_[k];
-    width_ = dtype_ == ScalarType::Bool ? 1 : with_number(dtype_, [](auto x) { return sizeof x; });
-    memory_.emplace((last + 1) * static_cast<int64_t>(width_));
-  }
-  // Writes the value as the dtype has it, and returns that.
-  double set(int64_t row, int64_t column, double value) const {
-    char* at = memory_->get() + (row * strides_[0] + column * strides_[1]) * width_;
-    return with_number(dtype_, [&](auto x) {
-      x = static_cast<decltype(x)>(static_cast<float>(value));
-      if constexpr (std::is_same_v<decltype(x), double>) x = value;
-      std::memcpy(at, &x, sizeof x);
-      return static_cast<double>(x);
-    });
-  }
-  char* bytes() const { return memory_->get(); }
-  Tensor tensor() const {
-    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-    return torch::stable::from_blob(memory_->get(), sizes_, strides_, cpu, dtype_);
-  }
-
- private:
-  ScalarType dtype_;
-  std::vector<int64_t> sizes_, strides_;
-  size_t width_;
-  std::optional<Guarded<char>> memory_;
-};
-
-std::vector<double> numbers_of(const Tensor& t) {
-  return with_number(t.scalar_type(), [&](auto zero) {
-    const auto* data = static_cast<const decltype(zero)*>(t.const_data_ptr());
-    return std::vector<double>(data, data + t.numel());
-  });
-}
-
 // The tensors of a problem and what the loops make of them.
 struct Case {
   Problem problem;
@@ -106,9 +42,7 @@ struct Case {
         grad_loss(sum_dtype, {per_row() ? p.rows() : 1, 1}, {per_row() ? 2 : 1, 1}) {
     Random random;
     LoopInput in{p.batch, p.features, {}, {}, p.tau, 1e-8, p.cosine, nullptr, {}};
-    if (p.rounded_dtype() == ScalarType::BFloat16) in.round = through_bf16;
-    if (p.rounded_dtype() == ScalarType::Half) in.round = through_half;
-    if (p.product_dtype == ScalarType::Float) in.round = through_float;
+    in.round = rounding_to(p.rounded_dtype(), sum_dtype);
     in.z.resize(p.rows() * p.features);
     std::vector<double> raw(p.features);
     for (int64_t a = 0; a < p.rows(); ++a) {
@@ -147,10 +81,8 @@ struct Case {
   }
 };
 
-// What both operators return, in order: loss, accuracy, positive and negative similarity, lse, the
-// gradients of both views and of the temperature.
-using Results = std::vector<std::vector<double>>;
-
+// Loss, accuracy, positive and negative similarity, lse, the gradients of both views and of the
+// temperature.
 template <typename T, typename P>
 Results run(const Case& c, bool keep) {
   const Problem& p = c.problem;
@@ -175,10 +107,8 @@ void check_results(const Case& c, const Results& actual) {
   const LoopOutput& e = c.expected;
   const double u = kRoundoff<T>, rows = static_cast<double>(p.rows());
   const double D = static_cast<double>(p.features);
-  double narrow = 0;  // roundoff of the operands
-  if (p.rounded_dtype() == ScalarType::BFloat16) narrow = kBf16Roundoff;
-  if (p.rounded_dtype() == ScalarType::Half) narrow = kHalfRoundoff;
-  if (p.product_dtype == ScalarType::Float) narrow = kRoundoff<float>;
+  // Roundoff of the operands.
+  const double narrow = p.rounded_dtype() == c.sum_dtype ? 0 : roundoff_of(p.rounded_dtype());
   // Normalised rows are known up to D / 2 + 3 roundings, so they may also be rounded to the narrow
   // dtype's next number: two roundoffs. Rows that are not normalised fit that dtype as they are.
   const double size = p.cosine ? 1 : p.length * p.length;
@@ -220,9 +150,7 @@ void check_results(const Case& c, const Results& actual) {
   // Three logarithms enter a coefficient, a narrow dtype rounds it, 300 terms at a time are added.
   // The projection brings in the errors of the whole row.
   const double relative = 3 * log_error + 300 * u + 2 * narrow + row_error;
-  const double out = p.dtype == ScalarType::BFloat16 ? kBf16Roundoff
-                     : p.dtype == ScalarType::Half   ? kHalfRoundoff
-                                                     : u;
+  const double out = roundoff_of(p.dtype);
   double temperature_error = 0;
   for (int64_t a = 0; a < p.rows(); ++a) {
     const bool constant = p.cosine && e.norm[a] <= 1e-8;
@@ -241,33 +169,14 @@ void check_results(const Case& c, const Results& actual) {
              "%s: gradient of the temperature", name);
 }
 
-bool same_bits(const Results& a, const Results& b) {
-  for (size_t k = 0; k < a.size(); ++k)
-    if (std::memcmp(a[k].data(), b[k].data(), a[k].size() * sizeof(double)) != 0) return false;
-  return true;
-}
-
 template <typename T, typename P>
 void check_problem(const Problem& problem, const std::vector<uint32_t>& thread_counts,
                    int callers) {
   const Case c(problem);
   for (const bool keep : {true, false}) {
-    std::optional<Results> first;
-    for (const uint32_t threads : thread_counts) {
-      use_threads(threads);
-      std::vector<Results> results(callers);
-      std::vector<std::thread> others;
-      for (int k = 0; k < callers; ++k)
-        others.emplace_back([&, k] { results[k] = run<T, P>(c, keep); });
-      for (std::thread& thread : others) thread.join();
-      if (!first) {
-        check_results<T, P>(c, results[0]);
-        first = results[0];
-      }
-      for (const Results& r : results)
-        CHECK(same_bits(r, *first), "%s: other bits with %u threads, keep = %d", problem.name,
-              threads, keep);
-    }
+    const std::string name = std::string(problem.name) + (keep ? ", kept" : "");
+    check_results<T, P>(
+        c, run_on_threads(name, thread_counts, callers, [&] { return run<T, P>(c, keep); }));
   }
 }
 

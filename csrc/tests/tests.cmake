@@ -35,26 +35,29 @@ add_library(test_driver STATIC ${driver_sources})
 cjepa_configure_tests(test_driver test_core)
 cjepa_link_torch(test_driver)
 # The expected values: quick, and nothing that a sanitizer is to look at.
-add_library(test_loop STATIC ${tests}/nt_xent_loop.cpp)
+add_library(test_loop STATIC ${tests}/nt_xent_loop.cpp ${tests}/cross_logsumexp_loop.cpp)
 cjepa_configure_tests(test_loop)
 target_compile_options(test_loop PRIVATE -O2 -fno-sanitize=all)
 
 add_executable(tile_core_test ${tests}/check.cpp ${tests}/similarity_test.cpp
   ${tests}/product_test.cpp ${tests}/rows_test.cpp)
 cjepa_configure_tests(tile_core_test test_core)
-foreach(name nt_xent memory)
+set(operators nt_xent cross_logsumexp)
+foreach(name ${operators} memory)
   # threads.cpp takes the place of PyTorch's threads: it says why.
   add_executable(${name}_test ${tests}/check.cpp ${tests}/${name}_test.cpp ${tests}/threads.cpp)
   cjepa_configure_tests(${name}_test test_driver test_core test_loop)
   cjepa_link_torch(${name}_test)
+  add_dependencies(cpp_tests ${name}_test)
 endforeach()
-add_dependencies(cpp_tests nt_xent_test memory_test)
 
 cjepa_add_test(memory memory_test)
 set(poisoned CJEPA_POISON_MEMORY=1)
 if(CJEPA_SANITIZE STREQUAL "thread")
   # One set is enough: the cores know nothing of threads.
-  cjepa_add_test(nt_xent nt_xent_test ${poisoned})
+  foreach(name ${operators})
+    cjepa_add_test(${name} ${name}_test ${poisoned})
+  endforeach()
   return()
 endif()
 add_dependencies(cpp_tests tile_core_test)
@@ -62,7 +65,11 @@ foreach(set ${instruction_sets})
   cjepa_add_test(tile_core.${set} tile_core_test CJEPA_INSTRUCTION_SET=${set})
   # A block that comes out of the cache may be larger than what was asked for, and hides from an
   # address sanitizer what is written there.
-  cjepa_add_test(nt_xent.${set} nt_xent_test ${poisoned} CJEPA_INSTRUCTION_SET=${set}
-    CJEPA_CACHE_MIB=0)
+  foreach(name ${operators})
+    cjepa_add_test(${name}.${set} ${name}_test ${poisoned} CJEPA_INSTRUCTION_SET=${set}
+      CJEPA_CACHE_MIB=0)
+  endforeach()
 endforeach()
-cjepa_add_test(nt_xent.cached nt_xent_test ${poisoned})
+foreach(name ${operators})
+  cjepa_add_test(${name}.cached ${name}_test ${poisoned})
+endforeach()

@@ -1,0 +1,107 @@
+// With g_a and h_b the gradients of what rows and columns give,
+//   c_ab = g_a exp(s_ab / tau - row_lse_a) + h_b exp(s_ab / tau - column_lse_b)
+//   dL/dx_a = 1 / tau sum_b c_ab y_b, dL/dy_b = 1 / tau sum_a c_ab x_a
+// which for the cosine are projected and divided by the norm; dL/dtau = -1 / tau^2 sum c_ab s_ab.
+#include "cross_logsumexp_loop.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace cjepa::test {
+namespace {
+
+using Exact = long double;
+
+struct Sums {
+  std::vector<Exact> unit, own;       // (M, D): normalised, and rounded after that
+  std::vector<Exact> sum, weight;     // (M): of exp(s / tau); gradient over that sum
+  std::vector<Exact> gradient, size;  // (M, D); (M), of its terms
+};
+
+Sums prepare(const CrossInput& in, int which, CrossOutput::Side& out) {
+  const int64_t rows = in.rows(which), D = in.features;
+  const std::vector<double>& z = in.z[which];
+  Sums s{std::vector<Exact>(rows * D), std::vector<Exact>(rows * D), std::vector<Exact>(rows),
+         std::vector<Exact>(rows),     std::vector<Exact>(rows * D), std::vector<Exact>(rows)};
+  out.norm.assign(rows, 1);
+  out.largest.assign(rows, -std::numeric_limits<double>::infinity());
+  for (int64_t a = 0; a < rows; ++a) {
+    Exact square = 0;
+    for (int64_t d = 0; d < D; ++d) square += Exact{z[a * D + d]} * z[a * D + d];
+    if (in.cosine) out.norm[a] = static_cast<double>(std::sqrt(square));
+    const Exact divisor = in.cosine ? std::max<Exact>(std::sqrt(square), in.eps) : 1;
+    for (int64_t k = a * D; k < (a + 1) * D; ++k) {
+      s.unit[k] = z[k] / divisor;
+      s.own[k] = in.round == nullptr ? s.unit[k] : in.round(static_cast<double>(s.unit[k]));
+    }
+  }
+  return s;
+}
+
+// The gradients with respect to unit rows become those with respect to raw ones.
+void finish(const CrossInput& in, Sums& s, CrossOutput::Side& out) {
+  const int64_t rows = static_cast<int64_t>(s.sum.size()), D = in.features;
+  for (int64_t a = 0; a < rows; ++a) {
+    Exact* g = s.gradient.data() + a * D;
+    const Exact* u = s.unit.data() + a * D;
+    Exact projection = 0;
+    for (int64_t d = 0; d < D; ++d) projection += g[d] * u[d];
+    for (int64_t d = 0; d < D; ++d) {
+      if (in.cosine) g[d] = out.norm[a] <= in.eps ? 0 : (g[d] - projection * u[d]) / out.norm[a];
+      out.gradient.push_back(static_cast<double>(g[d]));
+    }
+    out.magnitude.push_back(static_cast<double>(s.size[a]));
+  }
+}
+
+}  // namespace
+
+CrossOutput cross_logsumexp_loop(const CrossInput& in) {
+  const int64_t D = in.features;
+  CrossOutput out;
+  Sums x = prepare(in, 0, out.sides[0]), y = prepare(in, 1, out.sides[1]);
+  const auto for_each_pair = [&](const auto& visit) {
+    for (int64_t a = 0; a < in.rows(0); ++a) {
+      for (int64_t b = 0; b < in.rows(1); ++b) {
+        Exact s = 0;
+        for (int64_t d = 0; d < D; ++d) s += x.own[a * D + d] * y.own[b * D + d];
+        visit(a, b, s, std::exp(s / in.tau));  // the range of long double has room for it
+      }
+    }
+  };
+  const auto raise = [](double& largest, Exact s) {
+    largest = std::max(largest, static_cast<double>(s));
+  };
+  for_each_pair([&](int64_t a, int64_t b, Exact s, Exact e) {
+    x.sum[a] += e;
+    y.sum[b] += e;
+    raise(out.sides[0].largest[a], s);
+    raise(out.sides[1].largest[b], s);
+  });
+  for (int side = 0; side < 2; ++side) {
+    Sums& s = side == 0 ? x : y;
+    for (int64_t a = 0; a < in.rows(side); ++a) {
+      out.sides[side].lse.push_back(static_cast<double>(std::log(s.sum[a])));
+      s.weight[a] = in.grad[side][a] / s.sum[a];
+    }
+  }
+  Exact along = 0;
+  for_each_pair([&](int64_t a, int64_t b, Exact s, Exact e) {
+    const Exact c = e * (x.weight[a] + y.weight[b]) / in.tau;
+    const Exact size = e * (std::fabs(x.weight[a]) + std::fabs(y.weight[b])) / in.tau;
+    along += c * s;
+    x.size[a] += size;
+    y.size[b] += size;
+    for (int64_t d = 0; d < D; ++d) {
+      x.gradient[a * D + d] += c * y.own[b * D + d];
+      y.gradient[b * D + d] += c * x.own[a * D + d];
+    }
+  });
+  out.grad_temperature = static_cast<double>(-along / in.tau);
+  finish(in, x, out.sides[0]);
+  finish(in, y, out.sides[1]);
+  return out;
+}
+
+}  // namespace cjepa::test

@@ -1,0 +1,32 @@
+// Log-sum-exp of rows and columns with gradients as plain loops over pairs, in long double.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace cjepa::test {
+
+struct CrossInput {
+  int64_t features;
+  std::vector<double> z[2];  // (M, D), (N, D)
+  double tau, eps;
+  bool cosine;
+  double (*round)(double);      // what the operands of the product are rounded to; null: are not
+  std::vector<double> grad[2];  // (M), (N)
+  int64_t rows(int side) const { return static_cast<int64_t>(z[side].size()) / features; }
+};
+
+struct CrossOutput {
+  struct Side {
+    std::vector<double> lse, largest;  // (M)
+    std::vector<double> gradient;      // (M, D)
+    std::vector<double> magnitude;     // (M), of what the gradient's sums consist of
+    std::vector<double> norm;          // (M), 1 for the dot product
+  };
+  Side sides[2];
+  double grad_temperature;
+};
+
+CrossOutput cross_logsumexp_loop(const CrossInput& input);
+
+}  // namespace cjepa::test

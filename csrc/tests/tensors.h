@@ -1,0 +1,131 @@
+// Tensors on guarded memory, what operators made of them, and operators called from several threads
+// at once with different numbers of threads for each.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "threads.h"
+
+namespace cjepa::test {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Calls run with a number of the type that a dtype stands for.
+template <typename Run>
+auto with_number(ScalarType dtype, const Run& run) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return run(double());
+    case ScalarType::Half:
+      return run(torch::headeronly::Half());
+    case ScalarType::BFloat16:
+      return run(torch::headeronly::BFloat16());
+    default:
+      return run(float());
+  }
+}
+
+template <ScalarType dtype>
+double round_through(double x) {
+  return with_number(dtype, [x](auto narrow) {
+    return static_cast<double>(
+        static_cast<float>(static_cast<decltype(narrow)>(static_cast<float>(x))));
+  });
+}
+
+// What operands of that dtype are rounded to if the sums are of type `sum`; null: they are not.
+inline double (*rounding_to(ScalarType operands, ScalarType sum))(double) {
+  if (operands == ScalarType::BFloat16) return round_through<ScalarType::BFloat16>;
+  if (operands == ScalarType::Half) return round_through<ScalarType::Half>;
+  if (operands != sum) return round_through<ScalarType::Float>;
+  return nullptr;
+}
+
+inline double roundoff_of(ScalarType dtype) {
+  if (dtype == ScalarType::BFloat16) return kBf16Roundoff;
+  if (dtype == ScalarType::Half) return kHalfRoundoff;
+  return dtype == ScalarType::Double ? kRoundoff<double> : kRoundoff<float>;
+}
+
+// A tensor on memory of the test's own, so that what lies around it is guarded too.
+class Given {
+ public:
+  Given(ScalarType dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides)
+      : dtype_(dtype), sizes_(std::move(sizes)), strides_(std::move(strides)) {
+    int64_t last = 0;
+    for (size_t k = 0; k < sizes_.size(); ++k) last += (sizes_[k] - 1) * strides_[k];
+    width_ = dtype_ == ScalarType::Bool ? 1 : with_number(dtype_, [](auto x) { return sizeof x; });
+    memory_.emplace((last + 1) * static_cast<int64_t>(width_));
+  }
+  // Writes the value as the dtype has it, and returns that.
+  double set(int64_t row, int64_t column, double value) const {
+    char* at = memory_->get() + (row * strides_[0] + column * strides_[1]) * width_;
+    return with_number(dtype_, [&](auto x) {
+      x = static_cast<decltype(x)>(static_cast<float>(value));
+      if constexpr (std::is_same_v<decltype(x), double>) x = value;
+      std::memcpy(at, &x, sizeof x);
+      return static_cast<double>(x);
+    });
+  }
+  char* bytes() const { return memory_->get(); }
+  Tensor tensor() const {
+    const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+    return torch::stable::from_blob(memory_->get(), sizes_, strides_, cpu, dtype_);
+  }
+
+ private:
+  ScalarType dtype_;
+  std::vector<int64_t> sizes_, strides_;
+  size_t width_;
+  std::optional<Guarded<char>> memory_;
+};
+
+inline std::vector<double> numbers_of(const Tensor& t) {
+  return with_number(t.scalar_type(), [&](auto zero) {
+    const auto* data = static_cast<const decltype(zero)*>(t.const_data_ptr());
+    return std::vector<double>(data, data + t.numel());
+  });
+}
+
+// What operators returned, in order.
+using Results = std::vector<std::vector<double>>;
+
+inline bool same_bits(const Results& a, const Results& b) {
+  for (size_t k = 0; k < a.size(); ++k)
+    if (std::memcmp(a[k].data(), b[k].data(), a[k].size() * sizeof(double)) != 0) return false;
+  return true;
+}
+
+// The results of run(), which all callers must have to the bit, with every number of threads.
+template <typename Run>
+Results run_on_threads(const std::string& name, const std::vector<uint32_t>& thread_counts,
+                       int callers, const Run& run) {
+  std::optional<Results> first;
+  for (const uint32_t threads : thread_counts) {
+    use_threads(threads);
+    std::vector<Results> results(callers);
+    std::vector<std::thread> others;
+    for (int k = 0; k < callers; ++k) others.emplace_back([&, k] { results[k] = run(); });
+    for (std::thread& thread : others) thread.join();
+    if (!first) first = results[0];
+    for (const Results& r : results)
+      CHECK(same_bits(r, *first), "%s: other bits with %u threads", name.c_str(), threads);
+  }
+  return *first;
+}
+
+}  // namespace cjepa::test
