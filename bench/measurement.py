@@ -70,15 +70,22 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
+def git(*args: str) -> str:
+    """What git says in this folder, empty without one."""
+    try:
+        result = subprocess.run(
+            ["git", *args], capture_output=True, text=True, cwd=RESULTS.parent, check=False
+        )
+    except OSError:
+        return ""
+    return result.stdout.strip()
+
+
 def environment() -> dict[str, Any]:
     """What the figures depend on."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    ).stdout.strip()
+    commit = git("describe", "--always", "--abbrev=12")
+    if git("status", "--porcelain", "--", "..", f":(exclude){RESULTS.name}"):  # but for results
+        commit += "-dirty"
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

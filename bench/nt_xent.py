@@ -86,7 +86,9 @@ def accuracy_cases(sizes: Sizes, parts: list[str]) -> list[tuple[Size, str, tupl
         return []
     fp32 = [
         (size, "fp32", ("native", "eager") if size.rows <= sizes.comparable else ("native",))
-        for size in sizes.targets
+        for size in dict.fromkeys(
+            (*sizes.small, sizes.metric_learning, *sizes.sweep, *sizes.targets)
+        )
     ]
     return [*fp32, *((size, "bf16", ("native", "eager")) for size in sizes.bf16)]
 

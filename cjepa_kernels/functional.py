@@ -32,6 +32,7 @@ def read_mebibytes(variable: str, default: float) -> float:
     return number
 
 
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 NATIVE = backends()["native"].available
@@ -244,6 +245,8 @@ def _overload(backend: Backend, device: torch.device) -> str:
 
     A module of an early revision registers kernels by being imported, for schemas that may differ.
     """
+    if backend == "triton" and device.type != "cuda":
+        return ".triton"  # in its interpreter
     return ".chunked" if backend == "chunked" or (device.type == "cpu" and not NATIVE) else ""
 
 
@@ -296,9 +299,10 @@ def check_bool(name: str, value: bool) -> None:
 def check_temperature(temperature: float | Tensor) -> None:
     """Raise unless ``temperature`` is a positive finite float or a 0-dim floating tensor."""
     if isinstance(temperature, Tensor):
-        if temperature.ndim != 0 or not temperature.is_floating_point():
+        if temperature.ndim != 0 or temperature.dtype not in FLOATING:
             raise ValueError(
-                "temperature must be a float or a 0-dim floating-point tensor, got a tensor of "
+                "temperature must be a float or a 0-dim floating-point tensor (fp64, fp32, bf16 or "
+                "fp16), got a tensor of "
                 f"shape {tuple(temperature.shape)} and dtype {temperature.dtype}"
             )
         return
@@ -318,7 +322,7 @@ def check_floating_tensor(name: str, value: object) -> None:
     """Raise unless ``value`` is a tensor of fp64, fp32, bf16 or fp16."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if value.dtype not in FLOATING:
         raise TypeError(f"{name} must be of fp64, fp32, bf16 or fp16, got {value.dtype}")
 
 

@@ -234,14 +234,19 @@ def test_other_python_threads_run_meanwhile(direction: str) -> None:
 def check_temperature_gradient(
     upstream: Tensor, temperature: Tensor, actual: Tensor, eager: Tensor, exact: Any
 ) -> None:
-    """The tolerance rule; ``exact`` gives the fp64 output for a temperature."""
+    """The tolerance rule; ``exact`` gives the fp64 output for a temperature.
+
+    Eager is no measure at a low temperature (its error reaches 100 %), where coefficients rounded to
+    bf16 would be percents off: an absolute bound as well.
+    """
     truth = temperature.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(exact(truth), truth, upstream.double())
     (gradient,) = torch.autograd.grad(actual, temperature, upstream)
     (same_dtype,) = torch.autograd.grad(eager, temperature, upstream.to(eager.dtype))
     assert gradient.dtype == temperature.dtype
     bound = 2 * relative_error(same_dtype, expected) + FLOOR_GRADIENT[torch.bfloat16]
-    assert relative_error(gradient, expected) <= bound
+    roundoff = torch.finfo(temperature.dtype).eps / 2
+    assert relative_error(gradient, expected) <= min(bound, 2e-4 + roundoff)
 
 
 # What is multiplied is rounded to bf16: with those rows the dot product gives the exact values.
@@ -351,6 +356,9 @@ Z = torch.ones(3, 4)
         ({0: Z[:, :0], 1: Z[:, :0]}, "empty"),
         ({2: torch.ones(2, 2, dtype=torch.bool)}, "mask"),
         ({7: "median"}, "reduction"),
+        ({3: torch.tensor(1)}, "temperature"),
+        ({3: torch.tensor(0.5).to(torch.float8_e4m3fn)}, "temperature"),
+        ({8: torch.int32}, "product_dtype"),
     ],
     ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
 )
@@ -367,6 +375,8 @@ def test_the_backward_operator_takes_what_its_forward_left(position: int) -> Non
     saved = ops.operator("nt_xent")(Z, Z, None, None, 0.1, True, 1e-8, "none", None, True)
     arguments = [torch.ones(6), Z, Z, None, None, *saved[-4:], 0.1, True, 1e-8, "none", None]
     ops.operator("nt_xent_backward")(*arguments)
-    arguments[position] = arguments[position][:-1].clone()
-    with pytest.raises(ValueError, match="cjepa_kernels: "):
-        ops.operator("nt_xent_backward")(*arguments)
+    whole = arguments[position]
+    for wrong in (whole[:-1].clone(), whole.repeat_interleave(2)[::2])[: 1 if position == 0 else 2]:
+        arguments[position] = wrong
+        with pytest.raises(ValueError, match="cjepa_kernels: "):
+            ops.operator("nt_xent_backward")(*arguments)

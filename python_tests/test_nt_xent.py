@@ -192,6 +192,23 @@ def test_metrics_by_counting_pairs(backend: str, cosine: bool, masked: bool) -> 
     assert 0 < out.accuracy < 1
 
 
+@pytest.mark.parametrize("batch", [65, 130])
+def test_large_masks(backend: str, batch: int) -> None:
+    mask = torch.rand(batch, 2 * batch)[:, ::2] < 0.3
+    check(*views(batch, 6, torch.float32), backend, mask=mask)
+    check(*views(batch, 6, torch.float32), backend, mask=mask.repeat(1, 2)[:, ::2].T)
+
+
+@pytest.mark.parametrize("byte", [2, 128, 255])
+def test_any_byte_but_zero_is_true_in_a_mask(backend: str, byte: int) -> None:
+    excluded = torch.rand(20, 20) < 0.3
+    mask = (excluded.to(torch.uint8) * byte).view(torch.bool)
+    z_i, z_j = views(20, 6)
+    expected = nt_xent(z_i, z_j, mask=excluded, backend=backend)
+    for actual, plain in zip(nt_xent(z_i, z_j, mask=mask, backend=backend), expected, strict=True):
+        torch.testing.assert_close(actual, plain)
+
+
 def test_lse_includes_the_positive_and_excludes_the_anchor(backend: str) -> None:
     z_i, z_j = (z.detach() for z in views(6, 4))
     z = torch.nn.functional.normalize(torch.cat([z_i, z_j]), dim=1)

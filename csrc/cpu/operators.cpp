@@ -16,16 +16,24 @@ void check(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("cjepa_kernels: ") + what);
 }
 
-void check_inputs(const Tensor& a, const Tensor& b, const std::optional<Tensor>& temperature) {
+bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Double || dtype == ScalarType::Float ||
+         dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+void check_inputs(const Tensor& a, const Tensor& b, const std::optional<Tensor>& temperature,
+                  std::optional<ScalarType> product_dtype) {
   check(a.dim() == 2 && b.dim() == 2, "inputs must be 2-D");
   check(a.size(0) > 0 && b.size(0) > 0 && a.size(1) > 0, "inputs must not be empty");
   check(a.size(1) == b.size(1), "inputs must have as many features as each other");
   const ScalarType dtype = a.scalar_type();
   check(dtype == b.scalar_type(), "inputs must have the same dtype");
-  check(dtype == ScalarType::Double || dtype == ScalarType::Float ||
-            dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-        "inputs must be of fp64, fp32, bf16 or fp16");
-  check(!temperature.has_value() || temperature->numel() == 1, "temperature must be one number");
+  check(is_floating(dtype), "inputs must be of fp64, fp32, bf16 or fp16");
+  check(!temperature.has_value() ||
+            (temperature->numel() == 1 && is_floating(temperature->scalar_type())),
+        "temperature must be one number of fp64, fp32, bf16 or fp16");
+  check(is_floating(product_dtype.value_or(dtype)),
+        "product_dtype must be fp64, fp32, bf16 or fp16");
 }
 
 // PyTorch's own conversion to std::string (2.11 to 2.13) leaks one with every call.
@@ -47,7 +55,7 @@ void check_rows(const Tensor& t, const Tensor& like, int64_t rows, const char* w
 }
 
 void check_pairs(const Options& o) {
-  check_inputs(o.z_i, o.z_j, o.temperature_tensor);
+  check_inputs(o.z_i, o.z_j, o.temperature_tensor, o.product_dtype);
   const int64_t batch = o.z_i.size(0);
   check(batch == o.z_j.size(0), "z_i and z_j must have the same number of rows");
   check(!o.mask.has_value() || (o.mask->scalar_type() == ScalarType::Bool && o.mask->dim() == 2 &&
@@ -89,6 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor z_i, Tensor
   check(kept.size(0) == 0 || kept.size(0) == kept_size(rows),
         "kept must be empty or what the forward kept");
   check_rows(kept, z_i, kept.size(0), "kept must be what the forward kept");
+  check(kept.is_contiguous(), "kept must be contiguous");
   if (options.reduction == "none") {
     check_rows(grad_loss, z_i, rows, "grad_loss must be like the loss");
   } else {
@@ -104,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor z_i, Tensor
 
 auto cross_forward(Tensor x, Tensor y, std::optional<Tensor> temperature_tensor, double temperature,
                    bool cosine, double eps, std::optional<ScalarType> product_dtype) {
-  check_inputs(x, y, temperature_tensor);
+  check_inputs(x, y, temperature_tensor, product_dtype);
   return cross_logsumexp(x, y, temperature_tensor, temperature, cosine, eps, product_dtype);
 }
 
@@ -112,7 +121,7 @@ auto cross_backward(Tensor grad_row, Tensor grad_column, Tensor x, Tensor y,
                     std::optional<Tensor> temperature_tensor, Tensor row_shift, Tensor row_log_sum,
                     Tensor column_shift, Tensor column_log_sum, double temperature, bool cosine,
                     double eps, std::optional<ScalarType> product_dtype) {
-  check_inputs(x, y, temperature_tensor);
+  check_inputs(x, y, temperature_tensor, product_dtype);
   constexpr const char* kRows = "gradients, shifts and log sums must be those of rows and columns";
   for (const Tensor* t : {&grad_row, &row_shift, &row_log_sum}) check_rows(*t, x, x.size(0), kRows);
   for (const Tensor* t : {&grad_column, &column_shift, &column_log_sum})

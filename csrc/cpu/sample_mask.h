@@ -13,7 +13,7 @@ struct SampleMask {
 
   SampleMask() = default;
 
-  // (batch, batch) of bool; its diagonal is ignored.
+  // (batch, batch) of bool, any byte but 0 being true; its diagonal is ignored.
   explicit SampleMask(const Tensor& mask)
       : batch(mask.size(0)), stride((batch + 7) / 8), bits(batch * stride) {
     const auto* given = static_cast<const uint8_t*>(mask.const_data_ptr());
@@ -30,19 +30,20 @@ struct SampleMask {
           const int64_t right = std::min(batch, left + kSide);
           for (int64_t l = left; l < right; ++l)
             for (int64_t k = first; k < last; ++k)
-              across[k - first][l - left] = given[l * row + k * column];
+              across[k - first][l - left] = given[l * row + k * column] != 0;
           for (int64_t k = first; k < last; ++k) {
             const uint8_t* from = given + k * row + left * column;
             for (int64_t l = 0; l < right - left; l += 8) {
               unsigned byte = 0;
               for (int64_t bit = 0; bit < std::min<int64_t>(8, right - left - l); ++bit)
-                byte |= unsigned(from[(l + bit) * column] | across[k - first][l + bit]) << bit;
+                byte |= unsigned((from[(l + bit) * column] != 0) | across[k - first][l + bit])
+                        << bit;
               bits[k * stride + (left + l) / 8] = static_cast<uint8_t>(byte);
               count += __builtin_popcount(byte);
             }
           }
         }
-        for (int64_t k = first; k < last; ++k) count -= given[k * (row + column)];
+        for (int64_t k = first; k < last; ++k) count -= given[k * (row + column)] != 0;
       }
       excluded += count;
     });

@@ -295,6 +295,17 @@ CJEPA_TEST(large_blocks) {
       {.name = "large blocks", .batch = 770, .features = 9, .dtype = kFloat, .tau = 0.1}, {1, 4},
       1);
 }
+// More than one band of samples, more than one square in a band, and ragged ones.
+CJEPA_TEST(large_mask) {
+  for (const int64_t batch : {128, 150})
+    check_problem<float, float>({.name = "large mask",
+                                 .batch = batch,
+                                 .features = 5,
+                                 .dtype = kFloat,
+                                 .tau = 0.1,
+                                 .mask = true},
+                                {1, 4}, 1);
+}
 CJEPA_TEST(squares_of_blocks) {
   for (const int64_t features : {5, 16})
     check_problem<double, double>(
