@@ -18,12 +18,42 @@ struct SimilarityCore : MicroTile<T, Operand> {
     typename Tile::Ahead ahead(next, NR * t.depth, i, t.height, t.depth);
     const P* a = t.rows + i * NR;
     const P* panel = t.panels + j * t.depth;
+    // A long sum in one accumulator loses digits: parts of kLongest are added up apart, in memory,
+    // as there are no registers left.
+    alignas(64) T sums[MR * NR];
     int64_t k = 0;
-    for (; k + NR <= t.depth; k += NR) {
+    for (int64_t part = 0; k + NR <= t.depth; k += NR) {
+      if (part == kLongest) {
+        add_parts(acc, sums, k == kLongest);
+        part = 0;
+      }
       Tile::template multiply<NR>(acc, a, 1, panel + k * NR, NR, ahead);
       a += t.slice_rows * NR;
+      part += NR;
     }
     if (k < t.depth) Tile::template multiply<NR>(acc, a, 1, panel + k * NR, t.depth - k, ahead);
+    if (k > kLongest) {
+      const T* parts = opaque(sums);
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) acc[m][v] += load(parts + m * NR + v * L);
+    }
+  }
+
+  static constexpr int64_t kLongest = 256;
+
+  static CJEPA_INLINE void add_parts(V (&acc)[MR][NV], T* sums, bool first) {
+    sums = const_cast<T*>(opaque(sums));
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) {
+        T* to = sums + m * NR + v * L;
+        store(to, first ? acc[m][v] : load(to) + acc[m][v]);
+        acc[m][v] = V{};
+      }
+    }
   }
 
   static constexpr int kLanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

@@ -306,6 +306,13 @@ CJEPA_TEST(large_mask) {
                                  .mask = true},
                                 {1, 4}, 1);
 }
+// Sums of more products than are added up in one accumulator.
+CJEPA_TEST(many_features) {
+  for (const int64_t features : {512, 600})
+    check_problem<float, float>(
+        {.name = "many features", .batch = 20, .features = features, .dtype = kFloat, .tau = 0.1},
+        {1}, 1);
+}
 CJEPA_TEST(squares_of_blocks) {
   for (const int64_t features : {5, 16})
     check_problem<double, double>(
