@@ -9,8 +9,10 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/cpu/*)
 DEMO_OUT ?= runs/demo
 SEEDS ?= 0,1,2
+INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cross_logsumexp_calls.py \
+  ops.py triton.py triton_interpreter.py)
 
-.PHONY: help demo test ctest sanitize lint format bench memory micro plot examples clean
+.PHONY: help demo test gpu-check ctest sanitize lint format bench memory micro plot examples clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +21,7 @@ help:
 	@echo "make lint   checks of style and types;  make format rewrites"
 	@echo "make bench  time and accuracy of the loss beside its targets;  make memory its peak memory"
 	@echo "make micro  time of each operator;  make plot draws what make bench recorded"
+	@echo "make gpu-check  tests and benchmarks of the Triton kernels on a machine with a GPU"
 	@echo "make examples runs every script in examples/"
 
 # The build tools come first because the package is built without isolation, so that the pinned
@@ -43,8 +46,11 @@ $(VENV)/.dev: $(VENV)/.base $(BUILD_INPUTS)
 demo: $(VENV)/.train
 	$(BIN)/cjepa compare --config configs/cjepa.yaml --seeds $(SEEDS) --out $(DEMO_OUT)
 
+# Twice: Triton's kernels run in its interpreter, which has to be asked for from the start.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2 --cov --cov-report= --cov-fail-under=0
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --cov --cov-append --cov-report=term \
+	  -k "triton" $(INTERPRETED)
 
 # $(call run_cpp_tests,build directory,sanitizers)
 comma := ,
@@ -81,6 +87,10 @@ bench: $(VENV)/.dev
 
 memory: $(VENV)/.dev
 	$(BIN)/python bench/nt_xent_memory.py
+
+# On a machine with a GPU, PyTorch and Triton, and no network: python3 is the one that has them.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py
 
 micro: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/test_micro.py --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds

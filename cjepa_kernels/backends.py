@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import importlib.util
+import os
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, get_args
+
+import torch
 
 Backend = Literal["auto", "reference", "chunked", "native", "triton"]
 NAMES: tuple[str, ...] = get_args(Backend)
@@ -51,12 +56,26 @@ def _find_compiled() -> tuple[ModuleType | None, str]:
     return module, f"compiled tile kernels, {info['instruction_set']}"
 
 
+def _find_triton() -> BackendStatus:
+    if importlib.util.find_spec("triton") is None:
+        return BackendStatus(False, ("cuda",), "Triton is not installed: pip install triton>=3.6")
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < (3, 6):
+        return BackendStatus(False, ("cuda",), f"Triton {version} is older than 3.6")
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        return BackendStatus(True, ("cpu", "cuda"), "Triton kernels in Triton's interpreter: slow")
+    if not torch.cuda.is_available():
+        reason = "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors)"
+        return BackendStatus(False, ("cuda",), reason)
+    return BackendStatus(True, ("cuda",), f"Triton kernels, Triton {version}")
+
+
 def _find_backends() -> dict[str, BackendStatus]:
     module, native = _find_compiled()
     if module is not None:
         module.register_operators()
     return {
-        "triton": BackendStatus(False, ("cuda",), "this version has no Triton kernels yet"),
+        "triton": _find_triton(),
         "native": BackendStatus(module is not None, ("cpu",), native),
         "chunked": BackendStatus(True, ("any",), "pure PyTorch, O(chunk * M) memory"),
         "reference": BackendStatus(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import NamedTuple, get_args
 
 import torch
@@ -13,24 +12,8 @@ from torch import Tensor
 from cjepa_kernels import ops, reference
 from cjepa_kernels.backends import Backend, backends, check_backend
 from cjepa_kernels.distributed import Strategy, gather_pairs
+from cjepa_kernels.environment import read_mebibytes
 from cjepa_kernels.reference import CrossLogSumExp, Reduction
-
-
-def read_mebibytes(variable: str, default: float) -> float:
-    """Number of MiB that an environment variable gives.
-
-    Raises:
-        ValueError: The variable is set and no number, or negative.
-    """
-    value = os.environ.get(variable, str(default))
-    try:
-        number = float(value)
-    except ValueError:
-        number = -1.0
-    if not number >= 0:
-        raise ValueError(f"{variable} must be a number of MiB, 0 or more, got {value!r}")
-    return number
-
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STRATEGIES: tuple[str, ...] = get_args(Strategy)

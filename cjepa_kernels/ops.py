@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cjepa_kernels import chunked, chunked_cross_logsumexp
+from cjepa_kernels import chunked, chunked_cross_logsumexp, triton
 from cjepa_kernels.reference import accumulation_dtype
 from cjepa_kernels.registration import (
     NAMESPACE,
@@ -179,8 +179,8 @@ register(
         name="nt_xent",
         schema=NT_XENT,
         schema_backward=NT_XENT_BACKWARD,
-        forward=chunked.forward,
-        backward=chunked.backward,
+        chunked=(chunked.forward, chunked.backward),
+        triton=(triton.nt_xent, triton.nt_xent_backward),
         fake=_fake_nt_xent,
         fake_backward=_fake_nt_xent_backward,
         setup_context=_setup_nt_xent,
@@ -192,8 +192,8 @@ register(
         name="cross_logsumexp",
         schema=CROSS_LOGSUMEXP,
         schema_backward=CROSS_LOGSUMEXP_BACKWARD,
-        forward=chunked_cross_logsumexp.forward,
-        backward=chunked_cross_logsumexp.backward,
+        chunked=(chunked_cross_logsumexp.forward, chunked_cross_logsumexp.backward),
+        triton=(triton.cross_logsumexp, triton.cross_logsumexp_backward),
         fake=_fake_cross_logsumexp,
         fake_backward=_fake_cross_logsumexp_backward,
         setup_context=_setup_cross_logsumexp,

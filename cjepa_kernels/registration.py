@@ -1,9 +1,9 @@
 """How an operator and its backward are registered with PyTorch: the same way for all of them.
 
-``cjepa_kernels::<name>`` dispatches on the device: a compiled back end registers itself under its
-dispatch key (CPU, CUDA), ``CompositeExplicitAutograd`` is the chunked path that serves every other
-device. The overload ``<name>.chunked`` has the chunked path alone, for those who ask for it by
-name.
+``cjepa_kernels::<name>`` dispatches on the device: the compiled module registers itself for the
+CPU, the Triton kernels are registered for CUDA, and ``CompositeExplicitAutograd`` is the chunked
+path that serves every other device. The overloads ``<name>.chunked`` and ``<name>.triton`` have one
+path alone, for those who ask for it by name.
 """
 
 from __future__ import annotations
@@ -15,14 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cjepa_kernels.backends import backends
+
 NAMESPACE = "cjepa_kernels"
-OVERLOADS = ("", ".chunked")
+OVERLOADS = ("", ".chunked", ".triton")
 AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
 
 # Any: the methods of Library carry no annotations.
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _operators: dict[tuple[str, str], Any] = {}  # by name and overload, like the next
 _functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
+
+
+Implementation = Callable[..., tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,8 @@ class Definition:
         name: Of the operator.
         schema: Arguments, a ``product_dtype`` among them, and results.
         schema_backward: The same of the backward.
-        forward: Chunked implementation of the operator.
-        backward: Chunked implementation of the backward.
+        chunked: Implementations of the operator and of its backward in pure PyTorch.
+        triton: The same in Triton.
         fake: Results of the operator without their values.
         fake_backward: The same of the backward.
         setup_context: ``(ctx, inputs, output)``: saves what the gradients need.
@@ -45,8 +50,8 @@ class Definition:
     name: str
     schema: str
     schema_backward: str
-    forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[..., tuple[Tensor, ...]]
+    chunked: tuple[Implementation, Implementation]
+    triton: tuple[Implementation, Implementation]
     fake: Callable[..., tuple[Tensor, ...]]
     fake_backward: Callable[..., tuple[Tensor, ...]]
     setup_context: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None]
@@ -83,8 +88,12 @@ def _register(definition: Definition, overload: str) -> None:
     for name in (definition.name, f"{definition.name}_backward"):
         packet = getattr(torch.ops.cjepa_kernels, name)
         _operators[name, overload] = getattr(packet, overload.lstrip(".") or "default")
-    _library.impl(forward, definition.forward, "CompositeExplicitAutograd")
-    _library.impl(backward, definition.backward, "CompositeExplicitAutograd")
+    implementations = definition.triton if overload == ".triton" else definition.chunked
+    for schema, implementation in zip((forward, backward), implementations, strict=True):
+        _library.impl(schema, implementation, "CompositeExplicitAutograd")
+    if overload == "" and backends()["triton"].available:
+        for schema, implementation in zip((forward, backward), definition.triton, strict=True):
+            _library.impl(schema, implementation, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{forward}", definition.fake, lib=_library)
     torch.library.register_fake(f"{NAMESPACE}::{backward}", definition.fake_backward, lib=_library)
     gradients = _make_gradients(definition, overload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,14 @@ import torch
 
 from cjepa_kernels import backends, chunked
 
-BACKENDS = [name for name, status in backends().items() if status.available]
+# "cuda" makes the suite's tensors on the GPU: bench/gpu_check.py runs it so.
+DEVICE = os.environ.get("CJEPA_TEST_DEVICE", "cpu")
+BACKENDS = [
+    name
+    for name, status in backends().items()
+    if status.available and not {DEVICE, "any"}.isdisjoint(status.devices)
+]
+torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(autouse=True)

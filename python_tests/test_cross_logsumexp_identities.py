@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from overloads import OVERLOADS
 from tolerances import FLOOR_GRADIENT, relative_error
 from torch import Tensor
 
@@ -158,7 +159,7 @@ def test_parts_add_up_to_the_whole(
 
 
 @pytest.mark.parametrize(("cosine", "temperature"), [(True, 0.1), (True, 0.01), (False, 1.0)])
-@pytest.mark.parametrize("overload", ops.OVERLOADS, ids=["dispatched", "chunked"])
+@OVERLOADS
 def test_backward_of_parts_with_the_sums_of_the_whole(
     overload: str, cosine: bool, temperature: float
 ) -> None:

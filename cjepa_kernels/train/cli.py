@@ -104,6 +104,34 @@ def train(
 
 
 @app.command()
+def tune(
+    rows: Annotated[int, typer.Option(min=2, help="M = 2B, the rows of both views.")] = 65536,
+    features: Annotated[int, typer.Option(min=1, help="D.")] = 256,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    debug: Debug = False,
+) -> None:
+    """Choose how the Triton kernels are compiled for one size by timing them on this GPU."""
+    with _clear_errors(debug):
+        import torch
+
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        if dtype not in dtypes:
+            raise ValueError(f"dtype must be one of {list(dtypes)}, got {dtype!r}")
+        if not torch.cuda.is_available():
+            raise RuntimeError("there is no CUDA device to tune for")
+        from cjepa_kernels.triton import configs
+        from cjepa_kernels.triton import tune as tuning
+
+        console = Console()
+        entries = tuning.entries_for(rows, features, dtypes[dtype])
+        measure = tuning.measure_step(rows, features, dtypes[dtype])
+        found = tuning.tune(entries, measure, console.print)
+        others = [e for e in configs.read(configs.cache_file()) if not tuning.replaces(found, e)]
+        configs.write(configs.cache_file(), [*found, *others])
+        console.print(f"kept in {configs.cache_file()}", soft_wrap=True)
+
+
+@app.command()
 def compare(
     config: Config,
     overrides: Overrides = None,

@@ -1,0 +1,203 @@
+"""Backward kernels: G with G_ab = dL/ds_ab, and its products with the rows of the other side.
+
+    G_ab  = e_ab (w_a + w_b)       dX = G Y,  dY = G^T X       (X = Y: G is symmetric)
+
+Two schedules. *Squares*: G of a square of blocks goes to a workspace, computed above the diagonal
+only, and is multiplied from there by rows and by columns (3 M^2 D operations). Serves every case.
+*Owned rows*: a program computes the tiles of its rows and multiplies them on the spot; nothing of G
+is written, S is computed in full (4 M^2 D operations).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from cjepa_kernels.triton.common import load_block, read_scale, triangle
+from cjepa_kernels.triton.similarity import negatives, product
+
+
+@triton.jit
+def coefficients(
+    s, row_weight, row_shift, column_weight, column_shift, scale, CONSTANT: tl.constexpr,
+):  # fmt: skip
+    """G of a tile of S."""
+    if CONSTANT:
+        g = tl.exp2(s * scale - scale) * (row_weight[:, None] + column_weight[None, :])
+    else:
+        g = tl.exp2((s - row_shift[:, None]) * scale) * row_weight[:, None]
+        g += tl.exp2((s - column_shift[None, :]) * scale) * column_weight[None, :]
+    return g
+
+
+@triton.jit
+def times(w, s):
+    """G_ab s_ab, 0 where G is: s may be NaN of padding."""
+    return tl.where(w == 0.0, 0.0, w * s)
+
+
+@triton.jit
+def coefficient_tiles_kernel(
+    x, y, g, row_weight, row_shift, column_weight, column_shift, temperature,
+    mask, rows, columns, x_plane, y_plane,
+    first_row, first_column, row_blocks, g_stride, g_scale, products, orders,
+    SELF: tl.constexpr, SQUARE: tl.constexpr, MASKED: tl.constexpr, CONSTANT: tl.constexpr,
+    TAU_TENSOR: tl.constexpr, DEPTH: tl.constexpr, TERMS: tl.constexpr, X_PLANES: tl.constexpr,
+    Y_PLANES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """g_scale G of a square of blocks from (first_row, first_column), to (rows, g_stride) numbers.
+
+    SQUARE: on the diagonal of S with SELF: G is symmetric, and its upper half is computed. For a
+    temperature that is a tensor each program leaves its part of sum_ab G_ab s_ab, ``orders`` times.
+    """
+    program = tl.program_id(0)
+    if SQUARE:
+        i, j = triangle(program.to(tl.int64))
+    else:
+        i = program % row_blocks
+        j = program // row_blocks
+    a = (first_row + i) * BM + tl.arange(0, BM)
+    b = (first_column + j) * BM + tl.arange(0, BM)
+    scale = read_scale(temperature, TAU_TENSOR)
+    s = product(
+        x, y, (first_row + i) * BM, (first_column + j) * BM, x_plane, y_plane,
+        DEPTH, TERMS, X_PLANES, Y_PLANES, BM, BM, BK, PRECISION, TMA,
+    )  # fmt: skip
+    w = coefficients(
+        s, tl.load(row_weight + a), tl.load(row_shift + a),
+        tl.load(column_weight + b), tl.load(column_shift + b), scale, CONSTANT,
+    )  # fmt: skip
+    edge = (tl.max(a, 0) >= rows) | (tl.max(b, 0) >= columns)
+    if SQUARE:
+        edge = edge | (i == j)
+    if MASKED or edge:
+        keep = negatives(a, b, rows, columns, mask, SELF, MASKED)
+        w = tl.where(keep, w, 0.0)
+    if TAU_TENSOR:
+        if SQUARE:
+            orders = tl.where(i == j, 1, 2)
+        dot = tl.sum(tl.sum(times(w, s), 1), 0)
+        tl.store(products + program, dot.to(tl.float64) * orders)
+    w = (w * g_scale).to(g.dtype.element_ty)
+    row = (i * BM + tl.arange(0, BM)).to(tl.int64)
+    column = (j * BM + tl.arange(0, BM)).to(tl.int64)
+    tl.store(g + row[:, None] * g_stride + column[None, :], w)
+    if SQUARE and i != j:
+        tl.store(g + column[:, None] * g_stride + row[None, :], tl.trans(w))
+
+
+@triton.jit
+def multiply_split(
+    acc, small, a, z, row, column, plane, features, BN: tl.constexpr, BK: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """acc + small + a z of fp32 ``a`` and three planes z: all products down to 2^-24."""
+    z_0 = load_block(z, row, column, features, BK, BN, TMA)
+    z_1 = load_block(z, plane + row, column, features, BK, BN, TMA)
+    z_2 = load_block(z, 2 * plane + row, column, features, BK, BN, TMA)
+    a_0 = a.to(tl.bfloat16)
+    rest = a - a_0.to(tl.float32)
+    a_1 = rest.to(tl.bfloat16)
+    a_2 = (rest - a_1.to(tl.float32)).to(tl.bfloat16)
+    small = tl.dot(a_2, z_0, small)
+    small = tl.dot(a_0, z_2, small)
+    small = tl.dot(a_1, z_1, small)
+    small = tl.dot(a_1, z_0, small)
+    small = tl.dot(a_0, z_1, small)
+    return tl.dot(a_0, z_0, acc), small
+
+
+@triton.jit
+def products_kernel(
+    g, z, out, first_out, first_z, depth, plane, features, g_stride,
+    TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """out[first_out + r] (+)= sum_k g[r, k] z[first_z + k], or of g[k, r]."""
+    across = tl.cdiv(features, BN)
+    i = tl.program_id(0) // across
+    column = tl.program_id(0) % across * BN
+    acc = tl.zeros((BM, BN), tl.float32)
+    small = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, depth, BK):
+        if TRANSPOSED:
+            a = load_block(g, k, i * BM, g_stride, BK, BM, TMA).T
+        else:
+            a = load_block(g, i * BM, k, g_stride, BM, BK, TMA)
+        if PLANES == 1:
+            b = load_block(z, first_z + k, column, features, BK, BN, TMA)
+            acc = tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
+        else:
+            acc, small = multiply_split(
+                acc, small, a, z, first_z + k, column, plane, features, BN, BK, TMA
+            )
+    row = first_out + i * BM + tl.arange(0, BM)
+    feature = column + tl.arange(0, BN)
+    to = out + row.to(tl.int64)[:, None] * features + feature[None, :]
+    valid = (feature < features)[None, :]
+    if PLANES > 1:
+        acc += small
+    if ACCUMULATE:
+        acc += tl.load(to, mask=valid, other=0.0)
+    tl.store(to, acc, mask=valid)
+
+
+@triton.jit
+def owned_tile(
+    acc, own, y, a, j, row_weight, column_weights, scale, g_scale, rows, columns,
+    SELF: tl.constexpr, EDGE: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """acc + G Y of the rows ``a`` and the j-th block of columns."""
+    b = j * BN + tl.arange(0, BN)
+    other = load_block(y, j * BN, 0, WIDTH, BN, WIDTH, TMA)
+    s = tl.dot(own, other.T, input_precision=PRECISION)
+    w = coefficients(s, row_weight, None, tl.load(column_weights + b), None, scale, True)
+    if EDGE:
+        w = tl.where(negatives(a, b, rows, columns, None, SELF, False), w, 0.0)
+    return tl.dot((w * g_scale).to(other.dtype), other, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def owned_rows_kernel(
+    x, y, out, row_weights, column_weights, temperature,
+    rows, columns, padded_rows, column_blocks, splits, g_scale,
+    SELF: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """out[split, a] = sum over the split's columns of g_scale G_ab y_b; out: (splits, rows, D).
+
+    For a constant shift and no user's mask. Tiles that need a mask come first: the one on the
+    diagonal and the one with ragged columns.
+    """
+    i = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
+    first = split * column_blocks // splits
+    last = (split + 1) * column_blocks // splits
+    a = i * BM + tl.arange(0, BM)
+    scale = read_scale(temperature, False)
+    own = load_block(x, i * BM, 0, WIDTH, BM, WIDTH, TMA)
+    row_weight = tl.load(row_weights + a)
+    acc = tl.zeros((BM, WIDTH), tl.float32)
+    diagonal = column_blocks
+    if SELF:
+        diagonal = i
+    on_diagonal = (first <= diagonal) & (diagonal < last)
+    ragged = (last == column_blocks) & (columns % BM != 0) & (diagonal != last - 1)
+    for t in range(tl.where(on_diagonal, 0, 1), tl.where(ragged, 2, 1)):
+        acc = owned_tile(
+            acc, own, y, a, tl.where(t == 0, diagonal, last - 1), row_weight, column_weights,
+            scale, g_scale, rows, columns, SELF, True, WIDTH, BM, PRECISION, TMA,
+        )  # fmt: skip
+    inner = last - first - on_diagonal.to(tl.int32) - ragged.to(tl.int32)
+    for t in range(0, inner):
+        j = first + t
+        j = tl.where(on_diagonal & (j >= diagonal), j + 1, j)
+        acc = owned_tile(
+            acc, own, y, a, j, row_weight, column_weights, scale, g_scale, rows, columns,
+            SELF, False, WIDTH, BM, PRECISION, TMA,
+        )  # fmt: skip
+    feature = tl.arange(0, WIDTH)
+    row = split.to(tl.int64) * padded_rows + a
+    tl.store(out + row[:, None] * WIDTH + feature[None, :], acc)

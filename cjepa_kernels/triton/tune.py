@@ -1,0 +1,134 @@
+"""Choose how each kernel is compiled by timing it on this machine's GPU, for one size.
+
+Kernels are tuned one after the other, the choices for the others staying as they are. What wins is
+kept in ``configs.cache_file()`` and goes before the package's own table from then on.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from cjepa_kernels.triton import configs
+from cjepa_kernels.triton.configs import Config, Kernel
+
+CHOICES: dict[Kernel, dict[str, tuple[Any, ...]]] = {
+    "tiles": {"warps": (4, 8), "stages": (2, 3, 4)},
+    "strips": {
+        "rows": (64, 128),
+        "warps": (4, 8),
+        "stages": (2, 3),
+        "pipelined": (False, True),
+        "fold": (True, False),
+    },
+    "owned": {"rows": (64, 128), "warps": (4, 8), "stages": (2, 3)},
+    "coefficients": {"warps": (4, 8), "stages": (2, 3, 4)},
+    "products": {"warps": (4, 8), "stages": (2, 3, 4)},
+    "products_split": {"warps": (4, 8), "stages": (2, 3, 4)},
+}
+
+Measure = Callable[[], float]
+Report = Callable[[str], None]
+
+
+def candidates(entry: Config) -> Iterator[Config]:
+    """Every choice for the kernel of ``entry``."""
+    choices = CHOICES[entry.kernel]
+    for values in itertools.product(*choices.values()):
+        yield replace(entry, **dict(zip(choices, values, strict=True)))
+
+
+def tune(entries: list[Config], measure: Measure, report: Report = lambda _: None) -> list[Config]:
+    """The fastest choice for each entry, and with strips or owned rows also none of them.
+
+    Args:
+        entries: One a kernel, of the size that is tuned for.
+        measure: Time of a step in seconds with the table as it is; an error rules a choice out.
+        report: Called with a line for each choice.
+
+    Returns:
+        The winners, in the order of ``entries``.
+    """
+    chosen: list[Config] = []
+    for entry in entries:
+        best, best_time = entry, _time(measure, [*chosen, entry])
+        report(f"{entry.kernel}: {_name(entry)} {1e3 * best_time:.3f} ms, as it is")
+        others = [c for c in candidates(entry) if c != entry]
+        if entry.kernel in ("strips", "owned"):
+            others.append(replace(entry, warps=0))
+        for candidate in others:
+            time = _time(measure, [*chosen, candidate])
+            report(f"{entry.kernel}: {_name(candidate)} {1e3 * time:.3f} ms")
+            if time < best_time:
+                best, best_time = candidate, time
+        chosen.append(best)
+    return chosen
+
+
+def replaces(found: list[Config], entry: Config) -> bool:
+    """Whether one of ``found`` is for the same kernel, architecture, width and operands."""
+    return any(
+        (f.kernel, f.architecture, f.bits, f.features)
+        == (entry.kernel, entry.architecture, entry.bits, entry.features)
+        for f in found
+    )
+
+
+def _time(measure: Measure, tuned: list[Config]) -> float:
+    with configs.tuned(tuned):
+        try:
+            return measure()
+        except Exception:  # too much shared memory, say: this choice is none
+            return float("inf")
+
+
+def _name(entry: Config) -> str:
+    if entry.warps == 0:
+        return "not used"
+    fields = {name: getattr(entry, name) for name in CHOICES[entry.kernel]}
+    return " ".join(f"{name}={value}" for name, value in fields.items())
+
+
+def entries_for(rows: int, features: int, dtype: torch.dtype) -> list[Config]:
+    """The table's entries for the kernels that a batch of this size takes.
+
+    Raises:
+        RuntimeError: There is no CUDA device.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("there is no CUDA device to tune for")
+    from cjepa_kernels.triton.launch import Operands
+
+    device = torch.device("cuda")
+    operands = Operands.of(dtype, None)
+    packed = operands.pack(
+        (torch.randn(256, features, device=device, dtype=dtype),), cosine=True, eps=1e-8
+    )
+    wide = packed.padded_features
+    architecture = configs.architecture(device)
+    kernels: list[Kernel] = ["strips", "tiles", "owned", "coefficients"]
+    kernels.append("products" if operands.planes == 1 else "products_split")
+    found = []
+    for kernel in kernels:
+        if configs.entries(kernel, architecture, packed.z.dtype, wide):
+            entry = configs.choose(kernel, architecture, packed.z.dtype, wide)
+            found.append(replace(entry, architecture=architecture, features=wide))
+    return found
+
+
+def measure_step(rows: int, features: int, dtype: torch.dtype) -> Measure:
+    """Median time of forward + backward of NT-Xent at that size."""
+    from triton.testing import do_bench
+
+    from cjepa_kernels import nt_xent
+
+    z = torch.randn(2, rows // 2, features, device="cuda", dtype=dtype).requires_grad_()
+
+    def step() -> None:
+        torch.autograd.grad(nt_xent(z[0], z[1], backend="triton").loss, z)
+
+    return lambda: float(do_bench(step, return_mode="median")) / 1e3

@@ -1,0 +1,182 @@
+"""Compile the kernels that a call would launch, for a GPU that is not there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from cjepa_kernels.triton import (
+    backward,
+    coefficients,
+    configs,
+    finish,
+    forward,
+    pack,
+    reduction,
+    similarity,
+)
+
+KERNELS = {
+    pack: ["pack_kernel"],
+    similarity: ["tiles_kernel", "strips_kernel"],
+    reduction: ["nt_xent_rows_kernel", "logsumexp_kernel"],
+    coefficients: ["coefficient_tiles_kernel", "products_kernel", "owned_rows_kernel"],
+    finish: ["finish_kernel"],
+}
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a block
+TENSOR_CORE = {80: "HMMA.", 90: "HGMMA.", 100: "UTC"}
+PRODUCTS = {"tiles_kernel", "strips_kernel", "coefficient_tiles_kernel", "products_kernel"}
+PRODUCTS |= {"owned_rows_kernel"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the types of its arguments, its constants and its options."""
+
+    name: str
+    function: Any
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]
+    options: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What the assembler says of a kernel."""
+
+    registers: int
+    stack: int
+    shared: int
+    spills: int
+    opcodes: frozenset[str]
+
+
+def launches(architecture: int, call: Callable[[], Any]) -> list[Launch]:
+    """What ``call`` would launch on that architecture, in order; tensors may be on "meta"."""
+    recorded: list[Launch] = []
+    with (
+        _recording(recorded),
+        mock.patch.object(configs, "architecture", return_value=architecture),
+    ):
+        call()
+    return recorded
+
+
+@contextmanager
+def _recording(recorded: list[Launch]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module, names in KERNELS.items():
+            for name in names:
+                recorder = _Recorder(getattr(module, name), recorded)
+                stack.enter_context(mock.patch.object(module, name, recorder))
+        yield
+
+
+class _Recorder:
+    def __init__(self, function: Any, recorded: list[Launch]) -> None:
+        self.function, self.recorded = function, recorded
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        if not all(1 <= size < 2**31 for size in grid):
+            raise ValueError(f"{self.function.__name__} would be launched on a grid of {grid}")
+
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.recorded.append(_describe(self.function, args, kwargs))
+
+        return launch
+
+
+def _describe(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    names = function.arg_names
+    values = dict(zip(names, args, strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
+    constant_names = {p.name for p in function.params if p.is_constexpr}
+    signature, constants, aligned = {}, {}, []
+    for name in names:
+        value = values[name]
+        # As the just-in-time compiler does: a 1 is a constant, and multiples of 16 are known.
+        if name in constant_names or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            dtype = mangle_type(value.base).removeprefix("*")
+            signature[name] = f"tensordesc<{dtype}[{block}]>"
+            continue
+        signature[name] = mangle_type(value)
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            aligned.append(name)
+    options = {key: value for key, value in kwargs.items() if key not in names}
+    return Launch(
+        function.__name__,
+        function,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        tuple(aligned),
+        tuple(options.items()),
+    )
+
+
+def compile_launch(launch: Launch, architecture: int) -> Binary:
+    """Machine code of a kernel, and what is in it."""
+    names = launch.function.arg_names
+    source = ASTSource(
+        launch.function,
+        dict(launch.signature),
+        {(names.index(name),): value for name, value in launch.constants},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
+    )
+    target = GPUTarget("cuda", architecture, 32)
+    kernel = triton.compile(source, target=target, options=dict(launch.options))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(kernel.asm["cubin"])
+        usage = _run("cuobjdump", "-res-usage", str(file))
+        assembly = _run("nvdisasm", "-c", str(file))
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"no resource usage in {usage!r}")
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", assembly, re.M)
+    spills = sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
+    return Binary(int(found[1]), int(found[2]), kernel.metadata.shared, spills, frozenset(opcodes))
+
+
+def _run(tool: str, *args: str) -> str:
+    result = subprocess.run([str(TOOLS / tool), *args], check=True, capture_output=True, text=True)
+    return result.stdout + result.stderr
+
+
+def nt_xent_call(
+    rows: int, features: int, dtype: torch.dtype, *, tensor: bool = False, mask: bool = False,
+    temperature: float = 0.1, cosine: bool = True,
+) -> Callable[[], None]:  # fmt: skip
+    """A forward and a backward of that size on "meta", without memory."""
+
+    def call() -> None:
+        def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        z_i, z_j = (meta(rows // 2, features, dtype=dtype) for _ in range(2))
+        excluded = meta(rows // 2, rows // 2, dtype=torch.bool) if mask else None
+        tau = meta() if tensor else None
+        common = (temperature, cosine, 1e-8, "mean", None)
+        out = forward.nt_xent(z_i, z_j, excluded, tau, *common, False)
+        backward.nt_xent_backward(meta(), z_i, z_j, excluded, tau, *out[5:], *common)
+
+    return call

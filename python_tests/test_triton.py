@@ -1,0 +1,265 @@
+"""The Triton kernels' ways through a problem: panels, strips, squares, splits, both kinds of loads.
+
+Values and gradients of every option are the parity suite's matter. Sizes here are those at which
+a way is taken; run with TRITON_INTERPRET=1, or on a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from tolerances import relative_error
+from torch import Tensor
+
+from cjepa_kernels import backends, cross_logsumexp, nt_xent
+
+if not backends()["triton"].available:
+    pytest.skip(backends()["triton"].reason, allow_module_level=True)
+
+from cjepa_kernels.triton import configs, launch
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET", "0") == "1" else "cuda"
+HALF = [torch.bfloat16, torch.float16]
+# Of a result whose operands were rounded, against fp64 from the operands as they were.
+BOUND = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
+def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to load a block, whatever the device prefers."""
+    if DEVICE == "cuda" and request.param and not launch.has_tma(torch.device("cuda")):
+        pytest.skip("this GPU has no tensor memory accelerator")
+    monkeypatch.setattr(launch, "has_tma", lambda _: request.param)
+
+
+@pytest.fixture
+def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for a block of columns, or for a square of one block."""
+    monkeypatch.setenv("CJEPA_WORKSPACE_MIB", "0.03")
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat a few blocks as many: inner tiles, strips of two blocks, and edges."""
+    monkeypatch.setattr(launch, "SMALL", 1)
+    monkeypatch.setattr(launch, "RUN", 2)
+
+
+def gradients_of(loss: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs, upstream.to(loss))
+
+
+def check_nt_xent(
+    batch: int, features: int, dtype: torch.dtype = torch.float32, **options: Any
+) -> None:
+    """Loss of each anchor and gradients, against the reference in fp64."""
+    z = tuple(torch.randn(batch, features, device=DEVICE).to(dtype) for _ in range(2))
+    if options.get("use_cosine_similarity") is False:
+        z = tuple(x / features**0.5 for x in z)
+    upstream = torch.rand(2 * batch, device=DEVICE) + 0.5
+    inputs = tuple(x.requires_grad_() for x in z)
+    exact = tuple(x.detach().double().requires_grad_() for x in z)
+    out = nt_xent(*inputs, reduction="none", backend="triton", **options)
+    truth = nt_xent(*exact, reduction="none", backend="reference", **options)
+    for value, expected in zip(out[:1] + out[4:], truth[:1] + truth[4:], strict=True):
+        assert relative_error(value, expected) <= BOUND[dtype]
+    gradients = gradients_of(out.loss, inputs, upstream)
+    for gradient, expected in zip(
+        gradients, gradients_of(truth.loss, exact, upstream), strict=True
+    ):
+        assert relative_error(gradient, expected) <= BOUND[dtype]
+
+
+def check_rectangle(rows: int, columns: int, features: int, dtype: torch.dtype) -> None:
+    """Both sides' log-sum-exps and gradients, against the reference in fp64."""
+    inputs = tuple(
+        torch.randn(n, features, device=DEVICE).to(dtype).requires_grad_() for n in (rows, columns)
+    )
+    exact = tuple(x.detach().double().requires_grad_() for x in inputs)
+    weights = tuple(torch.randn(n, device=DEVICE) for n in (rows, columns))
+    results = []
+    for backend, tensors in (("triton", inputs), ("reference", exact)):
+        out = cross_logsumexp(*tensors, backend=backend)  # type: ignore[arg-type]
+        total = (out.row_lse * weights[0]).sum() + (out.column_lse * weights[1]).sum()
+        results.append([*out, *torch.autograd.grad(total, tensors)])
+    for value, expected in zip(*results, strict=True):
+        assert relative_error(value, expected) <= 2 * BOUND[dtype]
+
+
+@pytest.mark.usefixtures("loads")
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("batch", "features"), [(1, 1), (3, 17), (70, 64), (130, 300)])
+def test_one_launch_of_all_tiles(batch: int, features: int, dtype: torch.dtype) -> None:
+    check_nt_xent(batch, features, dtype)
+
+
+@pytest.mark.usefixtures("loads", "large")
+@pytest.mark.parametrize("batch", [64, 192, 201, 320])
+@pytest.mark.parametrize("features", [16, 128])
+def test_strips_and_edges(batch: int, features: int) -> None:
+    check_nt_xent(batch, features, torch.float16)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("pipelined", [False, True])
+@pytest.mark.parametrize("fold", [False, True])
+def test_every_kind_of_strip(pipelined: bool, fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = configs.Config(0, "strips", 16, 256, 4, 2, rows=64, pipelined=pipelined, fold=fold)
+    others = [e for e in configs.table() if e.kernel != "strips"]
+    monkeypatch.setattr(configs, "table", lambda: (entry, *others))
+    check_nt_xent(201, 16, torch.float16)
+    check_rectangle(300, 520, 16, torch.float16)
+
+
+@pytest.mark.usefixtures("loads", "large")
+@pytest.mark.parametrize("features", [40, 200])
+def test_inner_tiles_and_edges(features: int) -> None:
+    check_nt_xent(135, features, torch.float32)
+    check_nt_xent(128, features, torch.bfloat16, temperature=0.01)
+
+
+@pytest.mark.usefixtures("small_workspace")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.01},
+        {"temperature": torch.tensor(0.3, device=DEVICE)},
+        {"use_cosine_similarity": False, "temperature": 1.0},
+    ],
+    ids=["constant", "running", "tensor", "dot"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_panels_and_squares(options: dict[str, Any], dtype: torch.dtype) -> None:
+    check_nt_xent(201, 20, dtype, **options)
+
+
+@pytest.mark.usefixtures("small_workspace")
+def test_panels_with_a_mask() -> None:
+    mask = torch.rand(201, 201, device=DEVICE) < 0.3
+    check_nt_xent(201, 20, torch.float16, mask=mask)
+    z = torch.randn(2, 201, 20, device=DEVICE)
+    out = nt_xent(z[0], z[1], mask=mask, backend="triton")
+    truth = nt_xent(z[0].double(), z[1].double(), mask=mask, backend="reference")
+    for value, expected in zip(out, truth, strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("large", "small_workspace")
+def test_strips_in_panels() -> None:
+    check_nt_xent(330, 16, torch.float16)
+    check_rectangle(300, 520, 16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 300), (300, 140), (256, 128)])
+def test_rectangles(rows: int, columns: int, dtype: torch.dtype) -> None:
+    check_rectangle(rows, columns, 24, dtype)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(("rows", "columns"), [(256, 520), (300, 512), (300, 520), (512, 384)])
+def test_rectangles_of_strips(rows: int, columns: int) -> None:
+    check_rectangle(rows, columns, 16, torch.float16)
+
+
+@pytest.mark.usefixtures("small_workspace")
+def test_rectangles_in_panels_and_squares() -> None:
+    check_rectangle(300, 260, 20, torch.float32)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_owned_rows_in_splits(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "splits", lambda *_: splits)
+    check_nt_xent(100, 64, torch.float16)
+    check_nt_xent(96, 64, torch.bfloat16)
+    check_rectangle(150, 200, 64, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_without_owned_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [e for e in configs.table() if e.kernel != "owned"]
+    monkeypatch.setattr(configs, "table", lambda: tuple(others))
+    check_nt_xent(100, 64, dtype)
+    check_rectangle(150, 200, 64, dtype)
+
+
+def test_tf32_follows_pytorchs_setting() -> None:
+    operands, matmul = launch.Operands, torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = True
+        assert operands.of(torch.float32, None).precision == "tf32"
+        if DEVICE == "cpu":  # the interpreter multiplies in full
+            check_nt_xent(70, 40)
+        matmul.allow_tf32 = False
+        assert operands.of(torch.float32, None).planes == 3
+    finally:
+        matmul.allow_tf32 = before
+
+
+def test_a_temperature_gradient_is_not_that_of_rounded_coefficients() -> None:
+    z = tuple(torch.randn(40, 24, device=DEVICE).bfloat16() for _ in range(2))
+    gradients = []
+    for dtype, backend in ((torch.float32, "triton"), (torch.float64, "chunked")):
+        temperature = torch.tensor(0.02, dtype=dtype, device=DEVICE, requires_grad=True)
+        loss = nt_xent(*z, temperature=temperature, backend=backend).loss  # type: ignore[arg-type]
+        gradients.append(torch.autograd.grad(loss, temperature)[0])
+    assert relative_error(*gradients) <= 2e-5
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"capability 7\.5"):
+        configs.choose("tiles", 75, torch.bfloat16, 64)
+
+
+def test_a_tuned_choice_goes_before_the_packages(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    configs._table.cache_clear()
+    before = configs.choose("tiles", 90, torch.bfloat16, 256)
+    tuned = configs.Config(90, "tiles", 16, before.features, 4, 5)
+    configs.write(configs.cache_file(), [tuned])
+    assert configs.choose("tiles", 90, torch.bfloat16, 256) == tuned
+    configs.cache_file().write_text("[{")  # half written by someone else
+    configs._table.cache_clear()
+    assert configs.choose("tiles", 90, torch.bfloat16, 256) == before
+    monkeypatch.undo()
+    configs._table.cache_clear()
+
+
+def test_a_workspace_must_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CJEPA_WORKSPACE_MIB", "much")
+    z = torch.randn(2, 4, 4, device=DEVICE)
+    with pytest.raises(ValueError, match="CJEPA_WORKSPACE_MIB"):
+        nt_xent(z[0], z[1], backend="triton")
+
+
+def test_tuning_takes_the_fastest_and_leaves_out_what_fails(tmp_path: Any) -> None:
+    from cjepa_kernels.triton import tune
+
+    tiles = configs.Config(90, "tiles", 16, 256, 8, 3)
+    strips = configs.Config(90, "strips", 16, 256, 4, 2)
+
+    def measure() -> float:
+        chosen = {e.kernel: e for e in reversed(configs.table())}
+        if chosen["tiles"].stages == 4:
+            raise RuntimeError("out of shared memory")
+        fast = chosen["tiles"].warps == 4 and chosen["tiles"].stages == 2
+        return 1.0 - 0.5 * fast - 0.1 * (chosen["strips"].warps == 0)
+
+    lines: list[str] = []
+    found = tune.tune([tiles, strips], measure, lines.append)
+    assert found == [
+        configs.Config(90, "tiles", 16, 256, 4, 2),
+        configs.Config(90, "strips", 16, 256, 0, 2),
+    ]
+    assert any("inf" in line for line in lines)
+    assert configs._trial == []
+    assert tune.replaces(found, tiles)
+    assert not tune.replaces(found, configs.Config(80, "tiles", 16, 256, 4, 2))

@@ -1,0 +1,75 @@
+"""The Triton kernels compile for GPUs that are not here: no spills, tensor cores, shared memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+import offline
+
+ARCHITECTURES = [80, 90, 100]
+# Rows, features, dtype, and what makes other kernels or constants of them.
+CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any]]] = {
+    "small": (256, 768, torch.bfloat16, {}),
+    "one_block": (64, 16, torch.bfloat16, {}),
+    "strips_64": (65536, 64, torch.bfloat16, {}),
+    "strips_256": (65536, 256, torch.bfloat16, {}),
+    "ragged": (50000, 100, torch.float16, {}),
+    "wide": (65536, 768, torch.bfloat16, {}),
+    "running_maxima": (65536, 768, torch.bfloat16, {"temperature": 0.01}),
+    "temperature_tensor": (65536, 256, torch.float16, {"tensor": True}),
+    "dot_product": (4096, 192, torch.bfloat16, {"cosine": False}),
+    "mask": (4096, 256, torch.bfloat16, {"mask": True}),
+    "fp32": (65536, 256, torch.float32, {}),
+    "fp32_mask": (4096, 768, torch.float32, {"mask": True, "tensor": True}),
+    "tf32_128": (65536, 128, torch.float32, {"tf32": True}),
+    "tf32_768": (65536, 768, torch.float32, {"tf32": True}),
+}
+
+
+@pytest.fixture
+def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Set and restore what PyTorch's products of fp32 may use."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_without_spills(case: str, architecture: int) -> None:
+    rows, features, dtype, options = CASES[case]
+    options = dict(options)
+    torch.backends.cuda.matmul.allow_tf32 = options.pop("tf32", False)
+    call = offline.nt_xent_call(rows, features, dtype, **options)
+    for launch in dict.fromkeys(offline.launches(architecture, call)):
+        binary = offline.compile_launch(launch, architecture)
+        text = f"{launch.name} {dict(launch.constants)} {dict(launch.options)}: {binary}"
+        assert binary.shared <= offline.SHARED_MEMORY[architecture], text
+        assert binary.registers > 8, text  # an empty kernel: the compiler found it undefined
+        if launch.name not in offline.PRODUCTS:
+            continue
+        assert (binary.stack, binary.spills) == (0, 0), text
+        opcodes = [o for o in binary.opcodes if o.startswith(offline.TENSOR_CORE[architecture])]
+        assert opcodes, text
+
+
+@pytest.mark.parametrize("rows", [2, 256, 8192, 2**17, 2**21, 2**22])
+@pytest.mark.parametrize("features", [1, 256, 4096])
+def test_every_size_can_be_launched(rows: int, features: int) -> None:
+    """Grids within their limits, workspaces within the budget; at most 4 kernels for few rows."""
+    launches = offline.launches(90, offline.nt_xent_call(rows, features, torch.bfloat16))
+    names = [launch.name for launch in launches]
+    forward = names.index("pack_kernel", 1)
+    if rows <= 8192:
+        assert forward <= 4, names
+        assert len(names) - forward <= 4, names

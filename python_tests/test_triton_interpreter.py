@@ -1,0 +1,79 @@
+"""Repairs of Triton's interpreter, one by one. Run with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET", "0") != "1":
+    pytest.skip("TRITON_INTERPRET=1 runs kernels on CPU tensors", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from cjepa_kernels.triton import interpreter
+
+interpreter.repair()
+
+
+@triton.jit
+def count_kernel(bounds, out):  # type: ignore[no-untyped-def]
+    total = 0
+    for i in range(tl.load(bounds), tl.load(bounds + 1)):
+        total += i
+    tl.store(out, total)
+
+
+def test_range_takes_bounds_that_are_tensors() -> None:
+    out = torch.zeros((), dtype=torch.int32)
+    count_kernel[(1,)](torch.tensor([3, 7], dtype=torch.int32), out)
+    assert out.item() == 3 + 4 + 5 + 6
+
+
+@triton.jit
+def product_kernel(a, b, c, out):  # type: ignore[no-untyped-def]
+    i = tl.arange(0, 16)
+    at = i[:, None] * 16 + i[None, :]
+    tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at), tl.load(c + at)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_products_are_exact_up_to_the_last_rounding(dtype: torch.dtype) -> None:
+    a, b, c = torch.randn(3, 16, 16)
+    a, b = a.to(dtype), b.to(dtype)
+    out = torch.empty(16, 16)
+    product_kernel[(1,)](a, b, c, out)
+    torch.testing.assert_close(out, (a.double() @ b.double() + c).float(), rtol=0, atol=0)
+
+
+@triton.jit
+def round_kernel(x, out):  # type: ignore[no-untyped-def]
+    i = tl.arange(0, 1024)
+    tl.store(out + i, tl.load(x + i).to(tl.bfloat16))
+
+
+def rounding_inputs() -> Tensor:
+    """Random bits, ties among them, and what is no number."""
+    bits = torch.randint(-(2**31), 2**31, (1024,), dtype=torch.int64).to(torch.int32)
+    bits[::4] = (bits[::4] & ~0xFFFF) | 0x8000  # half way between two neighbours
+    x = bits.view(torch.float32).clone()
+    x[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    return x
+
+
+def test_rounding_to_bf16_is_to_the_nearest_and_to_even() -> None:
+    x = rounding_inputs()
+    out = torch.empty(1024, dtype=torch.bfloat16)
+    round_kernel[(1,)](x, out)
+    torch.testing.assert_close(out, x.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+def test_repairs_are_applied_once() -> None:
+    builder = interpreter.interpreter.InterpreterBuilder
+    before = builder.create_dot, builder.cast_impl
+    interpreter.repair()
+    assert (builder.create_dot, builder.cast_impl) == before
