@@ -201,22 +201,36 @@ def measure_latency(report: Report, batch: int) -> None:
 
 
 def measure_inf_cl(report: Report, rows: int, features: int) -> None:
-    """Against Inf-CL on its own problem: log-sum-exp of the rows and columns of a rectangle."""
-    cal_inf_loss = require("inf_cl", extra="bench").cal_inf_loss
-    q, k = (x.float().detach().requires_grad_() for x in views(2 * rows, features))
+    """Against Inf-CL's kernel for one GPU on its own problem: InfoNCE both ways in fp32.
+
+    Its products take tf32, as Triton's do by default; so do ours here.
+    """
+    flash_loss = require("inf_cl.flash", extra="bench-gpu").cal_flash_loss
     scale = torch.tensor(1 / TEMPERATURE, device="cuda")
-    unit = tuple(F.normalize(x, dim=1).detach().requires_grad_() for x in (q, k))
+    unit = tuple(
+        F.normalize(x.float(), dim=1).detach().requires_grad_() for x in views(2 * rows, features)
+    )
 
     def both() -> Tensor:
         out = cross_logsumexp(*unit, temperature=TEMPERATURE, backend="triton")
-        return (out.row_lse.mean() + out.column_lse.mean()) / 2
+        positive = (unit[0] * unit[1]).sum(dim=1) / TEMPERATURE
+        return ((out.row_lse + out.column_lse) / 2 - positive).mean()
 
-    candidates = {
-        "triton": one_pass(both, unit, True),
-        "inf_cl": one_pass(lambda: cal_inf_loss(*unit, scale=scale), unit, True),
-    }
-    ratios: list[Ratio] = [("inf_cl", "triton", 1, ">=", 10)]
-    report.add("inf_cl", rows, features, "forward+backward", interleaved(candidates), ratios)
+    def theirs() -> Tensor:
+        loss: Tensor = (flash_loss(*unit, scale=scale) + flash_loss(*unit[::-1], scale=scale)) / 2
+        return loss
+
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        print(f"inf_cl: losses {both().item():.6f} and {theirs().item():.6f}")
+        candidates = {
+            "triton": one_pass(both, unit, True),
+            "inf_cl": one_pass(theirs, unit, True),
+        }
+        ratios: list[Ratio] = [("inf_cl", "triton", 1, ">=", 10)]
+        report.add("inf_cl", rows, features, "forward+backward", interleaved(candidates), ratios)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def measure_fp32(report: Report, rows: int, features: int) -> None:

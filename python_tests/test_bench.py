@@ -253,3 +253,50 @@ def test_memory_verdict() -> None:
 def test_micro_benchmarks_run_once_without_timing() -> None:
     result = run_script("-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/test_micro.py")
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize(("script", "code"), [("bench/gpu.py", 0), ("bench/gpu_check.py", 1)])
+def test_gpu_scripts_say_that_there_is_none(script: str, code: int) -> None:
+    result = run_script(script)
+    assert result.returncode == code, result.stderr
+    assert "there is no CUDA device" in result.stdout
+
+
+def test_gpu_report_compares_with_the_targets(capsys: pytest.CaptureFixture[str]) -> None:
+    import gpu
+
+    report = gpu.Report()
+    times = {name: {"median": t, "p20": t, "p80": t} for name, t in (("triton", 1.0), ("mm", 0.5))}
+    ratios = [("triton", "mm", 3, "<=", 0.9), ("eager", "triton", 1, ">=", 8)]
+    report.add("targets", 64, 16, "forward+backward", times, ratios)
+    report.add("targets", 64, 16, "forward", times, [("triton", "mm", 1, "<=", 0.6)])
+    assert [line[-3:] for line in report.lines] == [
+        ["0.667", "<= 0.9", "met"],
+        ["2.000", "<= 0.6", "not met"],
+    ]
+    assert [row["name"] for row in report.rows] == ["triton", "mm"] * 2
+    assert "not met" in capsys.readouterr().out
+
+
+def test_gpu_check_goes_on_after_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
+    import gpu_check
+
+    outcomes = [
+        gpu_check.run(gpu_check.Step("fails", [sys.executable, "-c", "raise SystemExit(3)"], 60)),
+        gpu_check.run(
+            gpu_check.Step("hangs", [sys.executable, "-c", "import time; time.sleep(60)"], 0.5)
+        ),
+        gpu_check.run(
+            gpu_check.Step(
+                "passes",
+                [sys.executable, "-c", "import os; assert os.environ['A'] == '1'"],
+                60,
+                {"A": "1"},
+            )
+        ),
+    ]
+    assert [outcome for outcome, _ in outcomes] == ["failed (3)", "stopped after 0 s", "passed"]
+    assert all(
+        Path(step.command[-1]).exists() for step in gpu_check.steps() if "bench" in step.name
+    )
