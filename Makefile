@@ -48,9 +48,8 @@ demo: $(VENV)/.train
 
 # Twice: Triton's kernels run in its interpreter, which has to be asked for from the start.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --cov --cov-report= --cov-fail-under=0
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --cov --cov-append --cov-report=term \
-	  -k "triton" $(INTERPRETED)
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k "triton" $(INTERPRETED)
 
 # $(call run_cpp_tests,build directory,sanitizers)
 comma := ,

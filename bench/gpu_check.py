@@ -1,7 +1,8 @@
 """Everything that needs a GPU, in one command: ``make gpu-check`` (within 8 minutes).
 
-Each step goes on when another fails; the end says which did. Needs PyTorch, Triton and pytest, no
-network: the checkout is used as it is, without an installation.
+Each step goes on when another fails; the end says which did. Needs PyTorch, Triton and pytest, for
+the first step setuptools, CMake, Ninja, pybind11 and a compiler as well; no network. Only that step
+installs: the others use the checkout as it is.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def steps() -> list[Step]:
     """In the order of their worth, should the time run out."""
     tests = ROOT / "python_tests"
     on_device = {"CJEPA_TEST_DEVICE": "cuda"}
+    install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
     found = [
+        Step("build", [sys.executable, "-m", "pip", *install], 120),
         Step("kernels", pytest(str(tests / "test_triton.py")), 150),
         Step("device", pytest(str(tests / "test_triton_gpu.py")), 90),
         Step(
