@@ -305,17 +305,21 @@ def main() -> None:
     quick = options.quick
     peak = matmul_rate(2048 if quick else 8192)
     sizes = [(2048, 128)] if quick else [(m, d) for m in ROWS for d in FEATURES]
-    accuracy = measure_accuracy(1024 if quick else 8192, 256)
+    accuracy: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
     memory: list[dict[str, Any]] = []
     parts: dict[str, Run] = {
+        "accuracy": lambda: accuracy.extend(measure_accuracy(1024 if quick else 8192, 256)),
         "targets": lambda: [measure_targets(report, *size, peak) for size in sizes],
         "latency": lambda: [measure_latency(report, b) for b in (SMALL[:1] if quick else SMALL)],
         "fp32": lambda: measure_fp32(report, 2048 if quick else 16384, 256),
+        "memory": lambda: memory.append(measure_memory(2**14 if quick else 2**21, 256)),
         "compiled": lambda: measure_compiled(report, 1024 if quick else 32768, 256),
         "inf_cl": lambda: measure_inf_cl(report, 1024 if quick else 16384, 256),
-        "memory": lambda: memory.append(measure_memory(2**14 if quick else 2**21, 256)),
     }
+    device = torch.cuda.get_device_name()
+    name = f"{device.replace(' ', '-')}-{datetime.date.today().isoformat()}"
+    gpu = [{"device": device, "triton": installed_version("triton"), "matmul_flops": peak}]
     for part, run in parts.items():
         try:
             run()
@@ -323,15 +327,11 @@ def main() -> None:
             failed.append({"part": part, "error": str(error).strip().splitlines()[0]})
             print(f"{part} failed: {error}")
         torch.cuda.empty_cache()
+        if not options.no_save:  # after each part: the time may run out
+            write_results(
+                name, report.rows, accuracy=accuracy, memory=memory, failed=failed, gpu=gpu
+            )
     print_table(HEADER, report.lines)
-    if not options.no_save:
-        device = torch.cuda.get_device_name().replace(" ", "-")
-        name = f"{device}-{datetime.date.today().isoformat()}"
-        extra = {"triton": installed_version("triton"), "device": torch.cuda.get_device_name()}
-        path = write_results(
-            name, report.rows, accuracy=accuracy, memory=memory, failed=failed, gpu=[extra]
-        )
-        print(f"written: {path}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Everything that needs a GPU, in one command: ``make gpu-check`` (within 8 minutes).
 
-Each step goes on when another fails; the end says which did. Needs PyTorch, Triton and pytest, for
-the first step setuptools, CMake, Ninja, pybind11 and a compiler as well; no network. Only that step
-installs: the others use the checkout as it is.
+Each step goes on when another fails; the end says which did. Needs PyTorch, Triton, pytest and
+hypothesis, for the first step setuptools, CMake, Ninja, pybind11 and a compiler too; no network.
+Only that step installs: the others use the checkout as it is.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -30,8 +31,11 @@ class Step:
 
 
 def pytest(*arguments: str) -> list[str]:
-    """The suite's runner, without what only the development machine has."""
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    """The suite's runner, on several processes if it can: compiling takes most of the time."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(12, os.cpu_count() or 1))]
+    return [*command, *arguments]
 
 
 def steps() -> list[Step]:
@@ -41,8 +45,8 @@ def steps() -> list[Step]:
     install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
     found = [
         Step("build", [sys.executable, "-m", "pip", *install], 120),
-        Step("kernels", pytest(str(tests / "test_triton.py")), 150),
         Step("device", pytest(str(tests / "test_triton_gpu.py")), 90),
+        Step("kernels", pytest(str(tests / "test_triton.py")), 150),
         Step(
             "parity",
             pytest("-k", "triton", *(str(tests / f"test_{name}.py") for name in PARITY)),
@@ -64,6 +68,7 @@ def run(step: Step) -> tuple[str, float]:
     """What became of a step, and the seconds that it took."""
     print(f"\n=== {step.name}: {' '.join(step.command)}", flush=True)
     environment = {**os.environ, **step.environment, "PYTHONPATH": str(ROOT)}
+    environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic products
     start = time.perf_counter()
     try:
         result = subprocess.run(

@@ -67,6 +67,10 @@ def _find_triton() -> BackendStatus:
     if not torch.cuda.is_available():
         reason = "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors)"
         return BackendStatus(False, ("cuda",), reason)
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        reason = f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
+        return BackendStatus(False, ("cuda",), reason)
     return BackendStatus(True, ("cuda",), f"Triton kernels, Triton {version}")
 
 

@@ -309,8 +309,11 @@ def test_bad_temperature_tensor_gives_nan(backend: str, value: float) -> None:
 
 @pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_non_finite_embeddings_give_a_nan_loss(backend: str, poison: float, cosine: bool) -> None:
-    z_i, z_j = (z.detach().clone() for z in views(9, 4))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_non_finite_embeddings_give_a_nan_loss(
+    backend: str, dtype: torch.dtype, poison: float, cosine: bool
+) -> None:
+    z_i, z_j = (z.detach().clone() for z in views(9, 4, dtype))
     z_j[2, 1] = poison
     z_i, z_j = z_i.requires_grad_(), z_j.requires_grad_()
     loss = nt_xent(z_i, z_j, use_cosine_similarity=cosine, backend=backend).loss
@@ -340,7 +343,7 @@ def test_autocast_multiplies_in_the_low_dtype_and_returns_fp32(backend: str) -> 
     z_i, z_j = views(32, 24, torch.float32)
     expected = nt_xent(z_i, z_j, backend=backend)
     gradient = torch.autograd.grad(expected.loss, z_i)[0]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         out = nt_xent(z_i, z_j, backend=backend)
         assert out.loss.dtype == torch.float32
         (actual,) = torch.autograd.grad(out.loss, z_i)

@@ -184,7 +184,7 @@ def test_autocast_reaches_the_backward(overload: str) -> None:
     x, y = (torch.randn(9, 5, requires_grad=True) for _ in range(2))
     backend: Any = overload.lstrip(".") or "auto"
     options = (None, 0.1, True, 1e-8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         pairs = [
             (
                 nt_xent(x, y, backend=backend).loss,
@@ -307,7 +307,7 @@ def test_compile_with_inductor_under_autocast(
     model = Model()
     compiled = torch.compile(model, fullgraph=True)
     a, b = torch.randn(5, 6), torch.randn(5, 6)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         expected, actual = model(a, b)["loss"], compiled(a, b)["loss"]
     assert relative_error(actual, expected) < AUTOCAST_LOSS
     actual.backward()

@@ -198,6 +198,11 @@ def test_tf32_follows_pytorchs_setting() -> None:
             check_nt_xent(70, 40)
         matmul.allow_tf32 = False
         assert operands.of(torch.float32, None).planes == 3
+        if hasattr(matmul, "fp32_precision"):  # PyTorch's newer setting of the same
+            matmul.fp32_precision = "tf32"
+            assert launch.allows_tf32()
+            matmul.fp32_precision = "ieee"
+            assert not launch.allows_tf32()
     finally:
         matmul.allow_tf32 = before
 
@@ -210,6 +215,21 @@ def test_a_temperature_gradient_is_not_that_of_rounded_coefficients() -> None:
         loss = nt_xent(*z, temperature=temperature, backend=backend).loss  # type: ignore[arg-type]
         gradients.append(torch.autograd.grad(loss, temperature)[0])
     assert relative_error(*gradients) <= 2e-5
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_a_dot_product_of_inf_is_nan_though_it_may_be_minus_inf(
+    dtype: torch.dtype, poison: float
+) -> None:
+    z_i = torch.tensor([[poison], [-1.0], [-1.0]], device=DEVICE).to(dtype)
+    z_j = torch.tensor([[1.0], [-1.0], [-1.0]], device=DEVICE).to(dtype)
+    out = nt_xent(z_i, z_j, use_cosine_similarity=False, temperature=1.0, backend="triton")
+    assert out.loss.isnan()
+
+
+def test_fewer_rows_than_a_tile_beside_many_columns() -> None:
+    check_rectangle(100, 17 * 128, 64, torch.bfloat16)
 
 
 def test_an_unknown_architecture_is_named() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     if interpreted():
         importlib.import_module("cjepa_kernels.triton.interpreter").repair()
     function = getattr(importlib.import_module(f"cjepa_kernels.triton.{module}"), name)
-    with torch.no_grad():
+    device = next(arg for arg in args if isinstance(arg, Tensor)).device
+    # Triton launches on the current device.
+    guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with torch.no_grad(), guard:
         return function(*args)  # type: ignore[no-any-return]
 
 

@@ -84,7 +84,8 @@ class Gradients:
         )
         if self.self_contrast:
             by_y = by_x
-        self.dots = by_x.new_empty(row_blocks * column_blocks, dtype=torch.float64)
+        tiles = row_blocks * column_blocks if self.temperature.is_tensor else 0
+        self.dots = by_x.new_empty(tiles, dtype=torch.float64)
         filled = 0
         for i in range(0, row_blocks, height):
             for j in range(i if self.self_contrast else 0, column_blocks, width):
@@ -93,7 +94,7 @@ class Gradients:
                 self._multiply(g, shape, False, y, j, by_x, i, j > 0)
                 if not (self.self_contrast and i == j):
                     self._multiply(g, shape, True, x, i, by_y, j, i > 0)
-        self.dots = self.dots[:filled]
+        self.dots = self.dots[:filled]  # empty unless the temperature is a tensor
         return by_x, by_y
 
     def _fill(self, g: Tensor, i: int, j: int, shape: tuple[int, int], filled: int) -> int:

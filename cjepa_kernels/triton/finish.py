@@ -78,8 +78,8 @@ def finish_kernel(
     tl.store(partial + program, tl.sum(along.to(tl.float64), 0))
     tl.debug_barrier()
     if tl.atomic_add(counter, 1) == tl.num_programs(0) - 1:
-        result = sum_in_order(partial, tl.num_programs(0), 128)
+        result = sum_in_order(partial, tl.num_programs(0), 1024)
         if TAU_TENSOR:
-            result += sum_in_order(products, product_count, 128)
+            result += sum_in_order(products, product_count, 1024)
         result *= (temperature_factor * common).to(tl.float64) * inverse_tau
         tl.store(grad_temperature, result.to(grad_temperature.dtype.element_ty))

@@ -61,7 +61,9 @@ class Tiles:
                 self._launch(panel, "all", self._programs(panel), kept)
                 kept += self._programs(panel) if self.mask is not None else 0
             else:
-                if self.run > 1:
+                if self.x.rows < TILE or self.y.rows < TILE:
+                    pass  # no tile is whole
+                elif self.run > 1:
                     self._launch_strips(panel)
                 else:
                     self._launch(panel, "inner", self._programs(panel), 0)
@@ -84,7 +86,9 @@ class Tiles:
         if self.self_contrast:
             return panel.blocks + (self.row_blocks - 1 if ragged_columns else 0)
         along = panel.blocks if self.x.rows % TILE != 0 else 0
-        return along + (self.row_blocks if ragged_columns else 0)
+        if not ragged_columns:
+            return along
+        return along + self.row_blocks - (along > 0)  # the corner is in one of them
 
     def _launch(self, panel: Panel, place: str, programs: int, kept: int) -> None:
         x, y = self.x, self.y

@@ -19,6 +19,22 @@ GROUP = 8
 SLOTS = 16
 
 
+def allows_tf32() -> bool:
+    """Whether PyTorch's products of fp32 may take tf32, by whichever of its settings was used.
+
+    Reading the old setting after the new one was set is an error.
+    """
+    matmul = torch.backends.cuda.matmul
+    for setting in (matmul, torch.backends):
+        precision = getattr(setting, "fp32_precision", "none")
+        if precision in ("ieee", "tf32"):
+            return bool(precision == "tf32")
+    try:
+        return bool(matmul.allow_tf32)
+    except RuntimeError:
+        return False
+
+
 @dataclass(frozen=True)
 class Operands:
     """How the rows of the product are held.
@@ -38,7 +54,7 @@ class Operands:
         rounded = product_dtype or dtype
         if rounded != torch.float32:
             return Operands(rounded, 1, "ieee")
-        if torch.backends.cuda.matmul.allow_tf32:
+        if allows_tf32():
             return Operands(rounded, 1, "tf32")
         return Operands(rounded, PLANES, "ieee")
 

@@ -46,6 +46,8 @@ def unit_rows(x, eps, COSINE: tl.constexpr):
     norm = tl.sqrt(tl.sum(x * x, 1))
     if COSINE:
         x = x / tl.maximum(norm, eps)[:, None]
+    else:
+        x += x - x  # inf becomes NaN, as the loss has to: its dot products may be -inf alone
     return x, norm
 
 

@@ -145,21 +145,23 @@ def nt_xent_rows_kernel(
     if tl.atomic_add(counter, 1) != blocks - 1:
         return
     if not NONE:
-        tl.store(mean_loss, (sum_in_order(partial, blocks, 128) * scale_of_loss).to(tl.float32))
-    hits = sum_in_order(partial + blocks, blocks, 128)
-    positive_sum = sum_in_order(partial + 2 * blocks, blocks, 128)
+        tl.store(mean_loss, (sum_in_order(partial, blocks, 1024) * scale_of_loss).to(tl.float32))
+    hits = sum_in_order(partial + blocks, blocks, 1024)
+    positive_sum = sum_in_order(partial + 2 * blocks, blocks, 1024)
     tl.store(accuracy, (hits / rows).to(tl.float32))
     tl.store(positive_similarity, (positive_sum / rows).to(tl.float32))
     if MASKED:
-        negative = sum_in_order(kept_sum, kept_slots, 128)
-        negatives = sum_in_order(kept_count, kept_slots, 128)
+        negative = sum_in_order(kept_sum, kept_slots, 1024)
+        negatives = sum_in_order(kept_count, kept_slots, 1024)
     else:
         # (|sum z|^2 - sum |z|^2 - sum s_pos) / (M (M - 2)): no pass over pairs.
         column = tl.arange(0, WIDTH)
         z = tl.zeros((WIDTH,), tl.float64)
-        for program in range(0, programs):
-            z += tl.load(sums + program * WIDTH + column)
-        negative = tl.sum(z * z, 0) - sum_in_order(squares, programs, 128) - positive_sum
+        for first in range(0, programs, SLOTS):
+            program = first + tl.arange(0, SLOTS)
+            at = program[:, None] * WIDTH + column[None, :]
+            z += tl.sum(tl.load(sums + at, mask=(program < programs)[:, None], other=0.0), 0)
+        negative = tl.sum(z * z, 0) - sum_in_order(squares, programs, 1024) - positive_sum
         negatives = tl.cast(rows, tl.float64) * (rows - 2)
     negative = tl.where(negatives > 0, negative / negatives, float("nan"))
     tl.store(negative_similarity, negative.to(tl.float32))
