@@ -159,8 +159,8 @@ def nt_xent_rows_kernel(
         z = tl.zeros((WIDTH,), tl.float64)
         for first in range(0, programs, SLOTS):
             program = first + tl.arange(0, SLOTS)
-            at = program[:, None] * WIDTH + column[None, :]
-            z += tl.sum(tl.load(sums + at, mask=(program < programs)[:, None], other=0.0), 0)
+            where = program[:, None] * WIDTH + column[None, :]
+            z += tl.sum(tl.load(sums + where, mask=(program < programs)[:, None], other=0.0), 0)
         negative = tl.sum(z * z, 0) - sum_in_order(squares, programs, 1024) - positive_sum
         negatives = tl.cast(rows, tl.float64) * (rows - 2)
     negative = tl.where(negatives > 0, negative / negatives, float("nan"))
