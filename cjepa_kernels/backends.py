@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -56,39 +57,59 @@ def _find_compiled() -> tuple[ModuleType | None, str]:
     return module, f"compiled tile kernels, {info['instruction_set']}"
 
 
-def _find_triton() -> BackendStatus:
+OLDEST_TRITON = (3, 6)
+OLDEST_CAPABILITY = (8, 0)
+
+
+def _find_triton_package() -> tuple[bool, str]:
+    """Whether Triton's kernels can be defined, and its version or what is wrong with it."""
     if importlib.util.find_spec("triton") is None:
-        return BackendStatus(False, ("cuda",), "Triton is not installed: pip install triton>=3.6")
-    version = importlib.metadata.version("triton")
-    if tuple(map(int, version.split(".")[:2])) < (3, 6):
-        return BackendStatus(False, ("cuda",), f"Triton {version} is older than 3.6")
+        return False, "Triton is not installed: pip install triton>=3.6"
+    if torch.version.hip is not None:
+        return False, "the Triton kernels are made for NVIDIA GPUs, this PyTorch is built for ROCm"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # it goes by other names, too
+        version = str(importlib.import_module("triton").__version__)
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        return False, f"Triton {version} is older than 3.6"
+    return True, version
+
+
+def _find_triton() -> BackendStatus:
+    found, version = _find_triton_package()
+    if not found:
+        return BackendStatus(False, ("cuda",), version)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         return BackendStatus(True, ("cpu", "cuda"), "Triton kernels in Triton's interpreter: slow")
     if not torch.cuda.is_available():
         reason = "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors)"
         return BackendStatus(False, ("cuda",), reason)
     major, minor = torch.cuda.get_device_capability()
-    if major < 8:
+    if (major, minor) < OLDEST_CAPABILITY:
         reason = f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
         return BackendStatus(False, ("cuda",), reason)
     return BackendStatus(True, ("cuda",), f"Triton kernels, Triton {version}")
 
 
+_compiled, _NATIVE_REASON = _find_compiled()
+if _compiled is not None:
+    _compiled.register_operators()
+HAS_NATIVE = _compiled is not None
+# Asks nothing of a device: a process that forks must not have touched one.
+HAS_TRITON = _find_triton_package()[0]
+
+
+@lru_cache(maxsize=1)  # nothing in it changes while the process runs
 def _find_backends() -> dict[str, BackendStatus]:
-    module, native = _find_compiled()
-    if module is not None:
-        module.register_operators()
     return {
         "triton": _find_triton(),
-        "native": BackendStatus(module is not None, ("cpu",), native),
+        "native": BackendStatus(HAS_NATIVE, ("cpu",), _NATIVE_REASON),
         "chunked": BackendStatus(True, ("any",), "pure PyTorch, O(chunk * M) memory"),
         "reference": BackendStatus(
             True, ("any",), "eager autograd, O(M^2) memory; on request only, double backward"
         ),
     }
-
-
-_STATUS = _find_backends()  # once: nothing in it changes while the process runs
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -102,7 +123,7 @@ def backends() -> dict[str, BackendStatus]:
         >>> backends()["chunked"].available
         True
     """
-    return dict(_STATUS)
+    return dict(_find_backends())
 
 
 def check_backend(backend: str) -> None:
@@ -116,7 +137,7 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {list(NAMES)}, got {backend!r}")
     if backend == "auto":
         return
-    status = _STATUS[backend]
+    status = _find_backends()[backend]
     if not status.available:
         raise RuntimeError(
             f'backend "{backend}" was asked for and is not available: {status.reason}; '

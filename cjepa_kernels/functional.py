@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cjepa_kernels import ops, reference
-from cjepa_kernels.backends import Backend, backends, check_backend
+from cjepa_kernels.backends import HAS_NATIVE, Backend, check_backend
 from cjepa_kernels.distributed import Strategy, gather_pairs
 from cjepa_kernels.environment import read_mebibytes
 from cjepa_kernels.reference import CrossLogSumExp, Reduction
@@ -18,7 +18,6 @@ from cjepa_kernels.reference import CrossLogSumExp, Reduction
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
-NATIVE = backends()["native"].available
 KEPT_BYTES = int(read_mebibytes("CJEPA_KEPT_MIB", 256) * 2**20)
 read_mebibytes("CJEPA_CACHE_MIB", 256)  # for the compiled module, which cannot say what is wrong
 
@@ -230,7 +229,7 @@ def _overload(backend: Backend, device: torch.device) -> str:
     """
     if backend == "triton" and device.type != "cuda":
         return ".triton"  # in its interpreter
-    return ".chunked" if backend == "chunked" or (device.type == "cpu" and not NATIVE) else ""
+    return ".chunked" if backend == "chunked" or (device.type == "cpu" and not HAS_NATIVE) else ""
 
 
 def _split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
@@ -249,7 +248,7 @@ def _product_dtype(z: Tensor) -> torch.dtype | None:
 
 def _keeps_exponentials(z_i: Tensor, z_j: Tensor, temperature: Tensor | None) -> bool:
     """Whether the forward should leave the backward its exponentials, within the budget."""
-    if z_i.device.type != "cpu" or not NATIVE or not torch.is_grad_enabled():
+    if z_i.device.type != "cpu" or not HAS_NATIVE or not torch.is_grad_enabled():
         return False
     if torch.compiler.is_exporting():  # the size would bind the exported program to this batch
         return False

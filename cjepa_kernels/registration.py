@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cjepa_kernels.backends import backends
+from cjepa_kernels.backends import HAS_TRITON
 
 NAMESPACE = "cjepa_kernels"
 OVERLOADS = ("", ".chunked", ".triton")
@@ -91,7 +91,7 @@ def _register(definition: Definition, overload: str) -> None:
     implementations = definition.triton if overload == ".triton" else definition.chunked
     for schema, implementation in zip((forward, backward), implementations, strict=True):
         _library.impl(schema, implementation, "CompositeExplicitAutograd")
-    if overload == "" and backends()["triton"].available:
+    if overload == "" and HAS_TRITON:
         for schema, implementation in zip((forward, backward), definition.triton, strict=True):
             _library.impl(schema, implementation, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{forward}", definition.fake, lib=_library)

@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -66,6 +66,7 @@ class Binary:
     shared: int
     spills: int
     opcodes: frozenset[str]
+    intermediate: str = field(repr=False)
 
 
 def launches(architecture: int, call: Callable[[], Any]) -> list[Launch]:
@@ -154,12 +155,24 @@ def compile_launch(launch: Launch, architecture: int) -> Binary:
         raise RuntimeError(f"no resource usage in {usage!r}")
     opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", assembly, re.M)
     spills = sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
-    return Binary(int(found[1]), int(found[2]), kernel.metadata.shared, spills, frozenset(opcodes))
+    return Binary(
+        int(found[1]),
+        int(found[2]),
+        kernel.metadata.shared,
+        spills,
+        frozenset(opcodes),
+        kernel.asm["ttgir"],
+    )
 
 
 def _run(tool: str, *args: str) -> str:
     result = subprocess.run([str(TOOLS / tool), *args], check=True, capture_output=True, text=True)
     return result.stdout + result.stderr
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def nt_xent_call(
@@ -169,14 +182,26 @@ def nt_xent_call(
     """A forward and a backward of that size on "meta", without memory."""
 
     def call() -> None:
-        def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
-
         z_i, z_j = (meta(rows // 2, features, dtype=dtype) for _ in range(2))
         excluded = meta(rows // 2, rows // 2, dtype=torch.bool) if mask else None
         tau = meta() if tensor else None
         common = (temperature, cosine, 1e-8, "mean", None)
         out = forward.nt_xent(z_i, z_j, excluded, tau, *common, False)
         backward.nt_xent_backward(meta(), z_i, z_j, excluded, tau, *out[5:], *common)
+
+    return call
+
+
+def rectangle_call(
+    rows: int, columns: int, features: int, dtype: torch.dtype
+) -> Callable[[], None]:
+    """The same of both log-sum-exps of a rectangle."""
+
+    def call() -> None:
+        x, y = meta(rows, features, dtype=dtype), meta(columns, features, dtype=dtype)
+        common = (None, 0.1, True, 1e-8, None)
+        out = forward.cross_logsumexp(x, y, *common)
+        grads = meta(rows), meta(columns)
+        backward.cross_logsumexp_backward(*grads, x, y, None, *out[4:], *common[1:])
 
     return call

@@ -146,10 +146,11 @@ def test_reductions_similarities_and_masks(
     )
 
 
+@pytest.mark.parametrize("features", [130, 768])
 @pytest.mark.parametrize("temperature", [0.05, 0.02])
-def test_aligned_views_keep_their_gradient(backend: str, temperature: float) -> None:
+def test_aligned_views_keep_their_gradient(backend: str, temperature: float, features: int) -> None:
     """Where the textbook form subtracts two nearly equal numbers, nothing is lost here."""
-    z_i = torch.randn(257, 130)
+    z_i = torch.randn(257, features)
     z_j = z_i + 0.1 * torch.randn_like(z_i)
     z_i, z_j = z_i.requires_grad_(), z_j.requires_grad_()
     truth_i, truth_j = as_float64(z_i, z_j)

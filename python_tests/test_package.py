@@ -111,6 +111,20 @@ assert cjepa_kernels.nt_xent(torch.eye(3), torch.eye(3)).accuracy == 1
     assert result.returncode == 0, result.stderr
 
 
+def test_importing_touches_no_gpu() -> None:
+    """A process that has asked the driver anything cannot fork workers that use it."""
+    code = """
+import torch
+def touched(*args, **kwargs):
+    raise AssertionError("asked for a device")
+torch.cuda.is_available = torch.cuda.device_count = touched
+import cjepa_kernels
+assert cjepa_kernels.nt_xent(torch.eye(3), torch.eye(3)).accuracy == 1
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+
+
 def test_backends_say_what_there_is_and_why_not() -> None:
     assert list(backends()) == ["triton", "native", "chunked", "reference"]
     for name, status in backends().items():

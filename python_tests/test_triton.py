@@ -138,6 +138,14 @@ def test_panels_and_squares(options: dict[str, Any], dtype: torch.dtype) -> None
     check_nt_xent(201, 20, dtype, **options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_a_tie_of_the_positive_with_a_negative_is_no_hit(dtype: torch.dtype) -> None:
+    """Whichever of S_ab and S_ba the tiles happen to compute."""
+    z = torch.randn(2, 70, 96, device=DEVICE).to(dtype)
+    z = torch.cat((z, z), 1)  # every sample twice
+    assert nt_xent(z[0], z[1], backend="triton").accuracy.item() == 0
+
+
 @pytest.mark.usefixtures("small_workspace")
 def test_panels_with_a_mask() -> None:
     mask = torch.rand(201, 201, device=DEVICE) < 0.3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,7 +52,31 @@ def test_compiles_without_spills(case: str, architecture: int) -> None:
     options = dict(options)
     torch.backends.cuda.matmul.allow_tf32 = options.pop("tf32", False)
     call = offline.nt_xent_call(rows, features, dtype, **options)
-    for launch in dict.fromkeys(offline.launches(architecture, call)):
+    check(offline.launches(architecture, call), architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("features", [128, 768])
+def test_rectangles_compile_without_spills(features: int, architecture: int) -> None:
+    call = offline.rectangle_call(50000, 8100, features, torch.bfloat16)
+    check(offline.launches(architecture, call), architecture)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_large_products_of_planes_are_added_apart(architecture: int) -> None:
+    """In fp32, as the tensor cores' own sum is cut off: the compiler has not merged them."""
+    call = offline.nt_xent_call(4096, 768, torch.float32)
+    names = {"tiles_kernel", "coefficient_tiles_kernel", "products_kernel"}
+    first = {x.name: x for x in offline.launches(architecture, call) if x.name in names}
+    assert first.keys() == names
+    for launch in first.values():
+        text = offline.compile_launch(launch, architecture).intermediate
+        assert re.search(r"%acc\S* = arith.addf .*tensor<128x\d+xf32", text), launch.name
+
+
+def check(launches: list[offline.Launch], architecture: int) -> None:
+    """Each fits the GPU and keeps its numbers in registers; products take the tensor cores."""
+    for launch in dict.fromkeys(launches):
         binary = offline.compile_launch(launch, architecture)
         text = f"{launch.name} {dict(launch.constants)} {dict(launch.options)}: {binary}"
         assert binary.shared <= offline.SHARED_MEMORY[architecture], text

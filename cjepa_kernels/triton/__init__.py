@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib
 import os
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cjepa_kernels import chunked, chunked_cross_logsumexp
+from cjepa_kernels.backends import OLDEST_CAPABILITY
 
 
 def interpreted() -> bool:
@@ -33,24 +35,33 @@ def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         return function(*args)  # type: ignore[no-any-return]
 
 
-# Tensor cores have no fp64 worth the name: it takes the chunked path.
+@lru_cache
+def _is_old(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY
+
+
+def _is_for_chunks(x: Tensor) -> bool:
+    """Old GPUs, and fp64, for which tensor cores have nothing worth the name."""
+    return x.dtype == torch.float64 or _is_old(x.device)
+
+
 def nt_xent(z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """As ``ops.NT_XENT``."""
-    if z_i.dtype == torch.float64:
+    if _is_for_chunks(z_i):
         return chunked.forward(z_i, *args)
     return _call("forward", "nt_xent", (z_i, *args))
 
 
 def nt_xent_backward(grad_loss: Tensor, z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """As ``ops.NT_XENT_BACKWARD``."""
-    if z_i.dtype == torch.float64:
+    if _is_for_chunks(z_i):
         return chunked.backward(grad_loss, z_i, *args)
     return _call("backward", "nt_xent_backward", (grad_loss, z_i, *args))
 
 
 def cross_logsumexp(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """As ``ops.CROSS_LOGSUMEXP``."""
-    if x.dtype == torch.float64:
+    if _is_for_chunks(x):
         return chunked_cross_logsumexp.forward(x, *args)
     return _call("forward", "cross_logsumexp", (x, *args))
 
@@ -60,6 +71,6 @@ def cross_logsumexp_backward(
 ) -> tuple[Tensor, ...]:
     """As ``ops.CROSS_LOGSUMEXP_BACKWARD``."""
     args = (grad_row_lse, grad_column_lse, x, *args)
-    if x.dtype == torch.float64:
+    if _is_for_chunks(x):
         return chunked_cross_logsumexp.backward(*args)
     return _call("backward", "cross_logsumexp_backward", args)

@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cjepa_kernels.triton import coefficients, finish, launch, similarity
+from cjepa_kernels.triton import coefficients, finish, launch
 from cjepa_kernels.triton.launch import TILE, Operands
 from cjepa_kernels.triton.pack import (
     Packed,
@@ -110,10 +110,9 @@ class Gradients:
             self.dots[filled:], 2 if self.self_contrast else 1,
             SELF=self.self_contrast, SQUARE=square, MASKED=self.mask is not None,
             CONSTANT=self.constant, TAU_TENSOR=self.temperature.is_tensor,
-            DEPTH=x.padded_features, TERMS=similarity.TERMS[x.planes],
-            X_PLANES=similarity.PLANES_OF_X[x.planes], Y_PLANES=similarity.PLANES_OF_Y[x.planes],
-            BM=TILE, BK=depth, PRECISION=self.operands.precision, TMA=self.tma,
-            num_warps=config.warps, num_stages=config.stages,
+            DEPTH=x.padded_features, PLANES=x.planes, BM=TILE, BK=depth,
+            PRECISION=self.operands.precision, TMA=self.tma, num_warps=config.warps,
+            num_stages=config.stages,
         )  # fmt: skip
         return tiles
 

@@ -42,9 +42,8 @@ def coefficient_tiles_kernel(
     mask, rows, columns, x_plane, y_plane,
     first_row, first_column, row_blocks, g_stride, g_scale, products, orders,
     SELF: tl.constexpr, SQUARE: tl.constexpr, MASKED: tl.constexpr, CONSTANT: tl.constexpr,
-    TAU_TENSOR: tl.constexpr, DEPTH: tl.constexpr, TERMS: tl.constexpr, X_PLANES: tl.constexpr,
-    Y_PLANES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    TAU_TENSOR: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """g_scale G of a square of blocks from (first_row, first_column), to (rows, g_stride) numbers.
 
@@ -62,7 +61,7 @@ def coefficient_tiles_kernel(
     scale = read_scale(temperature, TAU_TENSOR)
     s = product(
         x, y, (first_row + i) * BM, (first_column + j) * BM, x_plane, y_plane,
-        DEPTH, TERMS, X_PLANES, Y_PLANES, BM, BM, BK, PRECISION, TMA,
+        DEPTH, PLANES, BM, BM, BK, PRECISION, TMA,
     )  # fmt: skip
     w = coefficients(
         s, tl.load(row_weight + a), tl.load(row_shift + a),
@@ -89,10 +88,12 @@ def coefficient_tiles_kernel(
 
 @triton.jit
 def multiply_split(
-    acc, small, a, z, row, column, plane, features, BN: tl.constexpr, BK: tl.constexpr,
-    TMA: tl.constexpr,
+    a, z, row, column, plane, features, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """acc + small + a z of fp32 ``a`` and three planes z: all products down to 2^-24."""
+    """a z of fp32 ``a`` and three planes z, to be added in fp32 (see ``product``).
+
+    The compiler cannot merge that sum into the last of several products.
+    """
     z_0 = load_block(z, row, column, features, BK, BN, TMA)
     z_1 = load_block(z, plane + row, column, features, BK, BN, TMA)
     z_2 = load_block(z, 2 * plane + row, column, features, BK, BN, TMA)
@@ -100,12 +101,12 @@ def multiply_split(
     rest = a - a_0.to(tl.float32)
     a_1 = rest.to(tl.bfloat16)
     a_2 = (rest - a_1.to(tl.float32)).to(tl.bfloat16)
-    small = tl.dot(a_2, z_0, small)
-    small = tl.dot(a_0, z_2, small)
-    small = tl.dot(a_1, z_1, small)
-    small = tl.dot(a_1, z_0, small)
-    small = tl.dot(a_0, z_1, small)
-    return tl.dot(a_0, z_0, acc), small
+    part = tl.dot(a_2, z_0)
+    part = tl.dot(a_0, z_2, part)
+    part = tl.dot(a_1, z_1, part)
+    part = tl.dot(a_1, z_0, part)
+    part = tl.dot(a_0, z_1, part)
+    return tl.dot(a_0, z_0, part)
 
 
 @triton.jit
@@ -119,7 +120,6 @@ def products_kernel(
     i = tl.program_id(0) // across
     column = tl.program_id(0) % across * BN
     acc = tl.zeros((BM, BN), tl.float32)
-    small = tl.zeros((BM, BN), tl.float32)
     for k in range(0, depth, BK):
         if TRANSPOSED:
             a = load_block(g, k, i * BM, g_stride, BK, BM, TMA).T
@@ -129,15 +129,11 @@ def products_kernel(
             b = load_block(z, first_z + k, column, features, BK, BN, TMA)
             acc = tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
         else:
-            acc, small = multiply_split(
-                acc, small, a, z, first_z + k, column, plane, features, BN, BK, TMA
-            )
+            acc += multiply_split(a, z, first_z + k, column, plane, features, BN, BK, TMA)
     row = first_out + i * BM + tl.arange(0, BM)
     feature = column + tl.arange(0, BN)
     to = out + row.to(tl.int64)[:, None] * features + feature[None, :]
     valid = (feature < features)[None, :]
-    if PLANES > 1:
-        acc += small
     if ACCUMULATE:
         acc += tl.load(to, mask=valid, other=0.0)
     tl.store(to, acc, mask=valid)

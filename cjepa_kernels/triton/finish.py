@@ -24,11 +24,11 @@ def finish_kernel(
 
         dL/dz_a = (sums_factor sum_a - (pull_a + pull_pos) z_pos) largest factor / tau
         dL/dx_a = (dL/dz_a - (dL/dz_a . u) u) / |x_a|,  u = x_a / |x_a|;  0 where |x_a| <= eps
-        dL/dtau = temperature_factor / tau  sum_a z_a . dL/dz_a
+        dL/dtau = temperature_factor / tau  sum_a z_a . dL/dz_a  (0 unless tau is a tensor)
 
     (sums: (splits, padded_rows, PADDED); an upstream gradient that is one number is ``largest``.)
-    The sum over a cancels: of a temperature that is a tensor it is taken from ``products``, which
-    are parts of sum_ab G_ab s_ab from before G was rounded, and from the pulls.
+    The sum over a cancels, so it is taken from ``products``, which are parts of sum_ab G_ab s_ab
+    from before G was rounded, and from the pulls.
     """
     program = tl.program_id(0)
     row = program * ROWS + tl.arange(0, ROWS)
@@ -41,9 +41,6 @@ def finish_kernel(
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     for split in range(0, splits):
         total += tl.load(sums + split * plane + at, mask=inside, other=0.0)
-    own = tl.zeros((ROWS, WIDTH), tl.float32)
-    for p in tl.static_range(PLANES):
-        own += tl.load(z + p * plane + at, mask=inside, other=0.0).to(tl.float32)
     total *= sums_factor
     along = tl.zeros((ROWS,), tl.float32)
     if PAIRS:
@@ -55,9 +52,10 @@ def finish_kernel(
         pull += tl.load(pulls + (row ^ 1), mask=valid, other=0.0)
         total -= pull[:, None] * pair
         if TAU_TENSOR:
+            own = tl.zeros((ROWS, WIDTH), tl.float32)
+            for p in tl.static_range(PLANES):
+                own += tl.load(z + p * plane + at, mask=inside, other=0.0).to(tl.float32)
             along -= pull * tl.sum(own * pair, 1)
-    if not TAU_TENSOR:
-        along = tl.sum(total * own, 1)
     common = tl.load(largest).to(tl.float32) * inverse_tau * factor
     total *= common
     if COSINE:
@@ -75,11 +73,13 @@ def finish_kernel(
     else:
         tl.store(grad_0 + to, total, mask=inside & (row % 2 == 0)[:, None])
         tl.store(grad_1 + to, total, mask=inside & (row % 2 == 1)[:, None])
-    tl.store(partial + program, tl.sum(along.to(tl.float64), 0))
-    tl.debug_barrier()
-    if tl.atomic_add(counter, 1) == tl.num_programs(0) - 1:
-        result = sum_in_order(partial, tl.num_programs(0), 1024)
-        if TAU_TENSOR:
+    if TAU_TENSOR:
+        tl.store(partial + program, tl.sum(along.to(tl.float64), 0))
+        tl.debug_barrier()
+        if tl.atomic_add(counter, 1) == tl.num_programs(0) - 1:
+            result = sum_in_order(partial, tl.num_programs(0), 1024)
             result += sum_in_order(products, product_count, 1024)
-        result *= (temperature_factor * common).to(tl.float64) * inverse_tau
-        tl.store(grad_temperature, result.to(grad_temperature.dtype.element_ty))
+            result *= (temperature_factor * common).to(tl.float64) * inverse_tau
+            tl.store(grad_temperature, result.to(grad_temperature.dtype.element_ty))
+    elif program == 0:
+        tl.store(grad_temperature, 0.0)

@@ -105,8 +105,7 @@ class Tiles:
             self.row_blocks, self.column_blocks, panel.first, panel.last, along,
             SELF=self.self_contrast, MASKED=self.mask is not None, CONSTANT=self.constant,
             TAU_TENSOR=self.temperature.is_tensor, PLACE=place, DEPTH=x.padded_features,
-            TERMS=similarity.TERMS[x.planes], X_PLANES=similarity.PLANES_OF_X[x.planes],
-            Y_PLANES=similarity.PLANES_OF_Y[x.planes], BM=TILE, BK=depth, GROUP=self.group,
+            PLANES=x.planes, BM=TILE, BK=depth, GROUP=self.group,
             PRECISION=self.operands.precision, TMA=launch.has_tma(x.z.device),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

@@ -127,7 +127,10 @@ def nt_xent_rows_kernel(
         tl.store(running_max + a, top)
         return
     valid = a < rows
+    # The smaller of S_ab and S_ba, which may differ in their last bit: a tie with a negative, of
+    # which a tile has one, is then no hit.
     s = tl.load(positives + a, mask=valid, other=0.0)
+    s = tl.minimum(s, tl.load(positives + (a ^ 1), mask=valid, other=0.0))
     shift, log_sum = log_sum_of(total, top, CONSTANT)
     inverse_tau = (scale * LN2).to(tl.float64)
     own = softplus((shift.to(tl.float64) - s) * inverse_tau + log_sum)

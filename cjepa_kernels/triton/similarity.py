@@ -17,31 +17,45 @@ import triton.language as tl
 
 from cjepa_kernels.triton.common import load_block, read_scale, tile_of
 
-# Pairs of planes whose products are summed, two bits each, the smallest first: for operands of
-# three planes all products down to 2^-24 of the largest, for one plane the only one.
-PLANES_OF_X = {1: 0, 3: 0b00_01_00_01_10_00}
-PLANES_OF_Y = {1: 0, 3: 0b00_00_01_01_00_10}
-TERMS = {1: 1, 3: 6}
+# Pairs of planes whose products make up one of fp32, two bits each, the smallest first: all down to
+# 2^-24 of the largest, which comes last.
+SMALL_TERMS = tl.constexpr(5)
+PLANE_OF_X = tl.constexpr(0b00_01_01_00_10)
+PLANE_OF_Y = tl.constexpr(0b01_00_01_10_00)
+# Not 0: keeps the compiler from merging a sum in fp32 into the product before it.
+APART = tl.constexpr(1)
 
 
 @triton.jit
 def product(
     x, y, row, column, x_plane, y_plane,
-    DEPTH: tl.constexpr, TERMS: tl.constexpr, X_PLANES: tl.constexpr, Y_PLANES: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    DEPTH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """The (BM, BN) tile of X Y^T from (row, column)."""
+    """The (BM, BN) tile of X Y^T from (row, column). Planes are x_plane and y_plane rows apart.
+
+    Tensor cores cut off what does not fit their accumulator, which adds up over many steps. That
+    is nothing beside operands of 11 bits, and what would spoil fp32 ones: the large products of
+    planes are added up in fp32 beside the tensor cores.
+    """
     acc = tl.zeros((BM, BN), tl.float32)
     STEPS: tl.constexpr = DEPTH // BK
-    for step in range(0, TERMS * STEPS):
-        term = step // STEPS
-        k = (step % STEPS) * BK
-        x_row = ((X_PLANES >> (2 * term)) & 3) * x_plane + row
-        y_row = ((Y_PLANES >> (2 * term)) & 3) * y_plane + column
-        a = load_block(x, x_row, k, DEPTH, BM, BK, TMA)
-        b = load_block(y, y_row, k, DEPTH, BN, BK, TMA)
-        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    if PLANES > 1:
+        for step in range(0, SMALL_TERMS * STEPS):
+            term = step // STEPS
+            k = (step % STEPS) * BK
+            x_row = ((PLANE_OF_X >> (2 * term)) & 3) * x_plane + row
+            y_row = ((PLANE_OF_Y >> (2 * term)) & 3) * y_plane + column
+            a = load_block(x, x_row, k, DEPTH, BM, BK, TMA)
+            b = load_block(y, y_row, k, DEPTH, BN, BK, TMA)
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+    for k in range(0, DEPTH, BK):
+        a = load_block(x, row, k, DEPTH, BM, BK, TMA)
+        b = load_block(y, column, k, DEPTH, BN, BK, TMA)
+        if PLANES > 1:
+            acc += tl.dot(a, b.T, input_precision=PRECISION, max_num_imprecise_acc=APART)
+        else:
+            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     return acc
 
 
@@ -54,7 +68,7 @@ def negatives(
     positive (row ^ 1) or with a sample that the user's mask excludes."""
     keep = (a < rows)[:, None] & (b < columns)[None, :]
     if SELF:
-        keep = keep & ((a // 2)[:, None] != (b // 2)[None, :])
+        keep = keep & ((a[:, None] ^ b[None, :]) > 1)
     if MASKED:  # an entry for each pair of samples, which stands for four pairs of rows
         batch = rows // 2
         BM: tl.constexpr = a.shape[0] // 2
@@ -115,9 +129,8 @@ def tiles_kernel(
     mask, rows, columns, x_plane, y_plane,
     row_blocks, column_blocks, first_column, last_column, along,
     SELF: tl.constexpr, MASKED: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
-    PLACE: tl.constexpr, DEPTH: tl.constexpr, TERMS: tl.constexpr, X_PLANES: tl.constexpr,
-    Y_PLANES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    PLACE: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Square tiles, a program each, of the panel of column blocks [first_column, last_column).
 
@@ -141,7 +154,7 @@ def tiles_kernel(
     scale = read_scale(temperature, TAU_TENSOR)
     s = product(
         x, y, i * BM, j * BM, x_plane, y_plane,
-        DEPTH, TERMS, X_PLANES, Y_PLANES, BM, BM, BK, PRECISION, TMA,
+        DEPTH, PLANES, BM, BM, BK, PRECISION, TMA,
     )  # fmt: skip
     a = i * BM + tl.arange(0, BM)
     b = j * BM + tl.arange(0, BM)
