@@ -12,7 +12,7 @@ SEEDS ?= 0,1,2
 INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cross_logsumexp_calls.py \
   ops.py triton.py triton_interpreter.py)
 
-.PHONY: help demo test gpu-check ctest sanitize lint format bench memory micro plot examples clean
+.PHONY: help demo test gpu-check gpu-count ctest sanitize lint format bench memory micro plot examples clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make bench  time and accuracy of the loss beside its targets;  make memory its peak memory"
 	@echo "make micro  time of each operator;  make plot draws what make bench recorded"
 	@echo "make gpu-check  tests and benchmarks of the Triton kernels on a machine with a GPU"
+	@echo "make gpu-count  instructions of the Triton kernels, counted in their machine code"
 	@echo "make examples runs every script in examples/"
 
 # The build tools come first because the package is built without isolation, so that the pinned
@@ -90,6 +91,10 @@ memory: $(VENV)/.dev
 # On a machine with a GPU, PyTorch and Triton, and no network: python3 is the one that has them.
 gpu-check:
 	$(PYTHON) bench/gpu_check.py
+
+# Instructions of the Triton kernels in their machine code; needs no GPU.
+gpu-count: $(VENV)/.dev
+	$(BIN)/python bench/gpu_count.py
 
 micro: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/test_micro.py --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds

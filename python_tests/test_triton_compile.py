@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,9 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-import offline
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+# Any: the scripts of bench/ are not part of the package.
+offline, gpu_count = (importlib.import_module(name) for name in ("offline", "gpu_count"))
 
 ARCHITECTURES = [80, 90, 100]
 # Rows, features, dtype, and what makes other kernels or constants of them.
@@ -74,7 +79,7 @@ def test_large_products_of_planes_are_added_apart(architecture: int) -> None:
         assert re.search(r"%acc\S* = arith.addf .*tensor<128x\d+xf32", text), launch.name
 
 
-def check(launches: list[offline.Launch], architecture: int) -> None:
+def check(launches: list[Any], architecture: int) -> None:
     """Each fits the GPU and keeps its numbers in registers; products take the tensor cores."""
     for launch in dict.fromkeys(launches):
         binary = offline.compile_launch(launch, architecture)
@@ -100,3 +105,26 @@ def test_every_size_can_be_launched(rows: int, features: int) -> None:
     if rows <= 8192:
         assert forward <= 4, names
         assert len(names) - forward <= 4, names
+
+
+def test_instructions_are_counted_in_the_tightest_loop() -> None:
+    assembly = """
+    .L_x_0:
+        /*0000*/ MUFU.EX2 R1, R2 ;
+        /*0010*/ MOV R1, R2 ;
+    .L_x_1:
+        /*0020*/ MUFU.EX2 R1, R2 ;
+        /*0030*/ @P0 BRA `(.L_x_1) ;
+        /*0040*/ @!P0 BRA `(.L_x_0) ;
+        /*0050*/ EXIT ;
+    """
+    assert gpu_count.per_element(assembly) == 2
+    with pytest.raises(ValueError, match="no exponentials"):
+        gpu_count.per_element("/*0000*/ EXIT ;")
+
+
+def test_a_strip_spends_few_instructions_on_an_element() -> None:
+    """A sum of columns by shuffles, or a spill, would multiply them."""
+    records = {r["kernel"]: r for r in gpu_count.count(128, 90)}
+    assert records.keys() == {"strips_kernel", "tiles_kernel", "owned_rows_kernel"}
+    assert records["strips_kernel"]["instructions"] < 9

@@ -42,12 +42,10 @@ class Gradients:
         self.mask = None if mask is None else mask | mask.T
         self.tma = launch.has_tma(x.z.device)
         self.constant = temperature.constant_shift(cosine)
-        # fp16 has too few exponents for the probabilities of a large batch.
-        self.g_scale = 2.0**13 if x.z.dtype == torch.float16 else 1.0
         self.dots = x.z.new_empty(0, dtype=torch.float64)
 
     def products(self) -> tuple[Tensor, Tensor]:
-        """g_scale G Y and g_scale G^T X: (splits, padded rows, padded features), fp32."""
+        """G Y and G^T X, scaled like the weights: (splits, padded rows, padded features), fp32."""
         plain = self.constant and self.mask is None
         if not (plain and launch.fits_a_strip(self.x) and launch.has("owned", self.x)):
             return self._squares()
@@ -64,7 +62,7 @@ class Gradients:
         x_rows, y_rows = (launch.blocks_of(z.z, config.rows, width) for z in (x, y))
         coefficients.owned_rows_kernel[(row_blocks * splits,)](
             x_rows, y_rows, out, _weights(x).weight, _weights(y).weight, self.temperature.argument,
-            x.rows, y.rows, x.padded_rows, column_blocks, splits, self.g_scale,
+            x.rows, y.rows, x.padded_rows, column_blocks, splits,
             SELF=self.self_contrast, WIDTH=width, BM=config.rows,
             PRECISION=self.operands.precision, TMA=self.tma, num_warps=config.warps,
             num_stages=config.stages,
@@ -106,7 +104,7 @@ class Gradients:
         coefficients.coefficient_tiles_kernel[(tiles,)](
             x_tiles, y_tiles, g, *_pointers(x), *_pointers(y), self.temperature.argument,
             x.z if self.mask is None else self.mask, x.rows, y.rows,
-            x.padded_rows, y.padded_rows, i, j, shape[0], g.stride(0), self.g_scale,
+            x.padded_rows, y.padded_rows, i, j, shape[0], g.stride(0),
             self.dots[filled:], 2 if self.self_contrast else 1,
             SELF=self.self_contrast, SQUARE=square, MASKED=self.mask is not None,
             CONSTANT=self.constant, TAU_TENSOR=self.temperature.is_tensor,
@@ -162,8 +160,8 @@ class Gradients:
         finish.finish_kernel[(programs,)](
             *pointers, packed.z, sums, _weights(packed).pull, grads[0], grads[-1], largest, partial,
             self.dots, packed.counter, grad_temperature, self.temperature.argument, packed.rows,
-            packed.features, packed.padded_rows, *strides, self.eps, len(sums), 1 / self.g_scale,
-            factor, temperature_factor, len(self.dots),
+            packed.features, packed.padded_rows, *strides, self.eps, len(sums),
+            1 / _weights(packed).scale, factor, temperature_factor, len(self.dots),
             PAIRS=len(views) == 2, PLANES=packed.planes, COSINE=self.cosine,
             TAU_TENSOR=self.temperature.is_tensor, VIEWS=len(views), PADDED=packed.padded_features,
             WIDTH=width, ROWS=rows, num_warps=4,

@@ -2,6 +2,7 @@
 
     G_ab  = e_ab (w_a + w_b)       dX = G Y,  dY = G^T X       (X = Y: G is symmetric)
 
+(scaled, as the weights are, where its numbers have too few exponents).
 Two schedules. *Squares*: G of a square of blocks goes to a workspace, computed above the diagonal
 only, and is multiplied from there by rows and by columns (3 M^2 D operations). Serves every case.
 *Owned rows*: a program computes the tiles of its rows and multiplies them on the spot; nothing of G
@@ -36,16 +37,16 @@ def times(w, s):
     return tl.where(w == 0.0, 0.0, w * s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "first_column", "row_blocks", "orders"])
 def coefficient_tiles_kernel(
     x, y, g, row_weight, row_shift, column_weight, column_shift, temperature,
     mask, rows, columns, x_plane, y_plane,
-    first_row, first_column, row_blocks, g_stride, g_scale, products, orders,
+    first_row, first_column, row_blocks, g_stride, products, orders,
     SELF: tl.constexpr, SQUARE: tl.constexpr, MASKED: tl.constexpr, CONSTANT: tl.constexpr,
     TAU_TENSOR: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """g_scale G of a square of blocks from (first_row, first_column), to (rows, g_stride) numbers.
+    """G of a square of blocks from (first_row, first_column), to (rows, g_stride) numbers.
 
     SQUARE: on the diagonal of S with SELF: G is symmetric, and its upper half is computed. For a
     temperature that is a tensor each program leaves its part of sum_ab G_ab s_ab, ``orders`` times.
@@ -70,7 +71,7 @@ def coefficient_tiles_kernel(
     edge = (tl.max(a, 0) >= rows) | (tl.max(b, 0) >= columns)
     if SQUARE:
         edge = edge | (i == j)
-    if MASKED or edge:
+    if MASKED or PLANES > 1 or edge:  # a mask is nothing beside six products
         keep = negatives(a, b, rows, columns, mask, SELF, MASKED)
         w = tl.where(keep, w, 0.0)
     if TAU_TENSOR:
@@ -78,12 +79,14 @@ def coefficient_tiles_kernel(
             orders = tl.where(i == j, 1, 2)
         dot = tl.sum(times(w, s))  # by axes the compiler (3.6) fails for sm_100
         tl.store(products + program, dot.to(tl.float64) * orders)
-    w = (w * g_scale).to(g.dtype.element_ty)
-    row = (i * BM + tl.arange(0, BM)).to(tl.int64)
-    column = (j * BM + tl.arange(0, BM)).to(tl.int64)
-    tl.store(g + row[:, None] * g_stride + column[None, :], w)
+    w = w.to(g.dtype.element_ty)
+    line = tl.arange(0, BM)
+    # The corner's offset may exceed 31 bits, those within a tile do not.
+    corner = g + tl.cast(i, tl.int64) * BM * g_stride + j * BM
+    tl.store(corner + line[:, None] * g_stride + line[None, :], w)
     if SQUARE and i != j:
-        tl.store(g + column[:, None] * g_stride + row[None, :], tl.trans(w))
+        corner = g + tl.cast(j, tl.int64) * BM * g_stride + i * BM
+        tl.store(corner + line[:, None] * g_stride + line[None, :], tl.trans(w))
 
 
 @triton.jit
@@ -109,7 +112,7 @@ def multiply_split(
     return tl.dot(a_0, z_0, part)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_out", "first_z", "depth"])
 def products_kernel(
     g, z, out, first_out, first_z, depth, plane, features, g_stride,
     TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr,
@@ -141,7 +144,7 @@ def products_kernel(
 
 @triton.jit
 def owned_tile(
-    acc, own, y, a, j, row_weight, column_weights, scale, g_scale, rows, columns,
+    acc, own, y, a, j, row_weight, column_weights, scale, rows, columns,
     SELF: tl.constexpr, EDGE: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -152,17 +155,17 @@ def owned_tile(
     w = coefficients(s, row_weight, None, tl.load(column_weights + b), None, scale, True)
     if EDGE:
         w = tl.where(negatives(a, b, rows, columns, None, SELF, False), w, 0.0)
-    return tl.dot((w * g_scale).to(other.dtype), other, acc, input_precision=PRECISION)
+    return tl.dot(w.to(other.dtype), other, acc, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "column_blocks", "splits"])
 def owned_rows_kernel(
     x, y, out, row_weights, column_weights, temperature,
-    rows, columns, padded_rows, column_blocks, splits, g_scale,
+    rows, columns, padded_rows, column_blocks, splits,
     SELF: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
-    """out[split, a] = sum over the split's columns of g_scale G_ab y_b; out: (splits, rows, D).
+    """out[split, a] = sum over the split's columns of G_ab y_b; out: (splits, rows, D).
 
     For a constant shift and no user's mask. Tiles that need a mask come first: the one on the
     diagonal and the one with ragged columns.
@@ -184,14 +187,14 @@ def owned_rows_kernel(
     for t in range(tl.where(on_diagonal, 0, 1), tl.where(ragged, 2, 1)):
         acc = owned_tile(
             acc, own, y, a, tl.where(t == 0, diagonal, last - 1), row_weight, column_weights,
-            scale, g_scale, rows, columns, SELF, True, WIDTH, BM, PRECISION, TMA,
+            scale, rows, columns, SELF, True, WIDTH, BM, PRECISION, TMA,
         )  # fmt: skip
     inner = last - first - on_diagonal.to(tl.int32) - ragged.to(tl.int32)
     for t in range(0, inner):
         j = first + t
         j = tl.where(on_diagonal & (j >= diagonal), j + 1, j)
         acc = owned_tile(
-            acc, own, y, a, j, row_weight, column_weights, scale, g_scale, rows, columns,
+            acc, own, y, a, j, row_weight, column_weights, scale, rows, columns,
             SELF, False, WIDTH, BM, PRECISION, TMA,
         )  # fmt: skip
     feature = tl.arange(0, WIDTH)

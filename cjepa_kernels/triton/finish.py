@@ -10,7 +10,7 @@ from cjepa_kernels.triton.pack import load_rows, unit_rows
 from cjepa_kernels.triton.reduction import sum_in_order
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "padded_rows", "splits", "product_count"])
 def finish_kernel(
     view_0, view_1, z, sums, pulls, grad_0, grad_1, largest, partial, products,
     counter,
@@ -28,7 +28,7 @@ def finish_kernel(
 
     (sums: (splits, padded_rows, PADDED); an upstream gradient that is one number is ``largest``.)
     The sum over a cancels, so it is taken from ``products``, which are parts of sum_ab G_ab s_ab
-    from before G was rounded, and from the pulls.
+    from before G was rounded, times sums_factor, and from the pulls.
     """
     program = tl.program_id(0)
     row = program * ROWS + tl.arange(0, ROWS)
@@ -78,7 +78,7 @@ def finish_kernel(
         tl.debug_barrier()
         if tl.atomic_add(counter, 1) == tl.num_programs(0) - 1:
             result = sum_in_order(partial, tl.num_programs(0), 1024)
-            result += sum_in_order(products, product_count, 1024)
+            result += sums_factor * sum_in_order(products, product_count, 1024)
             result *= (temperature_factor * common).to(tl.float64) * inverse_tau
             tl.store(grad_temperature, result.to(grad_temperature.dtype.element_ty))
     elif program == 0:

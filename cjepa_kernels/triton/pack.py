@@ -16,6 +16,8 @@ from cjepa_kernels.triton.common import LN2, read_scale
 ROW_MULTIPLE = 128  # padded rows: a multiple of every tile's sides
 PROGRAMS = 256  # at most: each leaves one row of sums
 BLOCK_ELEMENTS = 4096
+WEIGHT_SCALE = 2.0**13
+LARGEST_EXPONENT = 111  # of 2, with room for sums and for the scale of the weights
 PLANES = 3  # bf16 numbers that hold the 24 bits of an fp32 one
 
 
@@ -54,7 +56,7 @@ def unit_rows(x, eps, COSINE: tl.constexpr):
 @triton.jit
 def weigh(
     row, weights, shifts, pulls, saved_shift, log_sums, positive, grad, largest, temperature,
-    rows, grad_stride,
+    rows, grad_stride, weight_scale,
     PAIRS: tl.constexpr, PER_ROW: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
 ):  # fmt: skip
     """Per padded row, 0 beyond the rows: what multiplies its exponentials, their shift, its pull.
@@ -85,16 +87,16 @@ def weigh(
     if CONSTANT:  # the tiles' exponentials are relative to 1, whatever the saved ones are
         exponent += (1.0 - shift.to(tl.float64)) * inverse_tau
     w = tl.where(valid & ~none, g * tl.exp(tl.where(none, 0.0, exponent)), 0.0)
-    tl.store(weights + row, w.to(tl.float32))
+    tl.store(weights + row, (w * weight_scale).to(tl.float32))
     tl.store(shifts + row, shift)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "padded_rows"])
 def pack_kernel(
     view_0, view_1, z, sums, squares, counter, rows, features, padded_rows,
     stride_0, feature_stride_0, stride_1, feature_stride_1, eps,
     weights, shifts, pulls, saved_shift, log_sums, positive, grad, largest, temperature,
-    grad_stride,
+    grad_stride, weight_scale,
     VIEWS: tl.constexpr, PLANES: tl.constexpr, COSINE: tl.constexpr, ROUND: tl.constexpr,
     PADDED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, WEIGH: tl.constexpr,
     PER_ROW: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
@@ -126,7 +128,8 @@ def pack_kernel(
         if WEIGH:
             weigh(
                 row, weights, shifts, pulls, saved_shift, log_sums, positive, grad, largest,
-                temperature, rows, grad_stride, VIEWS == 2, PER_ROW, CONSTANT, TAU_TENSOR,
+                temperature, rows, grad_stride, weight_scale, VIEWS == 2, PER_ROW, CONSTANT,
+                TAU_TENSOR,
             )  # fmt: skip
         for p in tl.static_range(PLANES):  # each holds what the planes before it leave
             part = unit.to(z.dtype.element_ty)
@@ -158,7 +161,8 @@ class Temperature:
 
         A tensor's running maxima serve every temperature.
         """
-        return self.tensor is None and cosine and 2.05 * math.log2(math.e) / self.number < 124
+        exponent = 2.05 * math.log2(math.e) / self.number
+        return self.tensor is None and cosine and exponent < LARGEST_EXPONENT
 
 
 @dataclass(frozen=True)
@@ -181,11 +185,16 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Weights:
-    """Per padded row: what multiplies its exponentials, their shift and, of pairs, its pull."""
+    """Per padded row: what multiplies its exponentials, their shift and, of pairs, its pull.
+
+    Attributes:
+        scale: Of the weights: the products with them are to be divided by it.
+    """
 
     weight: Tensor
     shift: Tensor
     pull: Tensor
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -274,15 +283,18 @@ def pack(
     squares = first.new_empty(programs, dtype=torch.float32)
     counter = first.new_empty((), dtype=torch.int32)
     weights = None
-    arguments: tuple[Any, ...] = (z,) * 8 + (1.0, 0)
+    arguments: tuple[Any, ...] = (z,) * 8 + (1.0, 0, 1.0)
     if upstream is not None:
         floats = [first.new_empty(padded_rows, dtype=torch.float32) for _ in range(3)]
-        weights = Weights(*floats)
+        # fp16 has too few exponents for the probabilities of a large batch.
+        scale = WEIGHT_SCALE if rounded == torch.float16 else 1.0
+        weights = Weights(floats[0], floats[1], floats[2], scale)
         positive = upstream.shift if upstream.positive is None else upstream.positive
         per_row = upstream.grad.ndim == 1
         arguments = (
             *floats, upstream.shift, upstream.log_sum, positive, upstream.grad, upstream.largest,
             upstream.temperature.argument, upstream.grad.stride(0) if per_row else 0,
+            scale,
         )  # fmt: skip
     pointers, strides = view_arguments(views)
     pack_kernel[(programs,)](

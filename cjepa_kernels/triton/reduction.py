@@ -94,7 +94,11 @@ def sum_in_order(values, count, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "rows", "blocks", "first_column", "last_column", "run", "programs", "kept_slots"
+    ]
+)  # fmt: skip
 def nt_xent_rows_kernel(
     row_sum, row_max, column_sum, column_max, running_sum, running_max, positives,
     loss, lse, shifts, log_sums, positive, partial, sums, squares, kept_sum, kept_count, counter,
@@ -170,7 +174,11 @@ def nt_xent_rows_kernel(
     tl.store(negative_similarity, negative.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "rows", "stride", "first", "slots", "row_blocks", "whole_rows", "whole_columns", "run"
+    ]
+)  # fmt: skip
 def logsumexp_kernel(
     sums, maxima, running_sum, running_max, lse, largest, shifts, log_sums, temperature,
     rows, stride, first, slots, row_blocks, whole_rows, whole_columns, run,

@@ -123,7 +123,11 @@ def edge_tile(p, row_blocks, column_blocks, first_column, along, SELF: tl.conste
     return i, j
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "rows", "columns", "row_blocks", "column_blocks", "first_column", "last_column", "along"
+    ]
+)  # fmt: skip
 def tiles_kernel(
     x, y, row_sum, row_max, column_sum, column_max, positive, kept_sum, kept_count, temperature,
     mask, rows, columns, x_plane, y_plane,
@@ -203,7 +207,11 @@ def add_tile(
     return column_total, tl.maximum(column_top, fold(s, True, BM, BN, FOLD))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "row_blocks", "whole_rows", "first_column", "last_column", "whole_columns", "run"
+    ]
+)  # fmt: skip
 def strips_kernel(
     x, y, row_sum, row_max, column_sum, column_max, temperature,
     row_blocks, whole_rows, first_column, last_column, whole_columns, run,

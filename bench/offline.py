@@ -67,6 +67,7 @@ class Binary:
     spills: int
     opcodes: frozenset[str]
     intermediate: str = field(repr=False)
+    assembly: str = field(repr=False)
 
 
 def launches(architecture: int, call: Callable[[], Any]) -> list[Launch]:
@@ -108,11 +109,13 @@ def _describe(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
     names = function.arg_names
     values = dict(zip(names, args, strict=False)) | {n: kwargs[n] for n in names if n in kwargs}
     constant_names = {p.name for p in function.params if p.is_constexpr}
+    general = {p.name for p in function.params if p.do_not_specialize}
     signature, constants, aligned = {}, {}, []
     for name in names:
         value = values[name]
         # As the just-in-time compiler does: a 1 is a constant, and multiples of 16 are known.
-        if name in constant_names or (isinstance(value, int) and value == 1):
+        known = isinstance(value, int) and name not in general
+        if name in constant_names or (known and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, TensorDescriptor):
@@ -121,7 +124,7 @@ def _describe(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
             signature[name] = f"tensordesc<{dtype}[{block}]>"
             continue
         signature[name] = mangle_type(value)
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, Tensor) or (known and value % 16 == 0):
             aligned.append(name)
     options = {key: value for key, value in kwargs.items() if key not in names}
     return Launch(
@@ -162,6 +165,7 @@ def compile_launch(launch: Launch, architecture: int) -> Binary:
         spills,
         frozenset(opcodes),
         kernel.asm["ttgir"],
+        assembly,
     )
 
 
