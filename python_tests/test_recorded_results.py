@@ -49,3 +49,19 @@ def test_tuning_table_repeats_its_json() -> None:
             for key in ("mean/few_label", "mean/knn", "cls/few_label", "cls/knn")
         ]
         assert f"| {row['setting']} | {' | '.join(probes)} |" in document
+
+
+def test_counted_instructions_are_those_of_the_document() -> None:
+    document = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    names = {
+        "strips_kernel": "strips",
+        "owned_rows_kernel": "owned rows",
+        "tiles_kernel": "tiles",
+        "coefficient_tiles_kernel": "coefficients",
+    }
+    recorded = json.loads((ROOT / "bench/results/gpu_instructions_sm90.json").read_text())
+    for row in recorded["rows"]:
+        if row["place"] != "edge":
+            cycles = [row[f"{key}_cycles"] for key in ("product", "exponential", "issue")]
+            cells = [f"{row['instructions']:.1f}", *(f"{cycle:.0f}" for cycle in cycles)]
+            assert f"| {row['D']} | {names[row['kernel']]} | {' | '.join(cells)} |" in document
