@@ -5,6 +5,7 @@ from cjepa_kernels.backends import BackendStatus, backends
 from cjepa_kernels.config import create_cjepa_loss_from_config, create_loss_from_config
 from cjepa_kernels.functional import NTXentOutput, cross_logsumexp, nt_xent
 from cjepa_kernels.modules import ContrastiveJEPALoss, HJEPALoss, NTXentLoss
+from cjepa_kernels.prediction import prediction_loss
 from cjepa_kernels.reference import CrossLogSumExp
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "create_loss_from_config",
     "cross_logsumexp",
     "nt_xent",
+    "prediction_loss",
 ]

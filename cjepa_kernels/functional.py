@@ -142,7 +142,7 @@ def _nt_xent(
             )
         return NTXentOutput(reference.reduce(terms.loss, reduction), *terms[1:])
     tensor, number = _split_temperature(temperature)
-    overload = _overload(backend, z_i.device)
+    overload = choose_overload(backend, z_i.device)
     keep = overload == "" and _keeps_exponentials(z_i, z_j, tensor)
     outputs = ops.call(
         "nt_xent",
@@ -216,13 +216,13 @@ def cross_logsumexp(
             )
     outputs = ops.call(
         "cross_logsumexp",
-        _overload(backend, x.device),
+        choose_overload(backend, x.device),
         *(x, y, *_split_temperature(temperature), use_cosine_similarity, eps, _product_dtype(x)),
     )
     return CrossLogSumExp(*outputs[:4])
 
 
-def _overload(backend: Backend, device: torch.device) -> str:
+def choose_overload(backend: Backend, device: torch.device) -> str:
     """Overload of the operators: the dispatcher's choice, except for a CPU without native kernels.
 
     A module of an early revision registers kernels by being imported, for schemas that may differ.

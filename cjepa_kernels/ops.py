@@ -6,11 +6,12 @@ Arguments are validated above, in ``functional``. Who changes a schema raises
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from cjepa_kernels import chunked, chunked_cross_logsumexp, triton
+from cjepa_kernels import chunked, chunked_cross_logsumexp, chunked_prediction_loss, triton
 from cjepa_kernels.reference import accumulation_dtype
 from cjepa_kernels.registration import (
     NAMESPACE,
@@ -74,7 +75,7 @@ def _fake_nt_xent_backward(
     return _fake_gradients(z_i, z_j, shift if temperature_tensor is None else temperature_tensor)
 
 
-def _setup_nt_xent(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_nt_xent(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     z_i, z_j, mask, temperature_tensor, *ctx.options, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -141,7 +142,7 @@ def _fake_cross_logsumexp_backward(
     return _fake_gradients(x, y, row_shift if temperature_tensor is None else temperature_tensor)
 
 
-def _setup_cross_logsumexp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_cross_logsumexp(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     x, y, temperature_tensor, *ctx.options = inputs
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
@@ -174,6 +175,92 @@ def _fake_gradients(a: Tensor, b: Tensor, temperature: Tensor) -> tuple[Tensor, 
     return a.new_empty(a.shape), b.new_empty(b.shape), temperature.new_empty(())
 
 
+# predictions, targets: one (B, N, D) or (B, D) each a level, any strides. masks: none, or one a
+# level: (B, N) or (B,) of bool, True keeps the row; without numbers: keeps all.
+# normalization: "none", "l2" (both sides) or "layer" (the target). threshold: of smoothl1 (beta)
+# and huber (delta).
+# loss: () sum of weight x level; unweighted: () mean of the levels; levels: (L,) or, for reduction
+# "none", the errors of all elements of all levels, where loss and unweighted are taken from means.
+# statistics: (rows of all levels, 2), what each row is normalised by; scales: (L,), what a level's
+# sum of errors is multiplied by.
+PREDICTION_LOSS = (
+    "(Tensor[] predictions, Tensor[] targets, Tensor[] masks, float[] weights, str loss_type, "
+    "str normalization, float threshold, float eps, str reduction) -> "
+    "(Tensor loss, Tensor unweighted, Tensor levels, Tensor statistics, Tensor scales)"
+)
+PREDICTION_LOSS_BACKWARD = (
+    "(Tensor? grad_loss, Tensor? grad_unweighted, Tensor? grad_levels, Tensor[] predictions, "
+    "Tensor[] targets, Tensor[] masks, Tensor statistics, Tensor scales, float[] weights, "
+    "str loss_type, str normalization, float threshold, float eps, str reduction, "
+    "bool targets_too) -> (Tensor[] grad_predictions, Tensor[] grad_targets)"
+)
+
+
+def _fake_prediction_loss(predictions: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
+    reduction, levels = args[-1], len(predictions)
+    like = predictions[0]
+    dtype = accumulation_dtype(like.dtype)
+    elements = sum(p.numel() for p in predictions)
+    rows = sum(p.numel() // p.shape[-1] for p in predictions)
+    shapes: list[tuple[Any, ...]] = [(), (), (levels if reduction != "none" else elements,)]
+    shapes += [(rows, 2), (levels,)]
+    loss, unweighted, of_levels, statistics, scales = (
+        like.new_empty(shape, dtype=dtype) for shape in shapes
+    )
+    return loss, unweighted, of_levels, statistics, scales
+
+
+def _fake_prediction_loss_backward(
+    grad_loss: Tensor | None,
+    grad_unweighted: Tensor | None,
+    grad_levels: Tensor | None,
+    predictions: list[Tensor],
+    targets: list[Tensor],
+    *args: Any,
+) -> tuple[list[Tensor], list[Tensor]]:
+    targets_too = args[-1]
+    return (
+        [p.new_empty(p.shape) for p in predictions],
+        [t.new_empty(t.shape) for t in targets] if targets_too else [],
+    )
+
+
+def _setup_prediction_loss(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    predictions, targets, masks, *ctx.options = inputs
+    ctx.levels = len(predictions)
+    ctx.masks = len(masks)
+    ctx.targets_too = any(t.requires_grad for t in targets)
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*predictions, *targets, *masks, *output[3:])
+
+
+def _prediction_loss_gradients(
+    ctx: Any, backward: Any, *upstream: Tensor | None
+) -> tuple[Any, ...]:
+    levels, none = ctx.levels, [None] * ctx.levels
+    rest = ([None] * ctx.masks, *(None,) * 6)
+    loss, unweighted, of_levels = upstream[:3]
+    if loss is None and unweighted is None and of_levels is None:
+        return (none, none, *rest)
+    *tensors, statistics, scales = ctx.saved_tensors
+    predictions, targets = tensors[:levels], tensors[levels : 2 * levels]
+    masks = tensors[2 * levels :]
+    grad_predictions, grad_targets = backward(
+        loss,
+        unweighted,
+        None if of_levels is None else of_levels.contiguous(),
+        predictions,
+        targets,
+        masks,
+        statistics,
+        scales,
+        *ctx.options,
+        ctx.targets_too,
+    )
+    return (grad_predictions, grad_targets if ctx.targets_too else none, *rest)
+
+
 register(
     Definition(
         name="nt_xent",
@@ -198,5 +285,18 @@ register(
         fake_backward=_fake_cross_logsumexp_backward,
         setup_context=_setup_cross_logsumexp,
         gradients=_cross_logsumexp_gradients,
+    )
+)
+register(
+    Definition(
+        name="prediction_loss",
+        schema=PREDICTION_LOSS,
+        schema_backward=PREDICTION_LOSS_BACKWARD,
+        chunked=(chunked_prediction_loss.forward, chunked_prediction_loss.backward),
+        triton=(triton.prediction_loss, triton.prediction_loss_backward),
+        fake=_fake_prediction_loss,
+        fake_backward=_fake_prediction_loss_backward,
+        setup_context=_setup_prediction_loss,
+        gradients=_prediction_loss_gradients,
     )
 )

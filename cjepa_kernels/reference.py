@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Reduction = Literal["mean", "sum", "none"]
-RegressionType = Literal["smoothl1", "mse", "huber"]
+LAYER_EPS = 1e-5  # that of F.layer_norm
+PredictionLossType = Literal["smoothl1", "mse", "huber"]
 
 
 class NTXentTerms(NamedTuple):
@@ -222,16 +223,16 @@ def reduce(loss: Tensor, reduction: Reduction) -> Tensor:
     return loss.sum() if reduction == "sum" else loss
 
 
-def regression(
+def prediction_loss(
     prediction: Tensor,
     target: Tensor,
     *,
-    loss_type: RegressionType = "smoothl1",
+    loss_type: PredictionLossType = "smoothl1",
     normalize_embeddings: bool = True,
     target_norm: Literal["layer"] | None = None,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
-    huber_delta: float = 1.0,
+    threshold: float = 1.0,
     eps: float = 1e-8,
 ) -> Tensor:
     """Prediction term of one hierarchy level.
@@ -239,14 +240,14 @@ def regression(
     Args:
         prediction: (..., D).
         target: Same shape; carries a gradient unless the caller detached it.
-        loss_type: ``smoothl1`` (beta 1), ``mse`` or ``huber`` (``huber_delta``).
+        loss_type: ``smoothl1`` (``threshold`` is its beta), ``mse`` or ``huber`` (its delta).
         normalize_embeddings: L2-normalise the rows of both sides first.
         target_norm: ``"layer"`` is I-JEPA's recipe: parameter-free LayerNorm of the targets,
             predictions as they are; it overrides ``normalize_embeddings``.
         mask: Shape of ``prediction`` without D, bool, True keeps the row; ``mean`` divides by
             the number of kept elements (rows x D), and is 0 when nothing is kept.
         reduction: ``mean``, ``sum`` or ``none``.
-        huber_delta: Where ``huber`` turns linear.
+        threshold: Where ``smoothl1`` and ``huber`` turn linear.
         eps: Smallest norm that is divided by.
 
     Returns:
@@ -262,22 +263,26 @@ def regression(
         kept = mask[..., None]
         prediction, target = prediction.where(kept, 0.0), target.where(kept, 0.0)
     if target_norm == "layer":
-        target = F.layer_norm(target, target.shape[-1:])
+        target = F.layer_norm(target, target.shape[-1:], eps=LAYER_EPS)
     elif normalize_embeddings:
         prediction, target = normalize_rows(prediction, eps), normalize_rows(target, eps)
     if mask is None:
-        return _elementwise(prediction, target, loss_type, reduction, huber_delta)
-    loss = _elementwise(prediction, target, loss_type, "none", huber_delta)
+        return _elementwise(prediction, target, loss_type, reduction, threshold)
+    loss = _elementwise(prediction, target, loss_type, "none", threshold)
     if reduction == "mean":
         return loss.sum() / (mask.sum() * prediction.shape[-1]).clamp(min=1)
     return reduce(loss, reduction)
 
 
 def _elementwise(
-    prediction: Tensor, target: Tensor, loss_type: RegressionType, reduction: str, delta: float
+    prediction: Tensor,
+    target: Tensor,
+    loss_type: PredictionLossType,
+    reduction: str,
+    threshold: float,
 ) -> Tensor:
     if loss_type == "mse":
         return F.mse_loss(prediction, target, reduction=reduction)
     if loss_type == "huber":
-        return F.huber_loss(prediction, target, reduction=reduction, delta=delta)
-    return F.smooth_l1_loss(prediction, target, reduction=reduction)
+        return F.huber_loss(prediction, target, reduction=reduction, delta=threshold)
+    return F.smooth_l1_loss(prediction, target, reduction=reduction, beta=threshold)

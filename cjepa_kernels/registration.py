@@ -8,7 +8,7 @@ path alone, for those who ask for it by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,10 @@ AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "Autoca
 # Any: the methods of Library carry no annotations.
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _operators: dict[tuple[str, str], Any] = {}  # by name and overload, like the next
-_functions: dict[tuple[str, str], type[torch.autograd.Function]] = {}
+_functions: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
-Implementation = Callable[..., tuple[Tensor, ...]]
+Implementation = Callable[..., tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Definition:
 
     Attributes:
         name: Of the operator.
-        schema: Arguments, a ``product_dtype`` among them, and results.
+        schema: Arguments and results; autocast sets ``product_dtype``, if it is among them.
         schema_backward: The same of the backward.
         chunked: Implementations of the operator and of its backward in pure PyTorch.
         triton: The same in Triton.
@@ -44,7 +44,8 @@ class Definition:
         fake_backward: The same of the backward.
         setup_context: ``(ctx, inputs, output)``: saves what the gradients need.
         gradients: ``(ctx, backward, *upstream)``: the gradient of every input, by the operator
-            ``backward``; an upstream gradient is None where there is none.
+            ``backward``; an upstream gradient is None where there is none. Of an input that is a
+            list of tensors, the list of their gradients.
     """
 
     name: str
@@ -53,8 +54,8 @@ class Definition:
     chunked: tuple[Implementation, Implementation]
     triton: tuple[Implementation, Implementation]
     fake: Callable[..., tuple[Tensor, ...]]
-    fake_backward: Callable[..., tuple[Tensor, ...]]
-    setup_context: Callable[[Any, tuple[Any, ...], tuple[Tensor, ...]], None]
+    fake_backward: Callable[..., tuple[Any, ...]]
+    setup_context: Callable[[Any, Sequence[Any], tuple[Tensor, ...]], None]
     gradients: Callable[..., tuple[Any, ...]]
 
 
@@ -71,8 +72,7 @@ def call(name: str, overload: str, *args: Any) -> tuple[Tensor, ...]:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return operator(name, overload)(*args)  # type: ignore[no-any-return]
-    function = _functions[name, overload]
-    return function.apply(*args)  # type: ignore[no-any-return,no-untyped-call]
+    return _functions[name, overload](*args)  # type: ignore[no-any-return]
 
 
 def register(definition: Definition) -> None:
@@ -106,7 +106,8 @@ def _register(definition: Definition, overload: str) -> None:
     torch.library.register_autograd(
         f"{NAMESPACE}::{backward}", _make_no_double_backward(definition.name), lib=_library
     )
-    for device_type, key in AUTOCAST_DEVICES.items():
+    takes_autocast = "product_dtype" in definition.schema
+    for device_type, key in AUTOCAST_DEVICES.items() if takes_autocast else ():
         _library.impl(forward, _make_autocast(definition.name, overload, device_type), key)
     _functions[definition.name, overload] = _make_function(definition, overload, gradients)
 
@@ -148,8 +149,8 @@ def _make_autocast(name: str, overload: str, device_type: str) -> Callable[..., 
 
 def _make_function(
     definition: Definition, overload: str, gradients: Callable[..., tuple[Any, ...]]
-) -> type[torch.autograd.Function]:
-    """The operator as an autograd function, of the kind that costs least per call."""
+) -> Callable[..., Any]:
+    """The operator with its autograd, in the way that costs least per call."""
     operator_forward, setup_context = operator(definition.name, overload), definition.setup_context
 
     class Function(torch.autograd.Function):
@@ -161,5 +162,34 @@ def _make_function(
 
         backward = staticmethod(gradients)
 
-    Function.__name__ = definition.name
-    return Function
+    class FunctionOfLists(torch.autograd.Function):
+        """Autograd sees no tensor in a list: they are taken apart on the way in and out."""
+
+        @staticmethod
+        def forward(ctx: Any, lengths: list[int], *flat: Any) -> Any:
+            args = _unflatten(lengths, flat)
+            output = operator_forward(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+            return None, *_flatten(gradients(ctx, *upstream))[1]
+
+    def call_with_lists(*args: Any) -> Any:
+        lengths, flat = _flatten(args)
+        return FunctionOfLists.apply(lengths, *flat)  # type: ignore[no-untyped-call]
+
+    Function.__name__ = FunctionOfLists.__name__ = definition.name
+    return call_with_lists if "Tensor[]" in definition.schema else Function.apply
+
+
+def _flatten(args: Sequence[Any]) -> tuple[list[int], list[Any]]:
+    """For each argument the length of its list, -1 for one that is none, and all that they hold."""
+    lengths = [len(arg) if isinstance(arg, list) else -1 for arg in args]
+    return lengths, [x for arg in args for x in (arg if isinstance(arg, list) else (arg,))]
+
+
+def _unflatten(lengths: list[int], flat: Sequence[Any]) -> list[Any]:
+    rest = iter(flat)
+    return [[next(rest) for _ in range(n)] if n >= 0 else next(rest) for n in lengths]

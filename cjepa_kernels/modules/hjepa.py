@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from cjepa_kernels import reference
-from cjepa_kernels.backends import Backend, check_backend
-from cjepa_kernels.functional import (
-    check_bool,
-    check_floating_tensor,
-    check_positive,
-    check_reduction,
-)
-from cjepa_kernels.reference import Reduction, RegressionType
+from cjepa_kernels.backends import Backend
+from cjepa_kernels.functional import check_bool
+from cjepa_kernels.prediction import check_levels, check_options, hierarchical_prediction_loss
+from cjepa_kernels.reference import PredictionLossType, Reduction
 
 Levels = Tensor | Sequence[Tensor]
 
@@ -25,7 +19,7 @@ class HJEPALoss(nn.Module):
     """Weighted sum over hierarchy levels of the loss between predictions and targets.
 
     Args:
-        loss_type: ``smoothl1`` (beta 1), ``mse`` or ``huber``.
+        loss_type: ``smoothl1``, ``mse`` or ``huber``.
         hierarchy_weights: One weight for all levels, or one per level (finite, not negative).
         num_hierarchies: Number of levels.
         reduction: ``mean``, ``sum`` or ``none``, per level.
@@ -35,7 +29,8 @@ class HJEPALoss(nn.Module):
         detach_targets: Stop the gradient at the targets.
         target_norm: ``"layer"`` is I-JEPA's recipe, parameter-free LayerNorm of the targets with
             predictions as they are; it overrides ``normalize_embeddings``.
-        backend: ``auto``, ``reference`` or ``chunked``; all are eager PyTorch for this term.
+        smoothl1_beta: Where ``smoothl1`` turns linear.
+        backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
 
     Raises:
         ValueError, TypeError: A bad argument; the message names it.
@@ -52,7 +47,7 @@ class HJEPALoss(nn.Module):
 
     def __init__(
         self,
-        loss_type: RegressionType = "smoothl1",
+        loss_type: PredictionLossType = "smoothl1",
         hierarchy_weights: float | Sequence[float] = 1.0,
         num_hierarchies: int = 3,
         reduction: Reduction = "mean",
@@ -62,34 +57,31 @@ class HJEPALoss(nn.Module):
         detach_targets: bool = True,
         *,
         target_norm: Literal["layer"] | None = None,
+        smoothl1_beta: float = 1.0,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        if loss_type not in get_args(RegressionType):
-            known = list(get_args(RegressionType))
-            raise ValueError(f"loss_type must be one of {known}, got {loss_type!r}")
         if isinstance(num_hierarchies, bool) or not isinstance(num_hierarchies, int):
             raise TypeError(f"num_hierarchies must be an int, got {num_hierarchies!r}")
         if num_hierarchies < 1:
             raise ValueError(f"num_hierarchies must be at least 1, got {num_hierarchies}")
-        if target_norm not in ("layer", None):
-            raise ValueError(f"target_norm must be 'layer' or None, got {target_norm!r}")
-        check_bool("normalize_embeddings", normalize_embeddings)
+        check_options(
+            loss_type,
+            normalize_embeddings,
+            target_norm,
+            reduction,
+            smoothl1_beta,
+            huber_delta,
+            eps,
+            backend,
+        )
         check_bool("detach_targets", detach_targets)
-        check_reduction(reduction)
-        check_positive("huber_delta", huber_delta)
-        check_positive("eps", eps)
-        check_backend(backend)
-        if backend in ("native", "triton"):
-            raise RuntimeError(
-                f'backend "{backend}" was asked for and is not available for the prediction term, '
-                'which is eager PyTorch in this version; use "auto"'
-            )
-        self.loss_type: RegressionType = loss_type
+        self.loss_type: PredictionLossType = loss_type
         self.num_hierarchies = num_hierarchies
         self.hierarchy_weights = _per_level(hierarchy_weights, num_hierarchies)
         self.reduction = reduction
         self.normalize_embeddings = normalize_embeddings
+        self.smoothl1_beta = smoothl1_beta
         self.huber_delta = huber_delta
         self.eps = eps
         self.detach_targets = detach_targets
@@ -117,36 +109,24 @@ class HJEPALoss(nn.Module):
         mask_levels = [None] * len(levels) if masks is None else _as_levels("masks", masks)
         self._check(levels, target_levels, mask_levels)
 
-        result: dict[str, Tensor] = {}
-        means = []
-        for index, (prediction, target, mask) in enumerate(
-            zip(levels, target_levels, mask_levels, strict=True)
-        ):
-            with torch.autocast(prediction.device.type, enabled=False):
-                level = reference.regression(
-                    prediction,
-                    target.detach() if self.detach_targets else target,
-                    loss_type=self.loss_type,
-                    normalize_embeddings=self.normalize_embeddings,
-                    target_norm=self.target_norm,
-                    mask=mask,
-                    reduction=self.reduction,
-                    huber_delta=self.huber_delta,
-                    eps=self.eps,
-                )
-            result[f"loss_h{index}"] = level
-            if self.reduction != "none":
-                means.append(level)
-            elif mask is None:
-                means.append(level.mean())
-            else:
-                means.append(level.sum() / (mask.sum() * level.shape[-1]).clamp(min=1))
-        weighted = [
-            weight * mean for weight, mean in zip(self.hierarchy_weights, means, strict=True)
-        ]
-        result["loss"] = torch.stack(weighted).sum()
-        result["loss_unweighted"] = torch.stack(means).mean()
-        return result
+        if self.detach_targets:
+            target_levels = [target.detach() for target in target_levels]
+        out = hierarchical_prediction_loss(
+            levels,
+            target_levels,
+            mask_levels,
+            self.hierarchy_weights,
+            loss_type=self.loss_type,
+            normalize_embeddings=self.normalize_embeddings,
+            target_norm=self.target_norm,
+            reduction=self.reduction,
+            smoothl1_beta=self.smoothl1_beta,
+            huber_delta=self.huber_delta,
+            eps=self.eps,
+            backend=self.backend,
+        )
+        parts = {f"loss_h{index}": level for index, level in enumerate(out.levels)}
+        return {**parts, "loss": out.loss, "loss_unweighted": out.unweighted}
 
     def _check(
         self,
@@ -160,41 +140,7 @@ class HJEPALoss(nn.Module):
                     f"{name} must have one tensor per level, num_hierarchies="
                     f"{self.num_hierarchies}, got {len(levels)}"
                 )
-        for index, (prediction, target, mask) in enumerate(
-            zip(predictions, targets, masks, strict=True)
-        ):
-            check_floating_tensor(f"predictions[{index}]", prediction)
-            check_floating_tensor(f"targets[{index}]", target)
-            if prediction.shape != target.shape:
-                raise ValueError(
-                    f"predictions and targets must have the same shape at level {index}, got "
-                    f"{tuple(prediction.shape)} and {tuple(target.shape)}"
-                )
-            if prediction.ndim not in (2, 3) or 0 in prediction.shape:
-                raise ValueError(
-                    f"predictions[{index}] must be (B, N, D) or (B, D) and not empty, got "
-                    f"{tuple(prediction.shape)}"
-                )
-            if prediction.device != target.device:
-                raise ValueError(
-                    f"predictions[{index}] and targets[{index}] must be on the same device, got "
-                    f"{prediction.device} and {target.device}"
-                )
-            if mask is None:
-                continue
-            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-                got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-                raise TypeError(f"masks[{index}] must be a bool tensor, got {got}")
-            if mask.device != prediction.device:
-                raise ValueError(
-                    f"masks[{index}] must be on the device of the predictions, "
-                    f"{prediction.device}, got {mask.device}"
-                )
-            if mask.shape != prediction.shape[:-1]:
-                raise ValueError(
-                    f"masks[{index}] must be {tuple(prediction.shape[:-1])}, one entry a patch, "
-                    f"got {tuple(mask.shape)}"
-                )
+        check_levels(predictions, targets, masks)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cjepa_kernels import chunked, chunked_cross_logsumexp
+from cjepa_kernels import chunked, chunked_cross_logsumexp, chunked_prediction_loss
 from cjepa_kernels.backends import OLDEST_CAPABILITY
 
 
@@ -74,3 +74,13 @@ def cross_logsumexp_backward(
     if _is_for_chunks(x):
         return chunked_cross_logsumexp.backward(*args)
     return _call("backward", "cross_logsumexp_backward", args)
+
+
+def prediction_loss(predictions: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
+    """As ``ops.PREDICTION_LOSS``."""
+    return chunked_prediction_loss.forward(predictions, *args)
+
+
+def prediction_loss_backward(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """As ``ops.PREDICTION_LOSS_BACKWARD``."""
+    return chunked_prediction_loss.backward(*args)

@@ -128,4 +128,25 @@ void give_back(Block block) {
   release(block);
 }
 
+torch::stable::Tensor cached_tensor(const std::vector<int64_t>& shape,
+                                    torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  std::vector<int64_t> strides(shape.size());
+  int64_t count = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    strides[i] = count;
+    count *= shape[i];
+  }
+  const size_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  const Block block = take_block(bytes * count);
+  try {
+    return torch::stable::from_blob(block.data, shape, strides, cpu, dtype,
+                                    [block](void*) { give_back(block); });
+  } catch (...) {
+    give_back(block);
+    throw;
+  }
+}
+
 }  // namespace cjepa

@@ -2,12 +2,15 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <utility>
+#include <vector>
 
 namespace cjepa {
 
@@ -21,6 +24,10 @@ struct Block {
 Block take_block(size_t bytes);
 void give_back(Block block);  // to the cache, if there is room
 void release(Block block);    // to the system
+
+// A contiguous CPU tensor of such memory, to which it returns with the tensor.
+torch::stable::Tensor cached_tensor(const std::vector<int64_t>& shape,
+                                    torch::headeronly::ScalarType dtype);
 
 template <typename T>
 class Buffer {

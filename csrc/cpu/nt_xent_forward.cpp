@@ -53,15 +53,6 @@ Totals reduce_rows(const Pairs<T, P>& pairs, const PartialSums<T>& sums, int64_t
   return totals;
 }
 
-// From the kernel's own memory, to which it returns with the tensor.
-template <typename T>
-Tensor make_kept(int64_t count) {
-  const Block block = take_block(sizeof(T) * count);
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::from_blob(block.data, {count}, {int64_t{1}}, cpu, dtype_of<T>(),
-                                  [block](void*) { give_back(block); });
-}
-
 // Mean over the negative pairs without a pass over pairs:
 // (|sum z|^2 - sum |z_a|^2 - sum s_pos) / (M (M - 2))
 template <typename T, typename P>
@@ -86,7 +77,7 @@ Outputs nt_xent_forward(const Options& options, bool keep) {
   const int64_t rows = pairs.z.layout.rows;
   const Tensor& like = options.z_i;
   const ScalarType dtype = dtype_of<T>();
-  Tensor kept = keep ? make_kept<T>(kept_size(rows)) : make(like, {0}, dtype);
+  Tensor kept = keep ? cached_tensor({kept_size(rows)}, dtype) : make(like, {0}, dtype);
   const PartialSums<T> sums = sum_tiles(pairs.logits, keep ? data_of<T>(kept) : nullptr);
 
   const bool none = options.reduction == "none";

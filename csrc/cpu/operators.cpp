@@ -2,11 +2,15 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cross_logsumexp.h"
 #include "nt_xent.h"
+#include "prediction_loss.h"
 
 namespace cjepa {
 namespace {
@@ -133,11 +137,134 @@ auto cross_backward(Tensor grad_row, Tensor grad_column, Tensor x, Tensor y,
                                   eps, product_dtype);
 }
 
+bool same_shape(const Tensor& a, const Tensor& b, int64_t dims) {
+  for (int64_t i = 0; i < dims; ++i)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
+template <typename Value>
+Value one_of(StringHandle handle, std::initializer_list<std::pair<const char*, Value>> known,
+             const char* what) {
+  const std::string text = read_string(handle);
+  for (const auto& [name, value] : known)
+    if (text == name) return value;
+  throw std::invalid_argument(std::string("cjepa_kernels: unknown ") + what + " " + text);
+}
+
+Penalty<double> penalty_of(StringHandle handle, double threshold) {
+  enum class Type { kSquare, kSmoothL1, kHuber };
+  const Type type = one_of<Type>(
+      handle, {{"mse", Type::kSquare}, {"smoothl1", Type::kSmoothL1}, {"huber", Type::kHuber}},
+      "loss_type");
+  if (type == Type::kSquare) return {true, 0, 0, 0};
+  check(threshold > 0, "threshold must be positive");
+  if (type == Type::kHuber) return {false, 1, threshold, 0.5};
+  return {false, 1 / threshold, 1, threshold / 2};
+}
+
+PredictionOptions prediction_options(Tensors predictions, Tensors targets, Tensors masks,
+                                     std::vector<double> weights, StringHandle loss_type,
+                                     StringHandle normalization, double threshold, double eps,
+                                     StringHandle reduction) {
+  PredictionOptions options{
+      std::move(predictions),
+      std::move(targets),
+      std::move(masks),
+      std::move(weights),
+      one_of<Normalization>(normalization,
+                            {{"none", Normalization::kNone},
+                             {"l2", Normalization::kL2},
+                             {"layer", Normalization::kLayer}},
+                            "normalization"),
+      penalty_of(loss_type, threshold),
+      eps,
+      one_of<Reduction>(
+          reduction,
+          {{"mean", Reduction::kMean}, {"sum", Reduction::kSum}, {"none", Reduction::kNone}},
+          "reduction")};
+  const size_t levels = options.predictions.size();
+  check(levels > 0, "predictions must hold at least one level");
+  check(options.targets.size() == levels &&
+            (options.masks.empty() || options.masks.size() == levels) &&
+            options.weights.size() == levels,
+        "targets, masks and weights must be as many as the predictions");
+  const bool in_double = options.predictions[0].scalar_type() == ScalarType::Double;
+  for (size_t l = 0; l < levels; ++l) {
+    const Tensor &p = options.predictions[l], &t = options.targets[l];
+    check(p.dim() == 2 || p.dim() == 3, "predictions must be 2-D or 3-D");
+    check(t.dim() == p.dim() && same_shape(p, t, p.dim()),
+          "targets must have the shapes of the predictions");
+    check(p.numel() > 0, "predictions must not be empty");
+    check(is_floating(p.scalar_type()) && is_floating(t.scalar_type()),
+          "predictions and targets must be of fp64, fp32, bf16 or fp16");
+    check((p.scalar_type() == ScalarType::Double) == in_double,
+          "predictions must all be of fp64, or none of them");
+    if (options.masks.empty() || options.masks[l].numel() == 0) continue;
+    const Tensor& mask = options.masks[l];
+    check(mask.scalar_type() == ScalarType::Bool && mask.dim() == p.dim() - 1 &&
+              same_shape(p, mask, mask.dim()),
+          "masks must be of bool, one entry for each row of the predictions");
+  }
+  return options;
+}
+
+auto prediction_forward(Tensors predictions, Tensors targets, Tensors masks,
+                        std::vector<double> weights, StringHandle loss_type,
+                        StringHandle normalization, double threshold, double eps,
+                        StringHandle reduction) {
+  const PredictionOptions options =
+      prediction_options(std::move(predictions), std::move(targets), std::move(masks),
+                         std::move(weights), loss_type, normalization, threshold, eps, reduction);
+  return options.predictions[0].scalar_type() == ScalarType::Double
+             ? prediction_loss<double>(options)
+             : prediction_loss<float>(options);
+}
+
+auto prediction_backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_unweighted,
+                         std::optional<Tensor> grad_levels, Tensors predictions, Tensors targets,
+                         Tensors masks, Tensor statistics, Tensor scales,
+                         std::vector<double> weights, StringHandle loss_type,
+                         StringHandle normalization, double threshold, double eps,
+                         StringHandle reduction, bool targets_too) {
+  const PredictionOptions options =
+      prediction_options(std::move(predictions), std::move(targets), std::move(masks),
+                         std::move(weights), loss_type, normalization, threshold, eps, reduction);
+  const Tensor& like = options.predictions[0];
+  const int64_t levels = static_cast<int64_t>(options.predictions.size());
+  int64_t rows = 0, elements = 0;
+  for (const Tensor& p : options.predictions) {
+    elements += p.numel();
+    rows += p.numel() / p.size(p.dim() - 1);
+  }
+  const ScalarType dtype =
+      like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check(statistics.scalar_type() == dtype && statistics.dim() == 2 && statistics.size(0) == rows &&
+            statistics.size(1) == 2 && statistics.is_contiguous(),
+        "statistics must be those of the forward");
+  check_rows(scales, like, levels, "scales must be those of the forward");
+  check(scales.is_contiguous(), "scales must be contiguous");
+  for (const std::optional<Tensor>* grad : {&grad_loss, &grad_unweighted})
+    check(!grad->has_value() || ((*grad)->scalar_type() == dtype && (*grad)->numel() == 1),
+          "gradients of the loss must be like the loss");
+  if (grad_levels.has_value()) {
+    check_rows(*grad_levels, like, options.reduction == Reduction::kNone ? elements : levels,
+               "grad_levels must be like the levels");
+    check(grad_levels->is_contiguous(), "grad_levels must be contiguous");
+  }
+  const PredictionUpstream upstream{grad_loss, grad_unweighted, grad_levels};
+  return dtype == ScalarType::Double
+             ? prediction_loss_backward<double>(options, upstream, statistics, scales, targets_too)
+             : prediction_loss_backward<float>(options, upstream, statistics, scales, targets_too);
+}
+
 void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("nt_xent", TORCH_BOX(&forward));
   library.impl("nt_xent_backward", TORCH_BOX(&backward));
   library.impl("cross_logsumexp", TORCH_BOX(&cross_forward));
   library.impl("cross_logsumexp_backward", TORCH_BOX(&cross_backward));
+  library.impl("prediction_loss", TORCH_BOX(&prediction_forward));
+  library.impl("prediction_loss_backward", TORCH_BOX(&prediction_backward));
 }
 
 }  // namespace

@@ -11,6 +11,8 @@
 
 #include <cstdint>
 
+#include "prediction_row.h"
+
 namespace cjepa {
 
 using Bf16Pair = uint32_t;  // first number in the low half
@@ -132,6 +134,7 @@ struct TileCore {
   // P holds two numbers and the count is odd, one more row is read.
   void (*pack_product)(const T* rows, int64_t count, int64_t features, P* out, int64_t panel_depth);
   T (*finish)(const FinishRow<T>&);  // returns gradient . own before the projection
+  PredictionFunctions<T> prediction;
 };
 
 }  // namespace cjepa

@@ -4,6 +4,7 @@
 //   CJEPA_STREAM(p, x)  if there is such an instruction: store x at p around the caches
 //   CJEPA_FENCE()       what makes such stores visible to other threads
 // Everything is in an unnamed namespace: see tile_core.h.
+#include "prediction_core.h"
 #include "product_core.h"
 #include "row_core.h"
 #include "similarity_core.h"
@@ -31,7 +32,8 @@ struct Core {
             &Row::normalize,
             &Row::pack,
             &Row::pack_product,
-            &Row::finish};
+            &Row::finish,
+            PredictionCore<T>::table()};
   }
 };
 

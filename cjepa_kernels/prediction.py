@@ -1,0 +1,298 @@
+"""The prediction loss of a JEPA as functions: one level, or a hierarchy of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from cjepa_kernels import ops, reference
+from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.functional import (
+    check_bool,
+    check_floating_tensor,
+    check_positive,
+    check_reduction,
+    choose_overload,
+)
+from cjepa_kernels.reference import PredictionLossType, Reduction
+
+LOSS_TYPES: tuple[str, ...] = get_args(PredictionLossType)
+
+
+class HierarchicalLoss(NamedTuple):
+    """Losses of several levels.
+
+    Attributes:
+        loss: () sum of weight x level.
+        unweighted: () mean of the levels.
+        levels: One () tensor each, or for ``reduction="none"`` one of the level's shape; ``loss``
+            and ``unweighted`` then come from the levels' means.
+    """
+
+    loss: Tensor
+    unweighted: Tensor
+    levels: tuple[Tensor, ...]
+
+
+def prediction_loss(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    loss_type: PredictionLossType = "smoothl1",
+    normalize_embeddings: bool = True,
+    target_norm: Literal["layer"] | None = None,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    smoothl1_beta: float = 1.0,
+    huber_delta: float = 1.0,
+    eps: float = 1e-8,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Loss between predicted and target embeddings, rows normalised on the way.
+
+    One pass over both forward and one backward; nothing of their size is kept but the gradient.
+
+    Args:
+        prediction: (B, N, D) or (B, D), fp64, fp32, bf16 or fp16, any strides.
+        target: Same shape and device, any of these dtypes; it gets a gradient if it asks for one
+            (detach it where the target encoder must not learn).
+        loss_type: ``smoothl1``, ``mse`` or ``huber``.
+        normalize_embeddings: L2-normalise the rows of both sides first.
+        target_norm: ``"layer"`` is I-JEPA's recipe: parameter-free LayerNorm of the targets,
+            predictions as they are; it overrides ``normalize_embeddings``.
+        mask: (B, N) or (B,) bool, True keeps the row; ``mean`` divides by the number of kept
+            elements (rows x D), and is 0 when nothing is kept.
+        reduction: ``mean``, ``sum`` or ``none``.
+        smoothl1_beta: Where ``smoothl1`` turns linear.
+        huber_delta: Where ``huber`` turns linear.
+        eps: Smallest norm that is divided by; a row below it gets a zero gradient.
+        backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
+
+    Returns:
+        () for ``mean`` and ``sum``, the input's shape for ``none``; fp32 (fp64 for fp64).
+
+    Raises:
+        TypeError: A tensor of the wrong kind or dtype.
+        ValueError: A wrong shape, device or value; the message names it.
+        RuntimeError: A back end that was asked for by name and is missing.
+
+    Source: I-JEPA, arXiv 2301.08243, section 3.
+
+    Example:
+        >>> prediction, target = torch.ones(2, 4, 8), torch.zeros(2, 4, 8)
+        >>> prediction_loss(prediction, target, normalize_embeddings=False).item()
+        0.5
+    """
+    check_options(
+        loss_type,
+        normalize_embeddings,
+        target_norm,
+        reduction,
+        smoothl1_beta,
+        huber_delta,
+        eps,
+        backend,
+    )
+    _check_side("prediction", prediction)
+    _check_pair(("prediction", "target"), prediction, target)
+    if mask is not None:
+        _check_mask("mask", mask, prediction)
+    return hierarchical_prediction_loss(
+        [prediction],
+        [target],
+        [mask],
+        [1.0],
+        loss_type=loss_type,
+        normalize_embeddings=normalize_embeddings,
+        target_norm=target_norm,
+        reduction=reduction,
+        smoothl1_beta=smoothl1_beta,
+        huber_delta=huber_delta,
+        eps=eps,
+        backend=backend,
+    ).levels[0]
+
+
+def hierarchical_prediction_loss(
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    weights: Sequence[float],
+    *,
+    loss_type: PredictionLossType,
+    normalize_embeddings: bool,
+    target_norm: Literal["layer"] | None,
+    reduction: Reduction,
+    smoothl1_beta: float,
+    huber_delta: float,
+    eps: float,
+    backend: Backend,
+) -> HierarchicalLoss:
+    """All levels in one call of the operator; arguments are checked (:func:`check_levels`)."""
+    threshold = huber_delta if loss_type == "huber" else smoothl1_beta
+    device = predictions[0].device
+    if backend == "reference":
+        with torch.autocast(device.type, enabled=False):
+            return _reference(
+                predictions,
+                targets,
+                masks,
+                weights,
+                loss_type,
+                normalize_embeddings,
+                target_norm,
+                threshold,
+                eps,
+                reduction,
+            )
+    normalization = target_norm or ("l2" if normalize_embeddings else "none")
+    loss, unweighted, levels, _, _ = ops.call(
+        "prediction_loss",
+        choose_overload(backend, device),
+        list(predictions),
+        list(targets),
+        _as_tensors(masks),
+        tuple(weights),
+        loss_type,
+        normalization,
+        threshold,
+        eps,
+        reduction,
+    )
+    if len(predictions) == 1:
+        only = levels.view(predictions[0].shape) if reduction == "none" else unweighted
+        return HierarchicalLoss(loss, unweighted, (only,))
+    if reduction != "none":
+        return HierarchicalLoss(loss, unweighted, levels.unbind())
+    parts = torch.split(levels, [p.numel() for p in predictions])
+    shaped = (part.view(p.shape) for part, p in zip(parts, predictions, strict=True))
+    return HierarchicalLoss(loss, unweighted, tuple(shaped))
+
+
+def _as_tensors(masks: Sequence[Tensor | None]) -> list[Tensor]:
+    """As the operator takes them: none at all, or an empty one where a level has none."""
+    given = [mask for mask in masks if mask is not None]
+    return [given[0].new_empty(0) if mask is None else mask for mask in masks] if given else []
+
+
+def _reference(
+    predictions: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    masks: Sequence[Tensor | None],
+    weights: Sequence[float],
+    loss_type: PredictionLossType,
+    normalize_embeddings: bool,
+    target_norm: Literal["layer"] | None,
+    threshold: float,
+    eps: float,
+    reduction: Reduction,
+) -> HierarchicalLoss:
+    levels, means = [], []
+    for prediction, target, mask in zip(predictions, targets, masks, strict=True):
+        level = reference.prediction_loss(
+            prediction,
+            target,
+            loss_type=loss_type,
+            normalize_embeddings=normalize_embeddings,
+            target_norm=target_norm,
+            mask=mask,
+            reduction=reduction,
+            threshold=threshold,
+            eps=eps,
+        )
+        levels.append(level)
+        if reduction != "none":
+            means.append(level)
+        elif mask is None:
+            means.append(level.mean())
+        else:
+            means.append(level.sum() / (mask.sum() * level.shape[-1]).clamp(min=1))
+    weighted = [weight * mean for weight, mean in zip(weights, means, strict=True)]
+    return HierarchicalLoss(torch.stack(weighted).sum(), torch.stack(means).mean(), tuple(levels))
+
+
+def check_options(
+    loss_type: str,
+    normalize_embeddings: bool,
+    target_norm: str | None,
+    reduction: str,
+    smoothl1_beta: float,
+    huber_delta: float,
+    eps: float,
+    backend: str,
+) -> None:
+    """Raise unless every option is one that the prediction loss knows."""
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {list(LOSS_TYPES)}, got {loss_type!r}")
+    if target_norm not in ("layer", None):
+        raise ValueError(f"target_norm must be 'layer' or None, got {target_norm!r}")
+    check_bool("normalize_embeddings", normalize_embeddings)
+    check_reduction(reduction)
+    check_positive("smoothl1_beta", smoothl1_beta)
+    check_positive("huber_delta", huber_delta)
+    check_positive("eps", eps)
+    check_backend(backend)
+
+
+def check_levels(
+    predictions: Sequence[Tensor], targets: Sequence[Tensor], masks: Sequence[Tensor | None]
+) -> None:
+    """Raise unless all levels are of matching shapes, dtypes and devices; they are as many."""
+    for index, (prediction, target, mask) in enumerate(
+        zip(predictions, targets, masks, strict=True)
+    ):
+        name = f"predictions[{index}]"
+        _check_side(name, prediction)
+        _check_pair((name, f"targets[{index}]"), prediction, target)
+        if mask is not None:
+            _check_mask(f"masks[{index}]", mask, prediction)
+        first = predictions[0]
+        if prediction.device != first.device:
+            raise ValueError(
+                f"{name} must be on the device of predictions[0], {first.device}, got "
+                f"{prediction.device}"
+            )
+        if (prediction.dtype == torch.float64) != (first.dtype == torch.float64):
+            raise TypeError(
+                "predictions must be of fp64 at every level or at none, got "
+                f"{first.dtype} at level 0 and {prediction.dtype} at level {index}"
+            )
+
+
+def _check_side(name: str, x: object) -> None:
+    check_floating_tensor(name, x)
+    if isinstance(x, Tensor) and (x.ndim not in (2, 3) or 0 in x.shape):
+        raise ValueError(f"{name} must be (B, N, D) or (B, D) and not empty, got {tuple(x.shape)}")
+
+
+def _check_pair(names: tuple[str, str], prediction: Tensor, target: Tensor) -> None:
+    check_floating_tensor(names[1], target)
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have the same shape, got {tuple(prediction.shape)} "
+            f"and {tuple(target.shape)}"
+        )
+    if prediction.device != target.device:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must be on the same device, got {prediction.device} and "
+            f"{target.device}"
+        )
+
+
+def _check_mask(name: str, mask: Tensor, prediction: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool tensor, got {got}")
+    if mask.device != prediction.device:
+        raise ValueError(
+            f"{name} must be on the device of the predictions, {prediction.device}, got "
+            f"{mask.device}"
+        )
+    if mask.shape != prediction.shape[:-1]:
+        raise ValueError(
+            f"{name} must be {tuple(prediction.shape[:-1])}, one entry a patch, got "
+            f"{tuple(mask.shape)}"
+        )
