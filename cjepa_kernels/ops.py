@@ -20,6 +20,7 @@ from cjepa_kernels.registration import (
     call,
     operator,
     register,
+    register_plain,
 )
 
 __all__ = ["NAMESPACE", "OVERLOADS", "call", "kept_size", "operator"]
@@ -261,6 +262,21 @@ def _prediction_loss_gradients(
     return (grad_predictions, grad_targets if ctx.targets_too else none, *rest)
 
 
+# rows: (B, D) -> (B, tokens, D), the rows as token 0 and zeros elsewhere.
+PAD_TOKENS = "(Tensor rows, int tokens) -> Tensor"
+
+
+def _pad_tokens(rows: Tensor, tokens: int) -> Tensor:
+    padded = rows.new_zeros(rows.shape[0], tokens, rows.shape[1])
+    padded[:, 0] = rows
+    return padded
+
+
+def _fake_pad_tokens(rows: Tensor, tokens: int) -> Tensor:
+    return rows.new_empty(rows.shape[0], tokens, rows.shape[1])
+
+
+register_plain("pad_tokens", PAD_TOKENS, _pad_tokens, _fake_pad_tokens)
 register(
     Definition(
         name="nt_xent",

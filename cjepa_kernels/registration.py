@@ -81,6 +81,16 @@ def register(definition: Definition) -> None:
         _register(definition, overload)
 
 
+def register_plain(
+    name: str, schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]
+) -> None:
+    """Define an operator without a gradient: in PyTorch, and where it is built in native code."""
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _operators[name, ""] = getattr(torch.ops.cjepa_kernels, name).default
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
 def _register(definition: Definition, overload: str) -> None:
     forward, backward = f"{definition.name}{overload}", f"{definition.name}_backward{overload}"
     _library.define(forward + definition.schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -15,6 +15,7 @@ from cjepa_kernels.functional import check_bool, check_floating_tensor
 from cjepa_kernels.modules.hjepa import Levels
 from cjepa_kernels.modules.nt_xent import NTXentLoss
 from cjepa_kernels.reference import Reduction
+from cjepa_kernels.tokens import cls_tokens
 
 
 class ContrastiveJEPALoss(nn.Module):
@@ -134,7 +135,7 @@ class ContrastiveJEPALoss(nn.Module):
         with nullcontext() if self.jepa_weight else torch.no_grad():
             jepa = self.jepa_loss(predictions, targets, masks)
         with nullcontext() if self.contrastive_weight else torch.no_grad():
-            contrastive = self.contrastive(features_i[:, 0], features_j[:, 0])
+            contrastive = self.contrastive(cls_tokens(features_i), cls_tokens(features_j))
 
         terms = []
         if self.jepa_weight:

@@ -128,25 +128,44 @@ void give_back(Block block) {
   release(block);
 }
 
-torch::stable::Tensor cached_tensor(const std::vector<int64_t>& shape,
-                                    torch::headeronly::ScalarType dtype) {
-  using torch::headeronly::ScalarType;
+namespace {
+
+// A contiguous CPU tensor around `data`, which `give` takes back.
+template <typename Give>
+torch::stable::Tensor wrap(void* data, const std::vector<int64_t>& shape,
+                           torch::headeronly::ScalarType dtype, Give give) {
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   std::vector<int64_t> strides(shape.size());
   int64_t count = 1;
-  for (size_t i = shape.size(); i-- > 0;) {
-    strides[i] = count;
-    count *= shape[i];
-  }
-  const size_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-  const Block block = take_block(bytes * count);
+  for (size_t i = shape.size(); i-- > 0; count *= shape[i]) strides[i] = count;
   try {
-    return torch::stable::from_blob(block.data, shape, strides, cpu, dtype,
-                                    [block](void*) { give_back(block); });
+    return torch::stable::from_blob(data, shape, strides, cpu, dtype, give);
   } catch (...) {
-    give_back(block);
+    give(data);
     throw;
   }
+}
+
+size_t bytes_of(const std::vector<int64_t>& shape, torch::headeronly::ScalarType dtype) {
+  using torch::headeronly::ScalarType;
+  size_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  for (const int64_t size : shape) bytes *= size;
+  return bytes;
+}
+
+}  // namespace
+
+torch::stable::Tensor cached_tensor(const std::vector<int64_t>& shape,
+                                    torch::headeronly::ScalarType dtype) {
+  const Block block = take_block(bytes_of(shape, dtype));
+  return wrap(block.data, shape, dtype, [block](void*) { give_back(block); });
+}
+
+torch::stable::Tensor zero_tensor(const std::vector<int64_t>& shape,
+                                  torch::headeronly::ScalarType dtype) {
+  void* const data = std::calloc(std::max<size_t>(bytes_of(shape, dtype), 1), 1);
+  if (data == nullptr) throw std::bad_alloc();
+  return wrap(data, shape, dtype, [](void* given) { std::free(given); });
 }
 
 }  // namespace cjepa

@@ -29,6 +29,11 @@ void release(Block block);    // to the system
 torch::stable::Tensor cached_tensor(const std::vector<int64_t>& shape,
                                     torch::headeronly::ScalarType dtype);
 
+// A contiguous CPU tensor of zeros. Where it is large, the system gives its pages only when they
+// are written, and one page of zeros for all that are read.
+torch::stable::Tensor zero_tensor(const std::vector<int64_t>& shape,
+                                  torch::headeronly::ScalarType dtype);
+
 template <typename T>
 class Buffer {
  public:

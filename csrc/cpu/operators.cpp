@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cross_logsumexp.h"
+#include "memory.h"
 #include "nt_xent.h"
 #include "prediction_loss.h"
 
@@ -258,6 +259,16 @@ auto prediction_backward(std::optional<Tensor> grad_loss, std::optional<Tensor> 
              : prediction_loss_backward<float>(options, upstream, statistics, scales, targets_too);
 }
 
+// (B, tokens, D) with the rows, (B, D), as token 0 and zeros elsewhere.
+Tensor pad_tokens(Tensor rows, int64_t tokens) {
+  check(rows.dim() == 2 && tokens > 0, "rows must be 2-D, and tokens positive");
+  check(is_floating(rows.scalar_type()), "rows must be of fp64, fp32, bf16 or fp16");
+  Tensor padded = zero_tensor({rows.size(0), tokens, rows.size(1)}, rows.scalar_type());
+  Tensor first = torch::stable::select(padded, 1, 0);
+  torch::stable::copy_(first, rows);
+  return padded;
+}
+
 void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("nt_xent", TORCH_BOX(&forward));
   library.impl("nt_xent_backward", TORCH_BOX(&backward));
@@ -265,6 +276,7 @@ void implement(torch::stable::detail::StableLibrary& library) {
   library.impl("cross_logsumexp_backward", TORCH_BOX(&cross_backward));
   library.impl("prediction_loss", TORCH_BOX(&prediction_forward));
   library.impl("prediction_loss_backward", TORCH_BOX(&prediction_backward));
+  library.impl("pad_tokens", TORCH_BOX(&pad_tokens));
 }
 
 }  // namespace
