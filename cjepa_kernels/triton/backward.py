@@ -82,17 +82,17 @@ class Gradients:
         )
         if self.self_contrast:
             by_y = by_x
-        tiles = row_blocks * column_blocks if self.temperature.is_tensor else 0
+        tiles = height * width if self.temperature.is_tensor else 0
         self.dots = by_x.new_empty(tiles, dtype=torch.float64)
         filled = 0
         for i in range(0, row_blocks, height):
             for j in range(i if self.self_contrast else 0, column_blocks, width):
                 shape = min(height, row_blocks - i), min(width, column_blocks - j)
-                filled += self._fill(g, i, j, shape, filled)
+                filled = max(filled, self._fill(g, i, j, shape, filled))
                 self._multiply(g, shape, False, y, j, by_x, i, j > 0)
                 if not (self.self_contrast and i == j):
                     self._multiply(g, shape, True, x, i, by_y, j, i > 0)
-        self.dots = self.dots[:filled]  # empty unless the temperature is a tensor
+        self.dots = self.dots[: min(filled, tiles)]
         return by_x, by_y
 
     def _fill(self, g: Tensor, i: int, j: int, shape: tuple[int, int], filled: int) -> int:
@@ -105,7 +105,7 @@ class Gradients:
             x_tiles, y_tiles, g, *_pointers(x), *_pointers(y), self.temperature.argument,
             x.z if self.mask is None else self.mask, x.rows, y.rows,
             x.padded_rows, y.padded_rows, i, j, shape[0], g.stride(0),
-            self.dots[filled:], 2 if self.self_contrast else 1,
+            self.dots, filled, 2 if self.self_contrast else 1,
             SELF=self.self_contrast, SQUARE=square, MASKED=self.mask is not None,
             CONSTANT=self.constant, TAU_TENSOR=self.temperature.is_tensor,
             DEPTH=x.padded_features, PLANES=x.planes, BM=TILE, BK=depth,

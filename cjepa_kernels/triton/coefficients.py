@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cjepa_kernels.triton.common import load_block, read_scale, triangle
+from cjepa_kernels.triton.common import load_block, read_scale, round_to_tf32, triangle
 from cjepa_kernels.triton.similarity import negatives, product
 
 
@@ -37,11 +37,15 @@ def times(w, s):
     return tl.where(w == 0.0, 0.0, w * s)
 
 
-@triton.jit(do_not_specialize=["first_row", "first_column", "row_blocks", "orders"])
+@triton.jit(
+    do_not_specialize=[
+        "rows", "columns", "first_row", "first_column", "row_blocks", "orders", "filled"
+    ]
+)  # fmt: skip
 def coefficient_tiles_kernel(
     x, y, g, row_weight, row_shift, column_weight, column_shift, temperature,
     mask, rows, columns, x_plane, y_plane,
-    first_row, first_column, row_blocks, g_stride, products, orders,
+    first_row, first_column, row_blocks, g_stride, products, filled, orders,
     SELF: tl.constexpr, SQUARE: tl.constexpr, MASKED: tl.constexpr, CONSTANT: tl.constexpr,
     TAU_TENSOR: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
@@ -49,7 +53,8 @@ def coefficient_tiles_kernel(
     """G of a square of blocks from (first_row, first_column), to (rows, g_stride) numbers.
 
     SQUARE: on the diagonal of S with SELF: G is symmetric, and its upper half is computed. For a
-    temperature that is a tensor each program leaves its part of sum_ab G_ab s_ab, ``orders`` times.
+    temperature that is a tensor each program adds its part of sum_ab G_ab s_ab, ``orders`` times,
+    to ``products``, of which ``filled`` hold something.
     """
     program = tl.program_id(0)
     if SQUARE:
@@ -78,7 +83,11 @@ def coefficient_tiles_kernel(
         if SQUARE:
             orders = tl.where(i == j, 1, 2)
         dot = tl.sum(times(w, s))  # by axes the compiler (3.6) fails for sm_100
-        tl.store(products + program, dot.to(tl.float64) * orders)
+        # Squares come one after another: a slot that an earlier one has filled is added to.
+        before = tl.load(products + program, mask=program < filled, other=0.0)
+        tl.store(products + program, before + dot.to(tl.float64) * orders)
+    if PRECISION == "tf32":
+        w = round_to_tf32(w)
     w = w.to(g.dtype.element_ty)
     line = tl.arange(0, BM)
     # The corner's offset may exceed 31 bits, those within a tile do not.
@@ -155,6 +164,8 @@ def owned_tile(
     w = coefficients(s, row_weight, None, tl.load(column_weights + b), None, scale, True)
     if EDGE:
         w = tl.where(negatives(a, b, rows, columns, None, SELF, False), w, 0.0)
+    if PRECISION == "tf32":
+        w = round_to_tf32(w)
     return tl.dot(w.to(other.dtype), other, acc, input_precision=PRECISION)
 
 

@@ -23,6 +23,14 @@ def read_scale(temperature, IS_TENSOR: tl.constexpr):
 
 
 @triton.jit
+def round_to_tf32(x):
+    """fp32 with 10 bits of mantissa. Tensor cores cut the others off, which has a bias to 0."""
+    bits = x.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x1000) & ~0x1FFF).to(tl.float32, bitcast=True)
+    return tl.where(x == x, rounded, x)
+
+
+@triton.jit
 def load_block(
     source, row, column, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
 ):

@@ -87,11 +87,11 @@ _trial: list[Config] = []  # what is being tuned
 
 def table() -> tuple[Config, ...]:
     """What is being tuned, what was tuned here, then the package's own table."""
-    return (*_trial, *_table())
+    return (*_trial, *_table(torch.cuda.current_device() if torch.cuda.is_initialized() else -1))
 
 
-@lru_cache(maxsize=1)
-def _table() -> tuple[Config, ...]:
+@lru_cache
+def _table(device: int) -> tuple[Config, ...]:
     own = json.loads(Path(__file__).with_name("configs.json").read_text())
     return (*read(cache_file()), *(Config(**entry) for entry in own))
 

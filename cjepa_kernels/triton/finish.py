@@ -65,7 +65,7 @@ def finish_kernel(
         )  # fmt: skip
         unit, norm = unit_rows(x, eps, True)
         total -= tl.sum(total * unit, 1)[:, None] * unit
-        total = tl.where((norm > eps)[:, None], total / norm[:, None], 0.0)
+        total = tl.where((norm <= eps)[:, None], 0.0, total / norm[:, None])  # NaN stays NaN
     to = (row // VIEWS).to(tl.int64)[:, None] * features + column[None, :]
     total = total.to(grad_0.dtype.element_ty)
     if VIEWS == 1:

@@ -78,6 +78,7 @@ class Operands:
             eps=eps,
             rounded=self.rounded,
             planes=self.planes,
+            tf32=self.precision == "tf32",
             depth_multiple=self.depth_block(views[0].shape[1]),
             upstream=upstream,
         )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cjepa_kernels.triton.common import LN2, read_scale
+from cjepa_kernels.triton.common import LN2, read_scale, round_to_tf32
 
 ROW_MULTIPLE = 128  # padded rows: a multiple of every tile's sides
 PROGRAMS = 256  # at most: each leaves one row of sums
@@ -98,8 +98,8 @@ def pack_kernel(
     weights, shifts, pulls, saved_shift, log_sums, positive, grad, largest, temperature,
     grad_stride, weight_scale,
     VIEWS: tl.constexpr, PLANES: tl.constexpr, COSINE: tl.constexpr, ROUND: tl.constexpr,
-    PADDED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, WEIGH: tl.constexpr,
-    PER_ROW: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
+    TF32: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    WEIGH: tl.constexpr, PER_ROW: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
 ):  # fmt: skip
     """z: (PLANES * padded_rows, PADDED); sums: (programs, WIDTH), squares: (programs,).
 
@@ -121,6 +121,8 @@ def pack_kernel(
         )  # fmt: skip
         unit, _ = unit_rows(x, eps, COSINE)
         unit = unit.to(ROUND).to(tl.float32)
+        if TF32:
+            unit = round_to_tf32(unit)
         total += tl.sum(unit, 0)
         square += tl.sum(unit * unit, 1)
         to = row.to(tl.int64)[:, None] * PADDED + column[None, :]
@@ -257,6 +259,7 @@ def pack(
     eps: float,
     rounded: torch.dtype,
     planes: int,
+    tf32: bool,
     depth_multiple: int,
     upstream: Upstream | None = None,
 ) -> Packed:
@@ -268,6 +271,7 @@ def pack(
         eps: Smallest norm that is divided by.
         rounded: dtype that the operands are rounded to.
         planes: 1, or 3 for fp32 operands as sums of three bf16 numbers.
+        tf32: Round fp32 operands of one plane to tf32.
         depth_multiple: What the padded number of features must be a multiple of.
         upstream: For a backward: weigh the rows.
     """
@@ -301,6 +305,7 @@ def pack(
         *pointers, z, sums, squares, counter, rows, features, padded_rows, *strides, eps,
         *arguments,
         VIEWS=len(views), PLANES=planes, COSINE=cosine, ROUND=element_type(rounded),
+        TF32=tf32,
         PADDED=padded, WIDTH=width, ROWS=block, WEIGH=upstream is not None,
         PER_ROW=upstream is not None and upstream.grad.ndim == 1,
         CONSTANT=upstream is not None and upstream.constant,

@@ -101,7 +101,7 @@ def entries_for(rows: int, features: int, dtype: torch.dtype) -> list[Config]:
     """
     if not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device to tune for")
-    from cjepa_kernels.triton.launch import Operands
+    from cjepa_kernels.triton.launch import Operands, fits_a_strip
 
     device = torch.device("cuda")
     operands = Operands.of(dtype, None)
@@ -113,6 +113,8 @@ def entries_for(rows: int, features: int, dtype: torch.dtype) -> list[Config]:
     kernels: list[Kernel] = ["strips", "tiles", "owned", "coefficients"]
     kernels.append("products" if operands.planes == 1 else "products_split")
     found = []
+    if not fits_a_strip(packed):
+        kernels = [kernel for kernel in kernels if kernel not in ("strips", "owned")]
     for kernel in kernels:
         if configs.entries(kernel, architecture, packed.z.dtype, wide):
             entry = configs.choose(kernel, architecture, packed.z.dtype, wide)
