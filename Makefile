@@ -10,7 +10,7 @@ BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcar
 DEMO_OUT ?= runs/demo
 SEEDS ?= 0,1,2
 INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cross_logsumexp_calls.py \
-  ops.py triton.py triton_interpreter.py)
+  ops.py prediction_loss.py triton.py triton_interpreter.py)
 
 .PHONY: help demo test gpu-check gpu-count ctest sanitize lint format bench memory micro plot examples clean
 .DELETE_ON_ERROR:

@@ -27,6 +27,7 @@ from cjepa_kernels.triton import (
     finish,
     forward,
     pack,
+    prediction,
     reduction,
     similarity,
 )
@@ -37,6 +38,7 @@ KERNELS = {
     reduction: ["nt_xent_rows_kernel", "logsumexp_kernel"],
     coefficients: ["coefficient_tiles_kernel", "products_kernel", "owned_rows_kernel"],
     finish: ["finish_kernel"],
+    prediction: ["prediction_loss_kernel", "prediction_gradient_kernel"],
 }
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a block
@@ -207,5 +209,20 @@ def rectangle_call(
         out = forward.cross_logsumexp(x, y, *common)
         grads = meta(rows), meta(columns)
         backward.cross_logsumexp_backward(*grads, x, y, None, *out[4:], *common[1:])
+
+    return call
+
+
+def prediction_call(features: int, dtype: torch.dtype, normalization: str) -> Callable[[], None]:
+    """The same of the prediction loss of two levels, one of them masked, to both sides."""
+
+    def call() -> None:
+        sides = [[meta(128, n, features, dtype=dtype) for n in (196, 49)] for _ in range(2)]
+        masks = [meta(128, 196, dtype=torch.bool), meta(0, dtype=torch.bool)]
+        common = ([1.0, 0.5], "smoothl1", normalization, 1.0, 1e-8, "mean")
+        loss, unweighted, levels, *saved = prediction.prediction_loss(*sides, masks, *common)
+        prediction.prediction_loss_backward(
+            loss, unweighted, levels, *sides, masks, *saved, *common, True
+        )
 
     return call

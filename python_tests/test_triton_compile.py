@@ -107,6 +107,22 @@ def test_every_size_can_be_launched(rows: int, features: int) -> None:
         assert len(names) - forward <= 4, names
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("features", "dtype", "normalization"),
+    [(768, torch.bfloat16, "l2"), (384, torch.float32, "layer"), (4096, torch.float32, "l2")],
+    ids=str,
+)
+def test_the_prediction_loss_compiles_without_spills(
+    features: int, dtype: torch.dtype, normalization: str, architecture: int
+) -> None:
+    """It is bound by memory: a spill would be read and written there."""
+    call = offline.prediction_call(features, dtype, normalization)
+    for launch in dict.fromkeys(offline.launches(architecture, call)):
+        binary = offline.compile_launch(launch, architecture)
+        assert (binary.stack, binary.spills) == (0, 0), f"{launch.name}: {binary}"
+
+
 def test_instructions_are_counted_in_the_tightest_loop() -> None:
     assembly = """
     .L_x_0:

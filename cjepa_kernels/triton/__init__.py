@@ -2,6 +2,7 @@
 
 pack -> tiles of S, in strips or one by one -> reduction      forward.py
 pack, weights -> coefficients and their products -> finish     backward.py
+rows of both sides -> errors, or gradients                     prediction.py
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     if interpreted():
         importlib.import_module("cjepa_kernels.triton.interpreter").repair()
     function = getattr(importlib.import_module(f"cjepa_kernels.triton.{module}"), name)
-    device = next(arg for arg in args if isinstance(arg, Tensor)).device
+    flat = (x for arg in args for x in (arg if isinstance(arg, list) else (arg,)))
+    device = next(x for x in flat if isinstance(x, Tensor)).device
     # Triton launches on the current device.
     guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with torch.no_grad(), guard:
@@ -78,9 +80,20 @@ def cross_logsumexp_backward(
 
 def prediction_loss(predictions: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
     """As ``ops.PREDICTION_LOSS``."""
-    return chunked_prediction_loss.forward(predictions, *args)
+    if _is_for_chunks(predictions[0]):
+        return chunked_prediction_loss.forward(predictions, *args)
+    return _call("prediction", "prediction_loss", (predictions, *args))
 
 
-def prediction_loss_backward(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+def prediction_loss_backward(
+    grad_loss: Tensor | None,
+    grad_unweighted: Tensor | None,
+    grad_levels: Tensor | None,
+    predictions: list[Tensor],
+    *args: Any,
+) -> tuple[Any, ...]:
     """As ``ops.PREDICTION_LOSS_BACKWARD``."""
-    return chunked_prediction_loss.backward(*args)
+    all_args = (grad_loss, grad_unweighted, grad_levels, predictions, *args)
+    if _is_for_chunks(predictions[0]):
+        return chunked_prediction_loss.backward(*all_args)
+    return _call("prediction", "prediction_loss_backward", all_args)
