@@ -19,6 +19,8 @@ from cjepa_kernels.backends import HAS_TRITON
 
 NAMESPACE = "cjepa_kernels"
 OVERLOADS = ("", ".chunked", ".triton")
+# Skips the registered autograd, which is Python code under every call. As in torch._library.
+_below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
 
 # Any: the methods of Library carry no annotations.
@@ -125,8 +127,14 @@ def _register(definition: Definition, overload: str) -> None:
 def _make_gradients(definition: Definition, overload: str) -> Callable[..., tuple[Any, ...]]:
     backward = operator(f"{definition.name}_backward", overload)
 
+    def quick_backward(*args: Any) -> Any:
+        with _below_autograd():
+            return backward(*args)
+
     def gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        return definition.gradients(ctx, backward, *upstream)
+        # Who wants a second derivative meets the autograd that says that there is none.
+        run = backward if torch.is_grad_enabled() else quick_backward
+        return definition.gradients(ctx, run, *upstream)
 
     return gradients
 
@@ -166,7 +174,8 @@ def _make_function(
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            output = operator_forward(*args)
+            with _below_autograd():
+                output = operator_forward(*args)
             setup_context(ctx, args, output)
             return output
 
@@ -178,7 +187,8 @@ def _make_function(
         @staticmethod
         def forward(ctx: Any, lengths: list[int], *flat: Any) -> Any:
             args = _unflatten(lengths, flat)
-            output = operator_forward(*args)
+            with _below_autograd():
+                output = operator_forward(*args)
             setup_context(ctx, args, output)
             return output
 

@@ -39,6 +39,7 @@ class HJEPALoss(nn.Module):
     Source: I-JEPA, arXiv 2301.08243; hierarchy as in H-JEPA (github.com/jonwiggins/H-JEPA).
 
     Example:
+        >>> import torch
         >>> loss_fn = HJEPALoss(hierarchy_weights=[1.0, 0.5], num_hierarchies=2)
         >>> levels = [torch.ones(2, 4, 8), torch.ones(2, 2, 8)]
         >>> loss_fn(levels, levels)["loss"].item()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, create_loss_from_config
+from cjepa_kernels.tokens import cls_tokens
 from cjepa_kernels.train.config import ExperimentConfig, config_to_dict
 from cjepa_kernels.train.masking import PatchMasks, check_counts, multi_block_masks
 from cjepa_kernels.train.views import two_views
@@ -109,11 +110,12 @@ class CJEPAModule(L.LightningModule):
             targets = [pool_tokens(hidden, level) for level in range(self.levels)]
         with torch.set_grad_enabled(self.loss.jepa_weight != 0):
             predictions = self.predictor(context, batch.visible, batch.predicted)
+        cls = cls_tokens(context)[:, None]  # (2B, 1, D)
         out = self.loss(
             predictions=predictions,
             targets=targets,
-            context_features_i=context[:pairs],
-            context_features_j=context[pairs:],
+            context_features_i=cls[:pairs],
+            context_features_j=cls[pairs:],
         )
         metrics = torch.stack([out[name].detach().float() for name in self.metric_names])
         return {"loss": out["loss"], "metrics": metrics}

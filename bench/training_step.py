@@ -1,0 +1,156 @@
+"""Time of the training program's step: encoders, predictor, loss, backward and optimiser.
+
+    python bench/training_step.py --against PATH [--rounds 5] [--seconds 4] [--no-save]
+
+PATH is a checkout of another revision, built in place. Both take turns in processes of their own,
+on random images of the two example configurations' sizes, without loading or augmenting them.
+Writes bench/results/training_step_cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from measurement import print_table, write_results
+
+ROOT = Path(__file__).parent.parent
+CASES = {"cjepa": (1, 8, 8), "cifar10": (3, 32, 32)}  # configuration and the shape of its images
+HEADER = ["configuration", "before ms", "after ms", "before / after", "loss before ms", "after ms"]
+
+
+def measure(name: str, seconds: float) -> dict[str, float]:
+    """Median seconds of a step and of its loss, forward and backward, in this process."""
+    import torch
+
+    from cjepa_kernels.train.config import load_config
+    from cjepa_kernels.train.module import CJEPAModule, IndexedImages
+
+    config = load_config(ROOT / "configs" / f"{name}.yaml", [])
+    shape = CASES[name]
+    torch.manual_seed(0)
+    mean, deviation = torch.full((shape[0],), 0.5), torch.full((shape[0],), 0.25)
+    module = CJEPAModule(config, shape, mean, deviation, 1000)
+    size = config.trainer.batch_size
+    batch = IndexedImages(
+        torch.randint(0, 256, (size, *shape), dtype=torch.uint8), torch.arange(size)
+    )
+    views = module.on_after_batch_transfer(batch, 0)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+    steps: list[float] = []
+    losses: list[float] = []
+    loss_seconds = 0.0
+    forward = module.loss.forward
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        """The loss, forward; its gradients are timed on copies that end at its inputs."""
+        nonlocal loss_seconds
+        detached = {
+            key: _detach(value) if key != "targets" else value for key, value in kwargs.items()
+        }
+        start = time.perf_counter()
+        out = forward(*args, **detached)
+        inputs = [x for key, value in detached.items() if key != "targets" for x in _list(value)]
+        torch.autograd.grad(out["loss"], inputs)
+        loss_seconds = time.perf_counter() - start
+        return forward(*args, **kwargs)
+
+    module.loss.forward = timed  # type: ignore[method-assign]
+    deadline = time.perf_counter() + seconds
+    while len(steps) < 6 or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        loss = module.training_step(views, 0)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        steps.append(time.perf_counter() - start - loss_seconds)
+        losses.append(loss_seconds)
+    return {"step": statistics.median(steps[3:]), "loss": statistics.median(losses[3:])}
+
+
+def _list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _detach(value: Any) -> Any:
+    found = [x.detach().requires_grad_() for x in _list(value)]
+    return found if isinstance(value, (list, tuple)) else found[0]
+
+
+def measure_in_a_process(checkout: Path, name: str, seconds: float) -> dict[str, float]:
+    """The same with the package of a checkout."""
+    command = [sys.executable, __file__, "--one", f"{name},{seconds}"]
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    measured: dict[str, float] = json.loads(result.stdout)
+    return measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--against", type=Path, help="checkout of another revision")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each round")
+    parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        name, seconds = options.one.split(",")
+        print(json.dumps(measure(name, float(seconds))))
+        return
+    if options.against is None:
+        parser.error("--against is needed")
+    revision = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=options.against,
+    ).stdout.strip()
+    rows: list[dict[str, Any]] = []
+    for name in CASES:
+        found: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
+        for turn in range(options.rounds):
+            print(f"{name}: round {turn + 1} of {options.rounds}", flush=True)
+            for side, checkout in (("before", options.against), ("after", ROOT)):
+                found[side].append(measure_in_a_process(checkout, name, options.seconds))
+        rows.append(
+            {
+                "configuration": name,
+                "base": revision,
+                **{
+                    f"{key}_{side}": statistics.median(m[key] for m in found[side])
+                    for key in ("step", "loss")
+                    for side in found
+                },
+            }
+        )
+    print_table(
+        HEADER,
+        [
+            [
+                row["configuration"],
+                f"{1e3 * row['step_before']:.2f}",
+                f"{1e3 * row['step_after']:.2f}",
+                f"{row['step_before'] / row['step_after']:.3f}",
+                f"{1e3 * row['loss_before']:.2f}",
+                f"{1e3 * row['loss_after']:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+    if not options.no_save:
+        print(f"written: {write_results('training_step_cpu', rows)}")
+
+
+if __name__ == "__main__":
+    main()
