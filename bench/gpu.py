@@ -2,337 +2,448 @@
 
     python bench/gpu.py [--quick] [--no-save]
 
-Candidates run in turn, round after round, timed by CUDA events; the figures are medians in ms. A
-missed target is reported, never an error. Without a CUDA device the script says so and ends.
+Candidates run in turn, round after round, timed by CUDA events; the figures are medians. A missed
+target is reported and no error; what fails is named at the end, costs nothing else and gives exit
+code 1. bench/results/<device>-<date>.json and .md are written again after every size. Without a
+CUDA device the script says so and ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import statistics
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from accuracy import exact, relative_error
-from formulas import TEMPERATURE, compiled, eager
+from formulas import TEMPERATURE, Formula
+from gpu_targets import (
+    AUTOCAST,
+    BOTH,
+    BYTES,
+    COMPILED,
+    EAGER,
+    FORWARD,
+    FULL,
+    HEADER,
+    INF_CL,
+    MM,
+    MM3,
+    OURS,
+    QUICK,
+    Record,
+    Results,
+    Sizes,
+    judge,
+    markdown,
+    summary,
+    table,
+)
+from gpu_timing import (
+    DEVICE,
+    SECONDS,
+    Build,
+    BusyDevice,
+    Clock,
+    IdleDevice,
+    Run,
+    first_line,
+    graphed,
+    in_turn,
+)
 from measurement import installed_version, print_table, write_results
+from plan import Size
 from torch import Tensor
 
-from cjepa_kernels import cross_logsumexp, nt_xent
+from cjepa_kernels import cross_logsumexp, nt_xent, prediction_loss
+from cjepa_kernels.backends import Backend
 from cjepa_kernels.extras import require
 
-ROWS, FEATURES = (16384, 65536), (128, 256, 512, 768)
-SMALL = (128, 256, 512, 1024)  # pairs
-HEADER = ["part", "M", "D", "pass", "ratio of", "ms / ms", "ratio", "target", ""]
-SECONDS = 0.6  # of a cell, but for its least rounds
-
-Run = Callable[[], object]
-Ratio = tuple[str, str, int, str, float | None]  # over, under, times of under, relation, target
+BACKEND: Backend = "triton"
+SECTIONS = ("rows", "matmul", "accuracy", "memory", "first_use", "missing", "failed")
 
 
-def views(rows: int, features: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+class Cell(NamedTuple):
+    """What fails alone."""
+
+    part: str
+    size: Size
+    measure: Callable[[], None]
+
+
+def views(size: Size, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
     """Two correlated views (B, D) that want gradients."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    shape = (rows // 2, features)
-    z_i = torch.randn(shape, generator=generator, device="cuda")
-    z_j = z_i + torch.randn(shape, generator=generator, device="cuda")
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    shape = (size.rows // 2, size.features)
+    z_i = torch.randn(shape, generator=generator, device=DEVICE)
+    z_j = z_i + torch.randn(shape, generator=generator, device=DEVICE)
     return z_i.to(dtype).requires_grad_(), z_j.to(dtype).requires_grad_()
 
 
-def interleaved(candidates: dict[str, Run], seconds: float = SECONDS, least: int = 5) -> Any:
-    """Median, p20 and p80 in seconds of each candidate, by CUDA events."""
-    for run in candidates.values():
-        for _ in range(2):
-            run()
-    torch.cuda.synchronize()
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    deadline = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < least or time.perf_counter() < deadline:
-        for name, run in candidates.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) / 1e3)
-        rounds += 1
-    summary = {}
-    for name, values in times.items():
-        deciles = statistics.quantiles(values, n=10, method="inclusive")
-        median = statistics.median(values)
-        summary[name] = {"median": median, "p20": deciles[1], "p80": deciles[7], "rounds": rounds}
-    return summary
-
-
-def ours(inputs: tuple[Tensor, Tensor]) -> Tensor:
+def ours(z_i: Tensor, z_j: Tensor) -> Tensor:
     """The loss under test."""
-    return nt_xent(*inputs, temperature=TEMPERATURE, backend="triton").loss
+    return nt_xent(z_i, z_j, temperature=TEMPERATURE, backend=BACKEND).loss
 
 
-def one_pass(loss: Callable[[], Tensor], inputs: tuple[Tensor, ...], backward: bool) -> Run:
+def eager(z_i: Tensor, z_j: Tensor) -> Tensor:
+    """``formulas.eager`` with every tensor on the views' device."""
+    z = F.normalize(torch.cat([z_i, z_j]), dim=1)
+    logits = z @ z.T / TEMPERATURE
+    diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = logits.masked_fill(diagonal, float("-inf"))
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z_i)))
+
+
+def under_autocast(formula: Formula) -> Formula:
+    """The formula as in mixed-precision training."""
+
+    def loss(z_i: Tensor, z_j: Tensor) -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return formula(z_i, z_j)
+
+    return loss
+
+
+def one_pass(formula: Formula, inputs: tuple[Tensor, Tensor], direction: str) -> Build:
     """Forward as in training, and the backward if it is asked for."""
-    if not backward:
-        return loss
-    return lambda: torch.autograd.grad(loss(), inputs)
+    if direction == FORWARD:
+        return lambda: lambda: formula(*inputs)
+    return lambda: lambda: torch.autograd.grad(formula(*inputs), inputs)
 
 
-def graphed(run: Run) -> Run:
-    """The same from a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def bare_products(inputs: tuple[Tensor, Tensor], count: int) -> Run:
+def bare_products(inputs: tuple[Tensor, Tensor], count: int) -> Build:
     """``count`` products z @ z.T into one buffer."""
-    z = F.normalize(torch.cat(inputs).detach().float(), dim=1).to(inputs[0].dtype)
-    out = torch.empty(len(z), len(z), dtype=z.dtype, device="cuda")
-    return lambda: [torch.mm(z, z.T, out=out) for _ in range(count)]
+
+    def build() -> Run:
+        z = F.normalize(torch.cat(inputs).detach().float(), dim=1).to(inputs[0].dtype)
+        out = torch.empty(len(z), len(z), dtype=z.dtype, device=DEVICE)
+        return lambda: [torch.mm(z, z.T, out=out) for _ in range(count)]
+
+    return build
 
 
-class Report:
-    """Rows of the results file and of the printed table."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.lines: list[list[str]] = []
-
-    def add(
-        self,
-        part: str,
-        rows: int,
-        features: int,
-        direction: str,
-        times: dict[str, Any],
-        ratios: list[Ratio],
-    ) -> None:
-        """Keep the times, and print the ratios."""
-        for name, summary in times.items():
-            self.rows.append(
-                {"part": part, "M": rows, "D": features, "pass": direction, "name": name, **summary}
-            )
-        for over, under, count, relation, target in ratios:
-            if over not in times or under not in times:
-                continue
-            a, b = times[over]["median"], times[under]["median"] * count
-            met = target is not None and (a / b <= target if relation == "<=" else a / b >= target)
-            self.lines.append(
-                [
-                    part,
-                    str(rows),
-                    str(features),
-                    direction,
-                    f"{over} / {under}",
-                    f"{1e3 * a:.3f} / {1e3 * b:.3f}",
-                    f"{a / b:.3f}",
-                    "no target" if target is None else f"{relation} {target:g}",
-                    "" if target is None else "met" if met else "not met",
-                ]
-            )
-            print("  ".join(self.lines[-1]), flush=True)
-
-
-def measure_targets(report: Report, rows: int, features: int, peak: float) -> None:
-    """Against the bare product and eager, in bf16."""
-    inputs = views(rows, features)
-    for direction, count, target in (("forward", 1, 0.6), ("forward+backward", 3, 0.9)):
-        backward = direction != "forward"
-        times = interleaved(
-            {
-                "triton": one_pass(lambda: ours(inputs), inputs, backward),
-                "mm": bare_products(inputs, 1),
-                "eager": one_pass(lambda: eager(*inputs), inputs, backward),
-            }
-        )
-        ratios: list[Ratio] = [("triton", "mm", count, "<=", target)]
-        if backward:
-            ratios.append(("eager", "triton", 1, ">=", 8))
-        report.add("targets", rows, features, direction, times, ratios)
-        if not backward:
-            rate = 2 * rows * rows * features / times["triton"]["median"]
-            print(f"useful FLOPs of the forward: {rate / peak:.2f} of the rate of a large product")
-        torch.cuda.empty_cache()
-
-
-def measure_compiled(report: Report, rows: int, features: int) -> None:
-    """Against torch.compile of the plain formula."""
-    inputs = views(rows, features)
-    formula = compiled()
-    candidates = {
-        "triton": one_pass(lambda: ours(inputs), inputs, True),
-        "compiled": one_pass(lambda: formula(*inputs), inputs, True),
-    }
-    report.add(
-        "compiled",
-        rows,
-        features,
-        "forward+backward",
-        interleaved(candidates),
-        [("compiled", "triton", 1, ">=", 4)],
-    )
-
-
-def measure_latency(report: Report, batch: int) -> None:
-    """A small batch, as called and from a CUDA graph."""
-    inputs = views(2 * batch, 256)
-    candidates: dict[str, Run] = {
-        "triton": one_pass(lambda: ours(inputs), inputs, True),
-        "eager": one_pass(lambda: eager(*inputs), inputs, True),
-    }
-    candidates |= {f"{name}, graph": graphed(run) for name, run in candidates.items()}
-    ratios: list[Ratio] = [
-        ("triton", "eager", 1, "<=", 0.5),
-        ("triton, graph", "eager, graph", 1, "<=", 0.8),
-    ]
-    times = interleaved(candidates, 0.3)
-    report.add("latency", 2 * batch, 256, "forward+backward", times, ratios)
-
-
-def measure_inf_cl(report: Report, rows: int, features: int) -> None:
-    """Against Inf-CL's kernel for one GPU on its own problem: InfoNCE both ways in fp32.
-
-    Its products take tf32, as Triton's do by default; so do ours here.
-    """
-    flash_loss = require("inf_cl.flash", extra="bench-gpu").cal_flash_loss
-    scale = torch.tensor(1 / TEMPERATURE, device="cuda")
-    unit = tuple(
-        F.normalize(x.float(), dim=1).detach().requires_grad_() for x in views(2 * rows, features)
-    )
-
-    def both() -> Tensor:
-        out = cross_logsumexp(*unit, temperature=TEMPERATURE, backend="triton")
-        positive = (unit[0] * unit[1]).sum(dim=1) / TEMPERATURE
-        return ((out.row_lse + out.column_lse) / 2 - positive).mean()
-
-    def theirs() -> Tensor:
-        loss: Tensor = (flash_loss(*unit, scale=scale) + flash_loss(*unit[::-1], scale=scale)) / 2
-        return loss
-
-    torch.backends.cuda.matmul.allow_tf32 = True
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether products of fp32 may take tf32, on every side."""
+    torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
-        print(f"inf_cl: losses {both().item():.6f} and {theirs().item():.6f}")
-        candidates = {
-            "triton": one_pass(both, unit, True),
-            "inf_cl": one_pass(theirs, unit, True),
-        }
-        ratios: list[Ratio] = [("inf_cl", "triton", 1, ">=", 10)]
-        report.add("inf_cl", rows, features, "forward+backward", interleaved(candidates), ratios)
+        yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def measure_fp32(report: Report, rows: int, features: int) -> None:
-    """Full fp32 accuracy and tf32, each against eager with the same setting."""
-    inputs = views(rows, features, torch.float32)
-    for tf32 in (False, True):
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+class Benchmark:
+    """Every measurement at its sizes, and what came of it: the lists of the results file."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self.results: Results = {section: [] for section in SECTIONS}
+
+    def cells(self) -> list[Cell]:
+        """In the order of their worth, should the time run out."""
+        sizes = self.sizes
+        product = Size(sizes.product, sizes.product)
+        dtypes = (torch.bfloat16, torch.float16, torch.float32)
+        return [
+            *(
+                Cell("accuracy", sizes.accuracy, partial(self.accuracy, sizes.accuracy, dtype))
+                for dtype in dtypes
+            ),
+            Cell("matmul", product, self.matmul),
+            *(
+                Cell("targets", size, partial(self.targets, size, direction))
+                for size in sizes.targets
+                for direction in (FORWARD, BOTH)
+            ),
+            *(
+                Cell(part, size, partial(self.latency, part, size, in_graph))
+                for part, in_graph in (("latency", False), ("latency_graphed", True))
+                for size in sizes.latency
+            ),
+            Cell("first_use", sizes.first_use, self.first_use),
+            Cell("prediction", sizes.prediction, self.prediction),
+            *(Cell("memory", size, partial(self.memory, size)) for size in sizes.memory),
+            Cell("inf_cl", sizes.inf_cl, self.inf_cl),
+            *(Cell("compiled", size, partial(self.compiled, size)) for size in sizes.compiled),
+            *(Cell("fp32", sizes.fp32, partial(self.fp32, allowed)) for allowed in (False, True)),
+        ]
+
+    def fail(self, part: str, size: Size, name: str, error: str) -> None:
+        """Keep what failed, for the end."""
+        record = {"part": part, "M": size.rows, "D": size.features, "name": name, "error": error}
+        self.results["failed"].append(record)
+        print(f"failed: {part} M={size.rows} D={size.features} {name}: {error}", flush=True)
+
+    def time(
+        self,
+        part: str,
+        size: Size,
+        direction: str,
+        candidates: dict[str, Build],
+        clock: Clock = BusyDevice,
+        seconds: float = SECONDS,
+    ) -> dict[str, Record]:
+        """Keep and print the times of candidates."""
+        times, errors = in_turn(candidates, clock, seconds)
+        cell = {"part": part, "M": size.rows, "D": size.features, "pass": direction}
+        self.results["rows"] += [{**cell, "name": name, **row} for name, row in times.items()]
+        medians = ", ".join(f"{name} {1e3 * row['median']:.3f}" for name, row in times.items())
+        print(f"{part} M={size.rows} D={size.features} {direction}, ms: {medians}", flush=True)
+        for name, error in errors.items():
+            self.fail(part, size, name, error)
+        return times
+
+    def matmul(self) -> None:
+        """FLOP/s of a large product in bf16."""
+        size = self.sizes.product
+
+        def build() -> Run:
+            a, b = torch.randn(2, size, size, device=DEVICE).bfloat16()
+            out = torch.empty_like(a)
+            return lambda: torch.mm(a, b, out=out)
+
+        times = self.time("matmul", Size(size, size), FORWARD, {MM: build})
+        for record in times.values():
+            flops = 2 * size**3 / record["median"]
+            self.results["matmul"].append({"size": size, "flops": flops})
+            print(f"product of {size}³ in bf16: {flops / 1e12:.0f} TFLOP/s")
+
+    def targets(self, size: Size, direction: str) -> None:
+        """Against bare products and against eager."""
+        inputs = views(size)
+        name, count = (MM, 1) if direction == FORWARD else (MM3, 3)
         candidates = {
-            "triton": one_pass(lambda: ours(inputs), inputs, True),
-            "eager": one_pass(lambda: eager(*inputs), inputs, True),
+            OURS: one_pass(ours, inputs, direction),
+            name: bare_products(inputs, count),
+            AUTOCAST: one_pass(under_autocast(eager), inputs, direction),
         }
-        part = "tf32" if tf32 else "fp32"
-        times = interleaved(candidates)
-        ratios: list[Ratio] = [("triton", "eager", 1, "<=", None)]
-        report.add(part, rows, features, "forward+backward", times, ratios)
-    torch.backends.cuda.matmul.allow_tf32 = False
+        self.time("targets", size, direction, candidates)
 
+    def compiled(self, size: Size) -> None:
+        """Against torch.compile of the plain formula."""
+        inputs = views(size)
+        formula = under_autocast(torch.compile(eager, dynamic=False))
+        candidates = {
+            OURS: one_pass(ours, inputs, BOTH),
+            COMPILED: one_pass(formula, inputs, BOTH),
+        }
+        self.time("compiled", size, BOTH, candidates)
 
-def measure_memory(rows: int, features: int) -> dict[str, Any]:
-    """Peak memory of forward + backward beyond the inputs and the gradients that it returns."""
-    inputs = views(rows, features)
-    size = sum(x.numel() * x.element_size() for x in inputs)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    start = time.perf_counter()
-    torch.autograd.grad(ours(inputs), inputs)
-    torch.cuda.synchronize()
-    extra = torch.cuda.max_memory_allocated() - before - size
-    seconds = time.perf_counter() - start
-    print(f"M={rows} D={features}: extra {extra / size:.2f} x the input (<= 4), {seconds:.1f} s")
-    return {"M": rows, "D": features, "over_input": extra / size, "seconds": seconds}
+    def latency(self, part: str, size: Size, in_graph: bool) -> None:
+        """A small batch, as called or from a CUDA graph."""
+        inputs = views(size)
+        candidates = {OURS: one_pass(ours, inputs, BOTH), EAGER: one_pass(eager, inputs, BOTH)}
+        if in_graph:
+            candidates = {name: graphed(build) for name, build in candidates.items()}
+        self.time(part, size, BOTH, candidates, IdleDevice, 0.3)
 
+    def inf_cl(self) -> None:
+        """Against Inf-CL's kernel for one GPU on its own problem: InfoNCE both ways in fp32.
 
-def measure_accuracy(rows: int, features: int) -> list[dict[str, Any]]:
-    """Errors against float64 of ours and of eager, by dtype."""
-    records = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        inputs = views(rows, features, dtype)
-        anchors = torch.arange(rows, device="cuda")
-        truth = exact(*inputs, anchors)
-        for name, loss in (("triton", ours(inputs)), ("eager", eager(*inputs))):
+        Its products take tf32, as Triton's do by default; so do ours here.
+        """
+        if importlib.util.find_spec("inf_cl") is None:
+            self.results["missing"].append({"part": "inf_cl", "how": "pip install inf-cl"})
+            print("inf_cl is not installed: left out")
+            return
+        flash_loss = require("inf_cl.flash", extra="bench-gpu").cal_flash_loss
+        size = self.sizes.inf_cl
+        scale = torch.tensor(1 / TEMPERATURE, device=DEVICE)
+        raw = views(Size(2 * size.rows, size.features), torch.float32)
+        x, y = (F.normalize(z, dim=1).detach().requires_grad_() for z in raw)
+
+        def both(x: Tensor, y: Tensor) -> Tensor:
+            out = cross_logsumexp(x, y, temperature=TEMPERATURE, backend=BACKEND)
+            positive = (x * y).sum(dim=1) / TEMPERATURE
+            return ((out.row_lse + out.column_lse) / 2 - positive).mean()
+
+        def theirs(x: Tensor, y: Tensor) -> Tensor:
+            losses: Tensor = flash_loss(x, y, scale=scale) + flash_loss(y, x, scale=scale)
+            return losses.mean() / 2  # of every row
+
+        with tf32(True):
+            print(f"inf_cl: losses {both(x, y).item():.6f} and {theirs(x, y).item():.6f}")
+            candidates = {
+                OURS: one_pass(both, (x, y), BOTH),
+                INF_CL: one_pass(theirs, (x, y), BOTH),
+            }
+            self.time("inf_cl", size, BOTH, candidates)
+
+    def prediction(self) -> None:
+        """The prediction loss: four reads and a write, against copies of as many bytes."""
+        size = self.sizes.prediction
+        target = torch.randn(size.rows, size.features, device=DEVICE).bfloat16()
+        prediction = torch.randn_like(target).requires_grad_()
+        buffer = torch.empty_like(target)
+
+        def run() -> tuple[Tensor, ...]:
+            loss = prediction_loss(prediction, target, backend=BACKEND)
+            return torch.autograd.grad(loss, prediction)
+
+        def copies() -> None:
+            for _ in range(2):
+                buffer.copy_(target)
+            buffer.fill_(1.0)
+
+        self.time("prediction", size, BOTH, {OURS: lambda: run, BYTES: lambda: copies})
+
+    def fp32(self, allowed: bool) -> None:
+        """Full fp32 accuracy or tf32, against eager with the same setting."""
+        inputs = views(self.sizes.fp32, torch.float32)
+        setting = "tf32" if allowed else "fp32"
+        candidates = {
+            OURS: one_pass(ours, inputs, BOTH),
+            f"eager {setting}": one_pass(eager, inputs, BOTH),
+        }
+        with tf32(allowed):
+            self.time(setting, self.sizes.fp32, BOTH, candidates)
+
+    def memory(self, size: Size) -> None:
+        """Peak memory of forward + backward beyond the inputs and the gradients that it returns."""
+        inputs = views(size)
+        bytes_in = sum(x.numel() * x.element_size() for x in inputs)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        torch.autograd.grad(ours(*inputs), inputs)
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        extra = (torch.cuda.max_memory_allocated() - before) / bytes_in - 1
+        record = {"M": size.rows, "D": size.features, "over_input": extra, "seconds": seconds}
+        self.results["memory"].append(record)
+        print(f"memory M={size.rows}: extra {extra:.2f} x the input, {seconds:.1f} s", flush=True)
+
+    def first_use(self) -> None:
+        """Seconds of forward + backward in a new process that finds nothing compiled."""
+        size = self.sizes.first_use
+        with tempfile.TemporaryDirectory() as cache:
+            result = subprocess.run(
+                [sys.executable, __file__, "--first-use", *map(str, size)],
+                env={**os.environ, "TRITON_CACHE_DIR": cache},
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            if result.returncode != 0:
+                last = result.stderr.strip().splitlines()[-1:] or [f"exit {result.returncode}"]
+                raise RuntimeError(f"the new process failed: {last[0]}")
+            if not os.listdir(cache):
+                raise RuntimeError("nothing was compiled into TRITON_CACHE_DIR")
+        seconds = float(result.stdout.split()[-1])
+        self.results["first_use"].append({"M": size.rows, "D": size.features, "seconds": seconds})
+        print(f"first use, compiling: {seconds:.1f} s", flush=True)
+
+    def accuracy(self, size: Size, dtype: torch.dtype) -> None:
+        """Errors against float64 of ours and of eager."""
+        inputs = views(size, dtype)
+        with torch.device(DEVICE):
+            truth = exact(*inputs, torch.arange(size.rows))
+        for name, formula in ((OURS, ours), ("eager", eager)):
+            loss = formula(*inputs)
             gradient = torch.cat(torch.autograd.grad(loss, inputs))
-            errors = {
+            record = {
+                "M": size.rows,
+                "D": size.features,
+                "dtype": str(dtype).removeprefix("torch."),
+                "name": name,
                 "loss": relative_error(loss.detach(), truth.loss),
                 "gradient": relative_error(gradient, truth.gradient),
             }
-            records.append({"M": rows, "D": features, "dtype": str(dtype), "name": name, **errors})
-            print(f"{dtype} {name}: loss {errors['loss']:.1e}, gradient {errors['gradient']:.1e}")
-    return records
+            self.results["accuracy"].append(record)
+            errors = f"loss {record['loss']:.1e}, gradient {record['gradient']:.1e}"
+            print(f"accuracy {record['dtype']} {name}: {errors}", flush=True)
 
 
-def matmul_rate(size: int = 8192) -> float:
-    """FLOP/s of a product of size^3 in bf16."""
-    a, b = torch.randn(2, size, size, device="cuda").bfloat16()
-    out = torch.empty_like(a)
-    times = interleaved({"mm": lambda: torch.mm(a, b, out=out)}, 0.3)
-    rate = float(2 * size**3 / times["mm"]["median"])
-    print(f"product of {size}^3 in bf16: {rate / 1e12:.0f} TFLOP/s")
-    return rate
+def time_first_use(size: Size) -> float:
+    """Seconds of this process's first forward + backward."""
+    inputs = views(size)
+    torch.autograd.grad(eager(*(z[:4] for z in inputs)), inputs)  # starts the libraries
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    torch.autograd.grad(ours(*inputs), inputs)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def main() -> None:
+def save(name: str, results: Results, sizes: Sizes) -> None:
+    """Write the results file and the page beside it, each in one piece."""
+    gpu = {
+        "device": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "triton": installed_version("triton"),
+        "inf_cl": installed_version("inf-cl"),
+    }
+    targets = judge(results, sizes)
+    path = write_results(name, **results, targets=targets, gpu=[gpu])
+    temporary = path.with_suffix(".md.tmp")
+    temporary.write_text(markdown(json.loads(path.read_text())))
+    os.replace(temporary, path.with_suffix(".md"))
+
+
+def run(sizes: Sizes, name: str | None) -> int:
+    """Measure every cell, saving as ``name`` after each, and print the targets.
+
+    Returns:
+        0 if nothing failed.
+    """
+    benchmark = Benchmark(sizes)
+    results = benchmark.results
+    for cell in benchmark.cells():
+        stopped = False
+        try:
+            cell.measure()
+        except Exception as error:
+            benchmark.fail(cell.part, cell.size, "", first_line(error))
+        except KeyboardInterrupt:
+            stopped = True
+            benchmark.fail(cell.part, cell.size, "", "stopped here, the rest did not run")
+        if name is not None:
+            save(name, results, sizes)
+        if stopped:
+            break
+        torch.cuda.empty_cache()
+    targets = judge(results, sizes)
+    print()
+    print_table(HEADER, table(targets))
+    print(summary(targets))
+    for record in results["missing"]:
+        print(f"not installed: {record['part']} ({record['how']})")
+    for record in results["failed"]:
+        where = f"{record['part']} M={record['M']} D={record['D']} {record['name']}".strip()
+        print(f"failed: {where}: {record['error']}")
+    return int(bool(results["failed"]))
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one small size of each part")
     parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
+    parser.add_argument("--first-use", nargs=2, type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no CUDA device: nothing was measured")
-        return
-    torch.set_default_device("cuda")
-    report = Report()
-    quick = options.quick
-    peak = matmul_rate(2048 if quick else 8192)
-    sizes = [(2048, 128)] if quick else [(m, d) for m in ROWS for d in FEATURES]
-    accuracy: list[dict[str, Any]] = []
-    failed: list[dict[str, str]] = []
-    memory: list[dict[str, Any]] = []
-    parts: dict[str, Run] = {
-        "accuracy": lambda: accuracy.extend(measure_accuracy(1024 if quick else 8192, 256)),
-        "targets": lambda: [measure_targets(report, *size, peak) for size in sizes],
-        "latency": lambda: [measure_latency(report, b) for b in (SMALL[:1] if quick else SMALL)],
-        "fp32": lambda: measure_fp32(report, 2048 if quick else 16384, 256),
-        "memory": lambda: memory.append(measure_memory(2**14 if quick else 2**21, 256)),
-        "compiled": lambda: measure_compiled(report, 1024 if quick else 32768, 256),
-        "inf_cl": lambda: measure_inf_cl(report, 1024 if quick else 16384, 256),
-    }
-    device = torch.cuda.get_device_name()
-    name = f"{device.replace(' ', '-')}-{datetime.date.today().isoformat()}"
-    gpu = [{"device": device, "triton": installed_version("triton"), "matmul_flops": peak}]
-    for part, run in parts.items():
-        try:
-            run()
-        except Exception as error:  # the other parts go on, and the file says what failed
-            failed.append({"part": part, "error": str(error).strip().splitlines()[0]})
-            print(f"{part} failed: {error}")
-        torch.cuda.empty_cache()
-        if not options.no_save:  # after each part: the time may run out
-            write_results(
-                name, report.rows, accuracy=accuracy, memory=memory, failed=failed, gpu=gpu
-            )
-    print_table(HEADER, report.lines)
+        return 0
+    if options.first_use is not None:
+        print(time_first_use(Size(*options.first_use)))
+        return 0
+    device = re.sub(r"[^0-9A-Za-z]+", "-", torch.cuda.get_device_name()).strip("-")
+    name = f"{device}-{datetime.date.today().isoformat()}" + ("-quick" if options.quick else "")
+    return run(QUICK if options.quick else FULL, None if options.no_save else name)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +15,14 @@ from overloads import RUNNABLE
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor
 
-from cjepa_kernels import HJEPALoss, chunked_prediction_loss, ops, prediction_loss, reference
+from cjepa_kernels import (
+    HJEPALoss,
+    backends,
+    chunked_prediction_loss,
+    ops,
+    prediction_loss,
+    reference,
+)
 
 LOSS_TYPES = ["smoothl1", "mse", "huber"]
 NORMALIZATIONS: dict[str, dict[str, Any]] = {
@@ -465,3 +474,39 @@ def test_compiles_in_one_graph(backend: str, reduction: Any) -> None:
         results.append([out["loss"], *torch.autograd.grad(out["loss"], predictions)])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(
+    not (backends()["native"].available and sys.platform == "linux"), reason="native, on Linux"
+)
+def test_only_the_gradient_takes_memory() -> None:
+    """No temporary of the inputs' size: the process grows by the gradient, 64 MiB here."""
+    code = """
+import torch
+from cjepa_kernels import prediction_loss
+
+def grown(function):
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak is what is resident now
+    def peak():
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+    before = peak()
+    result = function()
+    return result, (peak() - before) / 1024
+
+torch.set_num_threads(2)
+small = torch.randn(4, 4, 512, requires_grad=True)
+torch.autograd.grad(prediction_loss(small, small.detach()), small)
+sides = [torch.randn(64, 512, 512) for _ in range(2)]
+sides[0].requires_grad_()
+loss, forward = grown(lambda: prediction_loss(*sides))
+_, backward = grown(lambda: torch.autograd.grad(loss, sides[0]))
+print(forward, backward)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True
+    )
+    forward, backward = map(float, result.stdout.split())
+    assert forward < 6
+    assert 60 < backward < 70
