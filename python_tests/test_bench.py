@@ -338,6 +338,7 @@ def few_sizes() -> Any:
         fp32=size,
         inf_cl=size,
         first_use=size,
+        prediction=size,
         product=16,
     )
 
@@ -394,11 +395,13 @@ def fake_results(sizes: Any, ours: float) -> dict[str, list[dict[str, Any]]]:
     """Results in which everything takes 1 s, but for the loss under test and its baselines."""
     both, forward = gpu_targets.BOTH, gpu_targets.FORWARD
     others = {gpu_targets.MM: 1.0, gpu_targets.MM3: 3.0, gpu_targets.EAGER: 2.0}
+    others[gpu_targets.BYTES] = 1.0
     others |= dict.fromkeys((gpu_targets.AUTOCAST, gpu_targets.COMPILED), 10.0)
     cells = [
         *(("targets", size, direction) for size in sizes.targets for direction in (forward, both)),
         *(("compiled", size, both) for size in sizes.compiled),
         *((part, size, both) for part in ("latency", "latency_graphed") for size in sizes.latency),
+        ("prediction", sizes.prediction, both),
     ]
     rows = [
         {"part": part, "M": m, "D": d, "pass": direction, "name": name, "median": seconds}
@@ -422,7 +425,7 @@ def test_gpu_targets_are_all_judged(ours: float, verdict: str, utilisation: floa
     sizes = gpu_targets.FULL
     records = gpu_targets.judge(fake_results(sizes, ours), sizes)
     ratios = 3 * len(sizes.targets) + len(sizes.compiled) + 2 * len(sizes.latency)
-    assert len(records) == ratios + 5
+    assert len(records) == ratios + 6
     by_part = {part: [r for r in records if r["part"] == part] for part in ("memory", "first_use")}
     assert [r["value"] for r in by_part["memory"]] == [2**21, 3.5]
     assert [r["value"] for r in by_part["first_use"]] == [12.0]
@@ -667,3 +670,28 @@ def test_gpu_check_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
         outcomes = [("build", "passed", 1.0), ("benchmark", outcome, 1.0)]
         monkeypatch.setattr(gpu_check, "run_all", lambda steps, outcomes=outcomes: outcomes)
         assert gpu_check.main() == code
+
+
+@needs_native
+def test_cjepa_loss_prints_times_and_ratios() -> None:
+    result = run_script("bench/cjepa_loss.py", "--quick")
+    assert result.returncode == 0, result.stderr
+    for text in ("prediction / byte limit, fresh gradient", "eager / native, whole", "at least 8"):
+        assert text in result.stdout
+
+
+@needs_native
+def test_cjepa_loss_compares_equal_formulas() -> None:
+    bench = importlib.import_module("cjepa_loss")
+    inputs = bench.Inputs(bench.QUICK[0])
+    runs = bench.candidates(inputs)
+    for part in ("prediction", "whole"):
+        for ours, eager in zip(runs[part](), runs[f"eager {part}"](), strict=True):
+            assert relative_error(ours, eager) <= FLOOR_GRADIENT[torch.float32]
+
+
+def test_training_step_measures_a_step() -> None:
+    result = run_script("bench/training_step.py", "--one", "cjepa,0.1")
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(result.stdout)
+    assert 0 < measured["loss"] < measured["step"]
