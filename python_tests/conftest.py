@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from cjepa_kernels import backends, chunked
+from cjepa_kernels import backends, chunked, triton
 
 # "cuda" makes the suite's tensors on the GPU: bench/gpu_check.py runs it so.
 DEVICE = os.environ.get("CJEPA_TEST_DEVICE", "cpu")
@@ -43,6 +45,31 @@ def poisoned_memory() -> Iterator[None]:
 def backend(request: pytest.FixtureRequest) -> str:
     """Every back end that is available here."""
     return str(request.param)
+
+
+@pytest.fixture
+def kernels_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Under the id of Triton a test launches a kernel, or fails; for whole modules to use.
+
+    In fp64, which goes to the chunked back end, the test is skipped.
+    """
+    call = getattr(request.node, "callspec", None)
+    parameters = call.params if call is not None else {}
+    if "triton" not in (parameters.get("backend"), parameters.get("overload", "").lstrip(".")):
+        yield
+        return
+    if parameters.get("dtype") == torch.float64:
+        pytest.skip("fp64 goes to the chunked back end, which is tested under its own name")
+    launches: list[str] = []
+    launch = triton._call
+
+    def counted(module: str, name: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        launches.append(name)
+        return launch(module, name, args)
+
+    monkeypatch.setattr(triton, "_call", counted)
+    yield
+    assert launches, "no Triton kernel was launched"
 
 
 @pytest.fixture(params=[1, 5, 4096], ids=["one_row", "five_rows", "whole"])

@@ -469,6 +469,7 @@ def test_gpu_benchmark_writes_json_and_page(
         "targets",
         "latency",
         "latency_graphed",
+        "prediction",
         "fp32",
         "tf32",
     }

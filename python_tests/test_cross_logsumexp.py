@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, METRIC, relative_error
 from torch import Tensor
 
-from cjepa_kernels import CrossLogSumExp, backends, chunked, cross_logsumexp, reference
+from cjepa_kernels import CrossLogSumExp, chunked, cross_logsumexp, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # (M, N, D): one of each, one against many, odd sizes past a tile, and very unequal ones.
@@ -30,10 +30,11 @@ SHAPES = [
 ]
 # Both sides of where a constant shift would leave fp32's range, about 0.0235.
 TEMPERATURES = [1e-3, 0.01, 0.02, 0.0231, 0.05, 0.1, 1.0, 100.0]
+pytestmark = pytest.mark.usefixtures("kernels_only")
 
 
 def sides(
-    rows: int, columns: int, features: int, dtype: torch.dtype = torch.float64
+    rows: int, columns: int, features: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """Random x, and y whose rows lie near rows of x, as leaves that want a gradient."""
     x = torch.randn(rows, features, dtype=torch.float64)
@@ -113,7 +114,7 @@ def test_shapes_and_dtypes(backend: str, shape: tuple[int, int, int], dtype: tor
 def test_sizes_around_the_blocks(
     backend: str, shape: tuple[int, int, int], temperature: float
 ) -> None:
-    check(*sides(*shape, torch.float32), backend, temperature=temperature)
+    check(*sides(*shape), backend, temperature=temperature)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 4096], ids=["one_row", "five_rows", "whole"])
@@ -153,6 +154,29 @@ def hard_sides(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_temperatures(backend: str, temperature: float, dtype: torch.dtype) -> None:
     check(*hard_sides(dtype), backend, temperature=temperature)
+
+
+# The kernels' shift changes at 0.0266; with the constant one, weights leave fp32 at 0.0217.
+@pytest.mark.parametrize("temperature", [0.0215, 0.0266, 0.0267])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_antipodal_rows(backend: str, temperature: float, dtype: torch.dtype) -> None:
+    direction = F.normalize(torch.randn(1, 24), dim=1)
+    x, y = (sign * direction + 0.01 * torch.randn(n, 24) for n, sign in ((5, 1), (7, -1)))
+    leaves = [z.to(dtype).requires_grad_() for z in (x, y)]
+    check(*leaves, backend, temperature=temperature)
+
+
+def test_small_upstream_gradients_beside_a_large_one(backend: str) -> None:
+    """In fp16; of rows, which have nothing to do with each other."""
+    x, y = (z.half().requires_grad_() for z in torch.randn(2, 20, 24))
+    truth = [z.detach().double().requires_grad_() for z in (x, y)]
+    upstream = torch.ones(20)
+    upstream[0] = 2.0**20
+    gradients = []
+    for leaves, name in (((x, y), backend), (truth, "reference")):
+        lse = cross_logsumexp(*leaves, backend=name).row_lse
+        gradients.append(torch.autograd.grad(lse, leaves[0], upstream.to(lse))[0][1:])
+    assert relative_error(*gradients) <= FLOOR_GRADIENT[torch.float16]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 5.0])
@@ -221,7 +245,7 @@ def test_huge_loss_scale_with_antipodal_rows(backend: Any) -> None:
 
 @pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
 def test_reference_is_logsumexp_of_the_matrix(cosine: bool) -> None:
-    x, y = (z.detach() for z in sides(14, 9, 5))
+    x, y = (z.detach() for z in sides(14, 9, 5, torch.float64))
     out = reference.cross_logsumexp(x, y, temperature=0.3, use_cosine_similarity=cosine)
     for a in range(14):
         pairs = [F.cosine_similarity(x[a], b, dim=0) if cosine else x[a] @ b for b in y]
@@ -233,7 +257,12 @@ def test_reference_is_logsumexp_of_the_matrix(cosine: bool) -> None:
     torch.testing.assert_close(out.column_max, swapped.row_max)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(
+    max_examples=8,
+    deadline=None,
+    # The back end stays the same for all examples of a test.
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),
@@ -241,27 +270,27 @@ def test_reference_is_logsumexp_of_the_matrix(cosine: bool) -> None:
     temperature=st.floats(1e-3, 100),
     cosine=st.booleans(),
     seed=st.integers(0, 2**31),
-    name=st.sampled_from([name for name, status in backends().items() if status.available]),
 )
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_any_shape_and_value(
+    backend: str,
+    dtype: torch.dtype,
     rows: int,
     columns: int,
     features: int,
     temperature: float,
     cosine: bool,
     seed: int,
-    name: str,
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x, y = (
-        torch.randn(n, features, generator=generator, dtype=torch.float64).requires_grad_()
-        for n in (rows, columns)
-    )
-    check(x, y, name, temperature=temperature, cosine=cosine)
+    torch.manual_seed(seed)
+    if dtype == torch.float32:  # elsewhere it is luck how an error compares with eager PyTorch's
+        temperature = min(max(temperature, 0.1), 10.0)
+    x, y = (torch.randn(n, features, dtype=dtype).requires_grad_() for n in (rows, columns))
+    check(x, y, backend, temperature=temperature, cosine=cosine)
 
 
 def test_second_derivative_of_the_reference() -> None:
-    x, y = sides(3, 4, 3)
+    x, y = sides(3, 4, 3, torch.float64)
 
     def both(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
         return cross_logsumexp(a, b, temperature=0.5, backend="reference")[:2]

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from eager import brute_force_metrics, textbook_nt_xent
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tolerances import (
     ALIGNED_GRADIENT,
@@ -20,16 +21,17 @@ from tolerances import (
 )
 from torch import Tensor
 
-from cjepa_kernels import backends, nt_xent, reference
+from cjepa_kernels import nt_xent, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # One pair, one feature, odd sizes around the vector widths, M past a tile, D not a power of two.
 SHAPES = [(1, 1), (1, 8), (2, 3), (3, 1), (5, 7), (17, 33), (64, 64), (129, 130)]
 TEMPERATURES = [1e-3, 0.01, 0.02, 0.0231, 0.05, 0.07, 0.1, 0.5, 1.0, 100.0]
 REDUCTIONS = ["mean", "sum", "none"]
+pytestmark = pytest.mark.usefixtures("kernels_only")
 
 
-def views(batch: int, features: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def views(batch: int, features: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Two correlated views with leaf tensors that want a gradient."""
     z_i = torch.randn(batch, features, dtype=torch.float64)
     z_j = z_i + torch.randn(batch, features, dtype=torch.float64)
@@ -127,6 +129,41 @@ def test_temperatures(backend: str, temperature: float, dtype: torch.dtype) -> N
     check(*hard_views(dtype), backend, temperature=temperature)
 
 
+# The kernels' shift changes at 0.0266; with the constant one, weights leave fp32 at 0.0217.
+@pytest.mark.parametrize("temperature", [0.0215, 0.0266, 0.0267])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_antipodal_rows(backend: str, temperature: float, dtype: torch.dtype) -> None:
+    """All that the first row is compared with is as far away as can be."""
+    z = F.normalize(torch.randn(1, 24), dim=1).expand(6, 24).clone()
+    z[1:] *= -1
+    z = (z + 0.01 * torch.randn(6, 24)).to(dtype)
+    check(z[:3].requires_grad_(), z[3:].requires_grad_(), backend, temperature=temperature)
+
+
+def test_small_upstream_gradients_beside_a_large_one(backend: str) -> None:
+    """In fp16; the large one is of a sample far from all others, with next to no gradient."""
+    z = torch.randn(2, 40, 24)
+    z[1] += z[0]
+    z[:, :, 0], z[:, 0] = 0.0, torch.eye(24)[0]
+    z = z.half().requires_grad_()
+    (truth,) = as_float64(z)
+    upstream = torch.ones(80)
+    upstream[::40] = 2.0**20
+    gradients = []
+    for x, name in ((z, backend), (truth, "reference")):
+        loss = nt_xent(x[0], x[1], temperature=0.05, reduction="none", backend=name).loss
+        gradients += torch.autograd.grad(loss, x, upstream.to(loss))
+    assert relative_error(*gradients) <= FLOOR_GRADIENT[torch.float16]
+
+
+def test_upstream_gradients_of_zero(backend: str) -> None:
+    z_i, z_j = views(8, 5)
+    temperature = torch.tensor(0.2, requires_grad=True)
+    loss = nt_xent(z_i, z_j, temperature=temperature, reduction="none", backend=backend).loss
+    for gradient in torch.autograd.grad(loss, (z_i, z_j, temperature), torch.zeros(16)):
+        assert (gradient == 0).all()
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
 @pytest.mark.parametrize("masked", [False, True], ids=["all_pairs", "masked"])
@@ -146,10 +183,14 @@ def test_reductions_similarities_and_masks(
     )
 
 
-@pytest.mark.parametrize(("temperature", "features"), [(0.05, 130), (0.02, 130), (0.05, 768)])
-def test_aligned_views_keep_their_gradient(backend: str, temperature: float, features: int) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "batch", "features"), [(0.05, 257, 130), (0.02, 257, 130), (0.05, 65, 768)]
+)
+def test_aligned_views_keep_their_gradient(
+    backend: str, temperature: float, batch: int, features: int
+) -> None:
     """Where the textbook form subtracts two nearly equal numbers, nothing is lost here."""
-    z_i = torch.randn(257, features)
+    z_i = torch.randn(batch, features)
     z_j = z_i + 0.1 * torch.randn_like(z_i)
     z_i, z_j = z_i.requires_grad_(), z_j.requires_grad_()
     truth_i, truth_j = as_float64(z_i, z_j)
@@ -166,7 +207,7 @@ def test_aligned_views_keep_their_gradient(backend: str, temperature: float, fea
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all_pairs", "masked"])
 def test_reference_is_the_textbook_loss_in_float64(masked: bool) -> None:
-    z_i, z_j = views(31, 11)
+    z_i, z_j = views(31, 11, torch.float64)
     mask = torch.rand(31, 31) < 0.2 if masked else None
     expected = textbook_nt_xent(z_i, z_j, temperature=0.3, mask=mask)
     actual = reference.nt_xent(z_i, z_j, temperature=0.3, mask=mask).loss
@@ -182,21 +223,24 @@ def test_reference_is_the_textbook_loss_in_float64(masked: bool) -> None:
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all_pairs", "masked"])
 @pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
-def test_metrics_by_counting_pairs(backend: str, cosine: bool, masked: bool) -> None:
-    z_i, z_j = (z.detach() for z in views(13, 5))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_metrics_by_counting_pairs(
+    backend: str, cosine: bool, masked: bool, dtype: torch.dtype
+) -> None:
+    z_i, z_j = (z.detach() for z in views(13, 5, dtype))
     mask = torch.rand(13, 13) < 0.4 if masked else None
     out = nt_xent(z_i, z_j, use_cosine_similarity=cosine, mask=mask, backend=backend)
     expected = brute_force_metrics(z_i, z_j, cosine=cosine, mask=mask)
     actual = (out.accuracy, out.positive_similarity, out.negative_similarity)
-    assert [float(a) for a in actual] == pytest.approx(expected, abs=1e-12)
+    assert [float(a) for a in actual] == pytest.approx(expected, abs=METRIC[dtype])
     assert 0 < out.accuracy < 1
 
 
 @pytest.mark.parametrize("batch", [65, 130])
 def test_large_masks(backend: str, batch: int) -> None:
     mask = torch.rand(batch, 2 * batch)[:, ::2] < 0.3
-    check(*views(batch, 6, torch.float32), backend, mask=mask)
-    check(*views(batch, 6, torch.float32), backend, mask=mask.repeat(1, 2)[:, ::2].T)
+    check(*views(batch, 6), backend, mask=mask)
+    check(*views(batch, 6), backend, mask=mask.repeat(1, 2)[:, ::2].T)
 
 
 @pytest.mark.parametrize("byte", [2, 128, 255])
@@ -316,21 +360,37 @@ def test_non_finite_embeddings_give_a_nan_loss(
     z_i, z_j = (z.detach().clone() for z in views(9, 4, dtype))
     z_j[2, 1] = poison
     z_i, z_j = z_i.requires_grad_(), z_j.requires_grad_()
-    loss = nt_xent(z_i, z_j, use_cosine_similarity=cosine, backend=backend).loss
-    assert loss.isnan()
-    loss.backward()  # nothing raises
+    gradients = []
+    for name in (backend, "reference"):
+        loss = nt_xent(z_i, z_j, use_cosine_similarity=cosine, backend=name).loss
+        assert loss.isnan()
+        gradients.append(torch.cat(torch.autograd.grad(loss, (z_i, z_j))))
+    actual, expected = (gradient.isnan().any(dim=1) for gradient in gradients)
+    assert expected[9 + 2]
+    assert actual[expected].all()
+
+
+def test_rows_of_zeros_get_no_gradient(backend: str) -> None:
+    z_i, z_j = (z.detach().clone() for z in views(9, 4))
+    z_i[3], z_j[5] = 0.0, 1e-9
+    z_i, z_j = z_i.requires_grad_(), z_j.requires_grad_()
+    loss = nt_xent(z_i, z_j, backend=backend).loss
+    for gradient, zero in zip(torch.autograd.grad(loss, (z_i, z_j)), (3, 5), strict=True):
+        assert (gradient[zero] == 0).all()
+        assert gradient.isfinite().all()
+        assert gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("scale", [2.0**16, 2.0**-16])
 def test_loss_scale_changes_nothing_but_the_scale(backend: str, scale: float) -> None:
-    z_i, z_j = views(16, 8, torch.float32)
+    z_i, z_j = views(16, 8)
     plain = torch.autograd.grad(nt_xent(z_i, z_j, backend=backend).loss, z_i)[0]
     scaled = torch.autograd.grad(scale * nt_xent(z_i, z_j, backend=backend).loss, z_i)[0]
     assert torch.equal(scaled, plain * scale)
 
 
 def test_same_bits_every_time(backend: str) -> None:
-    z_i, z_j = views(150, 40, torch.float32)
+    z_i, z_j = views(150, 40)
     runs = []
     for _ in range(3):
         out = nt_xent(z_i, z_j, backend=backend)
@@ -340,7 +400,7 @@ def test_same_bits_every_time(backend: str) -> None:
 
 
 def test_autocast_multiplies_in_the_low_dtype_and_returns_fp32(backend: str) -> None:
-    z_i, z_j = views(32, 24, torch.float32)
+    z_i, z_j = views(32, 24)
     expected = nt_xent(z_i, z_j, backend=backend)
     gradient = torch.autograd.grad(expected.loss, z_i)[0]
     with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
@@ -354,7 +414,15 @@ def test_autocast_multiplies_in_the_low_dtype_and_returns_fp32(backend: str) -> 
         assert not torch.equal(out.loss, expected.loss)
 
 
-@settings(max_examples=40, deadline=None)
+ANY = settings(
+    max_examples=8,
+    deadline=None,
+    # The back end stays the same for all examples of a test.
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@ANY
 @given(
     batch=st.integers(1, 24),
     features=st.integers(2, 20),
@@ -362,39 +430,39 @@ def test_autocast_multiplies_in_the_low_dtype_and_returns_fp32(backend: str) -> 
     cosine=st.booleans(),
     mask_share=st.sampled_from([None, 0.0, 0.3, 1.0]),
     seed=st.integers(0, 2**31),
-    name=st.sampled_from([name for name, status in backends().items() if status.available]),
 )
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_any_shape_and_value(
+    backend: str,
+    dtype: torch.dtype,
     batch: int,
     features: int,
     temperature: float,
     cosine: bool,
     mask_share: float | None,
     seed: int,
-    name: str,
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    z_i, z_j = (
-        torch.randn(batch, features, generator=generator, dtype=torch.float64).requires_grad_()
-        for _ in range(2)
-    )
-    mask = None
-    if mask_share is not None:
-        mask = torch.rand(batch, batch, generator=generator) < mask_share
-    check(z_i, z_j, name, temperature=temperature, cosine=cosine, mask=mask)
+    torch.manual_seed(seed)
+    if dtype == torch.float32:  # elsewhere it is luck how an error compares with eager PyTorch's
+        batch = max(batch, 2)
+        temperature = min(max(temperature, 0.1), 10.0) * (1.0 if cosine else 20.0)
+    z_i, z_j = (torch.randn(batch, features, dtype=dtype).requires_grad_() for _ in range(2))
+    mask = None if mask_share is None else torch.rand(batch, batch) < mask_share
+    check(z_i, z_j, backend, temperature=temperature, cosine=cosine, mask=mask)
 
 
-@settings(max_examples=25, deadline=None)
+@ANY
 @given(batch=st.integers(2, 20), features=st.integers(2, 12), seed=st.integers(0, 2**31))
-def test_order_and_scale_of_the_samples_do_not_matter(batch: int, features: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    z_i, z_j = (
-        torch.randn(batch, features, generator=generator, dtype=torch.float64) for _ in range(2)
-    )
-    order = torch.randperm(batch, generator=generator)
-    scale = torch.rand(batch, 1, generator=generator, dtype=torch.float64) + 0.5
-    expected = nt_xent(z_i, z_j, backend="chunked")
-    permuted = nt_xent((z_i * scale)[order], z_j[order], backend="chunked")
-    swapped = nt_xent(z_j, z_i, backend="chunked")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_order_and_scale_of_the_samples_do_not_matter(
+    backend: str, dtype: torch.dtype, batch: int, features: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    z_i, z_j = (torch.randn(batch, features, dtype=dtype) for _ in range(2))
+    order = torch.randperm(batch)
+    scale = torch.rand(batch, 1, dtype=dtype) + 0.5
+    expected = nt_xent(z_i, z_j, backend=backend)
+    permuted = nt_xent((z_i * scale)[order], z_j[order], backend=backend)
+    swapped = nt_xent(z_j, z_i, backend=backend)
     for other in (permuted, swapped):
         torch.testing.assert_close(other[:4], expected[:4])

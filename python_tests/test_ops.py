@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from overloads import OVERLOADS
-from tolerances import AUTOCAST_LOSS, EXACT, FLOOR_VALUE, relative_error
+from overloads import OVERLOADS, RUNNABLE
+from tolerances import AUTOCAST_LOSS, EXACT, FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor, nn
 
 from cjepa_kernels import (
@@ -23,6 +23,8 @@ from cjepa_kernels import (
     nt_xent,
     ops,
 )
+
+pytestmark = pytest.mark.usefixtures("kernels_only")
 
 
 def sample_inputs(dtype: torch.dtype = torch.float64) -> list[tuple[Any, ...]]:
@@ -79,8 +81,9 @@ def test_chunked_keeps_nothing(case: int) -> None:
 
 @OVERLOADS
 @CASES
-def test_opcheck_backward(overload: str, case: int) -> None:
-    inputs = sample_inputs()[case]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_opcheck_backward(overload: str, case: int, dtype: torch.dtype) -> None:
+    inputs = sample_inputs(dtype)[case]
     out = ops.operator("nt_xent", overload)(*inputs)
     arguments = (torch.ones_like(out[0]), *inputs[:4], *out[-4:], *inputs[4:-1])
     detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
@@ -146,7 +149,7 @@ def test_opcheck_cross_logsumexp_backward(overload: str, case: int, dtype: torch
     torch.library.opcheck(ops.operator("cross_logsumexp_backward", overload), detached)
 
 
-@OVERLOADS
+@pytest.mark.parametrize("overload", ["", ".chunked"], ids=["dispatched", "chunked"])
 @CASES
 def test_gradcheck_cross_logsumexp(overload: str, case: int) -> None:
     inputs = cross_inputs()[case]
@@ -163,8 +166,8 @@ def test_gradcheck_cross_logsumexp(overload: str, case: int) -> None:
 def test_registered_and_direct_autograd_agree(overload: str) -> None:
     """Below functions the operator itself is called while compiling, an autograd function else."""
     for name, inputs, differentiable in (
-        ("nt_xent", sample_inputs()[2], 1),
-        ("cross_logsumexp", cross_inputs()[1], 2),
+        ("nt_xent", sample_inputs(torch.float32)[2], 1),
+        ("cross_logsumexp", cross_inputs(torch.float32)[1], 2),
     ):
         leaves = [a for a in inputs if isinstance(a, Tensor) and a.requires_grad]
         results = []
@@ -176,6 +179,57 @@ def test_registered_and_direct_autograd_agree(overload: str) -> None:
             results.append([*outputs, *torch.autograd.grad(loss, leaves)])
         for actual, expected in zip(*results, strict=True):
             assert torch.equal(actual, expected)
+
+
+def gradients_of_saved(
+    name: str,
+    saver: str,
+    overload: str,
+    sides: Tensor,
+    temperature: float = 0.2,
+    later_temperature: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A backward of what another overload's forward saved, maybe at another temperature."""
+    pairs = name == "nt_xent"
+    inputs = (*sides, None) if pairs else tuple(sides)
+    options = (temperature, True, 1e-8, *(("mean", None) if pairs else (None,)))
+    out = ops.operator(name, saver)(*inputs, None, *options, *((False,) if pairs else ()))
+    upstream = [torch.ones_like(o) for o in out[: 1 if pairs else 2]]
+    backward = ops.operator(f"{name}_backward", overload)
+    x, y, _ = backward(*upstream, *inputs, later_temperature, *out[-4:], *options)
+    return x, y
+
+
+OPERATORS = pytest.mark.parametrize("name", ["nt_xent", "cross_logsumexp"])
+
+
+@OVERLOADS
+@OPERATORS
+@pytest.mark.parametrize("temperature", [0.2, 0.02], ids=["constant_shift", "running_maxima"])
+def test_backward_takes_what_another_back_end_saved(
+    overload: str, name: str, temperature: float
+) -> None:
+    """Shifts and sums mean the same to all, whatever each makes them relative to."""
+    if (name, overload) == ("nt_xent", ""):
+        pytest.skip("the compiled NT-Xent takes its own shifts only")
+    sides = torch.randn(2, 9, 5)
+    results = [
+        gradients_of_saved(name, saver, overload, sides, temperature)
+        for saver in (overload, *RUNNABLE)
+    ]
+    for other in results[1:]:
+        for gradient, expected in zip(other, results[0], strict=True):
+            assert relative_error(gradient, expected) <= 2 * FLOOR_GRADIENT[torch.float32]
+
+
+@OVERLOADS
+@OPERATORS
+@pytest.mark.parametrize("value", [0.0, -0.5, torch.nan])
+def test_backward_with_a_bad_temperature_gives_nan(overload: str, name: str, value: float) -> None:
+    """Though all that the forward saved is finite."""
+    bad = torch.tensor(value)
+    for gradient in gradients_of_saved(name, overload, overload, torch.randn(2, 9, 5), 0.2, bad):
+        assert gradient.isnan().all()
 
 
 @OVERLOADS
@@ -333,10 +387,11 @@ def test_meta_tensors_have_the_shapes_of_real_ones() -> None:
             assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
 
 
-@pytest.mark.parametrize("schema", [None, 1, 3], ids=["before_versions", "older", "newer"])
-def test_a_module_of_another_revision_is_not_used(schema: int | None) -> None:
+@pytest.mark.parametrize("later", [None, -1, 1], ids=["before_versions", "older", "newer"])
+def test_a_module_of_another_revision_is_not_used(later: int | None) -> None:
     """Its kernels may want other arguments: it counts as missing, and no call gets to them."""
-    build_info = {"instruction_set": "avx2"} if schema is None else {"schema": schema}
+    schema = importlib.import_module("cjepa_kernels.backends").SCHEMA_VERSION
+    build_info = {"instruction_set": "avx2"} if later is None else {"schema": schema + later}
     code = f"""
 import sys, types
 module = types.ModuleType("cjepa_kernels._C")

@@ -225,6 +225,18 @@ def test_a_temperature_gradient_is_not_that_of_rounded_coefficients() -> None:
     assert relative_error(*gradients) <= 2e-5
 
 
+def test_fp64_goes_to_the_chunked_back_end() -> None:
+    z = torch.randn(2, 9, 5, device=DEVICE, dtype=torch.float64).requires_grad_()
+    results = []
+    for backend in ("triton", "chunked"):
+        out = nt_xent(z[0], z[1], backend=backend)  # type: ignore[arg-type]
+        cross = cross_logsumexp(z[0], z[1], backend=backend)  # type: ignore[arg-type]
+        total = out.loss + cross.row_lse.sum() + 2 * cross.column_lse.sum()
+        results.append([*out, *cross, *torch.autograd.grad(total, z)])
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_a_dot_product_of_inf_is_nan_though_it_may_be_minus_inf(

@@ -35,14 +35,15 @@ add_library(test_driver STATIC ${driver_sources})
 cjepa_configure_tests(test_driver test_core)
 cjepa_link_torch(test_driver)
 # The expected values: quick, and nothing that a sanitizer is to look at.
-add_library(test_loop STATIC ${tests}/nt_xent_loop.cpp ${tests}/cross_logsumexp_loop.cpp)
+add_library(test_loop STATIC ${tests}/nt_xent_loop.cpp ${tests}/cross_logsumexp_loop.cpp
+  ${tests}/prediction_loss_loop.cpp)
 cjepa_configure_tests(test_loop)
 target_compile_options(test_loop PRIVATE -O2 -fno-sanitize=all)
 
 add_executable(tile_core_test ${tests}/check.cpp ${tests}/similarity_test.cpp
   ${tests}/product_test.cpp ${tests}/rows_test.cpp)
 cjepa_configure_tests(tile_core_test test_core)
-set(operators nt_xent cross_logsumexp)
+set(operators nt_xent cross_logsumexp prediction_loss)
 foreach(name ${operators} memory)
   # threads.cpp takes the place of PyTorch's threads: it says why.
   add_executable(${name}_test ${tests}/check.cpp ${tests}/${name}_test.cpp ${tests}/threads.cpp)
