@@ -12,7 +12,7 @@ SEEDS ?= 0,1,2
 INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cross_logsumexp_calls.py \
   ops.py prediction_loss.py triton.py triton_interpreter.py)
 
-.PHONY: help demo test gpu-check gpu-count ctest sanitize lint format bench memory micro plot examples clean
+.PHONY: help demo test gpu-check gpu-count ctest sanitize lint format bench bench-loss memory micro plot examples clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make ctest  C++ tests of the CPU kernel;  make sanitize runs them under sanitizers"
 	@echo "make lint   checks of style and types;  make format rewrites"
 	@echo "make bench  time and accuracy of the loss beside its targets;  make memory its peak memory"
+	@echo "make bench-loss  time of the whole C-JEPA loss and the share of each part"
 	@echo "make micro  time of each operator;  make plot draws what make bench recorded"
 	@echo "make gpu-check  tests and benchmarks of the Triton kernels on a machine with a GPU"
 	@echo "make gpu-count  instructions of the Triton kernels, counted in their machine code"
@@ -84,6 +85,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/nt_xent.py
+
+bench-loss: $(VENV)/.dev
+	$(BIN)/python bench/cjepa_loss.py
 
 memory: $(VENV)/.dev
 	$(BIN)/python bench/nt_xent_memory.py

@@ -73,12 +73,13 @@ def test_one_tensor_on_both_sides(backend: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_temperature_tensor_gives_the_values_of_the_float(backend: Any, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("temperature_dtype", DTYPES, ids=str)
+def test_temperature_tensor_gives_the_values_of_the_float(
+    backend: Any, temperature_dtype: torch.dtype
+) -> None:
     x, y = sides(12, 7, 5)
-    tensor = cross_logsumexp(
-        x, y, temperature=torch.tensor(0.25, dtype=dtype, requires_grad=True), backend=backend
-    )
+    temperature = torch.tensor(0.25, dtype=temperature_dtype, requires_grad=True)
+    tensor = cross_logsumexp(x, y, temperature=temperature, backend=backend)
     number = cross_logsumexp(x, y, temperature=0.25, backend=backend)
     torch.testing.assert_close(tensor, number)
 
