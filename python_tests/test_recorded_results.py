@@ -65,3 +65,34 @@ def test_counted_instructions_are_those_of_the_document() -> None:
             cycles = [row[f"{key}_cycles"] for key in ("product", "exponential", "issue")]
             cells = [f"{row['instructions']:.1f}", *(f"{cycle:.0f}" for cycle in cycles)]
             assert f"| {row['D']} | {names[row['kernel']]} | {' | '.join(cells)} |" in document
+
+
+def test_the_whole_loss_in_the_documents_is_the_recorded_one() -> None:
+    recorded = json.loads((ROOT / "bench/results/cjepa_loss_cpu.json").read_text())
+    document = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    times: dict[int, dict[str, float]] = {}
+    for row in recorded["rows"]:
+        times.setdefault(row["B"], {})[row["name"]] = 1e3 * row["median"]
+    columns = ("eager prediction", "prediction", "limit, fresh gradient", "eager whole", "whole")
+    for batch, of_case in times.items():
+        cells = [f"{of_case[name]:.3g}" for name in columns]
+        speed_up = f"{of_case['eager whole'] / of_case['whole']:.1f}"
+        (line,) = (x for x in document.splitlines() if x.startswith(f"| {batch} | "))
+        assert line.endswith(f"| {' | '.join((*cells, speed_up))} |")
+        if batch == 128:
+            assert f"{of_case['whole']:.1f} ms where the usual" in readme
+            assert f"takes {of_case['eager whole']:.0f} ms, {speed_up} times as long" in readme
+        if batch == 2048:
+            assert f"dominates, {speed_up} times" in readme
+    missed = [entry for entry in recorded["targets"] if entry["verdict"] == "missed"]
+    assert not missed
+
+
+def test_the_training_step_in_the_document_is_the_recorded_one() -> None:
+    recorded = json.loads((ROOT / "bench/results/training_step_cpu.json").read_text())
+    document = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for row in recorded["rows"]:
+        steps = f"{1e3 * row['step_before']:.1f} | {1e3 * row['step_after']:.1f}"
+        losses = f"{1e3 * row['loss_before']:.2f} | {1e3 * row['loss_after']:.2f}"
+        assert f"| `configs/{row['configuration']}.yaml` | {steps} | {losses} |" in document
