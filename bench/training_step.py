@@ -30,9 +30,14 @@ def measure(name: str, seconds: float) -> dict[str, float]:
     """Median seconds of a step and of its loss, forward and backward, in this process."""
     import torch
 
+    from cjepa_kernels import __file__ as package
+    from cjepa_kernels import backends
     from cjepa_kernels.train.config import load_config
     from cjepa_kernels.train.module import CJEPAModule, IndexedImages
 
+    expected = os.environ.get("PYTHONPATH", str(ROOT))
+    if Path(package).parents[1] != Path(expected) or not backends()["native"].available:
+        raise RuntimeError(f"{package} is not that of {expected} with its compiled module")
     config = load_config(ROOT / "configs" / f"{name}.yaml", [])
     shape = CASES[name]
     torch.manual_seed(0)
@@ -44,14 +49,11 @@ def measure(name: str, seconds: float) -> dict[str, float]:
     )
     views = module.on_after_batch_transfer(batch, 0)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-    steps: list[float] = []
-    losses: list[float] = []
-    loss_seconds = 0.0
     forward = module.loss.forward
+    losses: list[float] = []
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        """The loss, forward; its gradients are timed on copies that end at its inputs."""
-        nonlocal loss_seconds
+        """The loss with its gradients, on copies of its inputs that end there."""
         detached = {
             key: _detach(value) if key != "targets" else value for key, value in kwargs.items()
         }
@@ -59,20 +61,25 @@ def measure(name: str, seconds: float) -> dict[str, float]:
         out = forward(*args, **detached)
         inputs = [x for key, value in detached.items() if key != "targets" for x in _list(value)]
         torch.autograd.grad(out["loss"], inputs)
-        loss_seconds = time.perf_counter() - start
+        losses.append(time.perf_counter() - start)
         return forward(*args, **kwargs)
 
+    def run() -> list[float]:
+        steps: list[float] = []
+        deadline = time.perf_counter() + seconds / 2
+        while len(steps) < 6 or time.perf_counter() < deadline:
+            start = time.perf_counter()
+            loss = module.training_step(views, 0)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            steps.append(time.perf_counter() - start)
+        return steps[3:]
+
+    step = statistics.median(run())
     module.loss.forward = timed  # type: ignore[method-assign]
-    deadline = time.perf_counter() + seconds
-    while len(steps) < 6 or time.perf_counter() < deadline:
-        start = time.perf_counter()
-        loss = module.training_step(views, 0)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        steps.append(time.perf_counter() - start - loss_seconds)
-        losses.append(loss_seconds)
-    return {"step": statistics.median(steps[3:]), "loss": statistics.median(losses[3:])}
+    run()
+    return {"step": step, "loss": statistics.median(losses[3:])}
 
 
 def _list(value: Any) -> list[Any]:

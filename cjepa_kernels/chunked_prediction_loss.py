@@ -131,9 +131,7 @@ def _chunks(
     """Rows of both sides in the dtype of sums, 0 where the mask drops them, and the mask."""
     dtype = accumulation_dtype(prediction.dtype)
     features = prediction.shape[-1]
-    samples = max(1, CHUNK_ELEMENTS // prediction[0].numel())
-    for first in range(0, len(prediction), samples):
-        part = slice(first, first + samples)
+    for part in _parts(prediction):
         p, t = (x[part].reshape(-1, features).to(dtype) for x in (prediction, target))
         if mask is None:
             yield p, t, None
@@ -141,6 +139,19 @@ def _chunks(
         kept = mask[part].reshape(-1, 1)
         # A NaN in a dropped row must reach neither the loss nor a gradient.
         yield p.where(kept, 0.0), t.where(kept, 0.0), kept
+
+
+def _parts(x: Tensor) -> Iterator[tuple[slice, ...]]:
+    """Samples of (B, N, D) or (B, D) in order, or of one that is too large its patches."""
+    samples = CHUNK_ELEMENTS // x[0].numel()
+    if samples > 0 or x.ndim == 2:
+        for first in range(0, len(x), max(1, samples)):
+            yield (slice(first, first + max(1, samples)),)
+        return
+    patches = max(1, CHUNK_ELEMENTS // x.shape[-1])
+    for sample in range(len(x)):
+        for first in range(0, x.shape[1], patches):
+            yield slice(sample, sample + 1), slice(first, first + patches)
 
 
 def _statistics(p: Tensor, t: Tensor, normalization: str, kept: Tensor | None) -> Tensor:
@@ -159,7 +170,10 @@ def _statistics(p: Tensor, t: Tensor, normalization: str, kept: Tensor | None) -
 def _normalize(
     p: Tensor, t: Tensor, statistics: Tensor, normalization: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both sides normalised, and what they were multiplied by: 0 for a row that is a constant."""
+    """Both sides normalised, and what they were multiplied by: 0 for a row that is a constant.
+
+    An infinite norm gives 0 as well, but its row is NaN.
+    """
     first, second = statistics[:, :1], statistics[:, 1:]
     one = torch.ones_like(first)
     if normalization == "layer":
@@ -170,7 +184,7 @@ def _normalize(
     for x, norm in ((p, first), (t, second)):
         regular = norm > eps
         sides.append(x / norm.where(regular, eps))
-        scales.append((1 / norm).where(regular, 0.0))
+        scales.append((1 / norm).where(~(norm <= eps), 0.0))
     return sides[0], sides[1], scales[0], scales[1]
 
 
@@ -178,7 +192,8 @@ def _through(g: Tensor, unit: Tensor, scale: Tensor, project: bool) -> Tensor:
     """The gradient of a row whose normalised form has the gradient g."""
     if project:
         g = g - (g * unit).sum(1, keepdim=True) * unit
-    return (g * scale).where(scale != 0, 0.0)
+        return (g * scale).where((scale != 0) | unit.isnan().any(1, keepdim=True), 0.0)
+    return g * scale
 
 
 def _penalty(difference: Tensor, loss_type: str, threshold: float) -> Tensor:

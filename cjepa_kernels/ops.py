@@ -233,7 +233,10 @@ def _setup_prediction_loss(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor
     ctx.targets_too = any(t.requires_grad for t in targets)
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*predictions, *targets, *masks, *output[3:])
+    saved = [*predictions, *targets, *masks, *output[3:]]
+    # Tensors made under inference_mode cannot be saved so; nobody can change them in place either.
+    ctx.inference = {k: x for k, x in enumerate(saved) if x.is_inference()}
+    ctx.save_for_backward(*(None if x.is_inference() else x for x in saved))
 
 
 def _prediction_loss_gradients(
@@ -244,7 +247,8 @@ def _prediction_loss_gradients(
     loss, unweighted, of_levels = upstream[:3]
     if loss is None and unweighted is None and of_levels is None:
         return (none, none, *rest)
-    *tensors, statistics, scales = ctx.saved_tensors
+    saved = [ctx.inference.get(k, x) for k, x in enumerate(ctx.saved_tensors)]
+    *tensors, statistics, scales = saved
     predictions, targets = tensors[:levels], tensors[levels : 2 * levels]
     masks = tensors[2 * levels :]
     grad_predictions, grad_targets = backward(

@@ -19,6 +19,7 @@ from cjepa_kernels.functional import (
 )
 from cjepa_kernels.reference import PredictionLossType, Reduction
 
+SMALLEST, LARGEST = 1e-30, 1e30
 LOSS_TYPES: tuple[str, ...] = get_args(PredictionLossType)
 
 
@@ -28,8 +29,8 @@ class HierarchicalLoss(NamedTuple):
     Attributes:
         loss: () sum of weight x level.
         unweighted: () mean of the levels.
-        levels: One () tensor each, or for ``reduction="none"`` one of the level's shape; ``loss``
-            and ``unweighted`` then come from the levels' means.
+        levels: One () tensor each, or for ``reduction="none"`` one of the level's shape, parts of
+            one tensor; ``loss`` and ``unweighted`` then come from the levels' means.
     """
 
     loss: Tensor
@@ -162,13 +163,14 @@ def hierarchical_prediction_loss(
         eps,
         reduction,
     )
-    if len(predictions) == 1:
-        only = levels.view(predictions[0].shape) if reduction == "none" else unweighted
-        return HierarchicalLoss(loss, unweighted, (only,))
+    # Single views: results of unbind() and split() cannot be changed in place.
     if reduction != "none":
-        return HierarchicalLoss(loss, unweighted, levels.unbind())
-    parts = torch.split(levels, [p.numel() for p in predictions])
-    shaped = (part.view(p.shape) for part, p in zip(parts, predictions, strict=True))
+        return HierarchicalLoss(loss, unweighted, tuple(levels[k] for k in range(len(predictions))))
+    shaped = []
+    first = 0
+    for p in predictions:
+        shaped.append(levels[first : first + p.numel()].view(p.shape))
+        first += p.numel()
     return HierarchicalLoss(loss, unweighted, tuple(shaped))
 
 
@@ -231,9 +233,14 @@ def check_options(
         raise ValueError(f"target_norm must be 'layer' or None, got {target_norm!r}")
     check_bool("normalize_embeddings", normalize_embeddings)
     check_reduction(reduction)
-    check_positive("smoothl1_beta", smoothl1_beta)
-    check_positive("huber_delta", huber_delta)
-    check_positive("eps", eps)
+    for name, value in (
+        ("smoothl1_beta", smoothl1_beta),
+        ("huber_delta", huber_delta),
+        ("eps", eps),
+    ):
+        check_positive(name, value)
+        if not SMALLEST <= value <= LARGEST:  # fp32 has neither their squares nor their inverses
+            raise ValueError(f"{name} must lie between {SMALLEST} and {LARGEST}, got {value}")
     check_backend(backend)
 
 

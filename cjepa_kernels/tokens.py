@@ -15,7 +15,8 @@ def cls_tokens(features: Tensor) -> Tensor:
 
     The gradient of the features is as large as they are and all zeros but for these rows. On the
     CPU it is memory that the system fills with zeros only where it is touched; adding the gradient
-    of the features' other uses to it is all that is left to do.
+    of the features' other uses to it is all that is left to do. Autograd refuses to have the rows
+    changed in place.
 
     Args:
         features: (B, N+1, D), CLS at index 0.

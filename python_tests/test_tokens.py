@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, ops
+from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, backends, ops
 from cjepa_kernels.tokens import cls_tokens
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -61,9 +63,43 @@ def test_it_can_be_differentiated_twice() -> None:
     assert torch.autograd.gradgradcheck(lambda x: cls_tokens(x) ** 2, features)
 
 
+@pytest.mark.skipif(
+    not (backends()["native"].available and sys.platform == "linux"), reason="native, on Linux"
+)
+def test_the_zeros_take_no_memory() -> None:
+    """Features of 100 MiB with 50 CLS rows of 2 KiB: their gradient is a few pages."""
+    code = """
+import torch
+from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss
+from cjepa_kernels.tokens import cls_tokens
+
+def resident():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+
+patches = torch.randn(50, 1, 8)
+loss_fn = ContrastiveJEPALoss(HJEPALoss(num_hierarchies=1), contrastive_on_context=True)
+features = [torch.randn(50, 1024, 512, requires_grad=True) for _ in range(2)]
+for first in (True, False):
+    loss = loss_fn([patches], [patches], *features)["loss"]
+    before = resident()
+    grads = torch.autograd.grad(loss, features)
+    grown = (resident() - before) / 1024
+    assert all(g.shape == f.shape for g, f in zip(grads, features))
+print(grown)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True
+    )
+    assert float(result.stdout) < 20
+
+
 def test_opcheck() -> None:
     for rows in (torch.randn(3, 5), torch.randn(5, 3, dtype=torch.bfloat16).T):
         torch.library.opcheck(ops.operator("pad_tokens"), (rows, 4))
+    if backends()["native"].available:
+        with pytest.raises(ValueError, match="too many tokens"):
+            ops.operator("pad_tokens")(torch.randn(3, 5), 2**62)
 
 
 @pytest.mark.parametrize("kind", ["fork", "plain"])

@@ -66,7 +66,7 @@ def statistics_of(p, t, inside, features, NORMALIZATION: tl.constexpr, LAYER_EPS
 
 @triton.jit
 def normalize(p, t, first, second, inside, eps, NORMALIZATION: tl.constexpr):
-    """Both sides normalised, and what they were multiplied by: 0 for a row that is a constant."""
+    """Both sides normalised, and what they were multiplied by, unless the row is a constant."""
     scale_p = tl.full((p.shape[0],), 1.0, tl.float32)
     scale_t = tl.full((p.shape[0],), 1.0, tl.float32)
     if NORMALIZATION == L2:
@@ -74,8 +74,8 @@ def normalize(p, t, first, second, inside, eps, NORMALIZATION: tl.constexpr):
         regular_t = second > eps
         p = p / tl.where(regular_p, first, eps)[:, None]
         t = t / tl.where(regular_t, second, eps)[:, None]
-        scale_p = tl.where(regular_p, 1.0 / first, 0.0)
-        scale_t = tl.where(regular_t, 1.0 / second, 0.0)
+        scale_p = 1.0 / first
+        scale_t = 1.0 / second
     elif NORMALIZATION == LAYER:
         t = tl.where(inside, (t - first[:, None]) * second[:, None], 0.0)
         scale_t = second
@@ -193,7 +193,7 @@ def prediction_gradient_kernel(
     of_prediction = g
     if NORMALIZATION == L2:
         of_prediction = (g - tl.sum(g * u, 1)[:, None] * u) * scale_p[:, None]
-        of_prediction = tl.where(scale_p[:, None] == 0.0, 0.0, of_prediction)
+        of_prediction = tl.where((first <= eps)[:, None], 0.0, of_prediction)  # NaN stays NaN
     tl.store(
         grad_prediction + place, of_prediction.to(grad_prediction.dtype.element_ty), mask=valid
     )
@@ -201,7 +201,7 @@ def prediction_gradient_kernel(
         of_target = g
         if NORMALIZATION == L2:
             of_target = (g - tl.sum(g * v, 1)[:, None] * v) * scale_t[:, None]
-            of_target = tl.where(scale_t[:, None] == 0.0, 0.0, of_target)
+            of_target = tl.where((second <= eps)[:, None], 0.0, of_target)
         elif NORMALIZATION == LAYER:
             along = tl.sum(g * v, 1) / features
             of_target = g - (tl.sum(g, 1) / features)[:, None] - along[:, None] * v

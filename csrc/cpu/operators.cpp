@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -262,6 +263,8 @@ auto prediction_backward(std::optional<Tensor> grad_loss, std::optional<Tensor> 
 // (B, tokens, D) with the rows, (B, D), as token 0 and zeros elsewhere.
 Tensor pad_tokens(Tensor rows, int64_t tokens) {
   check(rows.dim() == 2 && tokens > 0, "rows must be 2-D, and tokens positive");
+  constexpr int64_t kMost = int64_t{1} << 48;
+  check(tokens <= kMost / std::max<int64_t>(rows.numel(), 1), "too many tokens");
   check(is_floating(rows.scalar_type()), "rows must be of fp64, fp32, bf16 or fp16");
   Tensor padded = zero_tensor({rows.size(0), tokens, rows.size(1)}, rows.scalar_type());
   Tensor first = torch::stable::select(padded, 1, 0);

@@ -196,12 +196,13 @@ struct PredictionCore : MicroTile<T, PlainOperand<T>> {
         write<STREAM>(out.target + d, -g);
       }
     });
-    if (!map.regular_p) clear(out.prediction, row.features);
-    if (TARGET && !map.regular_t) clear(out.target, row.features);
+    if (!map.regular_p) constant(out.statistics.first, row, out.prediction);
+    if (TARGET && !map.regular_t) constant(out.statistics.second, row, out.target);
   }
 
-  static void clear(T* out, int64_t features) {
-    for (int64_t d = 0; d < features; ++d) out[d] = 0;
+  // The gradient of a row of that norm, which is not above eps: 0, or NaN as the norm is.
+  static void constant(T norm, const PredictionRow<T>& row, T* out) {
+    for (int64_t d = 0; d < row.features; ++d) out[d] = norm <= row.eps ? 0 : norm;
   }
 
   template <bool SQUARE, Normalization N, bool UPSTREAM, bool TARGET>
