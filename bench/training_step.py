@@ -3,7 +3,8 @@
     python bench/training_step.py --against PATH [--rounds 5] [--seconds 4] [--no-save]
 
 PATH is a checkout of another revision, built in place. Both take turns in processes of their own,
-on random images of the two example configurations' sizes, without loading or augmenting them.
+on random images of the two example configurations' sizes, without loading or augmenting them. Of
+each the quickest round's median counts: a shared machine's speed varies by more than what is sought.
 Writes bench/results/training_step_cpu.json.
 """
 
@@ -128,14 +129,15 @@ def main() -> None:
         found: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
         for turn in range(options.rounds):
             print(f"{name}: round {turn + 1} of {options.rounds}", flush=True)
-            for side, checkout in (("before", options.against), ("after", ROOT)):
+            sides = [("before", options.against), ("after", ROOT)]
+            for side, checkout in sides[:: 1 if turn % 2 == 0 else -1]:
                 found[side].append(measure_in_a_process(checkout, name, options.seconds))
         rows.append(
             {
                 "configuration": name,
                 "base": revision,
                 **{
-                    f"{key}_{side}": statistics.median(m[key] for m in found[side])
+                    f"{key}_{side}": min(m[key] for m in found[side])
                     for key in ("step", "loss")
                     for side in found
                 },
