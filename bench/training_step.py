@@ -3,8 +3,8 @@
     python bench/training_step.py --against PATH [--rounds 5] [--seconds 4] [--no-save]
 
 PATH is a checkout of another revision, built in place. Both take turns in processes of their own,
-on random images of the two example configurations' sizes, without loading or augmenting them. Of
-each the quickest round's median counts: a shared machine's speed varies by more than what is sought.
+on random images of the two example configurations' sizes, without loading or augmenting them. The
+median of each one's quickest round counts: a shared machine's speed varies by more than is sought.
 Writes bench/results/training_step_cpu.json.
 """
 
