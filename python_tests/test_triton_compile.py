@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
@@ -98,13 +99,35 @@ def check(launches: list[Any], architecture: int) -> None:
     [(2, 1), (256, 256), (8192, 1), (8192, 4096), (2**17, 4096), (2**21, 256), (2**22, 256)],
 )
 def test_every_size_can_be_launched(rows: int, features: int) -> None:
-    """Grids within their limits, workspaces within the budget; at most 4 kernels for few rows."""
+    """Grids within their limits; at most 4 kernels for few rows."""
     launches = offline.launches(90, offline.nt_xent_call(rows, features, torch.bfloat16))
     names = [launch.name for launch in launches]
     forward = names.index("pack_kernel", 1)
     if rows <= 8192:
         assert forward <= 4, names
         assert len(names) - forward <= 4, names
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of all tensors that are made."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "empty" in str(func) or "zeros" in str(func):
+            self.total += out.numel() * out.element_size()
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"tensor": True}], ids=str)
+def test_memory_grows_with_the_rows_and_not_their_square(options: dict[str, Any]) -> None:
+    totals = []
+    for rows in (2**19, 2**20):
+        with Allocations() as allocations:
+            offline.launches(90, offline.nt_xent_call(rows, 256, torch.bfloat16, **options))
+        totals.append(allocations.total)
+    assert totals[1] < 2.05 * totals[0]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
