@@ -23,6 +23,40 @@ SMALLEST, LARGEST = 1e-30, 1e30
 LOSS_TYPES: tuple[str, ...] = get_args(PredictionLossType)
 
 
+class PredictionOptions(NamedTuple):
+    """Options of :func:`prediction_loss`."""
+
+    loss_type: PredictionLossType
+    normalize_embeddings: bool
+    target_norm: Literal["layer"] | None
+    reduction: Reduction
+    smoothl1_beta: float
+    huber_delta: float
+    eps: float
+    backend: Backend
+
+    @property
+    def threshold(self) -> float:
+        """Where the penalty turns linear."""
+        return self.huber_delta if self.loss_type == "huber" else self.smoothl1_beta
+
+    def check(self) -> PredictionOptions:
+        """Raise unless every option is one that the prediction loss knows."""
+        if self.loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {list(LOSS_TYPES)}, got {self.loss_type!r}")
+        if self.target_norm not in ("layer", None):
+            raise ValueError(f"target_norm must be 'layer' or None, got {self.target_norm!r}")
+        check_bool("normalize_embeddings", self.normalize_embeddings)
+        check_reduction(self.reduction)
+        for name in ("smoothl1_beta", "huber_delta", "eps"):
+            value = getattr(self, name)
+            check_positive(name, value)
+            if not SMALLEST <= value <= LARGEST:  # fp32 has neither their squares nor inverses
+                raise ValueError(f"{name} must lie between {SMALLEST} and {LARGEST}, got {value}")
+        check_backend(self.backend)
+        return self
+
+
 class HierarchicalLoss(NamedTuple):
     """Losses of several levels.
 
@@ -87,7 +121,7 @@ def prediction_loss(
         >>> prediction_loss(prediction, target, normalize_embeddings=False).item()
         0.5
     """
-    check_options(
+    options = PredictionOptions(
         loss_type,
         normalize_embeddings,
         target_norm,
@@ -96,25 +130,12 @@ def prediction_loss(
         huber_delta,
         eps,
         backend,
-    )
+    ).check()
     _check_side("prediction", prediction)
     _check_pair(("prediction", "target"), prediction, target)
     if mask is not None:
         _check_mask("mask", mask, prediction)
-    return hierarchical_prediction_loss(
-        [prediction],
-        [target],
-        [mask],
-        [1.0],
-        loss_type=loss_type,
-        normalize_embeddings=normalize_embeddings,
-        target_norm=target_norm,
-        reduction=reduction,
-        smoothl1_beta=smoothl1_beta,
-        huber_delta=huber_delta,
-        eps=eps,
-        backend=backend,
-    ).levels[0]
+    return hierarchical_prediction_loss([prediction], [target], [mask], [1.0], options).levels[0]
 
 
 def hierarchical_prediction_loss(
@@ -122,45 +143,25 @@ def hierarchical_prediction_loss(
     targets: Sequence[Tensor],
     masks: Sequence[Tensor | None],
     weights: Sequence[float],
-    *,
-    loss_type: PredictionLossType,
-    normalize_embeddings: bool,
-    target_norm: Literal["layer"] | None,
-    reduction: Reduction,
-    smoothl1_beta: float,
-    huber_delta: float,
-    eps: float,
-    backend: Backend,
+    options: PredictionOptions,
 ) -> HierarchicalLoss:
     """All levels in one call of the operator; arguments are checked (:func:`check_levels`)."""
-    threshold = huber_delta if loss_type == "huber" else smoothl1_beta
     device = predictions[0].device
-    if backend == "reference":
+    if options.backend == "reference":
         with torch.autocast(device.type, enabled=False):
-            return _reference(
-                predictions,
-                targets,
-                masks,
-                weights,
-                loss_type,
-                normalize_embeddings,
-                target_norm,
-                threshold,
-                eps,
-                reduction,
-            )
-    normalization = target_norm or ("l2" if normalize_embeddings else "none")
+            return _reference(predictions, targets, masks, weights, options)
+    reduction = options.reduction
     loss, unweighted, levels, _, _ = ops.call(
         "prediction_loss",
-        choose_overload(backend, device),
+        choose_overload(options.backend, device),
         list(predictions),
         list(targets),
         _as_tensors(masks),
         tuple(weights),
-        loss_type,
-        normalization,
-        threshold,
-        eps,
+        options.loss_type,
+        options.target_norm or ("l2" if options.normalize_embeddings else "none"),
+        options.threshold,
+        options.eps,
         reduction,
     )
     # Single views: results of unbind() and split() cannot be changed in place.
@@ -185,28 +186,23 @@ def _reference(
     targets: Sequence[Tensor],
     masks: Sequence[Tensor | None],
     weights: Sequence[float],
-    loss_type: PredictionLossType,
-    normalize_embeddings: bool,
-    target_norm: Literal["layer"] | None,
-    threshold: float,
-    eps: float,
-    reduction: Reduction,
+    options: PredictionOptions,
 ) -> HierarchicalLoss:
     levels, means = [], []
     for prediction, target, mask in zip(predictions, targets, masks, strict=True):
         level = reference.prediction_loss(
             prediction,
             target,
-            loss_type=loss_type,
-            normalize_embeddings=normalize_embeddings,
-            target_norm=target_norm,
+            loss_type=options.loss_type,
+            normalize_embeddings=options.normalize_embeddings,
+            target_norm=options.target_norm,
             mask=mask,
-            reduction=reduction,
-            threshold=threshold,
-            eps=eps,
+            reduction=options.reduction,
+            threshold=options.threshold,
+            eps=options.eps,
         )
         levels.append(level)
-        if reduction != "none":
+        if options.reduction != "none":
             means.append(level)
         elif mask is None:
             means.append(level.mean())
@@ -214,34 +210,6 @@ def _reference(
             means.append(level.sum() / (mask.sum() * level.shape[-1]).clamp(min=1))
     weighted = [weight * mean for weight, mean in zip(weights, means, strict=True)]
     return HierarchicalLoss(torch.stack(weighted).sum(), torch.stack(means).mean(), tuple(levels))
-
-
-def check_options(
-    loss_type: str,
-    normalize_embeddings: bool,
-    target_norm: str | None,
-    reduction: str,
-    smoothl1_beta: float,
-    huber_delta: float,
-    eps: float,
-    backend: str,
-) -> None:
-    """Raise unless every option is one that the prediction loss knows."""
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {list(LOSS_TYPES)}, got {loss_type!r}")
-    if target_norm not in ("layer", None):
-        raise ValueError(f"target_norm must be 'layer' or None, got {target_norm!r}")
-    check_bool("normalize_embeddings", normalize_embeddings)
-    check_reduction(reduction)
-    for name, value in (
-        ("smoothl1_beta", smoothl1_beta),
-        ("huber_delta", huber_delta),
-        ("eps", eps),
-    ):
-        check_positive(name, value)
-        if not SMALLEST <= value <= LARGEST:  # fp32 has neither their squares nor their inverses
-            raise ValueError(f"{name} must lie between {SMALLEST} and {LARGEST}, got {value}")
-    check_backend(backend)
 
 
 def check_levels(

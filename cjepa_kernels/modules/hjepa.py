@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from cjepa_kernels.backends import Backend
 from cjepa_kernels.functional import check_bool
-from cjepa_kernels.prediction import check_levels, check_options, hierarchical_prediction_loss
+from cjepa_kernels.prediction import (
+    PredictionOptions,
+    check_levels,
+    hierarchical_prediction_loss,
+)
 from cjepa_kernels.reference import PredictionLossType, Reduction
 
 Levels = Tensor | Sequence[Tensor]
@@ -66,16 +70,6 @@ class HJEPALoss(nn.Module):
             raise TypeError(f"num_hierarchies must be an int, got {num_hierarchies!r}")
         if num_hierarchies < 1:
             raise ValueError(f"num_hierarchies must be at least 1, got {num_hierarchies}")
-        check_options(
-            loss_type,
-            normalize_embeddings,
-            target_norm,
-            reduction,
-            smoothl1_beta,
-            huber_delta,
-            eps,
-            backend,
-        )
         check_bool("detach_targets", detach_targets)
         self.loss_type: PredictionLossType = loss_type
         self.num_hierarchies = num_hierarchies
@@ -88,6 +82,19 @@ class HJEPALoss(nn.Module):
         self.detach_targets = detach_targets
         self.target_norm = target_norm
         self.backend = backend
+        self._options().check()
+
+    def _options(self) -> PredictionOptions:
+        return PredictionOptions(
+            self.loss_type,
+            self.normalize_embeddings,
+            self.target_norm,
+            self.reduction,
+            self.smoothl1_beta,
+            self.huber_delta,
+            self.eps,
+            self.backend,
+        )
 
     def forward(
         self, predictions: Levels, targets: Levels, masks: Levels | None = None
@@ -113,18 +120,7 @@ class HJEPALoss(nn.Module):
         if self.detach_targets:
             target_levels = [target.detach() for target in target_levels]
         out = hierarchical_prediction_loss(
-            levels,
-            target_levels,
-            mask_levels,
-            self.hierarchy_weights,
-            loss_type=self.loss_type,
-            normalize_embeddings=self.normalize_embeddings,
-            target_norm=self.target_norm,
-            reduction=self.reduction,
-            smoothl1_beta=self.smoothl1_beta,
-            huber_delta=self.huber_delta,
-            eps=self.eps,
-            backend=self.backend,
+            levels, target_levels, mask_levels, self.hierarchy_weights, self._options()
         )
         parts = {f"loss_h{index}": level for index, level in enumerate(out.levels)}
         return {**parts, "loss": out.loss, "loss_unweighted": out.unweighted}
