@@ -252,7 +252,7 @@ struct PredictionCore : MicroTile<T, PlainOperand<T>> {
     }
   }
 
-  static PredictionFunctions<T> table() {
+  static constexpr PredictionFunctions<T> table() {
     return {&forward, &gradient, [] { Tile::fence(); }, &widen, &narrow};
   }
 };

@@ -7,6 +7,6 @@
 #include "tile_core_impl.h"
 
 namespace cjepa {
-extern const TileCore<float, float> kFloatAvx2 = Core<float>::table();
-extern const TileCore<double, double> kDoubleAvx2 = Core<double>::table();
+extern constinit const TileCore<float, float> kFloatAvx2 = Core<float>::table();
+extern constinit const TileCore<double, double> kDoubleAvx2 = Core<double>::table();
 }  // namespace cjepa

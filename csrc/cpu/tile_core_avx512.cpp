@@ -7,6 +7,6 @@
 #include "tile_core_impl.h"
 
 namespace cjepa {
-extern const TileCore<float, float> kFloatAvx512 = Core<float>::table();
-extern const TileCore<double, double> kDoubleAvx512 = Core<double>::table();
+extern constinit const TileCore<float, float> kFloatAvx512 = Core<float>::table();
+extern constinit const TileCore<double, double> kDoubleAvx512 = Core<double>::table();
 }  // namespace cjepa

@@ -48,6 +48,6 @@ struct Bf16Operand {
 
 }  // namespace
 
-extern const TileCore<float, Bf16Pair> kBf16Avx512 = Core<float, Bf16Operand>::table();
+extern constinit const TileCore<float, Bf16Pair> kBf16Avx512 = Core<float, Bf16Operand>::table();
 
 }  // namespace cjepa

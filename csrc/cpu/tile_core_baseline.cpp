@@ -8,6 +8,6 @@
 #include "tile_core_impl.h"
 
 namespace cjepa {
-extern const TileCore<float, float> kFloatBaseline = Core<float>::table();
-extern const TileCore<double, double> kDoubleBaseline = Core<double>::table();
+extern constinit const TileCore<float, float> kFloatBaseline = Core<float>::table();
+extern constinit const TileCore<double, double> kDoubleBaseline = Core<double>::table();
 }  // namespace cjepa

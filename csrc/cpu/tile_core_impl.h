@@ -19,7 +19,9 @@ struct Core {
   using Product = ProductCore<T, Operand>;
   using Row = RowCore<T, Operand>;
 
-  static TileCore<T, P> table() {
+  // For a constinit variable: code that fills it on loading would be of this instruction set, on
+  // every CPU.
+  static constexpr TileCore<T, P> table() {
     return {Similarity::MR,
             Similarity::NR,
             &Similarity::scratch_size,
