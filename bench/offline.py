@@ -193,7 +193,7 @@ def nt_xent_call(
         tau = meta() if tensor else None
         common = (temperature, cosine, 1e-8, "mean", None)
         out = forward.nt_xent(z_i, z_j, excluded, tau, *common, False)
-        backward.nt_xent_backward(meta(), z_i, z_j, excluded, tau, *out[5:], *common)
+        backward.nt_xent_backward(meta(), z_i, z_j, excluded, tau, *out[6:], *common)
 
     return call
 
@@ -208,7 +208,7 @@ def rectangle_call(
         common = (None, 0.1, True, 1e-8, None)
         out = forward.cross_logsumexp(x, y, *common)
         grads = meta(rows), meta(columns)
-        backward.cross_logsumexp_backward(*grads, x, y, None, *out[4:], *common[1:])
+        backward.cross_logsumexp_backward(*grads, x, y, None, *out[4:], *common[1:], True, True)
 
     return call
 

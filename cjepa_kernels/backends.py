@@ -15,7 +15,7 @@ import torch
 
 Backend = Literal["auto", "reference", "chunked", "native", "triton"]
 NAMES: tuple[str, ...] = get_args(Backend)
-SCHEMA_VERSION = 3  # of the operators' schemas in ops.py; the compiled module carries its own
+SCHEMA_VERSION = 4  # of the operators' schemas in ops.py; the compiled module carries its own
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,7 @@ def forward(
             positive.mean(),
             negative_similarity,
             torch.logaddexp(shift / tau + log_sum, positive / tau),
+            hardest,
             shift,
             log_sum,
             positive,

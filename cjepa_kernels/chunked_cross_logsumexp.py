@@ -78,6 +78,8 @@ def backward(
     cosine: bool,
     eps: float,
     product_dtype: torch.dtype | None,
+    of_x: bool,
+    of_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, y and the temperature; arguments as in ``ops.CROSS_LOGSUMEXP_BACKWARD``."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
@@ -87,7 +89,9 @@ def backward(
         )
         row_weight = grad_row_lse / row_log_sum.exp()  # (M,), g_a / S_a
         column_weight = grad_column_lse / column_log_sum.exp()  # (N,), f_b / T_b
-        grad_x, grad_y = x_rows.new_empty(x.shape), y_rows.new_zeros(y.shape)
+        with_x = of_x or not of_y  # one of both, for the temperature
+        grad_x = x_rows.new_empty((x if with_x else x[:0]).shape)
+        grad_y = y_rows.new_zeros((y if of_y else y[:0]).shape)
         rows, columns = len(x), len(y)
         step = chunked.chunk_rows(rows, columns)
         buffers = x_rows.new_empty(2, step, columns)
@@ -98,13 +102,17 @@ def backward(
             torch.sub(tile, column_shift, out=by_column).div_(tau).exp_().mul_(column_weight)
             tile.sub_(row_shift[chunk, None]).div_(tau).exp_().mul_(row_weight[chunk, None])
             tile.add_(by_column)
-            torch.mm(tile, y_rows, out=grad_x[chunk])
-            grad_y.addmm_(tile.T, x_rows[chunk])
+            if with_x:
+                torch.mm(tile, y_rows, out=grad_x[chunk])
+            if of_y:
+                grad_y.addmm_(tile.T, x_rows[chunk])
         grad_x.div_(tau)
         grad_y.div_(tau)
-        grad_temperature = (grad_x * x_rows).sum() / -tau
-        if cosine:
-            chunked.project(grad_x, x.to(grad_x.dtype, copy=True), eps)
-            chunked.project(grad_y, y.to(grad_y.dtype, copy=True), eps)
+        grad, operand = (grad_x, x_rows) if with_x else (grad_y, y_rows)
+        grad_temperature = (grad * operand).sum() / -tau
+        grad_x = grad_x if of_x else grad_x[:0].clone()
+        for grad, z, wanted in ((grad_x, x, of_x), (grad_y, y, of_y)):
+            if cosine and wanted:
+                chunked.project(grad, z.to(grad.dtype, copy=True), eps)
         like = row_shift if temperature_tensor is None else temperature_tensor
         return grad_x.to(x.dtype), grad_y.to(y.dtype), grad_temperature.to(like.dtype)

@@ -36,6 +36,8 @@ CONTRASTIVE_KEYS = {
     "reduction": "reduction",
     "eps": "eps",
     "backend": "backend",
+    "gather_distributed": "distributed",
+    "strategy": "strategy",
 }
 LOSS_KEYS = {"type", "use_contrastive", *JEPA_KEYS, *CONTRASTIVE_KEYS}
 BOOLEAN_KEYS = {
@@ -44,6 +46,7 @@ BOOLEAN_KEYS = {
     "detach_targets",
     "use_cosine_similarity",
     "contrastive_on_context",
+    "gather_distributed",
 }
 CJEPA_TYPES = ("cjepa", "contrastive_jepa")
 JEPA_TYPES = ("hjepa", "jepa", "smoothl1", "mse")  # the last two name the loss type as well

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from cjepa_kernels import ops, reference
 from cjepa_kernels.backends import HAS_NATIVE, Backend, check_backend
-from cjepa_kernels.distributed import Strategy, gather_pairs
+from cjepa_kernels.distributed import STRATEGIES, Strategy
+from cjepa_kernels.distributed import nt_xent as distributed
 from cjepa_kernels.environment import read_mebibytes
 from cjepa_kernels.reference import CrossLogSumExp, Reduction
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 KEPT_BYTES = int(read_mebibytes("CJEPA_KEPT_MIB", 256) * 2**20)
 read_mebibytes("CJEPA_CACHE_MIB", 256)  # for the compiled module, which cannot say what is wrong
@@ -66,11 +66,18 @@ def nt_xent(
         mask: (B, B) bool (B*N for 3-D inputs); True takes the pair of samples (k, l) out of the
             negatives, in all four blocks of views and both ways. The diagonal is ignored.
         group: Take the negatives from every rank of this process group. With R ranks and M rows
-            in all, ``mean`` returns (R / M) x the sum over this rank's anchors: its mean over the
-            ranks is the loss of one process on the whole batch, and so is the gradient that DDP
-            averages. ``sum`` and ``none`` cover this rank's anchors, the metrics are global.
-            Ranks may hold different numbers of pairs.
-        strategy: ``auto`` or ``all_gather``: every rank gathers the features of all.
+            in all, rank r returns for ``mean``
+
+                (R / M) * sum over its own anchors a of loss_a
+
+            whose mean over the ranks is the loss of one process on the whole batch, and so is the
+            gradient that DDP averages. ``sum`` and ``none`` cover this rank's anchors, the metrics
+            are global. Ranks may hold different numbers of pairs. Every rank has to take part in
+            every forward and backward.
+        strategy: How the ranks work together. ``all_gather``: every rank gathers the features of
+            all, quick for small batches. ``ring``: shards travel from rank to rank while the one
+            before is worked on, each pair of shards is multiplied once, and memory grows with this
+            rank's rows. ``auto`` chooses by size.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
 
     Returns:
@@ -78,8 +85,10 @@ def nt_xent(
 
     Raises:
         TypeError: A tensor of the wrong kind or dtype.
-        ValueError: A wrong shape, device or value; the message names it.
-        RuntimeError: A back end that was asked for by name and is missing.
+        ValueError: A wrong shape, device or value; the message names it. With a group also, on
+            all ranks alike, a rank without pairs or one that asks for something else.
+        RuntimeError: A back end that was asked for by name and is missing; a rank of the group that
+            ended, or did not take part within the process group's timeout.
 
     Source: SimCLR, arXiv 2002.05709, equation 1.
 
@@ -108,15 +117,43 @@ def nt_xent(
     _check_temperature_device(temperature, "z_i", z_i)
     if group is None:
         return _nt_xent(z_i, z_j, temperature, use_cosine_similarity, eps, reduction, mask, backend)
-    pairs = gather_pairs(z_i, z_j, group)
-    out = _nt_xent(
-        pairs.z_i, pairs.z_j, temperature, use_cosine_similarity, eps, "none", None, backend
+    if backend == "reference" and strategy == "ring":
+        raise ValueError('strategy must be "auto" or "all_gather" with backend="reference"')
+    return _nt_xent_of_group(
+        z_i, z_j, temperature, use_cosine_similarity, eps, reduction, group, strategy, backend
     )
-    own = out.loss.view(2, -1)[:, pairs.own].flatten()  # (2 B_r,)
-    loss = reference.reduce(own, "sum" if reduction == "mean" else reduction)
-    if reduction == "mean":
-        loss = loss * (pairs.ranks / len(out.loss))
-    return out._replace(loss=loss, lse=out.lse.view(2, -1)[:, pairs.own].flatten())
+
+
+@torch.compiler.disable
+def _nt_xent_of_group(
+    z_i: Tensor,
+    z_j: Tensor,
+    temperature: float | Tensor,
+    use_cosine_similarity: bool,
+    eps: float,
+    reduction: Reduction,
+    group: dist.ProcessGroup,
+    strategy: Strategy,
+    backend: Backend,
+) -> NTXentOutput:
+    """All ranks of a group, checked arguments. How many pairs they hold is known at run time."""
+    tensor, number = _split_temperature(temperature)
+    overload = distributed.REFERENCE
+    if backend != "reference":
+        overload = choose_overload(backend, z_i.device)
+    options = distributed.Options(
+        temperature=number,
+        cosine=use_cosine_similarity,
+        eps=eps,
+        reduction=reduction,
+        product_dtype=_product_dtype(z_i),
+        keep=overload == "" and _keeps_exponentials(z_i, z_j, tensor),
+        overload=overload,
+        strategy=strategy,
+        needs_gradient=torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (z_i, z_j, tensor)),
+    )
+    return NTXentOutput(*distributed.nt_xent(z_i, z_j, tensor, options, group))
 
 
 def _nt_xent(

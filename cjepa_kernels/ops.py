@@ -28,15 +28,17 @@ __all__ = ["NAMESPACE", "OVERLOADS", "call", "kept_size", "operator"]
 # z_i, z_j: (B, D), any strides. mask: (B, B) bool. temperature_tensor: (), overrides temperature.
 # product_dtype: dtype that the operands of z z^T are rounded to; None is the input's.
 # keep: keep the exponentials of S for the backward, M^2 / 2 numbers and more (see kept_size).
-# loss: () or, for reduction "none", (M,); lse, shift, log_sum, positive: (M,); metrics: ().
+# loss: () or, for reduction "none", (M,); lse, hardest, shift, log_sum, positive: (M,); metrics: ().
+# hardest is the largest similarity of a row's negatives, -inf without any.
 # shift is a similarity, log_sum the log of the sum over negatives of exp((s - shift) / tau):
-# together they are LSE-, without the rounding of a large number at low temperature.
+# together they are LSE-, without the rounding of a large number at low temperature. The backward
+# takes any such pair: of a larger S as well, of which these rows are a part.
 NT_XENT = (
     "(Tensor z_i, Tensor z_j, Tensor? mask, Tensor? temperature_tensor, float temperature, "
     "bool use_cosine_similarity, float eps, str reduction, ScalarType? product_dtype, "
     "bool keep) -> "
     "(Tensor loss, Tensor accuracy, Tensor positive_similarity, Tensor negative_similarity, "
-    "Tensor lse, Tensor shift, Tensor log_sum, Tensor positive, Tensor kept)"
+    "Tensor lse, Tensor hardest, Tensor shift, Tensor log_sum, Tensor positive, Tensor kept)"
 )
 NT_XENT_BACKWARD = (
     "(Tensor grad_loss, Tensor z_i, Tensor z_j, Tensor? mask, Tensor? temperature_tensor, "
@@ -59,9 +61,9 @@ def _fake_nt_xent(z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
     dtype = accumulation_dtype(z_i.dtype)
     loss = z_i.new_empty((rows,) if reduction == "none" else (), dtype=dtype)
     metrics = (z_i.new_empty((), dtype=dtype) for _ in range(3))
-    saved = (z_i.new_empty(rows, dtype=dtype) for _ in range(4))
+    of_rows = (z_i.new_empty(rows, dtype=dtype) for _ in range(5))
     kept = z_i.new_empty(kept_size(rows) if keep else 0, dtype=dtype)
-    return (loss, *metrics, *saved, kept)
+    return (loss, *metrics, *of_rows, kept)
 
 
 def _fake_nt_xent_backward(
@@ -103,7 +105,8 @@ def _nt_xent_gradients(
 # row_*: (M,), column_*: (N,). max: the largest similarity of a row or column of S = x y^T.
 # shift is a similarity, log_sum the log of the sum of exp((s - shift) / tau); lse is their
 # shift / tau + log_sum. The backward takes any such pair: of a larger S as well, of which x and y
-# are a part.
+# are a part. of_x, of_y: which gradients to compute, the other is empty; that of the temperature
+# follows from either.
 CROSS_LOGSUMEXP = (
     "(Tensor x, Tensor y, Tensor? temperature_tensor, float temperature, "
     "bool use_cosine_similarity, float eps, ScalarType? product_dtype) -> "
@@ -114,7 +117,7 @@ CROSS_LOGSUMEXP_BACKWARD = (
     "(Tensor grad_row_lse, Tensor grad_column_lse, Tensor x, Tensor y, "
     "Tensor? temperature_tensor, Tensor row_shift, Tensor row_log_sum, "
     "Tensor column_shift, Tensor column_log_sum, float temperature, "
-    "bool use_cosine_similarity, float eps, ScalarType? product_dtype) -> "
+    "bool use_cosine_similarity, float eps, ScalarType? product_dtype, bool of_x, bool of_y) -> "
     "(Tensor grad_x, Tensor grad_y, Tensor grad_temperature)"
 )
 
@@ -140,7 +143,9 @@ def _fake_cross_logsumexp_backward(
     row_shift: Tensor,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    return _fake_gradients(x, y, row_shift if temperature_tensor is None else temperature_tensor)
+    of_x, of_y = args[-2:]
+    like = row_shift if temperature_tensor is None else temperature_tensor
+    return _fake_gradients(x if of_x else x[:0], y if of_y else y[:0], like)
 
 
 def _setup_cross_logsumexp(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
@@ -157,13 +162,14 @@ def _cross_logsumexp_gradients(
         return (None,) * 7
     saved = ctx.saved_tensors
     row_shift, column_shift = saved[3], saved[5]
+    needs = ctx.needs_input_grad
     grad_x, grad_y, grad_temperature = backward(
         row_shift.new_zeros(row_shift.shape) if grad_row_lse is None else grad_row_lse,
         column_shift.new_zeros(column_shift.shape) if grad_column_lse is None else grad_column_lse,
         *saved,
         *ctx.options,
+        *needs[:2],
     )
-    needs = ctx.needs_input_grad
     return (
         grad_x if needs[0] else None,
         grad_y if needs[1] else None,

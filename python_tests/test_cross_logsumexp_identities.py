@@ -171,7 +171,7 @@ def test_backward_of_parts_with_the_sums_of_the_whole(
     with torch.no_grad():
         whole = ops.operator("cross_logsumexp", overload)(x, y, None, *options)
         backward = ops.operator("cross_logsumexp_backward", overload)
-        expected = backward(grad_row, grad_column, x, y, None, *whole[4:], *options)
+        expected = backward(grad_row, grad_column, x, y, None, *whole[4:], *options, True, True)
         row = whole[4:6]
         as_one_number = (whole[0] * temperature, torch.zeros_like(whole[0]))  # the same LSE
         for pair in (row, as_one_number):
@@ -179,6 +179,7 @@ def test_backward_of_parts_with_the_sums_of_the_whole(
                 backward(
                     *(grad_row, grad_column[part].contiguous(), x, y[part], None, *pair),
                     *(whole[6][part].contiguous(), whole[7][part].contiguous(), *options),
+                    *(True, True),
                 )
                 for part in (slice(0, 27), slice(27, None))
             ]

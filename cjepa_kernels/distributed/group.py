@@ -1,25 +1,17 @@
-"""Pairs of every rank on every rank: the all-gather that negatives across ranks need."""
+"""The ranks of a group: who holds how many pairs, and whether all ask for the same."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Strategy = Literal["auto", "all_gather"]
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-class GatheredPairs(NamedTuple):
-    """The pairs of all ranks, in the order of the ranks."""
-
-    z_i: Tensor  # (B, D), B pairs over all ranks
-    z_j: Tensor  # (B, D)
-    own: slice  # this rank's pairs among them
-    ranks: int
+from cjepa_kernels.distributed.exchange import Exchange
 
 
 def resolve_group(distributed: bool | dist.ProcessGroup) -> dist.ProcessGroup | None:
@@ -45,59 +37,87 @@ def resolve_group(distributed: bool | dist.ProcessGroup) -> dist.ProcessGroup | 
     return distributed
 
 
-def gather_pairs(z_i: Tensor, z_j: Tensor, group: dist.ProcessGroup) -> GatheredPairs:
-    """Collect the pairs of all ranks; the gradient of every rank's use of them flows back.
+@dataclass(frozen=True)
+class GlobalBatch:
+    """The pairs of all ranks, in the order of the ranks.
 
-    Every rank must call this, and every rank must run backward.
+    Attributes:
+        rank: This one.
+        batches: Pairs of each rank.
+    """
+
+    rank: int
+    batches: tuple[int, ...]
+
+    @property
+    def ranks(self) -> int:
+        """R."""
+        return len(self.batches)
+
+    @property
+    def rows(self) -> int:
+        """M, both views of all pairs."""
+        return 2 * sum(self.batches)
+
+    def rows_of(self, rank: int) -> int:
+        """Both views of one rank's pairs."""
+        return 2 * self.batches[rank]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every rank has to ask for alike: a number, or one of some values.
+
+    Attributes:
+        name: As the user knows it.
+        value: This rank's.
+        known: The values, unless it is a number.
+    """
+
+    name: str
+    value: Any
+    known: Sequence[Any] | None = None
+
+    def encode(self) -> int:
+        """The value as 64 bits."""
+        if self.known is not None:
+            return list(self.known).index(self.value)
+        code: int = struct.unpack("q", struct.pack("d", float(self.value)))[0]
+        return code
+
+    def decode(self, code: int) -> Any:
+        """The value of any rank."""
+        if self.known is not None:
+            return self.known[code]
+        return struct.unpack("d", struct.pack("q", code))[0]
+
+
+def agree(z_i: Tensor, settings: Sequence[Setting], group: dist.ProcessGroup) -> GlobalBatch:
+    """Tell each other how many pairs there are, and see that all ranks ask for the same.
 
     Args:
-        z_i: (B_r, D) pairs of this rank; ranks may hold different numbers of them.
-        z_j: Same shape.
+        z_i: (B_r, D) first views of this rank.
+        settings: The same names on every rank.
         group: The ranks.
 
-    Returns:
-        GatheredPairs.
-
     Raises:
-        ValueError: On all ranks alike, if one of them has no pair, or if features or dtypes
-            differ; the message names the rank.
+        ValueError: On all ranks alike, if one of them has no pair or asks for something else; the
+            message names the rank.
     """
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    own = torch.tensor([*z_i.shape, _DTYPES.index(z_i.dtype)], device=z_i.device)
-    described = [torch.empty_like(own) for _ in range(ranks)]
-    dist.all_gather(described, own, group=group)
-    batches, features, dtypes = torch.stack(described).T.tolist()
-    for other in range(ranks):
-        if batches[other] == 0:
-            raise ValueError(f"every rank must hold at least one pair, rank {other} has none")
-        if (features[other], dtypes[other]) != (features[0], dtypes[0]):
-            raise ValueError(
-                f"z_i and z_j must have the same D and dtype on every rank, rank 0 has "
-                f"{features[0]} and {_DTYPES[dtypes[0]]}, rank {other} has {features[other]} and "
-                f"{_DTYPES[dtypes[other]]}"
-            )
-    padded = z_i.new_zeros(2, max(batches), z_i.shape[1])
-    padded[0, : len(z_i)], padded[1, : len(z_j)] = z_i, z_j
-    # (R, 2, max B, D)
-    gathered: Tensor = _AllGather.apply(padded, group)  # type: ignore[no-untyped-call]
-    both = [
-        torch.cat([gathered[other, view, : batches[other]] for other in range(ranks)])
-        for view in (0, 1)
-    ]
-    start = sum(batches[:rank])
-    return GatheredPairs(both[0], both[1], slice(start, start + batches[rank]), ranks)
-
-
-class _AllGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, x.contiguous(), group=group)
-        return torch.stack(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total[dist.get_rank(ctx.group)], None
+    features = Setting("the number of features", z_i.shape[1])
+    everything = [features, *settings]
+    own = [len(z_i), *(setting.encode() for setting in everything)]
+    exchange = Exchange(group)
+    described = exchange.numbers(own, z_i.device)
+    for rank, (batch, *_) in enumerate(described):
+        if batch == 0:
+            raise ValueError(f"every rank must hold at least one pair, rank {rank} has none")
+    for position, setting in enumerate(everything, start=1):
+        codes = [numbers[position] for numbers in described]
+        for rank, code in enumerate(codes):
+            if code != codes[0]:
+                raise ValueError(
+                    f"{setting.name} must be the same on every rank, rank 0 has "
+                    f"{setting.decode(codes[0])} and rank {rank} has {setting.decode(code)}"
+                )
+    return GlobalBatch(exchange.rank, tuple(batch for batch, *_ in described))

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from cjepa_kernels.backends import Backend
+from cjepa_kernels.distributed import Strategy
 from cjepa_kernels.functional import check_bool, check_floating_tensor
 from cjepa_kernels.modules.hjepa import Levels
 from cjepa_kernels.modules.nt_xent import NTXentLoss
@@ -36,6 +38,9 @@ class ContrastiveJEPALoss(nn.Module):
         reduction: Reduction of NT-Xent: ``mean``, ``sum`` or ``none``.
         eps: Smallest norm that is divided by.
         backend: Back end of NT-Xent, see :func:`cjepa_kernels.backends`.
+        distributed: Take NT-Xent's negatives from all ranks (True) or from those of a process
+            group, as described for ``group`` in :func:`cjepa_kernels.nt_xent`.
+        strategy: How the ranks work together: ``auto``, ``all_gather`` or ``ring``.
 
     Raises:
         ValueError, TypeError: A bad argument; the message names it.
@@ -65,6 +70,8 @@ class ContrastiveJEPALoss(nn.Module):
         eps: float = 1e-8,
         *,
         backend: Backend = "auto",
+        distributed: bool | ProcessGroup = False,
+        strategy: Strategy = "auto",
     ) -> None:
         super().__init__()
         if not isinstance(jepa_loss, nn.Module):
@@ -88,6 +95,8 @@ class ContrastiveJEPALoss(nn.Module):
             reduction=reduction,
             eps=eps,
             backend=backend,
+            distributed=distributed,
+            strategy=strategy,
         )
         self._warned_no_gradient = False
 

@@ -38,7 +38,7 @@ class NTXentLoss(nn.Module):
             with ``distributed`` it covers this rank's pairs.
         distributed: Take the negatives from all ranks (True), or from those of a process group,
             as described for ``group`` in :func:`cjepa_kernels.nt_xent`.
-        strategy: How they are exchanged: ``auto`` or ``all_gather``.
+        strategy: How the ranks work together: ``auto``, ``all_gather`` or ``ring``.
 
     Raises:
         ValueError, TypeError: A bad argument; the message names it.

@@ -213,6 +213,7 @@ _DEFAULT_LOSS: dict[str, Any] = {
     "contrastive_weight": 0.1,
     "contrastive_temperature": 0.1,
     "contrastive_on_context": True,
+    "gather_distributed": True,
     "jepa_weight": 1.0,
     "jepa_loss_type": "smoothl1",
     "hierarchy_weights": [1.0, 0.5, 0.25],

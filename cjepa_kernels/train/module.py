@@ -76,6 +76,8 @@ class CJEPAModule(L.LightningModule):
         self.image_shape = image_shape
         self.total_steps = total_steps
         self.loss = build_loss(config, image_shape)
+        self.gathers = bool(self.loss.contrastive.distributed)
+        self.loss.contrastive.distributed = False  # until there are several processes
         self.levels = hierarchy_levels(self.loss)
         self.metric_names = metric_names(self.levels)
         # The global generator is left as it was; the weights are the same in every arm of a
@@ -88,6 +90,10 @@ class CJEPAModule(L.LightningModule):
         if self.loss.jepa_weight == 0:
             # Its loss is monitored only. Frozen, it takes no part in DDP's gradient exchange.
             self.predictor.requires_grad_(False)
+
+    def setup(self, stage: str) -> None:
+        """Take the negatives from all processes, where there are several."""
+        self.loss.contrastive.distributed = self.gathers and self.trainer.world_size > 1
 
     def on_after_batch_transfer(self, batch: IndexedImages, dataloader_idx: int) -> MaskedViews:
         """Augment and mask on the device, outside of autocast."""
@@ -195,7 +201,8 @@ def build_loss(
     Raises:
         ValueError: If the ``loss`` section is invalid or does not fit the ``masking`` section.
     """
-    loss = create_loss_from_config(config.loss)
+    # Several devices train as one does with the whole batch, unless the experiment says otherwise.
+    loss = create_loss_from_config({"gather_distributed": True, **config.loss})
     if not isinstance(loss, ContrastiveJEPALoss):
         raise ValueError(
             "loss.type: the training program needs 'cjepa', or use_contrastive: true; for the "
@@ -206,6 +213,11 @@ def build_loss(
     for module in (loss, loss.jepa_loss):
         if getattr(module, "reduction", "mean") == "none":
             raise ValueError("loss.reduction: training needs 'mean' or 'sum', got 'none'")
+        if getattr(module, "reduction", "mean") == "sum" and config.trainer.devices > 1:
+            raise ValueError(
+                "loss.reduction: several devices average their gradients and need 'mean', got "
+                f"'sum' with trainer.devices={config.trainer.devices}"
+            )
     levels = hierarchy_levels(loss)
     needed = 2 ** (levels - 1)
     if config.masking.predicted < needed:

@@ -291,11 +291,12 @@ def _build_module(config: ExperimentConfig, dataset: Dataset, samples: Tensor) -
 
 
 def _advisor(config: ExperimentConfig, module: CJEPAModule) -> Advisor:
+    ranks = 1 if module.gathers else config.trainer.devices
     return Advisor(
         warmup_epochs=config.optimizer.warmup_fraction * config.trainer.epochs,
         contrastive_weight=module.loss.contrastive_weight,
         jepa_weight=module.loss.jepa_weight,
-        batch_size=config.trainer.batch_size // config.trainer.devices,  # what a rank contrasts
+        batch_size=config.trainer.batch_size // ranks,  # what a rank contrasts
         temperature=float(module.loss.contrastive.temperature),
     )
 

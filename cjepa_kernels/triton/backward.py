@@ -36,8 +36,11 @@ class Gradients:
         cosine: bool,
         eps: float,
         mask: Tensor | None = None,
+        of_x: bool = True,
+        of_y: bool = True,
     ) -> None:
         self.x, self.y, self.operands, self.temperature = x, y, operands, temperature
+        self.of_x, self.of_y = of_x, of_y
         self.cosine, self.eps, self.self_contrast = cosine, eps, x is y
         self.mask = None if mask is None else mask | mask.T
         self.tma = launch.has_tma(x.z.device)
@@ -45,13 +48,18 @@ class Gradients:
         self.dots = x.z.new_empty(0, dtype=torch.float64)
 
     def products(self) -> tuple[Tensor, Tensor]:
-        """G Y and G^T X, scaled like the weights: (splits, padded rows, padded features), fp32."""
+        """G Y and G^T X, scaled like the weights: (splits, padded rows, padded features), fp32.
+
+        What is not asked for has no rows.
+        """
         plain = self.constant and self.mask is None
         if not (plain and launch.fits_a_strip(self.x) and launch.has("owned", self.x)):
             return self._squares()
-        by_y = None if self.self_contrast else self._owned(self.y, self.x)
-        by_x = self._owned(self.x, self.y)
-        return by_x, by_x if by_y is None else by_y
+        nothing = self.x.z.new_empty(0, dtype=torch.float32)
+        by_x = self._owned(self.x, self.y) if self.of_x else nothing
+        if self.self_contrast:
+            return by_x, by_x
+        return by_x, self._owned(self.y, self.x) if self.of_y else nothing
 
     def _owned(self, x: Packed, y: Packed) -> Tensor:
         config = launch.config("owned", x)
@@ -78,7 +86,8 @@ class Gradients:
         height, width = min(side, row_blocks), min(side, column_blocks)
         g = x.z.new_empty(height * TILE, width * TILE, dtype=dtype)
         by_x, by_y = (
-            z.z.new_empty(1, z.padded_rows, z.padded_features, dtype=torch.float32) for z in (x, y)
+            z.z.new_empty(1, z.padded_rows * wanted, z.padded_features, dtype=torch.float32)
+            for z, wanted in ((x, self.of_x), (y, self.of_y))
         )
         if self.self_contrast:
             by_y = by_x
@@ -89,8 +98,9 @@ class Gradients:
             for j in range(i if self.self_contrast else 0, column_blocks, width):
                 shape = min(height, row_blocks - i), min(width, column_blocks - j)
                 filled = max(filled, self._fill(g, i, j, shape, filled))
-                self._multiply(g, shape, False, y, j, by_x, i, j > 0)
-                if not (self.self_contrast and i == j):
+                if self.of_x:
+                    self._multiply(g, shape, False, y, j, by_x, i, j > 0)
+                if self.of_y and not (self.self_contrast and i == j):
                     self._multiply(g, shape, True, x, i, by_y, j, i > 0)
         self.dots = self.dots[: min(filled, tiles)]
         return by_x, by_y
@@ -226,6 +236,8 @@ def cross_logsumexp_backward(
     cosine: bool,
     eps: float,
     product_dtype: torch.dtype | None,
+    of_x: bool,
+    of_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, y and the temperature; as in ``ops.CROSS_LOGSUMEXP_BACKWARD``."""
     tau = Temperature(temperature, temperature_tensor)
@@ -236,10 +248,17 @@ def cross_logsumexp_backward(
     of_y = Upstream(column_shift, column_log_sum, None, grad_column_lse, largest, tau, constant)
     packed_x = operands.pack((x,), cosine=cosine, eps=eps, upstream=of_x)
     packed_y = operands.pack((y,), cosine=cosine, eps=eps, upstream=of_y)
-    gradients = Gradients(packed_x, packed_y, operands, tau, cosine, eps)
+    with_x = of_x or not of_y  # one of both, for the temperature
+    gradients = Gradients(
+        packed_x, packed_y, operands, tau, cosine, eps, of_x=with_x, of_y=of_y
+    )
     sums_x, sums_y = gradients.products()
     like = row_shift if temperature_tensor is None else temperature_tensor
-    # L is a function of x y^T / tau, so dL/dtau = -(1 / tau) sum x . dL/dx (Euler).
-    (grad_x,), of_temperature = gradients.finish(packed_x, sums_x, largest, 1.0, -1.0, like)
-    (grad_y,), _ = gradients.finish(packed_y, sums_y, largest, 1.0, -1.0, like)
+    # L is a function of x y^T / tau, so dL/dtau = -(1 / tau) sum x . dL/dx, and so for y (Euler).
+    grad_x, grad_y, of_temperature = x.new_empty(0, x.shape[1]), y.new_empty(0, x.shape[1]), like
+    if of_y:
+        (grad_y,), of_temperature = gradients.finish(packed_y, sums_y, largest, 1.0, -1.0, like)
+    if with_x:
+        (along_x,), of_temperature = gradients.finish(packed_x, sums_x, largest, 1.0, -1.0, like)
+        grad_x = along_x if of_x else grad_x
     return grad_x, grad_y, of_temperature

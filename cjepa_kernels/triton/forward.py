@@ -150,7 +150,7 @@ def nt_xent(
     floats = tiles._floats
     loss = floats(z.rows) if none else z_i.new_empty((), dtype=torch.float32)
     scalars = [z_i.new_empty((), dtype=torch.float32) for _ in range(3)]
-    lse, shift, log_sum, positive = (floats(z.rows) for _ in range(4))
+    lse, hardest, shift, log_sum, positive = (floats(z.rows) for _ in range(5))
     several = len(tiles.panels) > 1
     running_sum, running_max = (floats(z.padded_rows if several else 0) for _ in range(2))
     partial = z_i.new_empty(3 * tiles.row_blocks, dtype=torch.float64)
@@ -158,8 +158,8 @@ def nt_xent(
         # Rows below the panel have nothing in it.
         reduction.nt_xent_rows_kernel[(tiles.row_blocks if panel.is_last else panel.last,)](
             tiles.row_sum, tiles.row_max, tiles.column_sum, tiles.column_max,
-            running_sum, running_max, tiles.positive, loss, lse, shift, log_sum, positive, partial,
-            z.sums, z.squares, tiles.kept_sum, tiles.kept_count, z.counter, loss, *scalars,
+            running_sum, running_max, tiles.positive, loss, lse, hardest, shift, log_sum, positive,
+            partial, z.sums, z.squares, tiles.kept_sum, tiles.kept_count, z.counter, loss, *scalars,
             tau.argument, z.rows, tiles.row_blocks, panel.first, panel.last, tiles.run,
             len(z.squares),
             len(tiles.kept_sum), 1 / z.rows if reduction_name == "mean" else 1.0,
@@ -167,7 +167,8 @@ def nt_xent(
             LAST=panel.is_last, NONE=none, MASKED=mask is not None, WIDTH=z.sums.shape[1], BM=TILE,
             SLOTS=launch.SLOTS, num_warps=4,
         )  # fmt: skip
-    return (loss, *scalars, lse, shift, log_sum, positive, z_i.new_empty(0, dtype=torch.float32))
+    kept = z_i.new_empty(0, dtype=torch.float32)
+    return loss, *scalars, lse, hardest, shift, log_sum, positive, kept
 
 
 def cross_logsumexp(

@@ -101,7 +101,7 @@ def sum_in_order(values, count, BLOCK: tl.constexpr):
 )  # fmt: skip
 def nt_xent_rows_kernel(
     row_sum, row_max, column_sum, column_max, running_sum, running_max, positives,
-    loss, lse, shifts, log_sums, positive, partial, sums, squares, kept_sum, kept_count, counter,
+    loss, lse, hardest, shifts, log_sums, positive, partial, sums, squares, kept_sum, kept_count, counter,
     mean_loss, accuracy, positive_similarity, negative_similarity, temperature,
     rows, blocks, first_column, last_column, run, programs, kept_slots, scale_of_loss,
     CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
@@ -142,6 +142,7 @@ def nt_xent_rows_kernel(
     if NONE:
         tl.store(loss + at, own.to(tl.float32), mask=valid)
     tl.store(lse + at, (s * inverse_tau + own).to(tl.float32), mask=valid)
+    tl.store(hardest + at, top, mask=valid)
     tl.store(shifts + at, shift, mask=valid)
     tl.store(log_sums + at, log_sum.to(tl.float32), mask=valid)
     tl.store(positive + at, s, mask=valid)

@@ -117,7 +117,8 @@ struct Saved {
 
 template <typename T, typename P>
 std::tuple<Tensor, Tensor, Tensor> run_backward_of(const Inputs& in, const Tensor& grad_row,
-                                                   const Tensor& grad_column, const Saved& saved) {
+                                                   const Tensor& grad_column, const Saved& saved,
+                                                   bool of_x, bool of_y) {
   const TileCore<T, P>& core = tile_core<T, P>();
   Rectangle<T, P> r(in, core, {true, true, false});
   // The saved shifts may be those of a larger S, which these rows are a part of.
@@ -140,10 +141,16 @@ std::tuple<Tensor, Tensor, Tensor> run_backward_of(const Inputs& in, const Tenso
   const int64_t blocks = std::max(rows.blocks, columns.blocks);
   const int64_t side = std::min(blocks, square_side<T>(rows.block));
   const T factor = static_cast<T>(largest / r.shift.tau);
-  Tensor grads[2] = {make(in.x, {rows.rows, rows.features}, in.x.scalar_type()),
-                     make(in.y, {columns.rows, rows.features}, in.y.scalar_type())};
-  const GradientSums<T> x_sums(grads, 1, rows.rows, r.x.padded_features, side == blocks);
-  const GradientSums<T> y_sums(grads + 1, 1, columns.rows, r.x.padded_features, side == blocks);
+  const auto gradient = [&](const Tensor& like, bool wanted) {
+    const int64_t wanted_rows = wanted ? like.size(0) : 0;
+    return make(like, {wanted_rows, rows.features}, like.scalar_type());
+  };
+  // The gradient of the temperature follows from either side's.
+  const bool with_x = of_x || !of_y;
+  Tensor grads[2] = {gradient(in.x, with_x), gradient(in.y, of_y)};
+  const bool single = side == blocks;
+  const GradientSums<T> x_sums(grads, 1, rows.rows, r.x.padded_features, single || !with_x);
+  const GradientSums<T> y_sums(grads + 1, 1, columns.rows, r.x.padded_features, single || !of_y);
   std::vector<T> x_along(rows.rows), y_along(columns.rows);
   const Side<T, P> x{
       {core, r.source(0), r.rounding, nullptr, factor, grads, x_sums.in_place, x_along.data()},
@@ -151,13 +158,15 @@ std::tuple<Tensor, Tensor, Tensor> run_backward_of(const Inputs& in, const Tenso
   const Side<T, P> y{
       {core, r.source(1), r.rounding, nullptr, factor, grads + 1, y_sums.in_place, y_along.data()},
       y_sums.rows};
-  run_backward<T, P>(r.logits, row_weights, column_weights, nullptr, side, x, y);
+  run_backward<T, P>(r.logits, row_weights, column_weights, nullptr, side, with_x ? &x : nullptr,
+                     of_y ? &y : nullptr);
 
-  // Both outputs are functions of x y^T / tau: dL/dtau = -(1 / tau) sum x . dL/dx.
+  // Both outputs are functions of x y^T / tau: dL/dtau = -(1 / tau) sum x . dL/dx, and so for y.
   double total = 0;
-  for (T a : x_along) total += a;
+  for (T a : with_x ? x_along : y_along) total += a;
   const Tensor& like = in.temperature_tensor.has_value() ? *in.temperature_tensor : saved.row_shift;
-  return {grads[0], grads[1], scalar_gradient<T>(like, total / -r.shift.tau)};
+  return {of_x ? grads[0] : gradient(in.x, false), grads[1],
+          scalar_gradient<T>(like, total / -r.shift.tau)};
 }
 
 }  // namespace
@@ -175,12 +184,13 @@ std::tuple<Tensor, Tensor, Tensor> cross_logsumexp_backward(
     Tensor grad_row, Tensor grad_column, Tensor x, Tensor y,
     std::optional<Tensor> temperature_tensor, Tensor row_shift, Tensor row_log_sum,
     Tensor column_shift, Tensor column_log_sum, double temperature, bool cosine, double eps,
-    std::optional<ScalarType> product_dtype) {
+    std::optional<ScalarType> product_dtype, bool of_x, bool of_y) {
   const Inputs in{x, y, temperature_tensor, temperature, cosine, eps, product_dtype};
   const Saved saved{row_shift, row_log_sum, column_shift, column_log_sum};
   const ScalarType operands = backward_operands(in.rounded_dtype(), temperature_tensor);
   return with_types(x.scalar_type(), operands, [&](auto sum, auto operand) {
-    return run_backward_of<decltype(sum), decltype(operand)>(in, grad_row, grad_column, saved);
+    return run_backward_of<decltype(sum), decltype(operand)>(in, grad_row, grad_column, saved, of_x,
+                                                             of_y);
   });
 }
 

@@ -17,11 +17,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross
     Tensor x, Tensor y, std::optional<Tensor> temperature_tensor, double temperature, bool cosine,
     double eps, std::optional<ScalarType> product_dtype);
 
-// gradients of x, y and the temperature
+// Gradients of x, of y (both empty where not asked for) and of the temperature.
 std::tuple<Tensor, Tensor, Tensor> cross_logsumexp_backward(
     Tensor grad_row, Tensor grad_column, Tensor x, Tensor y,
     std::optional<Tensor> temperature_tensor, Tensor row_shift, Tensor row_log_sum,
     Tensor column_shift, Tensor column_log_sum, double temperature, bool cosine, double eps,
-    std::optional<ScalarType> product_dtype);
+    std::optional<ScalarType> product_dtype, bool of_x, bool of_y);
 
 }  // namespace cjepa

@@ -240,11 +240,11 @@ struct Side {
 // The gradients of X and Y from the kept exponentials or, where `kept` is null, with exponentials
 // computed again, a square of blocks at a time. A unit's rows belong to one thread, so nothing is
 // added by two. Where one square is all, sums are complete after a unit and finished there.
-// With `self` there is one side only.
+// With `self` there is one side only, `x`; a side that is null is not computed.
 template <typename T, typename P>
 void run_backward(const Logits<T, P>& logits, const Weights<T>& row_weights,
                   const Weights<T>& column_weights, const T* kept, int64_t side,
-                  const Side<T, P>& x, const Side<T, P>& y) {
+                  const Side<T, P>* x, const Side<T, P>* y) {
   const Layout &rows = logits.x.layout, &columns = logits.y.layout;
   const bool self = logits.self(), single = side >= std::max(rows.blocks, columns.blocks);
   const int64_t block = rows.block, padded = logits.x.padded_features;
@@ -265,15 +265,16 @@ void run_backward(const Logits<T, P>& logits, const Weights<T>& row_weights,
         fill_tiles(logits, square);
       }
       // The rows of the square's one side, then of its other, unless they are the same.
-      const int64_t own = (last - first) * units;
-      const int64_t all = own + (self && other == first ? 0 : (other_last - other) * units);
+      const int64_t own = x == nullptr ? 0 : (last - first) * units;
+      const bool only_own = self ? other == first : y == nullptr;
+      const int64_t all = own + (only_own ? 0 : (other_last - other) * units);
       const double work = 1.0 * all * unit_height * (last - first) * block * rows.features;
       deal(all, work, [&](const auto& take) {
         Buffer<P> coefficients(block * kCoefficientStride);
         Buffer<T> space(single ? unit_height * padded : 0);
         for (int64_t k; (k = take()) < all;) {
           const bool second = k >= own, of_y = second && !self;
-          const Side<T, P>& mine = of_y ? y : x;
+          const Side<T, P>& mine = of_y ? *y : *x;
           Unit unit{of_y, second ? other + (k - own) / units : first + k / units,
                     k % units * unit_height, 0};
           const int64_t valid = (of_y ? columns : rows).valid(unit.block);
@@ -291,7 +292,8 @@ void run_backward(const Logits<T, P>& logits, const Weights<T>& row_weights,
     }
   }
   if (single) return;
-  for (const Side<T, P>* mine : {&x, &y}) {
+  for (const Side<T, P>* mine : {x, y}) {
+    if (mine == nullptr) continue;
     const int64_t total = mine->finisher.source.rows();
     const int64_t parts = (total + kPackedRows - 1) / kPackedRows;
     deal(parts, 20.0 * total * rows.features, [&](const auto& take) {
@@ -300,7 +302,6 @@ void run_backward(const Logits<T, P>& logits, const Weights<T>& row_weights,
         mine->finisher.run(begin, end, mine->sums.from(begin));
       }
     });
-    if (self) break;
   }
 }
 

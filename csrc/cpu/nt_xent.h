@@ -57,8 +57,9 @@ inline int64_t kept_size(int64_t rows) {
   return blocks * (blocks + 1) / 2 * block * block;
 }
 
-// loss, accuracy, positive and negative similarity, lse, shift, log_sum, positive, kept
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// loss, accuracy, positive and negative similarity, lse, hardest, shift, log_sum, positive, kept
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                           Tensor>;
 
 template <typename T, typename P>
 Outputs nt_xent_forward(const Options& options, bool keep);

@@ -47,14 +47,33 @@ PairWeights<T> make_weights(const Pairs<T, P>& pairs, const Options& options,
   return w;
 }
 
+// Whether exponentials are saved relative to 1. Those of a row without negatives are not looked at.
+template <typename T>
+bool relative_to_one(const Saved& saved) {
+  const T *shift = data_of<T>(saved.shift), *log_sum = data_of<T>(saved.log_sum);
+  for (int64_t a = 0; a < saved.shift.size(0); ++a)
+    if (shift[a] != 1 && log_sum[a] != -kInfinity) return false;
+  return true;
+}
+
 }  // namespace
 
 template <typename T, typename P>
 std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Options& options, const Tensor& grad_loss,
                                                     const Saved& saved) {
   const TileCore<T, P>& core = tile_core<T, P>();
-  const bool kept = saved.kept.size(0) > 0;
-  const Pairs<T, P> pairs(options, core, {!kept, true, false});
+  const double tau = read_temperature(options.temperature_tensor, options.temperature);
+  const bool any_kept = saved.kept.size(0) > 0, relative = relative_to_one<T>(saved);
+  const bool may_differ = !relative && Shift<T>(tau, true).exponent.constant_shift;
+  Pairs<T, P> pairs(options, core, {!any_kept || may_differ, true, false});
+  // The saved shifts may be those of a larger S, which these rows are a part of, or of another back
+  // end: exponentials that were kept relative to 1 are then of no use.
+  const bool differs = !relative && pairs.shift.exponent.constant_shift;
+  if (differs) {
+    pairs.shift = Shift<T>(tau, false);
+    pairs.logits.exponent = pairs.shift.exponent;
+  }
+  const bool kept = any_kept && !differs;
   const Layout& layout = pairs.z.layout;
   const PairWeights<T> weights = make_weights(pairs, options, grad_loss, saved);
 
@@ -69,8 +88,8 @@ std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Options& options, cons
                          static_cast<T>(weights.largest / pairs.shift.tau / mean), grads,
                          sums.in_place, along.data()},
                         sums.rows};
-  run_backward(pairs.logits, weights.tiles, weights.tiles, kept ? data_of<T>(saved.kept) : nullptr,
-               side, rows, rows);
+  run_backward<T, P>(pairs.logits, weights.tiles, weights.tiles,
+                     kept ? data_of<T>(saved.kept) : nullptr, side, &rows, nullptr);
 
   // L is a function of z z^T / tau, so dL/dtau = -(1 / 2 tau) sum z . dL/dz (Euler).
   double total = 0;

@@ -22,7 +22,7 @@ struct Totals {
 
 template <typename T>
 struct PerRow {  // outputs in the caller's order; loss may be null
-  T *loss, *lse, *shift, *log_sum, *positive;
+  T *loss, *lse, *hardest, *shift, *log_sum, *positive;
 };
 
 // Adds up the chunks of some rows, and finishes those rows.
@@ -41,6 +41,7 @@ Totals reduce_rows(const Pairs<T, P>& pairs, const PartialSums<T>& sums, int64_t
     const double gap = (top - positive) / shift.tau + log_sum;  // LSE- minus the positive's logit
     const double own = softplus(gap);
     const int64_t at = pairs.original(begin + a);
+    out.hardest[at] = pairs.z.finite ? reduced.hardest[a] : static_cast<T>(kNaN);
     out.shift[at] = static_cast<T>(top);
     out.log_sum[at] = static_cast<T>(log_sum);
     out.lse[at] = static_cast<T>(positive / shift.tau + own);
@@ -82,10 +83,15 @@ Outputs nt_xent_forward(const Options& options, bool keep) {
 
   const bool none = options.reduction == "none";
   Tensor loss = none ? make(like, {rows}, dtype) : make(like, {}, dtype);
-  Tensor lse = make(like, {rows}, dtype), shift = make(like, {rows}, dtype);
+  Tensor lse = make(like, {rows}, dtype), hardest = make(like, {rows}, dtype);
+  Tensor shift = make(like, {rows}, dtype);
   Tensor log_sum = make(like, {rows}, dtype), positive = make(like, {rows}, dtype);
-  const PerRow<T> out{none ? data_of<T>(loss) : nullptr, data_of<T>(lse), data_of<T>(shift),
-                      data_of<T>(log_sum), data_of<T>(positive)};
+  const PerRow<T> out{none ? data_of<T>(loss) : nullptr,
+                      data_of<T>(lse),
+                      data_of<T>(hardest),
+                      data_of<T>(shift),
+                      data_of<T>(log_sum),
+                      data_of<T>(positive)};
   const int64_t parts = (rows + kReducedRows - 1) / kReducedRows;
   std::vector<Totals> totals(parts);
   deal(parts, 100.0 * rows, [&](const auto& take) {
@@ -117,6 +123,7 @@ Outputs nt_xent_forward(const Options& options, bool keep) {
           scalar<T>(like, total.positive / count),
           scalar<T>(like, negative),
           lse,
+          hardest,
           shift,
           log_sum,
           positive,

@@ -126,7 +126,7 @@ auto cross_forward(Tensor x, Tensor y, std::optional<Tensor> temperature_tensor,
 auto cross_backward(Tensor grad_row, Tensor grad_column, Tensor x, Tensor y,
                     std::optional<Tensor> temperature_tensor, Tensor row_shift, Tensor row_log_sum,
                     Tensor column_shift, Tensor column_log_sum, double temperature, bool cosine,
-                    double eps, std::optional<ScalarType> product_dtype) {
+                    double eps, std::optional<ScalarType> product_dtype, bool of_x, bool of_y) {
   check_inputs(x, y, temperature_tensor, product_dtype);
   constexpr const char* kRows = "gradients, shifts and log sums must be those of rows and columns";
   for (const Tensor* t : {&grad_row, &row_shift, &row_log_sum}) check_rows(*t, x, x.size(0), kRows);
@@ -136,7 +136,7 @@ auto cross_backward(Tensor grad_row, Tensor grad_column, Tensor x, Tensor y,
     check(t->is_contiguous(), "shifts and log sums must be contiguous");
   return cross_logsumexp_backward(grad_row, grad_column, x, y, temperature_tensor, row_shift,
                                   row_log_sum, column_shift, column_log_sum, temperature, cosine,
-                                  eps, product_dtype);
+                                  eps, product_dtype, of_x, of_y);
 }
 
 bool same_shape(const Tensor& a, const Tensor& b, int64_t dims) {

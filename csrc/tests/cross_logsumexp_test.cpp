@@ -84,18 +84,6 @@ struct Inputs {
   }
 };
 
-// Exponentials relative to a higher shift are smaller, and so is the logarithm of their sum.
-template <typename T>
-void raise_shift(Tensor& shift, Tensor& log_sum, double by, double tau) {
-  auto* shifts = static_cast<T*>(shift.mutable_data_ptr());
-  auto* log_sums = static_cast<T*>(log_sum.mutable_data_ptr());
-  for (int64_t a = 0; a < shift.numel(); ++a) {
-    const T before = shifts[a];
-    shifts[a] = static_cast<T>(before + by);
-    log_sums[a] = static_cast<T>(log_sums[a] - (static_cast<double>(shifts[a]) - before) / tau);
-  }
-}
-
 // Log-sum-exp, maxima, shifts and log sums, each of rows and of columns; gradients of X, of Y and
 // of the temperature.
 enum Result { kLse, kLargest = 2, kShift = 4, kLogSum = 6, kGradient = 8, kTemperature = 10 };
@@ -119,8 +107,20 @@ Results run(const Inputs& in) {
   }
   const auto [grad_x, grad_y, grad_temperature] = cross_logsumexp_backward(
       in.grads[0].tensor(), in.grads[1].tensor(), x, y, temperature, row_shift, row_log_sum,
-      column_shift, column_log_sum, p.tau, p.cosine, 1e-8, p.product_dtype);
+      column_shift, column_log_sum, p.tau, p.cosine, 1e-8, p.product_dtype, true, true);
   for (const Tensor& t : {grad_x, grad_y, grad_temperature}) results.push_back(numbers_of(t));
+  for (const bool of_x : {false, true}) {  // one side alone, or neither
+    for (const bool of_y : {false, true}) {
+      const auto some = cross_logsumexp_backward(
+          in.grads[0].tensor(), in.grads[1].tensor(), x, y, temperature, row_shift, row_log_sum,
+          column_shift, column_log_sum, p.tau, p.cosine, 1e-8, p.product_dtype, of_x, of_y);
+      const Tensor nothing = torch::stable::new_empty(x, {0, p.size.features}, x.scalar_type());
+      CHECK(same_bits({numbers_of(of_x ? grad_x : nothing), numbers_of(of_y ? grad_y : nothing)},
+                      {numbers_of(std::get<0>(some)), numbers_of(std::get<1>(some))}),
+            "%s: gradients of one side alone", p.name);
+      results.push_back(numbers_of(std::get<2>(some)));
+    }
+  }
   return results;
 }
 
@@ -164,9 +164,10 @@ void check_results(const Inputs& in, const Results& actual) {
       }
     }
   }
-  CHECK_NEAR(actual[kTemperature][0], expected.grad_temperature,
-             temperature_error / tau + 2 * u * std::fabs(expected.grad_temperature),
-             "%s: gradient of the temperature", name);
+  for (size_t k = kTemperature; k < actual.size(); ++k)
+    CHECK_NEAR(actual[k][0], expected.grad_temperature,
+               temperature_error / tau + 2 * u * std::fabs(expected.grad_temperature),
+               "%s: gradient of the temperature, %zu", name, k);
 }
 
 // T is the type of the sums.

@@ -20,6 +20,7 @@ struct Problem {
   const char* reduction = "mean";
   std::optional<ScalarType> product_dtype{};
   double length = 1;  // of rows in the dot product
+  double raised_shift = 0;  // what the backward takes is relative to that much more
 
   int64_t rows() const { return 2 * batch; }
   ScalarType rounded_dtype() const { return product_dtype.value_or(dtype); }
@@ -82,7 +83,7 @@ struct Case {
 };
 
 // Loss, accuracy, positive and negative similarity, lse, the gradients of both views and of the
-// temperature.
+// temperature, the hardest negatives.
 template <typename T, typename P>
 Results run(const Case& c, bool keep) {
   const Problem& p = c.problem;
@@ -90,13 +91,14 @@ Results run(const Case& c, bool keep) {
                   c.reduction(),       p.product_dtype};
   if (p.mask) options.mask = c.mask.tensor();
   if (p.tensor_temperature) options.temperature_tensor = c.temperature.tensor();
-  auto [loss, accuracy, positive_mean, negative_mean, lse, shift, log_sum, positive, kept] =
-      nt_xent_forward<T, P>(options, keep);
+  auto [loss, accuracy, positive_mean, negative_mean, lse, hardest, shift, log_sum, positive,
+        kept] = nt_xent_forward<T, P>(options, keep);
+  if (p.raised_shift != 0) raise_shift<T>(shift, log_sum, p.raised_shift, c.problem.tau);
   const auto grads =
       nt_xent_backward<T, P>(options, c.grad_loss.tensor(), Saved{shift, log_sum, positive, kept});
   Results results;
   for (const Tensor& t : {loss, accuracy, positive_mean, negative_mean, lse, std::get<0>(grads),
-                          std::get<1>(grads), std::get<2>(grads)})
+                          std::get<1>(grads), std::get<2>(grads), hardest})
     results.push_back(numbers_of(t));
   return results;
 }
@@ -116,7 +118,8 @@ void check_results(const Case& c, const Results& actual) {
   const double s_error = size * (2 * row_error + (D + 1) * u);
   // Of an exponential or a sum of them, relative, and so of its logarithm, absolute. No sum adds
   // more than 300 terms in T one after the other.
-  const double log_error = 2 * s_error / p.tau + (300 + 4 * size / p.tau) * u;
+  const double log_error =
+      2 * s_error / p.tau + (300 + 4 * (size + p.raised_shift) / p.tau) * u;
 
   const auto mean = [&](const std::vector<double>& x) {
     Exact sum = 0;
@@ -137,6 +140,10 @@ void check_results(const Case& c, const Results& actual) {
     possible += e.positive[a] - e.hardest[a] >= -2 * s_error;
     CHECK_NEAR(actual[4][a], e.lse[a], log_error + 2 * u * std::fabs(e.lse[a]), "%s: lse %ld", name,
                a);
+    if (std::isinf(e.hardest[a]))
+      CHECK(actual[8][a] == e.hardest[a], "%s: hardest negative of none, %ld", name, a);
+    else
+      CHECK_NEAR(actual[8][a], e.hardest[a], s_error, "%s: hardest negative %ld", name, a);
   }
   const double hits = actual[1][0] * rows;
   CHECK(certain - 0.1 <= hits && hits <= possible + 0.1, "%s: accuracy %g of %g", name,
@@ -218,6 +225,20 @@ CJEPA_TEST(fp32) {
                    .cosine = false,
                    .reduction = "none",
                    .length = 3},
+           Problem{.name = "shifts of a larger S",
+                   .batch = 67,
+                   .features = 11,
+                   .dtype = kFloat,
+                   .tau = 0.1,
+                   .mask = true,
+                   .reduction = "none",
+                   .raised_shift = 0.25},
+           Problem{.name = "maxima of a larger S",
+                   .batch = 49,
+                   .features = 8,
+                   .dtype = kFloat,
+                   .tau = 0.02,
+                   .raised_shift = 0.25},
        })
     check_problem<float, float>(p, {1, 2, 5}, 3);
 }

@@ -101,12 +101,26 @@ inline std::vector<double> numbers_of(const Tensor& t) {
   });
 }
 
+// Exponentials relative to a higher shift are smaller, and so is the logarithm of their sum.
+template <typename T>
+void raise_shift(Tensor& shift, Tensor& log_sum, double by, double tau) {
+  auto* shifts = static_cast<T*>(shift.mutable_data_ptr());
+  auto* log_sums = static_cast<T*>(log_sum.mutable_data_ptr());
+  for (int64_t a = 0; a < shift.numel(); ++a) {
+    const T before = shifts[a];
+    shifts[a] = static_cast<T>(before + by);
+    log_sums[a] = static_cast<T>(log_sums[a] - (static_cast<double>(shifts[a]) - before) / tau);
+  }
+}
+
 // What operators returned, in order.
 using Results = std::vector<std::vector<double>>;
 
 inline bool same_bits(const Results& a, const Results& b) {
   for (size_t k = 0; k < a.size(); ++k)
-    if (std::memcmp(a[k].data(), b[k].data(), a[k].size() * sizeof(double)) != 0) return false;
+    if (a[k].size() != b[k].size() ||
+        std::memcmp(a[k].data(), b[k].data(), a[k].size() * sizeof(double)) != 0)
+      return false;
   return true;
 }
 

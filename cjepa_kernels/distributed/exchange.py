@@ -1,0 +1,139 @@
+"""What ranks send each other: point to point and collectively, counted, with errors that say why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Counts:
+    """What this rank sent and multiplied.
+
+    Attributes:
+        forward_bytes: Sent in forwards. A collective counts what a ring algorithm sends: R - 1
+            parts for an all-gather, 2 (R - 1) / R of the tensor for an all-reduce.
+        backward_bytes: The same in backwards.
+        flops: Of the products, 2 for a multiply-add.
+    """
+
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+    flops: int = 0
+
+
+_counting: list[Counts] = []
+
+
+@contextmanager
+def counting() -> Iterator[Counts]:
+    """Count what this rank sends and multiplies for ``nt_xent`` of a group, until the end."""
+    counts = Counts()
+    _counting.append(counts)
+    try:
+        yield counts
+    finally:
+        _counting.remove(counts)
+
+
+def count_flops(flops: int) -> None:
+    """Add to whoever is counting."""
+    for counts in _counting:
+        counts.flops += flops
+
+
+@dataclass(frozen=True)
+class Message:
+    """A tensor for a rank of the group, or room for one from it."""
+
+    tensor: Tensor  # contiguous
+    rank: int
+
+
+class Exchange:
+    """The ranks of a group as one of them sees them.
+
+    Args:
+        group: The ranks.
+        backward: Whether a backward is what this exchange is part of.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, backward: bool = False) -> None:
+        self.group = group
+        self.backward = backward
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+
+    def start(self, sent: Sequence[Message], received: Sequence[Message]) -> list[dist.Work]:
+        """Begin to send and to receive; to be ended by :meth:`finish`.
+
+        All ranks must begin with as many messages for each other as the others expect, in order.
+        """
+        if not sent and not received:
+            return []
+        operations = [
+            # A tag of its own for each message between two ranks.
+            dist.P2POp(function, m.tensor, group=self.group, tag=tag, group_peer=m.rank)
+            for function, messages in ((dist.isend, sent), (dist.irecv, received))
+            for tag, m in enumerate(messages)
+        ]
+        self._count(sum(m.tensor.nbytes for m in sent))
+        with self._blame():
+            return dist.batch_isend_irecv(operations)  # type: ignore[no-any-return]
+
+    def finish(self, works: Sequence[dist.Work]) -> None:
+        """Wait until all of it is there; on a GPU, have the current stream wait."""
+        with self._blame():
+            for work in works:
+                work.wait()
+
+    def all_gather(self, own: Tensor) -> Tensor:
+        """(n, ...) of every rank, which is as large everywhere, as (R, n, ...)."""
+        own = own.contiguous()
+        everything = own.new_empty(self.ranks, *own.shape)
+        self._count((self.ranks - 1) * own.nbytes)
+        with self._blame():
+            dist.all_gather(list(everything.unbind()), own, group=self.group)
+        return everything
+
+    def all_reduce(self, own: Tensor) -> None:
+        """Add up in place, to the same bits on every rank."""
+        self._count(2 * (self.ranks - 1) * own.nbytes // self.ranks)
+        with self._blame():
+            dist.all_reduce(own, group=self.group)
+
+    def numbers(self, own: Sequence[int], device: torch.device) -> list[list[int]]:
+        """Whole numbers of every rank, as many on each, on the host.
+
+        A group that can exchange nothing but tensors of the GPU does it there: the host waits for
+        this exchange, but not for the work that was queued before it.
+        """
+        if "cpu:" in dist.get_backend_config(self.group):
+            device = torch.device("cpu")
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        with torch.cuda.stream(stream):
+            gathered = self.all_gather(torch.tensor(own, device=device))
+            return gathered.tolist()  # type: ignore[no-any-return]
+
+    def _count(self, sent: int) -> None:
+        for counts in _counting:
+            if self.backward:
+                counts.backward_bytes += sent
+            else:
+                counts.forward_bytes += sent
+
+    @contextmanager
+    def _blame(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            direction = "backward" if self.backward else "forward"
+            raise RuntimeError(
+                f"rank {self.rank} of {self.ranks} cannot reach the others in the {direction} of "
+                "NT-Xent: one of them has ended, or did not take part within the process group's "
+                f"timeout (every rank must run every forward and backward). {error}"
+            ) from error

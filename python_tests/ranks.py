@@ -1,0 +1,103 @@
+"""Processes that are the ranks of a gloo group and run functions together."""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+class RankError(RuntimeError):
+    """A function failed on a rank; the message is the rank's traceback."""
+
+
+class Ranks:
+    """``count`` processes that wait for work; started once, for as many tests as like.
+
+    Args:
+        count: Number of ranks.
+        timeout: Seconds after which an exchange without a partner fails.
+    """
+
+    def __init__(self, count: int, timeout: float = 60) -> None:
+        self._directory = tempfile.TemporaryDirectory()
+        context = mp.get_context("spawn")
+        pairs = [context.Pipe() for _ in range(count)]
+        self._ends: list[Connection] = [end for end, _ in pairs]
+        self.processes = [
+            context.Process(
+                target=_serve, args=(rank, count, self._directory.name, timeout, end), daemon=True
+            )
+            for rank, (_, end) in enumerate(pairs)
+        ]
+        for process, (_, end) in zip(self.processes, pairs, strict=True):
+            process.start()
+            end.close()
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """``function(*args)`` on every rank; their results.
+
+        Raises:
+            RankError: It failed on a rank, which may have left the others waiting: they are ended.
+        """
+        results = self.attempt(function, *args)
+        errors = [result for result in results if isinstance(result, RankError)]
+        if errors:
+            self.close()
+            raise errors[0]
+        return results
+
+    def attempt(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """The same with a ``RankError`` for each rank on which it failed, or which ended."""
+        for end in self._ends:
+            end.send((function, args))
+        return [self._receive(end) for end in self._ends]
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self._directory.cleanup()
+
+    @staticmethod
+    def _receive(end: Connection) -> Any:
+        try:
+            content = end.recv_bytes()
+        except EOFError:
+            return RankError("the rank has ended")
+        failed, result = torch.load(io.BytesIO(content), weights_only=False)
+        return RankError(result) if failed else result
+
+
+def _serve(rank: int, count: int, directory: str, timeout: float, end: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{os.path.join(directory, 'store')}",
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=timeout),
+    )
+    while True:
+        try:
+            function, args = end.recv()
+        except EOFError:  # the tests have ended
+            return
+        torch.manual_seed(0)
+        try:
+            outcome = False, function(*args)
+        except Exception:
+            outcome = True, traceback.format_exc()
+        buffer = io.BytesIO()
+        torch.save(outcome, buffer)
+        end.send_bytes(buffer.getvalue())
