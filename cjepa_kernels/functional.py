@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cjepa_kernels import ops, reference
 from cjepa_kernels.backends import HAS_NATIVE, Backend, check_backend
-from cjepa_kernels.distributed import STRATEGIES, Strategy
-from cjepa_kernels.distributed import nt_xent as distributed
+from cjepa_kernels.distributed import STRATEGIES, Options, Strategy
+from cjepa_kernels.distributed import nt_xent as of_group
 from cjepa_kernels.environment import read_mebibytes
 from cjepa_kernels.reference import CrossLogSumExp, Reduction
 
@@ -119,12 +119,13 @@ def nt_xent(
         return _nt_xent(z_i, z_j, temperature, use_cosine_similarity, eps, reduction, mask, backend)
     if backend == "reference" and strategy == "ring":
         raise ValueError('strategy must be "auto" or "all_gather" with backend="reference"')
-    return _nt_xent_of_group(
+    output: NTXentOutput = _nt_xent_of_group(
         z_i, z_j, temperature, use_cosine_similarity, eps, reduction, group, strategy, backend
     )
+    return output
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _nt_xent_of_group(
     z_i: Tensor,
     z_j: Tensor,
@@ -138,10 +139,10 @@ def _nt_xent_of_group(
 ) -> NTXentOutput:
     """All ranks of a group, checked arguments. How many pairs they hold is known at run time."""
     tensor, number = _split_temperature(temperature)
-    overload = distributed.REFERENCE
+    overload = of_group.REFERENCE
     if backend != "reference":
         overload = choose_overload(backend, z_i.device)
-    options = distributed.Options(
+    options = Options(
         temperature=number,
         cosine=use_cosine_similarity,
         eps=eps,
@@ -153,7 +154,7 @@ def _nt_xent_of_group(
         needs_gradient=torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (z_i, z_j, tensor)),
     )
-    return NTXentOutput(*distributed.nt_xent(z_i, z_j, tensor, options, group))
+    return NTXentOutput(*of_group.nt_xent(z_i, z_j, tensor, options, group))
 
 
 def _nt_xent(

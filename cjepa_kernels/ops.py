@@ -28,7 +28,8 @@ __all__ = ["NAMESPACE", "OVERLOADS", "call", "kept_size", "operator"]
 # z_i, z_j: (B, D), any strides. mask: (B, B) bool. temperature_tensor: (), overrides temperature.
 # product_dtype: dtype that the operands of z z^T are rounded to; None is the input's.
 # keep: keep the exponentials of S for the backward, M^2 / 2 numbers and more (see kept_size).
-# loss: () or, for reduction "none", (M,); lse, hardest, shift, log_sum, positive: (M,); metrics: ().
+# loss: () or, for reduction "none", (M,); metrics: ().
+# lse, hardest, shift, log_sum, positive: (M,).
 # hardest is the largest similarity of a row's negatives, -inf without any.
 # shift is a similarity, log_sum the log of the sum over negatives of exp((s - shift) / tau):
 # together they are LSE-, without the rounding of a large number at low temperature. The backward

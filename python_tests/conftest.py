@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 from torch import Tensor
 
 from cjepa_kernels import backends, chunked, triton
@@ -89,3 +90,18 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
     """Rows that the chunked back end takes at a time."""
     monkeypatch.setattr(chunked, "chunk_rows", lambda rows: min(rows, request.param))
     return int(request.param)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """Gloo processes by their number, started when first asked for."""
+    started: dict[int, Ranks] = {}
+
+    def of(count: int) -> Ranks:
+        if count not in started or not started[count].alive:
+            started[count] = Ranks(count)
+        return started[count]
+
+    yield of
+    for processes in started.values():
+        processes.close()

@@ -43,24 +43,29 @@ class Ranks:
             process.start()
             end.close()
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """``function(*args)`` on every rank; their results.
+    def run(self, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
+        """``function(*args, **options)`` on every rank; their results.
 
         Raises:
             RankError: It failed on a rank, which may have left the others waiting: they are ended.
         """
-        results = self.attempt(function, *args)
+        results = self.attempt(function, *args, **options)
         errors = [result for result in results if isinstance(result, RankError)]
         if errors:
             self.close()
             raise errors[0]
         return results
 
-    def attempt(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def attempt(self, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
         """The same with a ``RankError`` for each rank on which it failed, or which ended."""
         for end in self._ends:
-            end.send((function, args))
+            end.send((function, args, options))
         return [self._receive(end) for end in self._ends]
+
+    @property
+    def alive(self) -> bool:
+        """Whether no process has ended."""
+        return all(process.is_alive() for process in self.processes)
 
     def close(self) -> None:
         """End the processes."""
@@ -90,12 +95,12 @@ def _serve(rank: int, count: int, directory: str, timeout: float, end: Connectio
     )
     while True:
         try:
-            function, args = end.recv()
+            function, args, options = end.recv()
         except EOFError:  # the tests have ended
             return
         torch.manual_seed(0)
         try:
-            outcome = False, function(*args)
+            outcome = False, function(*args, **options)
         except Exception:
             outcome = True, traceback.format_exc()
         buffer = io.BytesIO()

@@ -1,11 +1,12 @@
 """Negatives from every rank of a process group.
 
-group      who holds how many pairs        exchange   what ranks send each other
-ring       who meets whom, and when        nt_xent    the loss, from the operators of single blocks
+nt_xent      the loss and its gradient         strategies   all-gather and ring
+group        who holds how many pairs          ring         who meets whom, and when
+exchange     what ranks send each other        blocks       parts of S, by the operators
 """
 
+from cjepa_kernels.distributed.blocks import STRATEGIES, Options, Strategy
 from cjepa_kernels.distributed.exchange import Counts, counting
 from cjepa_kernels.distributed.group import resolve_group
-from cjepa_kernels.distributed.nt_xent import STRATEGIES, Strategy
 
-__all__ = ["STRATEGIES", "Counts", "Strategy", "counting", "resolve_group"]
+__all__ = ["STRATEGIES", "Counts", "Options", "Strategy", "counting", "resolve_group"]

@@ -50,7 +50,7 @@ class _AllGather(torch.autograd.Function):
         return Exchange(group).all_gather(x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.contiguous().clone()
         exchange = Exchange(ctx.group, backward=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from cjepa_kernels.distributed.exchange import Exchange, Message
@@ -69,8 +68,9 @@ def circulate(
     visit: Callable[[Rectangle, Sequence[Tensor]], Tensor],
     merge: Callable[[Tensor, Tensor], Tensor],
     *,
-    first: Callable[[], None],
-    last: Callable[[], None],
+    first: Callable[[], None] = lambda: None,
+    last: Callable[[], None] = lambda: None,
+    first_visitor: Sequence[Tensor] = (),
 ) -> Tensor | None:
     """Send the own shard round, receive the others', and collect what they find for its rows.
 
@@ -86,6 +86,7 @@ def circulate(
         merge: Called with what was collected before for some rows and what a visit added.
         first: Work that needs no visitor, while the first one is on its way.
         last: The same, while what was collected goes home.
+        first_visitor: As many of the first visitor's tensors as are here already.
 
     Returns:
         What was collected for the rows ``ring.collected(rank)`` of the own shard; None of a group
@@ -99,9 +100,10 @@ def circulate(
         if step < ring.steps:
             wanted = ring.rectangle(right, step + 1).visiting
             coming = ring.rectangle(rank, step + 1).visiting
-            sent = [Message(tensor[wanted], right) for tensor in present]
-            arriving = [_room(tensor, coming) for tensor in own]
-            received = [Message(tensor, left) for tensor in arriving]
+            here = list(first_visitor) if step == 0 else []
+            sent = [Message(tensor[wanted], right) for tensor in present[len(here) :]]
+            arriving = here + [_room(tensor, coming) for tensor in own[len(here) :]]
+            received = [Message(tensor, left) for tensor in arriving[len(here) :]]
         before = collected
         if step >= 2:
             sent.append(Message(collected, right))
@@ -135,4 +137,4 @@ def circulate(
 
 
 def _room(like: Tensor, rows: slice) -> Tensor:
-    return torch.empty((rows.stop - rows.start, *like.shape[1:]), dtype=like.dtype, device=like.device)
+    return like.new_empty(rows.stop - rows.start, *like.shape[1:])

@@ -244,14 +244,14 @@ def cross_logsumexp_backward(
     operands = Operands.of(x.dtype, product_dtype)
     largest = torch.maximum(grad_row_lse.abs().amax(), grad_column_lse.abs().amax())
     constant = tau.constant_shift(cosine)
-    of_x = Upstream(row_shift, row_log_sum, None, grad_row_lse, largest, tau, constant)
-    of_y = Upstream(column_shift, column_log_sum, None, grad_column_lse, largest, tau, constant)
-    packed_x = operands.pack((x,), cosine=cosine, eps=eps, upstream=of_x)
-    packed_y = operands.pack((y,), cosine=cosine, eps=eps, upstream=of_y)
-    with_x = of_x or not of_y  # one of both, for the temperature
-    gradients = Gradients(
-        packed_x, packed_y, operands, tau, cosine, eps, of_x=with_x, of_y=of_y
+    by_row = Upstream(row_shift, row_log_sum, None, grad_row_lse, largest, tau, constant)
+    by_column = Upstream(
+        column_shift, column_log_sum, None, grad_column_lse, largest, tau, constant
     )
+    packed_x = operands.pack((x,), cosine=cosine, eps=eps, upstream=by_row)
+    packed_y = operands.pack((y,), cosine=cosine, eps=eps, upstream=by_column)
+    with_x = of_x or not of_y  # one of both, for the temperature
+    gradients = Gradients(packed_x, packed_y, operands, tau, cosine, eps, of_x=with_x, of_y=of_y)
     sums_x, sums_y = gradients.products()
     like = row_shift if temperature_tensor is None else temperature_tensor
     # L is a function of x y^T / tau, so dL/dtau = -(1 / tau) sum x . dL/dx, and so for y (Euler).

@@ -101,8 +101,8 @@ def sum_in_order(values, count, BLOCK: tl.constexpr):
 )  # fmt: skip
 def nt_xent_rows_kernel(
     row_sum, row_max, column_sum, column_max, running_sum, running_max, positives,
-    loss, lse, hardest, shifts, log_sums, positive, partial, sums, squares, kept_sum, kept_count, counter,
-    mean_loss, accuracy, positive_similarity, negative_similarity, temperature,
+    loss, lse, hardest, shifts, log_sums, positive, partial, sums, squares, kept_sum, kept_count,
+    counter, mean_loss, accuracy, positive_similarity, negative_similarity, temperature,
     rows, blocks, first_column, last_column, run, programs, kept_slots, scale_of_loss,
     CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     NONE: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,

@@ -1,0 +1,227 @@
+"""Ranks that ask for something else, are missing or die: an error on the others, in time."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import RankError, Ranks
+from torch import Tensor
+
+from cjepa_kernels import (
+    ContrastiveJEPALoss,
+    HJEPALoss,
+    NTXentLoss,
+    create_loss_from_config,
+    nt_xent,
+)
+from cjepa_kernels.distributed import resolve_group
+from cjepa_kernels.distributed.blocks import Blocks
+
+Pool = Callable[[int], Ranks]
+TIMEOUT = 5.0  # seconds, of the groups in which a rank dies
+STRATEGIES = pytest.mark.parametrize("strategy", ["all_gather", "ring"])
+
+
+def message_of(
+    options: list[dict[str, Any]], made: list[tuple[tuple[int, ...], torch.dtype]]
+) -> str:
+    """On a rank: what nt_xent says to arguments of which each rank has its own."""
+    rank = dist.get_rank()
+    shape, dtype = made[rank]
+    z_i, z_j = torch.zeros(2, *shape, dtype=dtype)
+    own = dict(options[rank])
+    if own.pop("requires_grad", False):
+        z_i.requires_grad_()
+    try:
+        nt_xent(z_i, z_j, group=dist.group.WORLD, **own)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("change", "shape", "dtype", "expected"),
+    [
+        ({}, (0, 4), torch.float32, "every rank must hold at least one pair, rank 1 has none"),
+        ({}, (3, 5), torch.float32, "number of features.*rank 0 has 4.* and rank 1 has 5"),
+        ({}, (3, 4), torch.float64, "dtype of z_i.*torch.float32 and rank 1 has torch.float64"),
+        ({"temperature": 0.3}, (3, 4), torch.float32, "temperature.*rank 0 has 0.1 .* 0.3"),
+        ({"eps": 1e-6}, (3, 4), torch.float32, "eps must be the same on every rank"),
+        ({"reduction": "sum"}, (3, 4), torch.float32, "reduction.*has mean and rank 1 has sum"),
+        ({"strategy": "ring"}, (3, 4), torch.float32, "strategy.*has auto and rank 1 has ring"),
+        ({"use_cosine_similarity": False}, (3, 4), torch.float32, "use_cosine_similarity must be"),
+        (
+            {"requires_grad": True},
+            (3, 4),
+            torch.float32,
+            "requires_grad.*False and rank 1 has True",
+        ),
+        (
+            {"temperature": torch.tensor(0.1)},
+            (3, 4),
+            torch.float32,
+            "whether temperature is a tensor",
+        ),
+        ({"backend": "reference"}, (3, 4), torch.float32, "whether backend is the reference"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_ranks_that_differ_are_named_on_every_rank(
+    ranks: Pool, change: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype, expected: str
+) -> None:
+    made = [((3, 4), torch.float32), (shape, dtype), ((3, 4), torch.float32)]
+    messages = ranks(3).run(message_of, [{}, change, {}], made)
+    assert len(set(messages)) == 1
+    assert re.search(expected, messages[0]), messages[0]
+
+
+@pytest.fixture
+def mortal() -> Iterator[Ranks]:
+    processes = Ranks(3, timeout=TIMEOUT)
+    yield processes
+    processes.close()
+
+
+def step_with_a_death(strategy: str, when: str, ends: bool) -> None:
+    """Rank 1 ends, or leaves the function, before the forward, in it, or before the backward."""
+    doomed = dist.get_rank() == 1
+
+    def leave(*_: Any, **__: Any) -> Any:
+        if ends:
+            os._exit(1)
+        raise KeyboardInterrupt  # not what the others' errors are made of
+
+    z = torch.randn(2, 4, 8, requires_grad=True)
+    if doomed and when == "before":
+        leave()
+    if doomed and when == "forward":
+        Blocks.rectangle = leave  # type: ignore[method-assign]
+    out = nt_xent(z[0], z[1], group=dist.group.WORLD, strategy=strategy)  # type: ignore[arg-type]
+    if doomed and when == "between":
+        leave()
+    out.loss.backward()
+
+
+@STRATEGIES
+@pytest.mark.parametrize("when", ["before", "forward", "between"])
+def test_a_rank_that_dies_fails_the_others(mortal: Ranks, strategy: str, when: str) -> None:
+    started = time.monotonic()
+    results = mortal.attempt(step_with_a_death, strategy, when, True)
+    # Each of the others waits for no more than a few exchanges.
+    assert time.monotonic() - started < 10 * TIMEOUT
+    direction = "backward" if when == "between" else "forward"
+    for rank in (0, 2):
+        assert isinstance(results[rank], RankError)
+        assert f"rank {rank} of 3 cannot reach the others in the {direction}" in str(results[rank])
+        assert "every rank must run every forward and backward" in str(results[rank])
+    assert "has ended" in str(results[1])
+
+
+def step_without_a_backward(strategy: str) -> None:
+    z = torch.randn(2, 4, 8, requires_grad=True)
+    out = nt_xent(z[0], z[1], group=dist.group.WORLD, strategy=strategy)  # type: ignore[arg-type]
+    if dist.get_rank() == 1:
+        time.sleep(3 * TIMEOUT)
+        return
+    out.loss.backward()
+
+
+@STRATEGIES
+def test_a_rank_without_a_backward_fails_the_others(mortal: Ranks, strategy: str) -> None:
+    results = mortal.attempt(step_without_a_backward, strategy)
+    for rank in (0, 2):
+        assert "cannot reach the others in the backward" in str(results[rank])
+
+
+def double_backward(backend: str) -> str:
+    z = torch.randn(2, 4, 8, dtype=torch.float64, requires_grad=True)
+    out = nt_xent(z[0], z[1], group=dist.group.WORLD, backend=backend)  # type: ignore[arg-type]
+    (gradient,) = torch.autograd.grad(out.loss, z, create_graph=True)
+    try:
+        gradient.square().sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [("auto", "nt_xent of a group has no second"), ("reference", "once_differentiable")],
+)
+def test_no_second_derivative(ranks: Pool, backend: str, expected: str) -> None:
+    for message in ranks(2).run(double_backward, backend):
+        assert expected in message
+
+
+def test_errors_without_processes() -> None:
+    z = torch.randn(3, 2)
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        NTXentLoss(distributed=True)(z, z)
+    with pytest.raises(TypeError, match="a bool or a process group, got str"):
+        NTXentLoss(distributed="yes")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="a bool or a process group, got int"):
+        ContrastiveJEPALoss(HJEPALoss(), distributed=1)  # type: ignore[arg-type]
+    for loss in (NTXentLoss, lambda **options: ContrastiveJEPALoss(HJEPALoss(), **options)):
+        with pytest.raises(ValueError, match=r"strategy must be one of.*'rings'"):
+            loss(strategy="rings")  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"strategy must be one of.*'rings'"):
+        nt_xent(z, z, strategy="rings")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="group must be a process group or None, got str"):
+        nt_xent(z, z, group="world")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="gather_distributed must be true or false, got 1"):
+        create_loss_from_config({"type": "cjepa", "gather_distributed": 1})
+    assert resolve_group(False) is None
+
+
+def errors_within_a_group() -> list[str]:
+    z = torch.randn(2, 3, 2)
+    mask = torch.zeros(3, 3, dtype=torch.bool)
+    messages = []
+    for options in ({"mask": mask}, {"backend": "reference", "strategy": "ring"}):
+        try:
+            nt_xent(z[0], z[1], group=dist.group.WORLD, **options)  # type: ignore[arg-type]
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_errors_within_a_group(ranks: Pool) -> None:
+    for mask, reference in ranks(2).run(errors_within_a_group):
+        assert "mask must be None with a group" in mask
+        assert 'strategy must be "auto" or "all_gather" with backend="reference"' in reference
+
+
+def losses_by_configuration() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    levels = [torch.randn(4, n, 8, generator=generator) for n in (4, 2)]
+    features = torch.randn(2, 4, 5, 8, generator=generator).requires_grad_()
+    loss_fn = create_loss_from_config(
+        {
+            "type": "cjepa",
+            "num_hierarchies": 2,
+            "gather_distributed": True,
+            "strategy": "ring",
+            "contrastive_on_context": True,
+        }
+    )
+    out = loss_fn(levels, levels, features[0], features[1])
+    out["loss"].backward()
+    return {"cls": features[:, :, 0].detach(), "grad": features.grad, "loss": out["loss"].detach()}
+
+
+def test_the_whole_loss_by_configuration(ranks: Pool) -> None:
+    results = ranks(2).run(losses_by_configuration)
+    z = torch.cat([result["cls"] for result in results], dim=1).requires_grad_()
+    loss = 0.1 * nt_xent(z[0], z[1]).loss
+    loss.backward()
+    torch.testing.assert_close(torch.stack([result["loss"] for result in results]).mean(), loss)
+    for result, gradient in zip(results, z.grad.split(4, dim=1), strict=True):
+        torch.testing.assert_close(result["grad"][:, :, 0] / 2, gradient)
+        assert result["grad"][:, :, 1:].count_nonzero() == 0
