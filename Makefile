@@ -10,9 +10,9 @@ BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcar
 DEMO_OUT ?= runs/demo
 SEEDS ?= 0,1,2
 INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cross_logsumexp_calls.py \
-  ops.py prediction_loss.py triton.py triton_interpreter.py)
+  distributed.py ops.py prediction_loss.py triton.py triton_interpreter.py)
 
-.PHONY: help demo test gpu-check gpu-count ctest sanitize lint format bench bench-loss memory micro plot examples clean
+.PHONY: help demo test gpu-check gpu-count ctest sanitize lint format bench bench-loss bench-distributed memory micro plot examples clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make lint   checks of style and types;  make format rewrites"
 	@echo "make bench  time and accuracy of the loss beside its targets;  make memory its peak memory"
 	@echo "make bench-loss  time of the whole C-JEPA loss and the share of each part"
+	@echo "make bench-distributed  work, time and memory of two processes that share a batch"
 	@echo "make micro  time of each operator;  make plot draws what make bench recorded"
 	@echo "make gpu-check  tests and benchmarks of the Triton kernels on a machine with a GPU"
 	@echo "make gpu-count  instructions of the Triton kernels, counted in their machine code"
@@ -88,6 +89,10 @@ bench: $(VENV)/.dev
 
 bench-loss: $(VENV)/.dev
 	$(BIN)/python bench/cjepa_loss.py
+
+bench-distributed: $(VENV)/.dev
+	$(BIN)/python bench/distributed_cost.py
+	$(BIN)/python bench/distributed.py
 
 memory: $(VENV)/.dev
 	$(BIN)/python bench/nt_xent_memory.py

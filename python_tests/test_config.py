@@ -34,6 +34,8 @@ KEYS: dict[str, Any] = {
     "reduction": "sum",
     "eps": 1e-6,
     "backend": "chunked",
+    "gather_distributed": True,
+    "strategy": "ring",
 }
 
 
@@ -61,6 +63,7 @@ def test_every_key_reaches_the_loss(method: dict[str, Any], wrap: bool) -> None:
     assert loss.contrastive_on_context is True
     assert (contrastive.temperature, contrastive.use_cosine_similarity) == (0.07, False)
     assert (contrastive.reduction, contrastive.eps, contrastive.backend) == ("sum", 1e-6, "chunked")
+    assert (contrastive.distributed, contrastive.strategy) == (True, "ring")
     assert (jepa.loss_type, jepa.hierarchy_weights) == ("huber", [1.0, 0.5])
     assert (jepa.normalize_embeddings, jepa.target_norm) == (False, "layer")
     assert (jepa.huber_delta, jepa.detach_targets, jepa.eps) == (0.5, False, 1e-6)

@@ -25,7 +25,7 @@ from cjepa_kernels.distributed import resolve_group
 from cjepa_kernels.distributed.blocks import Blocks
 
 Pool = Callable[[int], Ranks]
-TIMEOUT = 5.0  # seconds, of the groups in which a rank dies
+TIMEOUT = 3.0  # seconds, of the groups in which a rank dies
 STRATEGIES = pytest.mark.parametrize("strategy", ["all_gather", "ring"])
 
 
@@ -115,7 +115,7 @@ def test_a_rank_that_dies_fails_the_others(mortal: Ranks, strategy: str, when: s
     started = time.monotonic()
     results = mortal.attempt(step_with_a_death, strategy, when, True)
     # Each of the others waits for no more than a few exchanges.
-    assert time.monotonic() - started < 10 * TIMEOUT
+    assert time.monotonic() - started < 15 * TIMEOUT
     direction = "backward" if when == "between" else "forward"
     for rank in (0, 2):
         assert isinstance(results[rank], RankError)
@@ -128,7 +128,7 @@ def step_without_a_backward(strategy: str) -> None:
     z = torch.randn(2, 4, 8, requires_grad=True)
     out = nt_xent(z[0], z[1], group=dist.group.WORLD, strategy=strategy)  # type: ignore[arg-type]
     if dist.get_rank() == 1:
-        time.sleep(3 * TIMEOUT)
+        time.sleep(2 * TIMEOUT)
         return
     out.loss.backward()
 

@@ -91,13 +91,19 @@ class Exchange:
             for work in works:
                 work.wait()
 
-    def all_gather(self, own: Tensor) -> Tensor:
-        """(n, ...) of every rank, which is as large everywhere, as (R, n, ...)."""
+    def start_all_gather(self, own: Tensor) -> tuple[Tensor, list[dist.Work]]:
+        """Room for (n, ...) of every rank, as large everywhere, as (R, n, ...); to be finished."""
         own = own.contiguous()
         everything = own.new_empty(self.ranks, *own.shape)
         self._count((self.ranks - 1) * own.nbytes)
         with self._blame():
-            dist.all_gather(list(everything.unbind()), own, group=self.group)
+            parts = list(everything.unbind())
+            return everything, [dist.all_gather(parts, own, group=self.group, async_op=True)]
+
+    def all_gather(self, own: Tensor) -> Tensor:
+        """(n, ...) of every rank, as large everywhere, as (R, n, ...)."""
+        everything, works = self.start_all_gather(own)
+        self.finish(works)
         return everything
 
     def all_reduce(self, own: Tensor) -> None:

@@ -18,7 +18,7 @@ from cjepa_kernels.distributed.ring import Rectangle, Ring, circulate
 
 # "auto" takes the ring where the products that it saves take longer than the exchanges that it has
 # more of: FLOPs in the time that one exchange takes, by type of device.
-FLOPS_PER_EXCHANGE = {"cpu": 2e7, "cuda": 1e10}
+FLOPS_PER_EXCHANGE = {"cpu": 2e8, "cuda": 1e10}
 GATHERED_BYTES = 2**28  # and wherever the features of all ranks would take more than that
 
 
@@ -74,13 +74,15 @@ class Backward:
     kept: Tensor
     others: Tensor
 
-    def own_block(self, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """(M_r, D) gradient that the own block gives, and what it gives for the temperature."""
+    def add_own_block(self, blocks: Blocks, grad: Tensor) -> Tensor:
+        """Add what the own block gives to ``grad`` (M_r, D); its part of the temperature's."""
         shift, log_sum = (self.weights[:, column].contiguous() for column in (1, 2))
         of_i, of_j, of_temperature = blocks.own_backward(
             self.upstream, self.z_i, self.z_j, (shift, log_sum, self.positive, self.kept)
         )
-        return torch.cat([of_i, of_j]), of_temperature
+        grad[: len(of_i)] += of_i
+        grad[len(of_i) :] += of_j
+        return of_temperature
 
 
 def ring_forward(
@@ -133,9 +135,7 @@ def ring_backward(
     def last() -> None:
         # The longest exchange, of gradients going home, hides behind the own block; the first
         # visitor's features are here since the forward, so that the first one is short.
-        of_own, along = state.own_block(blocks)
-        grad.add_(of_own)
-        of_temperature.append(along)
+        of_temperature.append(state.add_own_block(blocks, grad))
 
     home = circulate(
         ring,
@@ -156,9 +156,9 @@ def gather_forward(
 ) -> Forward:
     """The own rows against all others."""
     shard = torch.cat([z_i, z_j])
-    others = _gather_others(shard, batch, exchange)
+    gathering = _GatherOthers(shard, batch, exchange)
     *_, hardest, shift, log_sum, positive, kept = blocks.own(z_i, z_j)
-    rows = rows_of(shift, log_sum, hardest)
+    rows, others = rows_of(shift, log_sum, hardest), gathering.finish()
     if len(others) > 0:
         rows = merge_rows(rows, blocks.rectangle(shard, others)[0], blocks.tau)
     return Forward(rows, positive, kept, others)
@@ -168,10 +168,12 @@ def gather_backward(
     state: Backward, blocks: Blocks, batch: GlobalBatch, exchange: Exchange
 ) -> tuple[Tensor, Tensor]:
     """Own rows' gradients alone: with (g r, LSE-) of all rows, no gradient has to travel."""
-    grad, of_temperature = state.own_block(blocks)
-    if len(state.others) > 0:
-        weights = _gather_others(state.weights, batch, exchange)
-        shard = torch.cat([state.z_i, state.z_j])
+    shard = torch.cat([state.z_i, state.z_j])
+    grad = shard.new_zeros(shard.shape, dtype=blocks.wide)
+    gathering = _GatherOthers(state.weights, batch, exchange)
+    of_temperature = state.add_own_block(blocks, grad)
+    weights = gathering.finish()
+    if len(weights) > 0:
         of_own, _, along = blocks.rectangle_backward(
             shard, state.others, state.weights, weights, of_y=False
         )
@@ -180,15 +182,22 @@ def gather_backward(
     return grad, of_temperature
 
 
-def _gather_others(own: Tensor, batch: GlobalBatch, exchange: Exchange) -> Tensor:
-    """Rows of all other ranks, in the order of the ranks after this one."""
-    if batch.ranks == 1:
-        return own[:0]
-    padded = own
-    longest = 2 * max(batch.batches)
-    if len(own) < longest:
-        padded = own.new_zeros(longest, *own.shape[1:])
-        padded[: len(own)] = own
-    everything = exchange.all_gather(padded)
-    others = [(batch.rank + step) % batch.ranks for step in range(1, batch.ranks)]
-    return torch.cat([everything[other, : batch.rows_of(other)] for other in others])
+class _GatherOthers:
+    """An all-gather under way, of tensors with a row for each row of a shard."""
+
+    def __init__(self, own: Tensor, batch: GlobalBatch, exchange: Exchange) -> None:
+        self.batch, self.exchange = batch, exchange
+        longest = 2 * max(batch.batches)
+        padded = own
+        if len(own) < longest:
+            padded = own.new_zeros(longest, *own.shape[1:])
+            padded[: len(own)] = own
+        self.everything, self.works = exchange.start_all_gather(padded)
+
+    def finish(self) -> Tensor:
+        """Rows of all other ranks, in the order of the ranks after this one."""
+        self.exchange.finish(self.works)
+        rank, ranks = self.batch.rank, self.batch.ranks
+        others = [(rank + step) % ranks for step in range(1, ranks)]
+        parts = [self.everything[other, : self.batch.rows_of(other)] for other in others]
+        return torch.cat(parts) if parts else self.everything[0, :0]

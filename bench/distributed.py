@@ -1,0 +1,340 @@
+"""NT-Xent of two processes: work, time and memory of the ring beside other ways to share it.
+
+    python bench/distributed.py [--seconds 6] [--quick] [--no-save]
+
+Two gloo processes of one thread each hold M_r of the M = 2 M_r rows; forward + backward, fp32.
+*Work* is the CPU time of both, in which waiting does not count; *time* is what the slower one
+takes. All candidates run in turn, round after round:
+
+    ring        each pair of shards multiplied once
+    all_gather  features gathered, own rows against all others; (g r, LSE-) exchanged for the
+                backward
+    strips      two independent passes over row strips: features gathered, one rectangle of own rows
+                and all rows a rank, gradients of both its sides, those of the gathered rows summed
+                over the ranks. The same kernels; nothing is left out of its sums, which changes no
+                work
+    lightly     lightly's formula with gather_distributed=True, in eager PyTorch
+
+Then what each rank sends and multiplies in groups of 1 to 8 ranks, by the code's own counters
+beside the formulas of distributed_cost.py, and the peak memory of a rank against its rows, with
+exponentials kept for the backward (see CJEPA_KEPT_MIB) and without. A target that is missed is
+reported, never an error. Writes bench/results/distributed_cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import formulas
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from distributed_cost import Problem, cost
+from measurement import print_table, write_results
+from torch import Tensor
+
+from cjepa_kernels import backends, cross_logsumexp, functional, nt_xent
+from cjepa_kernels.distributed import Counts, counting
+
+SIZES = ((128, 128), (512, 128), (1024, 256), (4096, 256), (4096, 768))  # M_r, D
+QUICK_SIZES = ((128, 16),)
+STRATEGIES = ("ring", "all_gather")
+WORK_TARGET = 0.6  # ring / strips
+MEMORY_ROWS = (4096, 8192, 16384, 32768)
+QUICK_MEMORY_ROWS = (256,)
+MEMORY_FEATURES = 256
+COUNTED_RANKS = range(1, 9)
+QUICK_RANKS = (2,)
+COUNTED_PAIRS, COUNTED_FEATURES = 12, 16
+
+
+class Gather(torch.autograd.Function):
+    """(R n, D) of every rank, and the sum of every rank's gradient of the own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.contiguous()
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def strips(z_i: Tensor, z_j: Tensor) -> Tensor:
+    """Own rows against all rows, rows of the rectangle alone; a sum over own anchors."""
+    own = torch.cat([z_i, z_j])
+    out = cross_logsumexp(own, Gather.apply(own), temperature=formulas.TEMPERATURE)
+    positive = torch.cosine_similarity(z_i, z_j).repeat(2)
+    return (out.row_lse - positive / formulas.TEMPERATURE).mean()
+
+
+def of_group(strategy: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """This package's loss over all ranks."""
+
+    def loss(z_i: Tensor, z_j: Tensor) -> Tensor:
+        return nt_xent(
+            z_i, z_j, temperature=formulas.TEMPERATURE, group=dist.group.WORLD, strategy=strategy
+        ).loss
+
+    return loss
+
+
+def candidates(rows: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Losses by name; eager PyTorch holds (M_r, M) matrices."""
+    losses = {"ring": of_group("ring"), "all_gather": of_group("all_gather"), "strips": strips}
+    return {**losses, "lightly": formulas.lightly_of_group}
+
+
+def views(rows: int, features: int) -> tuple[Tensor, Tensor]:
+    """The own pairs of this rank."""
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    z = torch.randn(2, rows // 2, features, generator=generator)
+    return z[0].clone().requires_grad_(), z[1].clone().requires_grad_()
+
+
+def start_rank(
+    rank: int, ranks: int, directory: str, task: str, arguments: tuple[Any, ...]
+) -> None:
+    """One process: joins the group, runs the task, leaves its result as JSON."""
+    torch.set_num_threads(1)
+    store = f"file://{directory}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    result = TASKS[task](*arguments)
+    Path(directory, f"{rank}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def on_ranks(ranks: int, task: str, *arguments: Any) -> list[Any]:
+    """The results of a task on every rank of a new group."""
+    with tempfile.TemporaryDirectory() as directory:
+        mp.start_processes(
+            start_rank, (ranks, directory, task, arguments), nprocs=ranks, start_method="forkserver"
+        )
+        return [json.loads(Path(directory, f"{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def time_losses(rows: int, features: int, seconds: float) -> dict[str, list[list[float]]]:
+    """For each candidate the CPU time and the time of every round on this rank."""
+    z_i, z_j = views(rows, features)
+    times: dict[str, list[list[float]]] = {name: [] for name in candidates(rows)}
+
+    def run(loss: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+        dist.barrier()
+        work, start = time.process_time(), time.perf_counter()
+        torch.autograd.grad(loss(z_i, z_j), (z_i, z_j))
+        return [time.process_time() - work, time.perf_counter() - start]
+
+    for loss in candidates(rows).values():
+        run(loss)
+    started, going = time.perf_counter(), torch.ones(())
+    while len(times["ring"]) < 5 or going > 0:
+        for name, loss in candidates(rows).items():
+            times[name].append(run(loss))
+        going.fill_(time.perf_counter() - started < seconds)
+        dist.broadcast(going, src=0)  # as many rounds on every rank
+    return times
+
+
+def count(pairs: int, features: int) -> dict[str, dict[str, int]]:
+    """What this rank sends and multiplies in one forward and backward of each strategy."""
+    z_i, z_j = views(2 * pairs, features)
+    found = {}
+    for strategy in STRATEGIES:
+        with counting() as counts:
+            of_group(strategy)(z_i, z_j).backward()
+        found[strategy] = vars(counts)
+    return found
+
+
+def peak_bytes() -> int:
+    """The most resident memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_memory(strategy: str, keep: bool, rows: int, features: int) -> int:
+    """Extra bytes at the peak of one forward and backward, gradients included."""
+    if not keep:
+        functional.KEPT_BYTES = 0
+    z_i, z_j = views(rows, features)
+    small = views(64, features)
+    of_group(strategy)(*small).backward()
+    before = peak_bytes()
+    of_group(strategy)(z_i, z_j).backward()
+    return peak_bytes() - before
+
+
+TASKS = {"time": time_losses, "count": count, "memory": peak_memory}
+
+
+def summary(per_rank: list[list[list[float]]]) -> dict[str, float]:
+    """Medians over the rounds of the work of all ranks and the time of the slowest."""
+    rounds = list(zip(*per_rank, strict=True))
+    work = [sum(rank[0] for rank in a_round) for a_round in rounds]
+    wall = [max(rank[1] for rank in a_round) for a_round in rounds]
+    deciles = statistics.quantiles(work, n=10, method="inclusive")
+    return {
+        "work": statistics.median(work),
+        "work_p20": deciles[1],
+        "work_p80": deciles[7],
+        "time": statistics.median(wall),
+        "rounds": len(rounds),
+    }
+
+
+def measure_times(sizes: tuple[tuple[int, int], ...], seconds: float) -> list[dict[str, Any]]:
+    """One row for each size and candidate."""
+    rows = []
+    for own_rows, features in sizes:
+        print(f"measuring M_r={own_rows} D={features}", flush=True)
+        per_rank = on_ranks(2, "time", own_rows, features, seconds)
+        for name in per_rank[0]:
+            figures = summary([rank[name] for rank in per_rank])
+            rows.append({"M_r": own_rows, "D": features, "name": name, **figures})
+    return rows
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The ring's work beside that of the others, with the target."""
+    found = []
+    by_name = {(row["M_r"], row["D"], row["name"]): row for row in rows}
+    for own_rows, features, name in by_name:
+        if name == "ring":
+            continue
+        ring, other = by_name[own_rows, features, "ring"], by_name[own_rows, features, name]
+        ratio = ring["work"] / other["work"]
+        target = WORK_TARGET if name == "strips" else None
+        verdict = None if target is None else "met" if ratio <= target else "missed"
+        found.append(
+            {
+                "M_r": own_rows,
+                "D": features,
+                "name": f"work of the ring / {name}",
+                "ratio": ratio,
+                "time_ratio": ring["time"] / other["time"],
+                "target": target,
+                "verdict": verdict,
+            }
+        )
+    return found
+
+
+def measure_counts(groups: Iterable[int]) -> list[dict[str, Any]]:
+    """Counted sends and FLOPs of a rank, the mean over the ranks, beside the formulas."""
+    rows = []
+    kept = backends()["native"].available
+    for ranks in groups:
+        counted = on_ranks(ranks, "count", COUNTED_PAIRS, COUNTED_FEATURES)
+        problem = Problem(ranks, 2 * COUNTED_PAIRS, COUNTED_FEATURES, 4)
+        for strategy in STRATEGIES:
+            expected = cost(strategy, problem, kept=kept)
+            for name in vars(Counts()):
+                mean = sum(rank[strategy][name] for rank in counted) / ranks
+                rows.append(
+                    {
+                        "ranks": ranks,
+                        "strategy": strategy,
+                        "what": name,
+                        "counted": mean,
+                        "formula": getattr(expected, name),
+                    }
+                )
+    return rows
+
+
+def measure_memory(all_rows: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Peak extra memory of a rank, the largest of two."""
+    records = []
+    for strategy in STRATEGIES:
+        for keep in (True, False):
+            for rows in all_rows:
+                print(f"measuring the memory of {strategy} at M_r={rows}", flush=True)
+                extra = max(on_ranks(2, "memory", strategy, keep, rows, MEMORY_FEATURES))
+                records.append(
+                    {
+                        "strategy": strategy,
+                        "kept": keep,
+                        "M_r": rows,
+                        "D": MEMORY_FEATURES,
+                        "extra_bytes": extra,
+                        "over_input": extra / (4 * rows * MEMORY_FEATURES),
+                    }
+                )
+    return records
+
+
+def print_times(rows: list[dict[str, Any]], targets: list[dict[str, Any]]) -> None:
+    """The measured times, and the ring beside the others."""
+    print_table(
+        ["M_r", "D", "candidate", "work, ms", "p20", "p80", "time, ms"],
+        [
+            [
+                *(str(row[key]) for key in ("M_r", "D", "name")),
+                *(f"{1e3 * row[key]:.1f}" for key in ("work", "work_p20", "work_p80", "time")),
+            ]
+            for row in rows
+        ],
+    )
+    print_table(
+        ["M_r", "D", "", "ratio", "of times", "target", ""],
+        [
+            [
+                *(str(t[key]) for key in ("M_r", "D", "name")),
+                *(f"{t[key]:.2f}" for key in ("ratio", "time_ratio")),
+                "" if t["target"] is None else f"<= {t['target']}",
+                t["verdict"] or "",
+            ]
+            for t in targets
+        ],
+    )
+
+
+def main() -> None:
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "cjepa_kernels"])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=6, help="per size, about")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
+    parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
+    options = parser.parse_args()
+    rows = measure_times(QUICK_SIZES if options.quick else SIZES, options.seconds)
+    targets = ratios(rows)
+    print_times(rows, targets)
+    counts = measure_counts(QUICK_RANKS if options.quick else COUNTED_RANKS)
+    print_table(
+        ["R", "strategy", "a rank's", "counted", "formula"],
+        [
+            [str(c[key]) for key in ("ranks", "strategy", "what", "counted", "formula")]
+            for c in counts
+        ],
+    )
+    memory = measure_memory(QUICK_MEMORY_ROWS if options.quick else MEMORY_ROWS)
+    print_table(
+        ["strategy", "kept", "M_r", "D", "extra MiB", "/ own rows"],
+        [
+            [
+                *(str(m[key]) for key in ("strategy", "kept", "M_r", "D")),
+                f"{m['extra_bytes'] / 2**20:.0f}",
+                f"{m['over_input']:.1f}",
+            ]
+            for m in memory
+        ],
+    )
+    if not options.no_save:
+        path = write_results("distributed_cpu", rows, targets=targets, counts=counts, memory=memory)
+        print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
