@@ -24,6 +24,7 @@ reported, never an error. Writes bench/results/distributed_cpu.json.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import resource
@@ -49,9 +50,13 @@ SIZES = ((128, 128), (512, 128), (1024, 256), (4096, 256), (4096, 768))  # M_r, 
 QUICK_SIZES = ((128, 16),)
 STRATEGIES = ("ring", "all_gather")
 WORK_TARGET = 0.6  # ring / strips
-MEMORY_ROWS = (4096, 8192, 16384, 32768)
-QUICK_MEMORY_ROWS = (256,)
-MEMORY_FEATURES = 256
+# Ranks, M_r, D, whether exponentials may be kept: M_r doubled, then the number of ranks.
+MEMORY_CASES = (
+    *((2, rows, 256, keep) for keep in (True, False) for rows in (4096, 8192, 16384, 32768)),
+    *((ranks, 512, 2048, False) for ranks in (2, 4, 8, 16)),
+)
+M_MMAP_THRESHOLD = -3  # of glibc
+QUICK_MEMORY_CASES = ((2, 256, 16, True),)
 COUNTED_RANKS = range(1, 9)
 QUICK_RANKS = (2,)
 COUNTED_PAIRS, COUNTED_FEATURES = 12, 16
@@ -168,6 +173,9 @@ def peak_memory(strategy: str, keep: bool, rows: int, features: int) -> int:
     """Extra bytes at the peak of one forward and backward, gradients included."""
     if not keep:
         functional.KEPT_BYTES = 0
+    if hasattr(ctypes.CDLL(None), "mallopt"):
+        # Freed memory goes back to the system at once: the peak is that of what is in use.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
     z_i, z_j = views(rows, features)
     small = views(64, features)
     of_group(strategy)(*small).backward()
@@ -254,24 +262,24 @@ def measure_counts(groups: Iterable[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_memory(all_rows: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Peak extra memory of a rank, the largest of two."""
+def measure_memory(cases: tuple[tuple[int, int, int, bool], ...]) -> list[dict[str, Any]]:
+    """Peak extra memory of a rank, the largest of all."""
     records = []
-    for strategy in STRATEGIES:
-        for keep in (True, False):
-            for rows in all_rows:
-                print(f"measuring the memory of {strategy} at M_r={rows}", flush=True)
-                extra = max(on_ranks(2, "memory", strategy, keep, rows, MEMORY_FEATURES))
-                records.append(
-                    {
-                        "strategy": strategy,
-                        "kept": keep,
-                        "M_r": rows,
-                        "D": MEMORY_FEATURES,
-                        "extra_bytes": extra,
-                        "over_input": extra / (4 * rows * MEMORY_FEATURES),
-                    }
-                )
+    for ranks, rows, features, keep in cases:
+        print(f"measuring the memory of {ranks} ranks of {rows} rows", flush=True)
+        for strategy in STRATEGIES:
+            extra = max(on_ranks(ranks, "memory", strategy, keep, rows, features))
+            records.append(
+                {
+                    "strategy": strategy,
+                    "ranks": ranks,
+                    "M_r": rows,
+                    "D": features,
+                    "kept": keep,
+                    "extra_bytes": extra,
+                    "over_input": extra / (4 * rows * features),
+                }
+            )
     return records
 
 
@@ -319,12 +327,12 @@ def main() -> None:
             for c in counts
         ],
     )
-    memory = measure_memory(QUICK_MEMORY_ROWS if options.quick else MEMORY_ROWS)
+    memory = measure_memory(QUICK_MEMORY_CASES if options.quick else MEMORY_CASES)
     print_table(
-        ["strategy", "kept", "M_r", "D", "extra MiB", "/ own rows"],
+        ["strategy", "R", "M_r", "D", "kept", "extra MiB", "/ own rows"],
         [
             [
-                *(str(m[key]) for key in ("strategy", "kept", "M_r", "D")),
+                *(str(m[key]) for key in ("strategy", "ranks", "M_r", "D", "kept")),
                 f"{m['extra_bytes'] / 2**20:.0f}",
                 f"{m['over_input']:.1f}",
             ]

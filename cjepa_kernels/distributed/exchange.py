@@ -69,10 +69,7 @@ class Exchange:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def start(self, sent: Sequence[Message], received: Sequence[Message]) -> list[dist.Work]:
-        """Begin to send and to receive; to be ended by :meth:`finish`.
-
-        All ranks must begin with as many messages for each other as the others expect, in order.
-        """
+        """Begin to send and to receive; to be ended by :meth:`finish`."""
         if not sent and not received:
             return []
         operations = [
@@ -145,3 +142,32 @@ class Exchange:
                 "NT-Xent: one of them has ended, or did not take part within the process group's "
                 f"timeout (every rank must run every forward and backward). {error}"
             ) from error
+
+
+class Mail:
+    """Messages of one step; all ranks send each other as many as the others expect, in order."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self._sent: list[Message] = []
+        self._received: list[Message] = []
+        self._works: list[dist.Work] = []
+
+    def send(self, tensor: Tensor, rank: int) -> None:
+        """Have a contiguous tensor, which must not change before the end, sent."""
+        self._sent.append(Message(tensor, rank))
+
+    def receive(self, like: Tensor, rows: slice, rank: int) -> Tensor:
+        """What will hold those rows of a tensor like that one."""
+        tensor = like.new_empty(rows.stop - rows.start, *like.shape[1:])
+        self._received.append(Message(tensor, rank))
+        return tensor
+
+    def start(self) -> None:
+        """Begin with all of it."""
+        self._works = self.exchange.start(self._sent, self._received)
+
+    def finish(self) -> None:
+        """Wait for all of it, and let go of the tensors."""
+        self.exchange.finish(self._works)
+        self._sent, self._received, self._works = [], [], []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cjepa_kernels.distributed.exchange import Exchange, Message
+from cjepa_kernels.distributed.exchange import Exchange, Mail
 from cjepa_kernels.distributed.group import GlobalBatch
 
 
@@ -66,7 +66,7 @@ def circulate(
     exchange: Exchange,
     own: Sequence[Tensor],
     visit: Callable[[Rectangle, Sequence[Tensor]], Tensor],
-    merge: Callable[[Tensor, Tensor], Tensor],
+    merge: Callable[[Tensor, Tensor], object],
     *,
     first: Callable[[], None] = lambda: None,
     last: Callable[[], None] = lambda: None,
@@ -83,7 +83,8 @@ def circulate(
         own: Tensors with a row for each row of the own shard, contiguous.
         visit: Called with a rectangle and the visitor's tensors, the rows of the rectangle alone;
             returns what it adds to these rows, (rows, C).
-        merge: Called with what was collected before for some rows and what a visit added.
+        merge: Called with what was collected before for some rows, to which it adds what a visit
+            returned, its second argument.
         first: Work that needs no visitor, while the first one is on its way.
         last: The same, while what was collected goes home.
         first_visitor: As many of the first visitor's tensors as are here already.
@@ -94,47 +95,42 @@ def circulate(
     """
     rank, ranks = ring.batch.rank, ring.batch.ranks
     right, left = (rank + 1) % ranks, (rank - 1) % ranks
-    present, collected = list(own), own[0].new_empty(0)
+    present, collected = own, own[0].new_empty(0)
     for step in range(ring.steps + 1):
-        sent, received, arriving = [], [], []
+        mail = Mail(exchange)
+        arriving = list(first_visitor) if step == 0 else []
         if step < ring.steps:
             wanted = ring.rectangle(right, step + 1).visiting
             coming = ring.rectangle(rank, step + 1).visiting
-            here = list(first_visitor) if step == 0 else []
-            sent = [Message(tensor[wanted], right) for tensor in present[len(here) :]]
-            arriving = here + [_room(tensor, coming) for tensor in own[len(here) :]]
-            received = [Message(tensor, left) for tensor in arriving[len(here) :]]
+            for tensor in present[len(arriving) :]:
+                mail.send(tensor[wanted], right)
+                arriving.append(mail.receive(tensor, coming, left))
         before = collected
         if step >= 2:
-            sent.append(Message(collected, right))
-            before = _room(collected, ring.collected(ring.visitor(rank, step)))
-            received.append(Message(before, left))
-        works = exchange.start(sent, received)
+            mail.send(collected, right)
+            before = mail.receive(collected, ring.collected(ring.visitor(rank, step)), left)
+        mail.start()
         if step == 0:
             first()
+            mail.finish()
         else:
             rectangle = ring.rectangle(rank, step)
             found = visit(rectangle, present)
-        exchange.finish(works)
-        if step == 1:
-            collected = found
-        elif step >= 2:
-            part = before[rectangle.visiting]
-            part.copy_(merge(part, found))
-            collected = before
+            mail.finish()
+            if step == 1:
+                collected = found
+            else:
+                merge(before[rectangle.visiting], found)
+                collected = before
+            del found, before
         present = arriving
     if ring.steps == 0:
         last()
         return None
-    home = _room(collected, ring.collected(rank))
-    works = exchange.start(
-        [Message(collected, ring.visitor(rank, ring.steps))],
-        [Message(home, (rank + ring.steps) % ranks)],
-    )
+    mail = Mail(exchange)
+    mail.send(collected, ring.visitor(rank, ring.steps))
+    home = mail.receive(collected, ring.collected(rank), (rank + ring.steps) % ranks)
+    mail.start()
     last()
-    exchange.finish(works)
+    mail.finish()
     return home
-
-
-def _room(like: Tensor, rows: slice) -> Tensor:
-    return like.new_empty(rows.stop - rows.start, *like.shape[1:])

@@ -100,18 +100,17 @@ def ring_forward(
 
     def visit(rectangle: Rectangle, visitor: Sequence[Tensor]) -> Tensor:
         of_own, of_visitor = blocks.rectangle(shard[rectangle.own], visitor[0])
-        rows[rectangle.own] = merge_rows(rows[rectangle.own], of_own, blocks.tau)
+        merge(rows[rectangle.own], of_own)
         visitors.append(visitor[0])
         del visitors[1:]
         return of_visitor
 
-    def merge(before: Tensor, new: Tensor) -> Tensor:
-        return merge_rows(before, new, blocks.tau)
+    def merge(before: Tensor, new: Tensor) -> None:
+        before.copy_(merge_rows(before, new, blocks.tau))
 
     home = circulate(ring, exchange, [shard], visit, merge, first=first)
     if home is not None:
-        part = ring.collected(batch.rank)
-        rows[part] = merge(rows[part], home)
+        merge(rows[ring.collected(batch.rank)], home)
     return Forward(rows, positive, kept, visitors[0] if visitors else shard[:0])
 
 
@@ -142,7 +141,7 @@ def ring_backward(
         exchange,
         [shard, state.weights],
         visit,
-        torch.add,
+        Tensor.add_,
         last=last,
         first_visitor=[state.others],
     )
