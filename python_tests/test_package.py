@@ -171,8 +171,8 @@ def test_links_in_the_documents_lead_somewhere() -> None:
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def test_there_are_six_examples() -> None:
-    assert len(EXAMPLES) == 6
+def test_there_are_seven_examples() -> None:
+    assert len(EXAMPLES) == 7
 
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)

@@ -100,3 +100,48 @@ def test_the_training_step_in_the_document_is_the_recorded_one() -> None:
         steps = f"{1e3 * row['step_before']:.1f} | {1e3 * row['step_after']:.1f}"
         losses = f"{1e3 * row['loss_before']:.2f} | {1e3 * row['loss_after']:.2f}"
         assert f"| `configs/{row['configuration']}.yaml` | {steps} | {losses} |" in document
+
+
+def test_many_ranks_in_the_document_are_the_recorded_ones() -> None:
+    document = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    costs = json.loads((ROOT / "bench/results/distributed_cost.json").read_text())
+    measured = json.loads((ROOT / "bench/results/distributed_cpu.json").read_text())
+
+    def show(x: float) -> str:
+        return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+    for key, unit in (("bytes", 2**20), ("flops", 1e12)):
+        of_ranks: dict[int, list[str]] = {}
+        for row in costs["rows"]:
+            of_ranks.setdefault(row["ranks"], []).append(show(row[key] / unit))
+        for ranks, cells in of_ranks.items():
+            assert f"| {ranks:,} | {' | '.join(cells)} |" in document
+    for row in costs["hidden"]:
+        numbers = f"{row['D']} | {row['pairs']:,} | {row['whole_batch']:,}"
+        assert f"| {row['link']} | {row['ranks']} | {numbers} |" in document
+    sizes: dict[tuple[int, int], dict[str, dict[str, float]]] = {}
+    for row in measured["rows"]:
+        sizes.setdefault((row["M_r"], row["D"]), {})[row["name"]] = row
+    for (rows, features), of in sizes.items():
+        candidates = ("ring", "all_gather", "strips", "lightly")
+        work = [show(1e3 * of[name]["work"]) for name in candidates]
+        ratio = of["ring"]["work"] / of["strips"]["work"]
+        times = [show(1e3 * of[name]["time"]) for name in ("ring", "all_gather")]
+        line = " | ".join([str(rows), str(features), *work, f"{ratio:.2f}", *times])
+        assert f"| {line} |" in document
+        if rows >= 1024:
+            assert ratio <= 0.6
+    of = sizes[4096, 256]
+    ratios = [of["ring"]["work"] / of[name]["work"] for name in ("strips", "lightly")]
+    assert f"the ring takes {ratios[0]:.2f} of the CPU time" in readme
+    assert f"and {ratios[1]:.2f} of lightly's formula" in readme
+    memory: dict[tuple[int, int, int], list[str]] = {}
+    for row in measured["memory"]:
+        if not row["kept"]:
+            extra = [f"{row['extra_bytes'] / 2**20:.0f}", f"{row['over_input']:.1f}"]
+            memory.setdefault((row["ranks"], row["M_r"], row["D"]), []).extend(extra)
+    for case, cells in memory.items():
+        assert f"| {' | '.join([*map(str, case), *cells])} |" in document
+    for row in measured["counts"]:
+        assert row["counted"] == row["formula"]
