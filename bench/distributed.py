@@ -97,7 +97,7 @@ def of_group(strategy: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
-def candidates(rows: int) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def candidates() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Losses by name; eager PyTorch holds (M_r, M) matrices."""
     losses = {"ring": of_group("ring"), "all_gather": of_group("all_gather"), "strips": strips}
     return {**losses, "lightly": formulas.lightly_of_group}
@@ -134,7 +134,7 @@ def on_ranks(ranks: int, task: str, *arguments: Any) -> list[Any]:
 def time_losses(rows: int, features: int, seconds: float) -> dict[str, list[list[float]]]:
     """For each candidate the CPU time and the time of every round on this rank."""
     z_i, z_j = views(rows, features)
-    times: dict[str, list[list[float]]] = {name: [] for name in candidates(rows)}
+    times: dict[str, list[list[float]]] = {name: [] for name in candidates()}
 
     def run(loss: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
         dist.barrier()
@@ -142,11 +142,11 @@ def time_losses(rows: int, features: int, seconds: float) -> dict[str, list[list
         torch.autograd.grad(loss(z_i, z_j), (z_i, z_j))
         return [time.process_time() - work, time.perf_counter() - start]
 
-    for loss in candidates(rows).values():
+    for loss in candidates().values():
         run(loss)
     started, going = time.perf_counter(), torch.ones(())
     while len(times["ring"]) < 5 or going > 0:
-        for name, loss in candidates(rows).items():
+        for name, loss in candidates().items():
             times[name].append(run(loss))
         going.fill_(time.perf_counter() - started < seconds)
         dist.broadcast(going, src=0)  # as many rounds on every rank

@@ -355,7 +355,7 @@ def _check_views(z_i: Tensor, z_j: Tensor, *, allow_empty: bool) -> None:
         )
     if z_i.ndim not in (2, 3):
         raise ValueError(f"z_i and z_j must be (B, D) or (B, N, D), got {tuple(z_i.shape)}")
-    if 0 in (z_i.shape[1:] if allow_empty else z_i.shape):
+    if 0 in (z_i.shape[-1:] if allow_empty else z_i.shape):
         raise ValueError(
             f"z_i and z_j must hold at least one pair and one feature, got {tuple(z_i.shape)}"
         )

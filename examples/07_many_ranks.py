@@ -24,7 +24,8 @@ def train() -> None:
     torch.manual_seed(0)  # the same initial weights on every rank
     encoder = DistributedDataParallel(nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)))
     # strategy="auto" gathers the features of small batches and sends those of large ones round a
-    # ring; no rank ever holds similarities.
+    # ring; no rank ever holds similarities. (A learnable temperature would belong into the module
+    # that DDP wraps: its gradient has to be averaged, too.)
     loss_fn = NTXentLoss(temperature=0.2, distributed=True)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-2)
     own_samples = torch.Generator().manual_seed(dist.get_rank())

@@ -296,3 +296,29 @@ def test_second_derivative_of_the_reference() -> None:
         return cross_logsumexp(a, b, temperature=0.5, backend="reference")[:2]
 
     assert torch.autograd.gradgradcheck(both, (x, y))
+
+
+@pytest.mark.parametrize("learnable", [False, True], ids=["", "learnable"])
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)], ids=str)
+def test_the_gradient_of_one_side_alone(
+    backend: Any, wanted: tuple[bool, bool], learnable: bool
+) -> None:
+    """A frozen side costs no product, and changes nothing of what remains."""
+    if wanted == (False, False) and not learnable:
+        pytest.skip("nothing wants a gradient")
+    rows = torch.randn(21, 12), torch.randn(13, 12)
+    upstream = torch.randn(21), torch.randn(13)
+
+    def gradients(of: tuple[bool, bool]) -> list[Tensor]:
+        temperature = torch.tensor(0.2, requires_grad=True) if learnable else 0.2
+        x, y = (z.clone().requires_grad_(own) for z, own in zip(rows, of, strict=True))
+        out = cross_logsumexp(x, y, temperature=temperature, backend=backend)
+        leaves = [z for z in (x, y, temperature) if isinstance(z, Tensor) and z.requires_grad]
+        return list(torch.autograd.grad(out[:2], leaves, upstream))
+
+    every = gradients((True, True))
+    expected = [g for g, own in zip(every, (*wanted, learnable), strict=False) if own]
+    for actual, other in zip(gradients(wanted), expected, strict=True):
+        # A temperature's cancels, and is taken from either side: as in test_temperature_gradient.
+        allowed = (10 if actual.ndim == 0 else 1) * FLOOR_GRADIENT[torch.float32]
+        assert relative_error(actual, other) <= allowed

@@ -459,3 +459,34 @@ def test_a_group_of_one(group_of_one: Any, strategy: Any, batch: int) -> None:
         out.loss.backward()
         gradients.append((*(value.detach() for value in out), z.grad))
     torch.testing.assert_close(*gradients, equal_nan=True)
+
+
+def temperature_step(strategy: str, dtype: torch.dtype) -> Tensor:
+    views = shards([1, 9], torch.float32)[dist.get_rank()]
+    temperature = torch.tensor(0.25, dtype=dtype, requires_grad=True)
+    out = nt_xent(
+        views[0],
+        views[1],
+        temperature=temperature,
+        group=dist.group.WORLD,
+        strategy=strategy,  # type: ignore[arg-type]
+    )
+    out.loss.backward()
+    assert temperature.grad is not None
+    return temperature.grad
+
+
+@STRATEGIES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_gradient_of_a_temperature_of_another_dtype(
+    ranks: Pool, strategy: str, dtype: torch.dtype
+) -> None:
+    views = torch.cat(shards([1, 9], torch.float64), dim=1)
+    temperature = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+    nt_xent(views[0], views[1], temperature=temperature, backend="reference").loss.backward()
+    gradients = ranks(2).run(temperature_step, strategy, dtype)
+    assert {gradient.dtype for gradient in gradients} == {dtype}
+    mean = torch.stack(gradients).double().mean()
+    # Rounded once, on each rank.
+    floor = 10 * FLOOR_GRADIENT[torch.float32] + torch.finfo(dtype).eps / 2
+    assert relative_error(mean, temperature.grad) <= floor

@@ -70,6 +70,7 @@ def message_of(
             "whether temperature is a tensor",
         ),
         ({"backend": "reference"}, (3, 4), torch.float32, "whether backend is the reference"),
+        ({}, (3, 0, 4), torch.float32, "every rank must hold at least one pair, rank 1 has none"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -80,6 +81,23 @@ def test_ranks_that_differ_are_named_on_every_rank(
     messages = ranks(3).run(message_of, [{}, change, {}], made)
     assert len(set(messages)) == 1
     assert re.search(expected, messages[0]), messages[0]
+
+
+def step_with_own_temperature() -> str:
+    z = torch.randn(2, 4, 8)
+    loss_fn = NTXentLoss(0.1, learnable_temperature=True, distributed=True)
+    loss_fn.temperature = 0.1 + 0.2 * dist.get_rank()
+    try:
+        loss_fn(z[0], z[1])
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_learnable_temperatures_that_drifted_apart(ranks: Pool) -> None:
+    for message in ranks(2).run(step_with_own_temperature):
+        expected = r"temperature must be .*rank 0 has 0\.0999\d* and rank 1 has 0\.2999"
+        assert re.search(expected, message), message
 
 
 @pytest.fixture
@@ -213,6 +231,7 @@ def losses_by_configuration() -> dict[str, Tensor]:
     )
     out = loss_fn(levels, levels, features[0], features[1])
     out["loss"].backward()
+    assert loss_fn.contrastive.strategy == "ring"
     return {"cls": features[:, :, 0].detach(), "grad": features.grad, "loss": out["loss"].detach()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from ranks import Ranks
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor
 
-from cjepa_kernels import backends, nt_xent
+from cjepa_kernels import NTXentLoss, backends, nt_xent
 from cjepa_kernels.distributed import counting
-from cjepa_kernels.distributed.blocks import merge_rows
-from cjepa_kernels.distributed.exchange import Exchange
+from cjepa_kernels.distributed.blocks import Blocks, merge_rows
+from cjepa_kernels.distributed.exchange import Exchange, Mail
 from cjepa_kernels.distributed.group import GlobalBatch, Setting
 from cjepa_kernels.distributed.ring import Ring
 from cjepa_kernels.distributed.strategies import GATHERED_BYTES, choose_strategy
@@ -128,7 +129,9 @@ def test_settings_survive_the_exchange() -> None:
         assert setting.decode(setting.encode()) == setting.value
 
 
-def counted_step(pairs: int, features: int, strategy: Any, backend: Any) -> dict[str, Any]:
+def counted_step(
+    pairs: int, features: int, strategy: Any, backend: Any, dtype: torch.dtype
+) -> dict[str, Any]:
     """What this rank counted, and the sizes of its messages in bytes."""
     largest = 0
     start = Exchange.start
@@ -138,7 +141,7 @@ def counted_step(pairs: int, features: int, strategy: Any, backend: Any) -> dict
         largest = max([largest, *(message.tensor.nbytes for message in (*sent, *received))])
         return start(self, sent, received)
 
-    z = torch.randn(2, pairs, features, requires_grad=True)
+    z = torch.randn(2, pairs, features).to(dtype).requires_grad_()
     Exchange.start = watched  # type: ignore[method-assign]
     try:
         with counting() as counts:
@@ -153,19 +156,91 @@ def counted_step(pairs: int, features: int, strategy: Any, backend: Any) -> dict
 @pytest.mark.parametrize("strategy", ["ring", "all_gather"])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 @pytest.mark.parametrize("backend", ["chunked", "native"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_counted_costs_follow_the_formulas(
-    ranks: Pool, strategy: str, count: int, backend: str
+    ranks: Pool, strategy: str, count: int, backend: str, dtype: torch.dtype
 ) -> None:
     if not backends()[backend].available:
         pytest.skip(backends()[backend].reason)
     pairs, features = 6, 10
-    counted = ranks(count).run(counted_step, pairs, features, strategy, backend)
-    problem = distributed_cost.Problem(count, 2 * pairs, features, 4)
+    counted = ranks(count).run(counted_step, pairs, features, strategy, backend, dtype)
+    problem = distributed_cost.Problem(count, 2 * pairs, features, dtype.itemsize)
     expected = distributed_cost.cost(strategy, problem, kept=backend == "native")
     for name in ("forward_bytes", "backward_bytes", "flops"):
         assert sum(rank[name] for rank in counted) / count == getattr(expected, name), name
     # Nothing that travels from rank to rank grows with their number.
-    assert all(rank["largest"] <= problem.shard for rank in counted)
+    assert all(rank["largest"] <= problem.gradient for rank in counted)
+
+
+def recorded_step(strategy: str) -> tuple[list[str], list[int], list[int]]:
+    """What this rank did, in order; received tensors that were alive at each visit."""
+    events: list[str] = []
+    received: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def watch(owner: Any, name: str) -> Callable[[], None]:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            if name.startswith("rectangle"):
+                alive.append(sum(tensor() is not None for tensor in received))
+            if name != "receive" and not (name == "start" and not any(args[1:])):
+                events.append(name)
+            result = original(*args, **options)
+            if name == "receive":
+                received.append(weakref.ref(result))
+            return result
+
+        setattr(owner, name, watched)
+        return lambda: setattr(owner, name, original)
+
+    blocks = ("own", "rectangle", "own_backward", "rectangle_backward")
+    undo = [watch(Blocks, name) for name in blocks]
+    undo += [watch(Exchange, name) for name in ("start", "start_all_gather", "finish")]
+    undo.append(watch(Mail, "receive"))
+    try:
+        z = torch.randn(2, 3, 8, requires_grad=True)
+        loss = NTXentLoss(distributed=True, strategy=strategy)(z[0], z[1])["loss"]  # type: ignore
+        forward = len(alive)
+        received.clear()
+        loss.backward()
+    finally:
+        for restore in undo:
+            restore()
+    return events, alive[:forward], alive[forward:]
+
+
+def test_the_ring_overlaps_and_holds_few_shards(ranks: Pool) -> None:
+    agree = ["start_all_gather", "finish"]
+    forward = ["start", "own", "finish", *["start", "rectangle", "finish"] * 3, "start", "finish"]
+    backward = ["start", "finish", *["start", "rectangle_backward", "finish"] * 3]
+    backward += ["start", "own_backward", "finish"]
+    for events, in_forward, in_backward in ranks(6).run(recorded_step, "ring"):
+        assert events == agree + forward + backward
+        # Visitor, next visitor, what both collect; the first visitor stays for the backward.
+        assert in_forward == [2, 4, 4]
+        # Features and weights of two visitors, and what was collected; the first one's features
+        # are those of the forward.
+        assert in_backward == [3, 5, 4]
+
+
+def test_the_all_gather_overlaps(ranks: Pool) -> None:
+    expected = ["start_all_gather", "finish", "start_all_gather", "own", "finish", "rectangle"]
+    expected += ["start_all_gather", "own_backward", "finish", "rectangle_backward"]
+    for events, *_ in ranks(3).run(recorded_step, "all_gather"):
+        assert events == expected
+
+
+@pytest.mark.parametrize("pairs", [8, 2500])
+def test_auto_is_one_of_both(ranks: Pool, pairs: int) -> None:
+    counted = [
+        ranks(2).run(counted_step, pairs, 8, strategy, "auto", torch.float32)[0]
+        for strategy in ("auto", "all_gather", "ring")
+    ]
+    z = torch.empty(1, 8)
+    chosen = choose_strategy("auto", GlobalBatch(0, (pairs, pairs)), z)
+    assert chosen == ("all_gather" if pairs == 8 else "ring")
+    assert counted[0] == counted[("all_gather", "ring").index(chosen) + 1]
 
 
 def test_costs_of_the_schemes_compare_as_they_should() -> None:

@@ -53,6 +53,9 @@ class Blocks:
 
     def __init__(self, options: Options, temperature: Tensor | None, dtype: torch.dtype) -> None:
         self.options, self.temperature = options, temperature
+        if temperature is not None and temperature.dtype != torch.float64:
+            # The parts of its gradient are not to be rounded before they are added up.
+            self.temperature = temperature.float()
         # Operands are widened for a backward: parts of a gradient are not to be rounded.
         self.wide = accumulation_dtype(dtype)
         self.product_dtype = options.product_dtype or (dtype if dtype != self.wide else None)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False)  # told apart by identity
 class Counts:
     """What this rank sent and multiplied.
 
@@ -19,7 +19,9 @@ class Counts:
         forward_bytes: Sent in forwards. A collective counts what a ring algorithm sends: R - 1
             parts for an all-gather, 2 (R - 1) / R of the tensor for an all-reduce.
         backward_bytes: The same in backwards.
-        flops: Of the products, 2 for a multiply-add.
+        flops: Of the products that the loss needs, 2 for a multiply-add: what the compiled kernel
+            does. The chunked path multiplies the own block twice over, Triton's kernels for narrow
+            rows compute the similarities of a backward once for each side.
     """
 
     forward_bytes: int = 0
@@ -112,12 +114,12 @@ class Exchange:
     def numbers(self, own: Sequence[int], device: torch.device) -> list[list[int]]:
         """Whole numbers of every rank, as many on each, on the host.
 
-        A group that can exchange nothing but tensors of the GPU does it there: the host waits for
-        this exchange, but not for the work that was queued before it.
+        A group that can exchange nothing but tensors of the GPU does it there, on a stream of its
+        own: the host waits for this exchange and for earlier ones of the group, but not for other
+        work that was queued before it.
         """
         if "cpu:" in dist.get_backend_config(self.group):
             device = torch.device("cpu")
-        # An own stream, which is empty.
         aside = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         with aside or nullcontext():
             gathered = self.all_gather(torch.tensor(own, device=device))
@@ -139,8 +141,8 @@ class Exchange:
             direction = "backward" if self.backward else "forward"
             raise RuntimeError(
                 f"rank {self.rank} of {self.ranks} cannot reach the others in the {direction} of "
-                "NT-Xent: one of them has ended, or did not take part within the process group's "
-                f"timeout (every rank must run every forward and backward). {error}"
+                f"NT-Xent: {error}. Most often one of them has ended, or did not take part within "
+                "the process group's timeout: every rank must run every forward and backward"
             ) from error
 
 
@@ -162,6 +164,11 @@ class Mail:
         tensor = like.new_empty(rows.stop - rows.start, *like.shape[1:])
         self._received.append(Message(tensor, rank))
         return tensor
+
+    def pass_on(self, tensor: Tensor, sent: slice, to: int, received: slice, source: int) -> Tensor:
+        """Send some rows of a tensor and receive some of another rank's."""
+        self.send(tensor[sent], to)
+        return self.receive(tensor, received, source)
 
     def start(self) -> None:
         """Begin with all of it."""

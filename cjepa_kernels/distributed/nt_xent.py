@@ -80,13 +80,16 @@ def nt_xent(
 
 def _settings(z: Tensor, temperature: Tensor | None, options: Options) -> list[Setting]:
     yes_or_no = (False, True)
+    number = options.temperature
+    if temperature is not None and temperature.device.type == "cpu":
+        number = temperature.item()  # elsewhere reading it would have the host wait
     return [
         Setting("the dtype of z_i and z_j", z.dtype, DTYPES),
         Setting("autocast's dtype", options.product_dtype, (None, *DTYPES)),
         Setting("whether backend is the reference", options.overload == REFERENCE, yes_or_no),
         Setting("requires_grad of z_i, z_j or temperature", options.needs_gradient, yes_or_no),
         Setting("whether temperature is a tensor", temperature is not None, yes_or_no),
-        Setting("temperature", options.temperature),
+        Setting("temperature", number),
         Setting("use_cosine_similarity", options.cosine, yes_or_no),
         Setting("eps", options.eps),
         Setting("reduction", options.reduction, REDUCTIONS),
@@ -135,6 +138,8 @@ class _GroupNTXent(torch.autograd.Function):
             weights = torch.stack([pull.to(positive.dtype), shift, log_sum], dim=1)  # (M_r, 3)
             state = Backward(z_i, z_j, upstream, weights, positive, kept, others)
             grad, grad_temperature = backward(state, blocks, batch, exchange)
+            if temperature is not None:
+                grad_temperature = grad_temperature.to(temperature.dtype)
             gradients = [grad[: len(z_i)].to(z_i.dtype), grad[len(z_i) :].to(z_j.dtype)]
         if torch.is_grad_enabled():
             apply: Any = _NoSecondDerivative.apply

@@ -102,9 +102,10 @@ def circulate(
         if step < ring.steps:
             wanted = ring.rectangle(right, step + 1).visiting
             coming = ring.rectangle(rank, step + 1).visiting
-            for tensor in present[len(arriving) :]:
-                mail.send(tensor[wanted], right)
-                arriving.append(mail.receive(tensor, coming, left))
+            arriving += [
+                mail.pass_on(tensor, wanted, right, coming, left)
+                for tensor in present[len(arriving) :]
+            ]
         before = collected
         if step >= 2:
             mail.send(collected, right)

@@ -17,16 +17,19 @@ from cjepa_kernels.distributed.group import GlobalBatch
 from cjepa_kernels.distributed.ring import Rectangle, Ring, circulate
 
 # "auto" takes the ring where the products that it saves take longer than the exchanges that it has
-# more of: FLOPs in the time that one exchange takes, by type of device.
+# more of: FLOPs in the time that one exchange takes, by type of device. On CPUs by measurement
+# (two gloo processes), elsewhere by assumption.
 FLOPS_PER_EXCHANGE = {"cpu": 2e8, "cuda": 1e10}
-GATHERED_BYTES = 2**28  # and wherever the features of all ranks would take more than that
+# And wherever the features of all ranks would take more than that; at its peak the all-gather holds
+# about four copies of them.
+GATHERED_BYTES = 2**28
 
 
 def choose_strategy(strategy: Strategy, batch: GlobalBatch, z: Tensor) -> Strategy:
     """The ring or the all-gather, by size unless one is asked for; the same on every rank.
 
-    The all-gather takes 6 M_r M D FLOPs a rank and 2 exchanges, the ring 4 M_r M D and about
-    2 (R / 2 + 1), each with the latency of one.
+    The all-gather takes 6 M_r M D FLOPs a rank and 2 exchanges, the ring 4 M_r M D and more
+    exchanges, one after the other.
     """
     if strategy != "auto":
         return strategy
@@ -35,7 +38,16 @@ def choose_strategy(strategy: Strategy, batch: GlobalBatch, z: Tensor) -> Strate
         return "ring"
     saved = 2 * batch.rows**2 // ranks * features
     per_exchange = FLOPS_PER_EXCHANGE.get(z.device.type, FLOPS_PER_EXCHANGE["cuda"])
-    return "ring" if saved > per_exchange * 2 * (ranks // 2) else "all_gather"
+    return "ring" if saved > per_exchange * (exchanges_of_ring(ranks) - 2) else "all_gather"
+
+
+def exchanges_of_ring(ranks: int) -> int:
+    """Exchanges one after the other, in both directions.
+
+    One for each visitor, one more for what the last of several has collected, the way home.
+    """
+    steps = ranks // 2
+    return 2 * (steps + (steps > 1) + 1)
 
 
 @dataclass
@@ -196,7 +208,8 @@ class _GatherOthers:
     def finish(self) -> Tensor:
         """Rows of all other ranks, in the order of the ranks after this one."""
         self.exchange.finish(self.works)
+        everything, self.everything, self.works = self.everything, self.everything[:0], []
         rank, ranks = self.batch.rank, self.batch.ranks
         others = [(rank + step) % ranks for step in range(1, ranks)]
-        parts = [self.everything[other, : self.batch.rows_of(other)] for other in others]
-        return torch.cat(parts) if parts else self.everything[0, :0]
+        parts = [everything[other, : self.batch.rows_of(other)] for other in others]
+        return torch.cat(parts) if parts else everything[0, :0]

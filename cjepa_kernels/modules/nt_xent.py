@@ -37,7 +37,9 @@ class NTXentLoss(nn.Module):
             divided by the temperature. This builds the matrix that the loss otherwise avoids;
             with ``distributed`` it covers this rank's pairs.
         distributed: Take the negatives from all ranks (True), or from those of a process group,
-            as described for ``group`` in :func:`cjepa_kernels.nt_xent`.
+            as described for ``group`` in :func:`cjepa_kernels.nt_xent`. A learnable temperature
+            needs its gradient averaged over the ranks, like every parameter: have the loss be a
+            part of the module that DDP wraps.
         strategy: How the ranks work together: ``auto``, ``all_gather`` or ``ring``.
 
     Raises:
