@@ -58,8 +58,8 @@ inline int64_t kept_size(int64_t rows) {
 }
 
 // loss, accuracy, positive and negative similarity, lse, hardest, shift, log_sum, positive, kept
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                           Tensor>;
+using Outputs =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T, typename P>
 Outputs nt_xent_forward(const Options& options, bool keep);

@@ -19,7 +19,7 @@ struct Problem {
   bool cosine = true, mask = false, tensor_temperature = false, strided = false, zero_row = false;
   const char* reduction = "mean";
   std::optional<ScalarType> product_dtype{};
-  double length = 1;  // of rows in the dot product
+  double length = 1;        // of rows in the dot product
   double raised_shift = 0;  // what the backward takes is relative to that much more
 
   int64_t rows() const { return 2 * batch; }
@@ -118,8 +118,7 @@ void check_results(const Case& c, const Results& actual) {
   const double s_error = size * (2 * row_error + (D + 1) * u);
   // Of an exponential or a sum of them, relative, and so of its logarithm, absolute. No sum adds
   // more than 300 terms in T one after the other.
-  const double log_error =
-      2 * s_error / p.tau + (300 + 4 * (size + p.raised_shift) / p.tau) * u;
+  const double log_error = 2 * s_error / p.tau + (300 + 4 * (size + p.raised_shift) / p.tau) * u;
 
   const auto mean = [&](const std::vector<double>& x) {
     Exact sum = 0;

@@ -119,7 +119,8 @@ using Results = std::vector<std::vector<double>>;
 inline bool same_bits(const Results& a, const Results& b) {
   for (size_t k = 0; k < a.size(); ++k)
     if (a[k].size() != b[k].size() ||
-        std::memcmp(a[k].data(), b[k].data(), a[k].size() * sizeof(double)) != 0)
+        (!a[k].empty() &&  // whose data may be null
+         std::memcmp(a[k].data(), b[k].data(), a[k].size() * sizeof(double)) != 0))
       return false;
   return true;
 }
