@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,10 +14,8 @@ from cjepa_kernels.backends import HAS_NATIVE, Backend, check_backend
 from cjepa_kernels.distributed import STRATEGIES, Options, Strategy
 from cjepa_kernels.distributed import nt_xent as of_group
 from cjepa_kernels.environment import read_mebibytes
-from cjepa_kernels.reference import CrossLogSumExp, Reduction
+from cjepa_kernels.reference import FLOATING, REDUCTIONS, CrossLogSumExp, Reduction
 
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 KEPT_BYTES = int(read_mebibytes("CJEPA_KEPT_MIB", 256) * 2**20)
 read_mebibytes("CJEPA_CACHE_MIB", 256)  # for the compiled module, which cannot say what is wrong
 

@@ -9,13 +9,15 @@ rectangle of similarities M rows and N columns.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of inputs
 LAYER_EPS = 1e-5  # that of F.layer_norm
 PredictionLossType = Literal["smoothl1", "mse", "huber"]
 

@@ -14,7 +14,7 @@ travels with a row is (g r, LSE-). A positive is always of the own rank.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,19 +34,7 @@ from cjepa_kernels.distributed.strategies import (
     ring_forward,
 )
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-REDUCTIONS: tuple[str, ...] = get_args(reference.Reduction)
 REFERENCE = "reference"
-
-
-class GroupTerms(NamedTuple):
-    """As ``NTXentOutput``, of this rank's rows; the metrics are those of all ranks."""
-
-    loss: Tensor
-    accuracy: Tensor
-    positive_similarity: Tensor
-    negative_similarity: Tensor
-    lse: Tensor
 
 
 def nt_xent(
@@ -55,7 +43,7 @@ def nt_xent(
     temperature: Tensor | None,
     options: Options,
     group: dist.ProcessGroup,
-) -> GroupTerms:
+) -> tuple[Tensor, ...]:
     """NT-Xent of this rank's pairs with negatives from every rank of the group.
 
     Args:
@@ -64,6 +52,9 @@ def nt_xent(
         temperature: () in place of the options' number.
         options: The same on every rank.
         group: The ranks.
+
+    Returns:
+        As ``NTXentOutput``, of this rank's rows; the metrics are those of all ranks.
 
     Raises:
         ValueError: On all ranks alike, if one of them has no pair or asks for something else.
@@ -75,7 +66,8 @@ def nt_xent(
     strategy = choose_strategy(options.strategy, batch, z_i)
     options = replace(options, strategy=strategy)
     function: Any = _GroupNTXent.apply
-    return GroupTerms(*function(z_i, z_j, temperature, options, batch, group))
+    outputs: tuple[Tensor, ...] = function(z_i, z_j, temperature, options, batch, group)
+    return outputs
 
 
 def _settings(z: Tensor, temperature: Tensor | None, options: Options) -> list[Setting]:
@@ -84,15 +76,15 @@ def _settings(z: Tensor, temperature: Tensor | None, options: Options) -> list[S
     if temperature is not None and temperature.device.type == "cpu":
         number = temperature.item()  # elsewhere reading it would have the host wait
     return [
-        Setting("the dtype of z_i and z_j", z.dtype, DTYPES),
-        Setting("autocast's dtype", options.product_dtype, (None, *DTYPES)),
+        Setting("the dtype of z_i and z_j", z.dtype, reference.FLOATING),
+        Setting("autocast's dtype", options.product_dtype, (None, *reference.FLOATING)),
         Setting("whether backend is the reference", options.overload == REFERENCE, yes_or_no),
         Setting("requires_grad of z_i, z_j or temperature", options.needs_gradient, yes_or_no),
         Setting("whether temperature is a tensor", temperature is not None, yes_or_no),
         Setting("temperature", number),
         Setting("use_cosine_similarity", options.cosine, yes_or_no),
         Setting("eps", options.eps),
-        Setting("reduction", options.reduction, REDUCTIONS),
+        Setting("reduction", options.reduction, reference.REDUCTIONS),
         Setting("strategy", options.strategy, STRATEGIES),
     ]
 
@@ -206,7 +198,7 @@ def _reference(
     options: Options,
     batch: GlobalBatch,
     group: dist.ProcessGroup,
-) -> GroupTerms:
+) -> tuple[Tensor, ...]:
     pairs = gather_pairs(z_i, z_j, batch, group)
     with torch.autocast(z_i.device.type, enabled=False):
         terms = reference.nt_xent(
@@ -217,4 +209,4 @@ def _reference(
             eps=options.eps,
         )
         loss, lse = (x.view(2, -1)[:, pairs.own].flatten() for x in (terms.loss, terms.lse))
-        return GroupTerms(_reduce(loss, options, batch), *terms[1:4], lse)
+        return _reduce(loss, options, batch), *terms[1:4], lse
