@@ -14,7 +14,7 @@ from torch import Tensor
 from cjepa_kernels.triton.common import LN2, read_scale, round_to_tf32
 
 ROW_MULTIPLE = 128  # padded rows: a multiple of every tile's sides
-PROGRAMS = 256  # at most: each leaves one row of sums
+PROGRAMS = 1024  # at most: each leaves one row of sums
 BLOCK_ELEMENTS = 4096
 WEIGHT_SCALE = 2.0**13
 LARGEST_EXPONENT = 111  # of 2, with room for sums and for the scale of the weights
