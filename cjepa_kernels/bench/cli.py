@@ -22,6 +22,7 @@ from cjepa_kernels.bench.comparison import (
     Results,
     Settings,
 )
+from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.sizes import DTYPES, Size, parse_sizes
 from cjepa_kernels.train.atomic import atomic_write
 
@@ -46,7 +47,7 @@ def bench(
         str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the inputs: fp32, bf16 or fp16.")] = "fp32",
-    temperature: Annotated[float, typer.Option(help="Divides the similarities.")] = 0.1,
+    temperature: Annotated[float, typer.Option(help="Divides the similarities.")] = TEMPERATURE,
     seconds: Annotated[
         float | None, typer.Option(help="Of timing, for each size and pass. Default: 3.")
     ] = None,
@@ -83,12 +84,12 @@ def clear_errors() -> Iterator[None]:
 
 def make_settings(
     *,
-    quick: bool,
-    sizes: str | None,
-    device: str | None,
-    dtype: str,
-    temperature: float,
-    seconds: float | None,
+    quick: bool = False,
+    sizes: str | None = None,
+    device: str | None = None,
+    dtype: str = "fp32",
+    temperature: float = TEMPERATURE,
+    seconds: float | None = None,
 ) -> Settings:
     """Settings from the options.
 
