@@ -9,17 +9,21 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/cpu/*)
 DEMO_OUT ?= runs/demo
 SEEDS ?= 0,1,2
+BENCH_OUT ?= runs/bench
 INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cross_logsumexp_calls.py \
   distributed.py ops.py prediction_loss.py triton.py triton_interpreter.py)
 
-.PHONY: help demo test gpu-check gpu-count ctest sanitize lint format bench bench-loss bench-distributed memory micro plot examples clean
+.PHONY: help demo test gpu-check gpu-count ctest sanitize lint format \
+  bench bench-quick bench-targets bench-record bench-compare bench-loss bench-distributed memory micro plot examples clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
 	@echo "make ctest  C++ tests of the CPU kernel;  make sanitize runs them under sanitizers"
 	@echo "make lint   checks of style and types;  make format rewrites"
-	@echo "make bench  time and accuracy of the loss beside its targets;  make memory its peak memory"
+	@echo "make bench-quick  the loss beside other formulas, a minute;  make bench all of it, ten minutes"
+	@echo "make bench-compare BASE=REV  whether HEAD is slower than a revision;  make bench-record"
+	@echo "make bench-targets  time and accuracy of the loss beside its targets;  make memory its peak memory"
 	@echo "make bench-loss  time of the whole C-JEPA loss and the share of each part"
 	@echo "make bench-distributed  work, time and memory of two processes that share a batch"
 	@echo "make micro  time of each operator;  make plot draws what make bench recorded"
@@ -85,7 +89,22 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 bench: $(VENV)/.dev
+	$(MAKE) micro
+	$(BIN)/cjepa bench --out $(BENCH_OUT)
 	$(BIN)/python bench/nt_xent.py
+
+bench-quick: $(VENV)/.dev
+	$(BIN)/cjepa bench --quick --out $(BENCH_OUT)
+
+bench-targets: $(VENV)/.dev
+	$(BIN)/python bench/nt_xent.py
+
+# The full comparison into docs/results and docs/images.
+bench-record: $(VENV)/.dev
+	$(BIN)/python bench/record.py
+
+bench-compare: $(VENV)/.dev
+	$(BIN)/python bench/compare.py $(BASE)
 
 bench-loss: $(VENV)/.dev
 	$(BIN)/python bench/cjepa_loss.py

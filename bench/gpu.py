@@ -27,8 +27,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accuracy import exact, relative_error
-from formulas import TEMPERATURE, Formula
 from gpu_targets import (
     AUTOCAST,
     BOTH,
@@ -63,12 +61,15 @@ from gpu_timing import (
     graphed,
     in_turn,
 )
-from measurement import installed_version, print_table, write_results
-from plan import Size
+from measurement import print_table, write_results
 from torch import Tensor
 
 from cjepa_kernels import cross_logsumexp, nt_xent, prediction_loss
 from cjepa_kernels.backends import Backend
+from cjepa_kernels.bench.errors import exact, relative_error
+from cjepa_kernels.bench.formulas import TEMPERATURE, Formula
+from cjepa_kernels.bench.machine import installed_version
+from cjepa_kernels.bench.sizes import Size
 from cjepa_kernels.extras import require
 
 BACKEND: Backend = "triton"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from plan import Size
+from cjepa_kernels.bench.sizes import Size
 
 Record = dict[str, Any]
 Results = dict[str, list[Record]]  # the lists of the results file

@@ -65,12 +65,38 @@ def test_missing_extra_is_named() -> None:
         extras.require("a_module_that_is_not_there", extra="train")
 
 
-def test_command_line_without_the_extra_says_how_to_get_it() -> None:
-    code = "import sys; sys.modules['lightning'] = None; from cjepa_kernels.cli import main; main()"
+@pytest.mark.parametrize(
+    ("missing", "arguments", "extra"),
+    [("lightning", ["probe", "a.ckpt"], "train"), ("rich", ["bench", "--quick"], "bench")],
+)
+def test_command_line_without_the_extra_says_how_to_get_it(
+    missing: str, arguments: list[str], extra: str
+) -> None:
+    code = f"""
+import sys
+sys.modules[{missing!r}] = None
+sys.argv = ["cjepa", *{arguments}]
+from cjepa_kernels.cli import main
+main()
+"""
     result = run_python(code)
     assert result.returncode == 2
-    assert "cjepa_kernels[train]" in result.stderr
+    assert f"cjepa_kernels[{extra}]" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_benchmark_needs_its_own_extra_alone() -> None:
+    code = """
+import sys
+for name in ("lightning", "sklearn", "datasets", "pydantic", "yaml", "tensorboard"):
+    sys.modules[name] = None
+sys.argv = ["cjepa", "bench", "--dtype", "fp64"]
+from cjepa_kernels.cli import main
+main()
+"""
+    result = run_python(code)
+    assert result.returncode == 2
+    assert "--dtype: expected one of fp32, bf16, fp16, got 'fp64'" in result.stderr
 
 
 def test_an_import_error_inside_a_module_is_not_hidden(
