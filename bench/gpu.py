@@ -73,7 +73,16 @@ from cjepa_kernels.bench.sizes import Size
 from cjepa_kernels.extras import require
 
 BACKEND: Backend = "triton"
-SECTIONS = ("rows", "matmul", "accuracy", "memory", "first_use", "missing", "failed")
+SECTIONS = (
+    "rows",
+    "matmul",
+    "accuracy",
+    "memory",
+    "first_use",
+    "missing",
+    "out_of_memory",
+    "failed",
+)
 
 
 class Cell(NamedTuple):
@@ -182,10 +191,11 @@ class Benchmark:
         ]
 
     def fail(self, part: str, size: Size, name: str, error: str) -> None:
-        """Keep what failed, for the end."""
+        """Keep what failed, for the end; what the device has too little memory for did not."""
         record = {"part": part, "M": size.rows, "D": size.features, "name": name, "error": error}
-        self.results["failed"].append(record)
-        print(f"failed: {part} M={size.rows} D={size.features} {name}: {error}", flush=True)
+        too_large = "OutOfMemory" in error and name != OURS
+        self.results["out_of_memory" if too_large else "failed"].append(record)
+        print(f"{'out of memory' if too_large else 'failed'}: {part} M={size.rows} D={size.features} {name}: {error}", flush=True)
 
     def time(
         self,

@@ -44,10 +44,14 @@ def load_rows(
 
 @triton.jit
 def unit_rows(x, eps, COSINE: tl.constexpr):
-    """x / max(|x|, eps), and |x|; the rows themselves without COSINE."""
-    norm = tl.sqrt(tl.sum(x * x, 1))
+    """x / max(|x|, eps), and |x|; the rows themselves without COSINE.
+
+    Rounded correctly: the projection of a gradient that is nearly parallel to its row magnifies the
+    error of a division of 2 units in the last place, which is Triton's own.
+    """
+    norm = tl.sqrt_rn(tl.sum(x * x, 1))
     if COSINE:
-        x = x / tl.maximum(norm, eps)[:, None]
+        x = tl.div_rn(x, tl.broadcast_to(tl.maximum(norm, eps)[:, None], x.shape))
     else:
         x += x - x  # inf becomes NaN, as the loss has to: its dot products may be -inf alone
     return x, norm
