@@ -193,9 +193,10 @@ class Benchmark:
     def fail(self, part: str, size: Size, name: str, error: str) -> None:
         """Keep what failed, for the end; what the device has too little memory for did not."""
         record = {"part": part, "M": size.rows, "D": size.features, "name": name, "error": error}
-        too_large = "OutOfMemory" in error and name != OURS
+        too_large = "OutOfMemory" in error and name not in ("", OURS)
         self.results["out_of_memory" if too_large else "failed"].append(record)
-        print(f"{'out of memory' if too_large else 'failed'}: {part} M={size.rows} D={size.features} {name}: {error}", flush=True)
+        what = "out of memory" if too_large else "failed"
+        print(f"{what}: {part} M={size.rows} D={size.features} {name}: {error}", flush=True)
 
     def time(
         self,
