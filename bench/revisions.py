@@ -1,4 +1,4 @@
-"""Checkouts of revisions side by side, each with its compiled module, that run programs."""
+"""Checkouts of revisions, each with its compiled module, and programs run with them."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ HEADER = (
     "loss error",
     "gradient error",
 )
+WRONG = 0.1  # share of the gradient's largest magnitude
 
 
 def sizes_of(results: Results) -> list[Size]:
@@ -102,6 +103,7 @@ def verdict(results: Results) -> list[str]:
     sentences += _beyond(results, sizes)
     sentences += _slower(results, sizes)
     sentences += _errors(results)
+    sentences += _temperatures(results)
     return sentences
 
 
@@ -169,6 +171,26 @@ def _errors(results: Results) -> Iterator[str]:
         yield (
             f"The largest error of a gradient against float64 is {largest[OURS]:.1e} with "
             f"cjepa_kernels and {largest[EAGER]:.1e} with the {TITLES[EAGER]}."
+        )
+
+
+def _temperatures(results: Results) -> Iterator[str]:
+    """From which temperature down the plain formula's gradient in fp32 is useless."""
+    gradients: dict[float, dict[str, float]] = {}
+    for row in results["temperatures"]:
+        if row["dtype"] == "fp32":
+            gradients.setdefault(row["temperature"], {})[row["name"]] = row["gradient"]
+    wrong: list[dict[str, float]] = []
+    for temperature in sorted(gradients):
+        if gradients[temperature].get(EAGER, 0.0) < WRONG:
+            break
+        wrong.append(gradients[temperature])
+        highest = temperature
+    if wrong:
+        yield (
+            f"From temperature {highest:g} down the {TITLES[EAGER]}'s gradient in fp32 is off by "
+            f"{100 * min(of[EAGER] for of in wrong):.0f} % or more; that of cjepa_kernels by "
+            f"{max(of[OURS] for of in wrong):.1e} at most."
         )
 
 
