@@ -44,7 +44,9 @@ def cell(axes: Axes, x: float, y: float, width: float = 1, height: float = 1, **
 def box(axes: Axes, x: float, y: float, width: float, height: float, **style: Any) -> None:
     """The same with round corners."""
     style = {"facecolor": "none", "edgecolor": INK, "linewidth": 1.0, **style}
-    shape = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.25", **style)
+    shape = FancyBboxPatch(
+        (x, y), width, height, boxstyle="round,pad=0,rounding_size=0.25", **style
+    )
     axes.add_patch(shape)
 
 
@@ -110,7 +112,8 @@ def draw_matrix(figure: Figure) -> None:
     arrow(right, (3.3, 6.75), (4.6, 7.75))
     arrow(right, (9.1, 6.75), (7.0, 7.75))
     text(right, 5.8, 8.15, "x = LSE⁻ − ℓ_pos", fontweight="bold")
-    text(right, 5.8, 9.05, "loss = softplus(x)          gradient ∝ sigmoid(x) = 1 − p_pos")
+    text(right, 3.0, 9.05, "loss = softplus(x)")
+    text(right, 8.6, 9.05, "gradient ∝ sigmoid(x) = 1 − p_pos")
     text(
         right, 5.8, 9.85, "no difference of two nearly equal numbers, however small the loss",
         fontsize=8, color=OTHER,
@@ -138,14 +141,14 @@ def draw_triangle(figure: Figure) -> None:
     for block, name in ((i, "I"), (j, "J")):
         text(left, 0.6, 1.5 + block, name, fontweight="bold")
         text(left, 1.5 + block, 0.6, name, fontweight="bold")
-        box(left, 8.4, 1.1 + block, 4.6, 0.8, edgecolor=COLUMN)
-        text(left, 10.7, 1.5 + block, f"sums of the rows in block {name}", fontsize=8)
-    arrow(left, (2 + j, 1.5 + i), (8.35, 1.5 + i), color=COLUMN)
+        box(left, 8.5, 1.1 + block, 4.6, 0.8, edgecolor=COLUMN)
+        text(left, 10.8, 1.5 + block, f"sums of the rows in block {name}", fontsize=8)
+    arrow(left, (2 + j, 1.5 + i), (8.45, 1.5 + i), color=COLUMN)
     left.plot([1.5 + j, 1.5 + j], [2 + i, 1.5 + j], color=COLUMN, linewidth=1.2)
-    arrow(left, (1.5 + j, 1.5 + j), (8.35, 1.5 + j), color=COLUMN)
-    text(left, 7.7, 2.15, "row\nsums", fontsize=8, va="top")
-    text(left, 7.6, 5.85, "column\nsums", fontsize=8, va="top")
-    text(left, 4, 7.5, "filled: computed      dotted: never computed", fontsize=8)
+    arrow(left, (1.5 + j, 1.5 + j), (8.45, 1.5 + j), color=COLUMN)
+    text(left, 7.65, 2.2, "row sums", fontsize=8)
+    text(left, 7.55, 5.15, "column sums", fontsize=8)
+    text(left, 4, 7.5, "filled: computed; dotted: never computed", fontsize=8)
     text(left, 4, 8.2, "S is symmetric: tᵀ would hold the same numbers", fontsize=8, color=OTHER)
     left.set_title("A tile above the diagonal serves both of its sides")
 
@@ -217,10 +220,24 @@ def draw_tournament(figure: Figure) -> None:
                 right, (x + ax, y + ay), (x + bx, y + by), color=OTHER,
                 connectionstyle="arc3,rad=0.2",
             )  # fmt: skip
-        what = "each rank is visited by its left neighbour" if step == 1 else "and by the one opposite"
+        what = (
+            "each rank is visited by its left neighbour" if step == 1 else "and by the one opposite"
+        )
         text(right, x, 0.45, f"step {step}: {what}", fontsize=8)
-    text(right, 7.4, 8.55, "row sums stay; column sums follow the visitor, one step behind,", fontsize=8)
-    text(right, 7.4, 9.2, "and go home at the end. While a rectangle is multiplied, the next", fontsize=8)
+    text(
+        right,
+        7.4,
+        8.55,
+        "row sums stay; column sums follow the visitor, one step behind,",
+        fontsize=8,
+    )
+    text(
+        right,
+        7.4,
+        9.2,
+        "and go home at the end. While a rectangle is multiplied, the next",
+        fontsize=8,
+    )
     text(right, 7.4, 9.85, "visitor arrives. Similarities never travel.", fontsize=8)
     right.set_title("Shards travel round the ring")
 
@@ -251,14 +268,14 @@ def draw_strip(figure: Figure) -> None:
     box(right, 4.4, 0.9, 6.4, 7.4, linestyle="--", edgecolor=OTHER)
     text(right, 7.6, 1.35, "on the chip", fontsize=8, color=OTHER)
     box(right, 5, 1.9, 5.2, 1.5, facecolor=COLUMN, edgecolor=COLUMN, alpha=0.35)
-    text(right, 7.6, 2.4, "column block J, 128 rows of Ẑ")
+    text(right, 7.6, 2.4, "block J: 128 rows of Ẑ")
     text(right, 7.6, 3.0, "stays in shared memory", fontsize=8)
     box(right, 5, 4.1, 5.2, 1.5, facecolor=NATIVE, edgecolor=NATIVE, alpha=0.35)
     text(right, 7.6, 4.6, "tile of S, its exponentials")
     text(right, 7.6, 5.2, "in registers, gone after use", fontsize=8)
     box(right, 5, 6.3, 5.2, 1.5, facecolor=POSITIVE, edgecolor=POSITIVE, alpha=0.3)
     text(right, 7.6, 6.8, "sums of the columns")
-    text(right, 7.6, 7.4, "stay by element until the run ends", fontsize=8)
+    text(right, 7.6, 7.4, "stay until the run ends", fontsize=8)
     arrow(right, (7.6, 3.45), (7.6, 4.05))
     arrow(right, (7.6, 5.65), (7.6, 6.25))
     for k in range(4):
