@@ -1,6 +1,6 @@
 """Errors of loss and gradient against the temperature, for views that are nearly equal.
 
-    python bench/temperature_error.py [--results RESULTS.json] [--out docs/images/temperature_error.svg]
+    python bench/temperature_error.py [--results RESULTS.json] [--out PICTURE.svg]
 
 Late in training a positive's probability is close to 1, and the textbook formula subtracts two
 nearly equal numbers. Prints the table of docs/numerics.md and draws its picture; nothing is timed.
