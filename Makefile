@@ -14,7 +14,8 @@ INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cros
   distributed.py ops.py prediction_loss.py triton.py triton_interpreter.py)
 
 .PHONY: help demo test gpu-check gpu-count ctest sanitize lint format \
-  bench bench-quick bench-targets bench-record bench-compare bench-loss bench-distributed memory micro plot examples clean
+  bench bench-quick bench-targets bench-record bench-compare bench-loss bench-distributed memory micro plot \
+  docs docs-serve examples clean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,6 +30,7 @@ help:
 	@echo "make micro  time of each operator;  make plot draws what make bench recorded"
 	@echo "make gpu-check  tests and benchmarks of the Triton kernels on a machine with a GPU"
 	@echo "make gpu-count  instructions of the Triton kernels, counted in their machine code"
+	@echo "make docs   the documentation as a site, in site/;  make docs-serve shows it while you write"
 	@echo "make examples runs every script in examples/"
 
 # The build tools come first because the package is built without isolation, so that the pinned
@@ -47,8 +49,13 @@ $(VENV)/.train: $(VENV)/.base $(BUILD_INPUTS)
 
 $(VENV)/.dev: $(VENV)/.base $(BUILD_INPUTS)
 	@echo "Installing cjepa_kernels with what tests and checks need"
-	CJEPA_REQUIRE_NATIVE=1 CJEPA_WERROR=1 $(PIP_INSTALL) --no-build-isolation -e '.[test,lint,bench]'
-	touch $@ $(VENV)/.train
+	CJEPA_REQUIRE_NATIVE=1 CJEPA_WERROR=1 $(PIP_INSTALL) --no-build-isolation -e '.[test,lint,bench,docs]'
+	touch $@ $(VENV)/.train $(VENV)/.docs
+
+$(VENV)/.docs: $(VENV)/.base $(BUILD_INPUTS)
+	@echo "Installing cjepa_kernels with what the documentation needs"
+	$(PIP_INSTALL) --no-build-isolation -e '.[docs]'
+	touch $@
 
 demo: $(VENV)/.train
 	$(BIN)/cjepa compare --config configs/cjepa.yaml --seeds $(SEEDS) --out $(DEMO_OUT)
@@ -130,8 +137,17 @@ micro: $(VENV)/.dev
 plot: $(VENV)/.dev
 	$(BIN)/python bench/plot.py
 
+# The theme announces its successor at every build, which is no warning about these documents.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs
+	$(BIN)/mkdocs serve
+
 examples: $(VENV)/.train
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info cjepa_kernels/_C*.so .coverage* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist runs site *.egg-info cjepa_kernels/_C*.so .coverage* .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""The package itself: imports, version, compiled module, back ends, examples and docs."""
+"""The package itself: imports, version, compiled module, back ends and examples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import doctest
 import importlib
 import os
 import pkgutil
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,22 +175,6 @@ LIBRARY = [
 @pytest.mark.parametrize("name", LIBRARY)
 def test_docstring_examples(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
-
-
-def test_code_in_the_readme_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)  # it names configs/cjepa.yaml
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 2
-    namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-
-
-def test_links_in_the_documents_lead_somewhere() -> None:
-    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text()):
-            if not link.startswith("http"):
-                assert (document.parent / link).exists(), f"{document.name}: {link}"
 
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

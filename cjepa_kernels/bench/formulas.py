@@ -103,6 +103,32 @@ def metric_learning(*, temperature: float = TEMPERATURE) -> Formula:
     return loss
 
 
+def clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """open_clip's ``ClipLoss`` of one process: cross-entropy along both sides of the logits.
+
+    Args:
+        image: (B, D) unit rows.
+        text: Same shape, row k being the pair of ``image[k]``.
+        logit_scale: () 1 / temperature.
+    """
+    logits = logit_scale * image @ text.T
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def hjepa_prediction(
+    predictions: list[Tensor], targets: list[Tensor], weights: list[float]
+) -> Tensor:
+    """H-JEPA's smooth-L1 prediction term without masks, both sides L2-normalised."""
+    levels = [
+        F.smooth_l1_loss(F.normalize(p, dim=-1), F.normalize(t, dim=-1).detach())
+        for p, t in zip(predictions, targets, strict=True)
+    ]
+    return torch.stack(
+        [weight * level for weight, level in zip(weights, levels, strict=True)]
+    ).sum()
+
+
 def compiled(*, temperature: float = TEMPERATURE) -> Formula:
     """``torch.compile`` of the plain formula, for one size."""
     torch._dynamo.reset()  # or the sizes before count towards its limit of recompilations
