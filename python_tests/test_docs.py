@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import bench_scripts
 import peers
 import pytest
 import typer
@@ -161,7 +162,7 @@ def test_variables_of_the_environment_exist() -> None:
 
 
 def test_errors_against_the_temperature_are_the_recorded_ones() -> None:
-    script: Any = importlib.import_module("temperature_error")
+    script = bench_scripts.load("temperature_error")
     recorded = json.loads((ROOT / "bench/results/temperature_error_cpu.json").read_text())
     page = (DOCS / "numerics.md").read_text(encoding="utf-8")
     assert "\n".join(script.table(recorded["rows"])) in page

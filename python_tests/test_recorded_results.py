@@ -6,6 +6,7 @@ import json
 import statistics
 from pathlib import Path
 
+import bench_scripts
 import pytest
 
 from cjepa_kernels.train.comparison import comparison_markdown, load_comparison, text_tables
@@ -145,3 +146,18 @@ def test_many_ranks_in_the_document_are_the_recorded_ones() -> None:
         assert f"| {' | '.join([*map(str, case), *cells])} |" in document
     for row in measured["counts"]:
         assert row["counted"] == row["formula"]
+
+
+def test_the_page_of_gpus_repeats_its_json() -> None:
+    tables, judged = bench_scripts.load("gpu_tables"), bench_scripts.load("gpu_targets")
+    page = (ROOT / "docs/results/gpu.md").read_text(encoding="utf-8")
+    (path,) = (ROOT / "bench/results").glob("NVIDIA-*.json")
+    assert path.name in page
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for rows in (tables.large, tables.others, tables.small, tables.accuracy):
+        assert "\n".join(rows(content)) in page
+    assert judged.summary(content["targets"]) in page
+    assert f"{content['matmul'][0]['flops'] / 1e12:.0f} TFLOP/s here" in page
+    assert f"{content['memory'][-1]['over_input']:.2f} times the input" in page
+    assert f"takes {content['first_use'][0]['seconds']:.1f} s" in page
+    assert content["environment"]["commit"] in page
