@@ -126,13 +126,13 @@ def on_device(device: str) -> dict[str, Candidate]:
 
 
 def try_out(candidate: Candidate, device: str, dtype: torch.dtype, temperature: float) -> None:
-    """Forward and backward of the candidate on a tiny input.
+    """Forward and backward of the candidate on a small input.
 
     Raises:
         ImportError: If a library is missing; the message says how to get it.
         RuntimeError: If it does not work here, ``torch.compile`` without a compiler for example.
     """
-    inputs = views(Size(16, 16), device=device, dtype=dtype)
+    inputs = views(Size(128, 64), device=device, dtype=dtype)
     torch.autograd.grad(candidate.make(temperature)(*inputs), inputs)
 
 

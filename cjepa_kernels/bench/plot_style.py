@@ -115,53 +115,54 @@ class Label(NamedTuple):
     colour: str
 
 
-def label_curves(axes: Axes, labels: Sequence[Label]) -> None:
-    """Put each label right of its curve's end; those of the last third share a column.
+def label_curves(axes: Axes, labels: Sequence[Label], *, column: float = 0.66) -> None:
+    """Put each label right of its curve's end.
 
-    The limits of the axes must be final.
+    Args:
+        axes: With final limits.
+        labels: Of the curves.
+        column: Share of the width; curves that end beyond share a column of labels outside.
     """
     to_axes = axes.transData + axes.transAxes.inverted()
-    ends = [(*to_axes.transform((label.x, label.y)), label) for label in labels]
-    column = sorted((end for end in ends if end[0] > 0.66), key=lambda end: float(end[1]))
-    heights = spread([float(end[1]) for end in column], LABEL_SPACE)
-    for height, (x, y, label) in zip(heights, column, strict=True):
-        axes.annotate(
-            label.text,
-            xy=(x, y),
-            xytext=(1.03, height),
-            xycoords="axes fraction",
-            textcoords="axes fraction",
-            color=label.colour,
-            verticalalignment="center",
-            arrowprops={
-                "arrowstyle": "-",
-                "color": label.colour,
-                "linewidth": 0.6,
-                "alpha": 0.6,
-                "shrinkA": 1,
-                "shrinkB": 4,
-            },
-        )
-    for x, y, label in ends:
-        if x <= 0.66:
+    inside: list[tuple[float, float, Label]] = []
+    outside: list[tuple[float, float, Label]] = []
+    for label in labels:
+        x, y = map(float, to_axes.transform((label.x, label.y)))
+        (outside if x > column else inside).append((x, y, label))
+    for group, is_outside in ((inside, False), (outside, True)):
+        group.sort(key=lambda end: end[1])
+        heights = spread([y for _, y, _ in group], LABEL_SPACE)
+        for height, (x, y, label) in zip(heights, group, strict=True):
             axes.annotate(
                 label.text,
                 xy=(x, y),
-                xytext=(7, 0),
+                xytext=(1.03 if is_outside else x + 0.03, height),
                 xycoords="axes fraction",
-                textcoords="offset points",
+                textcoords="axes fraction",
                 color=label.colour,
                 verticalalignment="center",
+                arrowprops={
+                    "arrowstyle": "-",
+                    "color": label.colour,
+                    "linewidth": 0.6,
+                    "alpha": 0.6,
+                    "shrinkA": 1,
+                    "shrinkB": 4,
+                },
             )
 
 
 def spread(heights: Sequence[float], space: float) -> list[float]:
-    """Rising heights moved as little as a few rounds allow until neighbours are ``space`` apart."""
+    """Rising heights in 0 to 1, moved until neighbours are ``space`` apart."""
     moved = list(heights)
     for _ in range(200):
         for i in range(len(moved) - 1):
             lack = space - (moved[i + 1] - moved[i])
-            if lack > 1e-6:
+            if lack > 0:
                 moved[i] -= lack / 2
                 moved[i + 1] += lack / 2
+        if moved and moved[-1] > 1:
+            moved[-1] = 1.0
+        if moved and moved[0] < 0:
+            moved[0] = 0.0
     return moved

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from cjepa_kernels.bench.candidates import BOTH, OURS, TITLES
+from cjepa_kernels.bench.candidates import BOTH, CANDIDATES, EAGER, OURS, TITLES
 from cjepa_kernels.bench.comparison import Record, Results
 from cjepa_kernels.bench.plot_style import STYLES, Label, label_curves, svg, write_pngs
 from cjepa_kernels.train.atomic import atomic_write
@@ -38,7 +37,7 @@ def draw_curve(axes: Axes, points: Sequence[Point], name: str) -> Label:
     """One candidate's curve, and what its label needs."""
     colour, dash, marker, width = STYLES[name]
     xs, ys = zip(*points, strict=True)
-    order = 4 if name == OURS else 3
+    order = {OURS: 4.0, EAGER: 3.5}.get(name, 3.0)  # curves that coincide show these
     axes.plot(xs, ys, linestyle=dash, color=colour, linewidth=width, zorder=order)
     axes.plot(xs, ys, marker, color=colour, markersize=4, zorder=order)
     return Label(xs[-1], ys[-1], TITLES[name], colour)
@@ -127,57 +126,56 @@ def draw_memory(results: Results) -> Figure:
 
 
 def draw_roofline(results: Results) -> Figure:
-    """FLOP/s that a loss gets against the FLOPs that it does for each byte it moves."""
+    """FLOP/s of each candidate at its largest M against the FLOPs for each byte that it moves."""
     features = widest_sweep(results)
     peak, bandwidth = results["roofs"]["flops"], results["roofs"]["bandwidth"]
+    points: dict[str, tuple[int, float, float]] = {}  # M, FLOPs a byte, FLOP/s
+    for row in results["rows"]:
+        cubic = row["name"] in CANDIDATES and CANDIDATES[row["name"]].degree > 2
+        if (row["pass"], row["D"]) == (BOTH, features) and row["bytes_moved"] and not cubic:
+            flops = 6 * row["M"] ** 2 * features
+            point = (row["M"], flops / row["bytes_moved"], flops / row["median"])
+            points[row["name"]] = max(point, points.get(row["name"], point))
+    ridge = peak / bandwidth
+    low = min(ridge, *(x for _, x, _ in points.values())) / 3
+    high = 3 * max(ridge, *(x for _, x, _ in points.values()))
+    bottom = min(low * bandwidth, *(y for _, _, y in points.values())) / 2
+    top = 3 * max(peak, *(y for _, _, y in points.values()))
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
-    labels, intensities, rates = [], [peak / bandwidth], [peak]
-    for name in STYLES:
-        points = [
-            (flops / row["bytes_moved"], flops / row["median"] / 1e9)
-            for row in results["rows"]
-            if row["pass"] == BOTH
-            and (row["D"], row["name"]) == (features, name)
-            and row.get("bytes_moved")
-            and (flops := 6 * row["M"] ** 2 * row["D"])
-        ]
-        if points:
-            labels.append(draw_curve(axes, points, name))
-            intensities += [x for x, _ in points]
-            rates += [1e9 * y for _, y in points]
-    low, high = min(intensities) / 2, 2 * max(intensities)
-    ridge = peak / bandwidth
-    axes.plot(
-        [low, ridge, max(high, 2 * ridge)],
-        [low * bandwidth / 1e9, peak / 1e9, peak / 1e9],
-        color=rcParams["text.color"],
-        linewidth=1.2,
-        zorder=2,
-    )
+    ink = rcParams["text.color"]
+    roof = ([low, ridge, high], [low * bandwidth / 1e9, peak / 1e9, peak / 1e9])
+    axes.plot(*roof, color=ink, linewidth=1.2, zorder=2)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlim(low, max(high, 2 * ridge))
-    axes.set_ylim(min(*rates, low * bandwidth) / 2e9, 2.5 * max(rates) / 1e9)
+    axes.set_xlim(low, high)
+    axes.set_ylim(bottom / 1e9, top / 1e9)
+    labels = []
+    for name in (name for name in STYLES if name in points):
+        rows, intensity, rate = points[name]
+        colour, _, marker, _ = STYLES[name]
+        size = 9 if name == OURS else 6
+        axes.plot([intensity], [rate / 1e9], marker, color=colour, markersize=size)
+        labels.append(Label(intensity, rate / 1e9, f"{TITLES[name]}, M = {rows}", colour))
+    label_curves(axes, labels, column=1.0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("FLOPs for each byte that operators read or write")
     axes.set_title(f"Roofline: 6 M² D FLOPs / time, GFLOP/s (D = {features})")
     axes.annotate(
-        f"largest product: {peak / 1e9:.3g} GFLOP/s",
-        (ridge, peak / 1e9),
-        xytext=(4, 4),
-        textcoords="offset points",
-    )
-    middle = math.sqrt(low * ridge)
-    axes.annotate(
-        f"copy: {bandwidth / 1e9:.3g} GB/s",
-        (middle, middle * bandwidth / 1e9),
-        xytext=(-4, 4),
+        f"a large product: {peak / 1e9:.3g} GFLOP/s",
+        (high, peak / 1e9),
+        xytext=(-2, 4),
         textcoords="offset points",
         horizontalalignment="right",
     )
-    label_curves(axes, labels)
+    axes.annotate(
+        f"a copy: {bandwidth / 1e9:.3g} GB/s",
+        (low, low * bandwidth / 1e9),
+        xytext=(8, 0),
+        textcoords="offset points",
+        verticalalignment="bottom",
+    )
     return figure
 
 
