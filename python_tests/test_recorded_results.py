@@ -161,3 +161,38 @@ def test_the_page_of_gpus_repeats_its_json() -> None:
     assert f"{content['memory'][-1]['over_input']:.2f} times the input" in page
     assert f"takes {content['first_use'][0]['seconds']:.1f} s" in page
     assert content["environment"]["commit"] in page
+
+
+def test_the_targets_of_the_cpu_kernel_are_the_recorded_ones() -> None:
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    recorded = json.loads((ROOT / "bench/results/nt_xent_cpu.json").read_text())["targets"]
+    judged = [row for row in recorded if row["part"] == "targets" and row["target"] is not None]
+    assert len(judged) == 10
+    for row in judged:
+        met = ", met" if row["verdict"] == "met" else ""
+        size = f"| {row['M']}, {row['D']} | {row['pass'].replace('+', ' + ')} | "
+        (line,) = (line for line in page.splitlines() if line.startswith(size))
+        assert f"| {row['target']:.2f} | {row['ratio']:.2f}{met} |" in line
+    assert sum(row["verdict"] != "met" for row in judged) == 7
+
+
+def test_the_memory_of_the_cpu_kernel_is_the_recorded_one() -> None:
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "bench/results/nt_xent_memory_cpu.json").read_text())["rows"]
+    memory = {(row["M"], row["backend"]): f"{row['extra_bytes'] / 2**20:.0f}" for row in rows}
+    for count in sorted({row["M"] for row in rows}):
+        cells = [
+            memory.get((count, name), "not run") for name in ("native", "chunked", "reference")
+        ]
+        assert f"| {count} | {' | '.join(cells)} |" in page
+    largest = next(row for row in rows if row["M"] == 131072)
+    assert f"{largest['over_input']:.1f} times the input" in page
+
+
+def test_stages_of_the_cpu_kernel_are_the_recorded_ones() -> None:
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    recorded = json.loads((ROOT / "bench/results/cpu_kernel_stages.json").read_text("utf-8"))
+    assert len(recorded["tables"]) == 3
+    for table in recorded["tables"].values():
+        for row in (table["columns"], *table["rows"]):
+            assert f"| {' | '.join(row)} |" in page
