@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
+from bench_scripts import load
 
 from cjepa_kernels.train.comparison import comparison_markdown, load_comparison, text_tables
 
@@ -145,3 +148,22 @@ def test_many_ranks_in_the_document_are_the_recorded_ones() -> None:
         assert f"| {' | '.join([*map(str, case), *cells])} |" in document
     for row in measured["counts"]:
         assert row["counted"] == row["formula"]
+
+
+def recorded_comparisons() -> list[Path]:
+    """What ``make bench-record`` wrote."""
+    paths = sorted((ROOT / "docs" / "results").glob("*.json"))
+    return [path for path in paths if "roofs" in json.loads(path.read_text())]
+
+
+@pytest.mark.parametrize("path", recorded_comparisons(), ids=lambda path: path.stem)
+def test_page_of_a_comparison_is_that_of_its_json(path: Path) -> None:
+    record = load("record")
+    results: dict[str, Any] = json.loads(path.read_text())
+    assert record.device_name(results) == path.stem
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert page == record.page_of(results)
+    images = re.findall(r"\]\((\.\./images/[^)]+)\)", page)
+    assert len(images) == 4
+    assert all((path.parent / image).exists() for image in images)
+    assert not results["environment"]["commit"].endswith("-dirty")
