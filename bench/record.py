@@ -10,7 +10,6 @@ measured elsewhere.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
 
@@ -39,10 +38,21 @@ def record(results: Results, documents: Path) -> list[Path]:
     name = device_name(results)
     page = documents / "results" / f"{name}.md"
     images = plots.write_all_svgs(results, documents / "images", f"bench_{name}")
-    links = {title: os.path.relpath(path, page.parent) for title, path in images.items()}
     atomic_write(page.with_suffix(".json"), report.as_json(results))
-    atomic_write(page, report.markdown(results, links))
-    return [page.with_suffix(".json"), page, *images.values()]
+    atomic_write(page, page_of(results))
+    return [page.with_suffix(".json"), page, *images]
+
+
+def page_of(results: Results) -> str:
+    """The page, with its plots."""
+    name = device_name(results)
+    return report.markdown(
+        results,
+        {
+            title: f"../images/bench_{name}_{plot}.svg"
+            for plot, (title, _) in plots.drawable(results).items()
+        },
+    )
 
 
 def main() -> None:

@@ -87,16 +87,23 @@ def test_processes_take_turns() -> None:
         assert min(*first, *second) > 0
 
 
-def test_a_process_of_another_package_is_refused(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    worker = compare.Worker(tmp_path)
+@needs_native
+def test_a_package_of_another_folder_is_refused(tmp_path: Path) -> None:
+    revisions.check_package(str(ROOT))
+    with pytest.raises(RuntimeError, match=f"is not {tmp_path} with its compiled module"):
+        revisions.check_package(str(tmp_path))
+
+
+def test_a_process_that_ends_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text("input()")
+    monkeypatch.setattr(compare, "WORKER", script)
+    worker = compare.Worker(ROOT)
     try:
         with pytest.raises(RuntimeError, match="ended"):
             worker.time(compare.Case(Size(16, 8), FORWARD), 0.0)
     finally:
         worker.close()
-    assert f"is not {tmp_path} with its compiled module" in capfd.readouterr().err
 
 
 @pytest.fixture

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
+from typing import Any
 
-import bench_scripts
 import pytest
+from bench_scripts import load
 
+from cjepa_kernels.bench.plots import drawable
 from cjepa_kernels.train.comparison import comparison_markdown, load_comparison, text_tables
 
 ROOT = Path(__file__).parent.parent
@@ -149,7 +152,7 @@ def test_many_ranks_in_the_document_are_the_recorded_ones() -> None:
 
 
 def test_the_page_of_gpus_repeats_its_json() -> None:
-    tables, judged = bench_scripts.load("gpu_tables"), bench_scripts.load("gpu_targets")
+    tables, judged = load("gpu_tables"), load("gpu_targets")
     page = (ROOT / "docs/results/gpu.md").read_text(encoding="utf-8")
     (path,) = (ROOT / "bench/results").glob("NVIDIA-*.json")
     assert path.name in page
@@ -196,3 +199,22 @@ def test_stages_of_the_cpu_kernel_are_the_recorded_ones() -> None:
     for table in recorded["tables"].values():
         for row in (table["columns"], *table["rows"]):
             assert f"| {' | '.join(row)} |" in page
+
+
+def recorded_comparisons() -> list[Path]:
+    """What ``make bench-record`` wrote."""
+    paths = sorted((ROOT / "docs" / "results").glob("*.json"))
+    return [path for path in paths if "roofs" in json.loads(path.read_text())]
+
+
+@pytest.mark.parametrize("path", recorded_comparisons(), ids=lambda path: path.stem)
+def test_page_of_a_comparison_is_that_of_its_json(path: Path) -> None:
+    record = load("record")
+    results: dict[str, Any] = json.loads(path.read_text())
+    assert record.device_name(results) == path.stem
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert page == record.page_of(results)
+    images = re.findall(r"\]\((\.\./images/[^)]+)\)", page)
+    assert len(images) == len(drawable(results)) >= 3
+    assert all((path.parent / image).exists() for image in images)
+    assert not results["environment"]["commit"].endswith("-dirty")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cjepa_kernels import nt_xent
-from cjepa_kernels.backends import Backend
+from cjepa_kernels.backends import Backend, backends
 from cjepa_kernels.bench import formulas
 from cjepa_kernels.bench.formulas import Formula
 from cjepa_kernels.bench.sizes import DTYPES, Size, views
@@ -87,12 +87,16 @@ CANDIDATES = {
     for candidate in (
         Candidate(OURS, "cjepa_kernels", partial(_package, backend="auto"), degree=1),
         Candidate(
-            CHUNKED, "cjepa_kernels, chunked", partial(_package, backend="chunked"), degree=1
+            CHUNKED,
+            "cjepa_kernels, chunked",
+            partial(_package, backend="chunked"),
+            degree=1,
+            devices=("cpu",),
         ),
         Candidate(EAGER, "plain formula", _of(formulas.eager)),
         Candidate(
             COMPILED,
-            "torch.compile of it",
+            "plain formula, compiled",
             lambda temperature: formulas.compiled(temperature=temperature),
         ),
         Candidate("lightly", "lightly's formula", _of(formulas.lightly)),
@@ -120,9 +124,22 @@ TITLES = {name: candidate.title for name, candidate in CANDIDATES.items()} | {MM
 
 
 def on_device(device: str) -> dict[str, Candidate]:
-    """The candidates of a device."""
+    """The candidates of a device; the chunked back end only beside a faster one on the CPU."""
     kind = torch.device(device).type
-    return {name: one for name, one in CANDIDATES.items() if kind in one.devices}
+    found = {name: one for name, one in CANDIDATES.items() if kind in one.devices}
+    if backend_of(device) == CHUNKED:
+        found.pop(CHUNKED, None)
+    return found
+
+
+def backend_of(device: str) -> str:
+    """The back end that ``backend="auto"`` takes on a device."""
+    kind = torch.device(device).type
+    return next(
+        name
+        for name, status in backends().items()
+        if status.available and not {kind, "any"}.isdisjoint(status.devices)
+    )
 
 
 def try_out(candidate: Candidate, device: str, dtype: torch.dtype, temperature: float) -> None:

@@ -34,6 +34,15 @@ QUICK = Settings(
     temperatures_at=Size(512, 256),
 )
 OUT = Path("cjepa-bench")
+# What of the page's table a terminal of 80 columns shows, and how it is called there.
+COLUMNS = {
+    "loss": "loss",
+    "forward ms": "fwd ms",
+    "forward + backward ms": "fwd + bwd ms",
+    "x ours": "x ours",
+    "memory MiB": "MiB",
+    "gradient error": "error",
+}
 
 
 def bench(
@@ -151,10 +160,11 @@ def run(settings: Settings, out: Path, console: Console) -> Results:
 def size_table(results: Results, size: Size) -> Table:
     """The table of one size for a terminal."""
     table = Table(title=f"M = {size.rows}, D = {size.features}", title_justify="left")
-    for name in report.HEADER[1:]:
-        table.add_column(name, justify="left" if name == "loss" else "right")
+    for key, name in COLUMNS.items():
+        table.add_column(name, justify="left" if key == "loss" else "right", no_wrap=True)
     for cells in report.of_size(results, size):
-        table.add_row(*map(escape, cells[1:]))
+        of_key = dict(zip(report.HEADER, cells, strict=True))
+        table.add_row(*(escape(of_key[key]) for key in COLUMNS))
     return table
 
 

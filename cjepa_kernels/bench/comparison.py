@@ -73,7 +73,8 @@ class Comparison:
         self.results: Results = {
             "environment": {
                 **machine.environment(settings.device),
-                "backend": backend_of(settings.device),
+                "backend": candidates.backend_of(settings.device),
+                "missing_backend": missing_backend(settings.device),
             },
             "settings": {
                 "dtype": settings.dtype,
@@ -277,14 +278,11 @@ def _cell(size: Size) -> Record:
     return {"M": size.rows, "D": size.features}
 
 
-def backend_of(device: str) -> str:
-    """The back end that ``backend="auto"`` takes on a device."""
-    kind = torch.device(device).type
-    return next(
-        name
-        for name, status in backends().items()
-        if status.available and not {kind, "any"}.isdisjoint(status.devices)
-    )
+def missing_backend(device: str) -> str | None:
+    """Why the kernels that were made for a device are not used; None if they are."""
+    kernels = "triton" if torch.device(device).type == "cuda" else "native"
+    status = backends()[kernels]
+    return None if status.available else status.reason
 
 
 def first_line(error: BaseException) -> str:

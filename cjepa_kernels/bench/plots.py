@@ -247,10 +247,10 @@ def write_all_pngs(results: Results, directory: Path) -> list[Path]:
     ]
 
 
-def write_all_svgs(results: Results, directory: Path, prefix: str) -> dict[str, Path]:
-    """Write every plot as SVG that follows the reader's colours; its path by its title."""
-    written = {}
-    for name, (title, draw) in drawable(results).items():
-        written[title] = directory / f"{prefix}_{name}.svg"
-        atomic_write(written[title], svg(draw))
+def write_all_svgs(results: Results, directory: Path, prefix: str) -> list[Path]:
+    """Write every plot as SVG that follows the reader's colours."""
+    written = []
+    for name, (_, draw) in drawable(results).items():
+        written.append(directory / f"{prefix}_{name}.svg")
+        atomic_write(written[-1], svg(draw))
     return written

@@ -76,6 +76,12 @@ def title(name: str) -> str:
     return TITLES[name] + (" *" if other else "")
 
 
+def in_sentence(name: str) -> str:
+    """What a candidate is called within a sentence."""
+    article = "the " if TITLES[name].startswith("plain") else ""
+    return article + TITLES[name]
+
+
 def milliseconds(seconds: float) -> str:
     """Three digits of milliseconds."""
     value = 1e3 * seconds
@@ -97,6 +103,9 @@ def verdict(results: Results) -> list[str]:
     """Plain sentences of what was measured, whoever it favours."""
     sizes = [s for s in sizes_of(results) if OURS in by_name(results, "rows", s, **{"pass": BOTH})]
     sentences = []
+    if reason := results["environment"]["missing_backend"]:
+        backend = results["environment"]["backend"]
+        sentences.append(f"cjepa_kernels ran its {backend} back end, not its kernels: {reason}.")
     with_eager = [s for s in sizes if EAGER in by_name(results, "rows", s, **{"pass": BOTH})]
     if with_eager:
         sentences.append(_beside(results, max(with_eager), EAGER))
@@ -121,7 +130,7 @@ def _beside(results: Results, size: Size, other: str) -> str:
         compared += f", {ratio(more)} x the memory"
     return (
         f"At M = {size.rows}, D = {size.features} on this machine forward + backward costs "
-        f"{costs[OURS]} with cjepa_kernels; the {TITLES[other]} {costs[other]}: {compared}."
+        f"{costs[OURS]} with cjepa_kernels; {in_sentence(other)} {costs[other]}: {compared}."
     )
 
 
@@ -139,8 +148,8 @@ def _beyond(results: Results, sizes: list[Size]) -> Iterator[str]:
         memory = by_name(results, "memory", size).get(OURS)
         with_memory = f" and {mebibytes(memory['extra_bytes'])} MiB" if memory else ""
         yield (
-            f"At M = {size.rows} cjepa_kernels takes {milliseconds(seconds)} ms{with_memory}; the "
-            f"{TITLES[EAGER]} {reasons[size]}."
+            f"At M = {size.rows} cjepa_kernels takes {milliseconds(seconds)} ms{with_memory}; "
+            f"{in_sentence(EAGER)} {reasons[size]}."
         )
 
 
@@ -155,7 +164,7 @@ def _slower(results: Results, sizes: list[Size]) -> Iterator[str]:
                 times = both[OURS]["median"] / row["median"]
                 faster.setdefault(name, []).append(f"M = {size.rows} ({times:.2f} x its time)")
     for name, where in faster.items():
-        yield f"cjepa_kernels is slower than {TITLES[name]} at {', '.join(where)}."
+        yield f"cjepa_kernels is slower than {in_sentence(name)} at {', '.join(where)}."
     if not faster and sizes:
         yield "No other candidate of the same loss was faster at any size."
 
@@ -170,7 +179,7 @@ def _errors(results: Results) -> Iterator[str]:
     if len(largest) == 2:
         yield (
             f"The largest error of a gradient against float64 is {largest[OURS]:.1e} with "
-            f"cjepa_kernels and {largest[EAGER]:.1e} with the {TITLES[EAGER]}."
+            f"cjepa_kernels and {largest[EAGER]:.1e} with {in_sentence(EAGER)}."
         )
 
 
@@ -188,7 +197,7 @@ def _temperatures(results: Results) -> Iterator[str]:
         highest = temperature
     if wrong:
         yield (
-            f"From temperature {highest:g} down the {TITLES[EAGER]}'s gradient in fp32 is off by "
+            f"From temperature {highest:g} down {in_sentence(EAGER)}'s gradient in fp32 is off by "
             f"{100 * min(of[EAGER] for of in wrong):.0f} % or more; that of cjepa_kernels by "
             f"{max(of[OURS] for of in wrong):.1e} at most."
         )
