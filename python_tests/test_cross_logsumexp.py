@@ -261,7 +261,7 @@ def test_reference_is_logsumexp_of_the_matrix(cosine: bool) -> None:
 
 
 @settings(
-    max_examples=8,
+    max_examples=3 if INTERPRETED else 8,
     deadline=None,
     # The back end stays the same for all examples of a test.
     suppress_health_check=[HealthCheck.function_scoped_fixture],
