@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -66,10 +67,24 @@ class Binary:
     registers: int
     stack: int
     shared: int
-    spills: int
-    opcodes: frozenset[str]
     intermediate: str = field(repr=False)
-    assembly: str = field(repr=False)
+    machine_code: bytes = field(repr=False)
+
+    @cached_property
+    def assembly(self) -> str:
+        """The disassembly, which takes as long as a small kernel's compilation."""
+        return _run("nvdisasm", "-ndf", "-c", machine_code=self.machine_code)
+
+    @cached_property
+    def opcodes(self) -> list[str]:
+        """Of all instructions, in order."""
+        instruction = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
+        return re.findall(instruction, self.assembly, re.M)
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of local memory."""
+        return sum(opcode.startswith(("LDL", "STL")) for opcode in self.opcodes)
 
 
 def launches(architecture: int, call: Callable[[], Any]) -> list[Launch]:
@@ -77,7 +92,8 @@ def launches(architecture: int, call: Callable[[], Any]) -> list[Launch]:
     recorded: list[Launch] = []
     with (
         _recording(recorded),
-        mock.patch.object(configs, "architecture", return_value=architecture),
+        # A mock would take a quarter of the time.
+        mock.patch.object(configs, "architecture", lambda device: architecture),  # noqa: PT008
     ):
         call()
     return recorded
@@ -139,6 +155,7 @@ def _describe(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> L
     )
 
 
+@cache
 def compile_launch(launch: Launch, architecture: int) -> Binary:
     """Machine code of a kernel, and what is in it."""
     names = launch.function.arg_names
@@ -150,29 +167,21 @@ def compile_launch(launch: Launch, architecture: int) -> Binary:
     )
     target = GPUTarget("cuda", architecture, 32)
     kernel = triton.compile(source, target=target, options=dict(launch.options))
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(kernel.asm["cubin"])
-        usage = _run("cuobjdump", "-res-usage", str(file))
-        assembly = _run("nvdisasm", "-c", str(file))
+    machine_code = kernel.asm["cubin"]
+    usage = _run("cuobjdump", "-res-usage", machine_code=machine_code)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"no resource usage in {usage!r}")
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", assembly, re.M)
-    spills = sum(opcode.startswith(("LDL", "STL")) for opcode in opcodes)
-    return Binary(
-        int(found[1]),
-        int(found[2]),
-        kernel.metadata.shared,
-        spills,
-        frozenset(opcodes),
-        kernel.asm["ttgir"],
-        assembly,
-    )
+    shared = kernel.metadata.shared
+    return Binary(int(found[1]), int(found[2]), shared, kernel.asm["ttgir"], machine_code)
 
 
-def _run(tool: str, *args: str) -> str:
-    result = subprocess.run([str(TOOLS / tool), *args], check=True, capture_output=True, text=True)
+def _run(tool: str, *args: str, machine_code: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(machine_code)
+        command = [str(TOOLS / tool), *args, str(file)]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
     return result.stdout + result.stderr
 
 

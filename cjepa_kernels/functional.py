@@ -117,13 +117,14 @@ def nt_xent(
         return _nt_xent(z_i, z_j, temperature, use_cosine_similarity, eps, reduction, mask, backend)
     if backend == "reference" and strategy == "ring":
         raise ValueError('strategy must be "auto" or "all_gather" with backend="reference"')
-    output: NTXentOutput = _nt_xent_of_group(
+    of_group_eagerly = _nt_xent_of_group
+    if torch.compiler.is_compiling():  # else disable() would import the compiler, as long as torch
+        of_group_eagerly = torch.compiler.disable(_nt_xent_of_group)  # type: ignore[no-untyped-call]
+    return of_group_eagerly(
         z_i, z_j, temperature, use_cosine_similarity, eps, reduction, group, strategy, backend
     )
-    return output
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _nt_xent_of_group(
     z_i: Tensor,
     z_j: Tensor,

@@ -6,6 +6,10 @@ import os
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
+# Read when NumPy, PyTorch and the compiled module are loaded, also by processes that tests start.
+# OpenBLAS would have a thread per core spin beside each product of Triton's interpreter.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CJEPA_POISON_MEMORY": "1"}
+
 import pytest
 import torch
 from ranks import Ranks

@@ -54,6 +54,7 @@ z = torch.randn(4, 3, requires_grad=True)
 cjepa_kernels.nt_xent(z, torch.randn(4, 3)).loss.backward()
 cjepa_kernels.create_loss_from_config({"type": "cjepa"})
 assert "cjepa_kernels.train" not in sys.modules
+assert "torch._dynamo" not in sys.modules, "it takes as long to import as torch itself"
 """
     result = run_python(code)
     assert result.returncode == 0, result.stderr

@@ -234,11 +234,10 @@ def test_results_can_be_changed_in_place(backend: str, reduction: Any, count: in
 
 
 def test_large_gradients_are_whole(backend: str) -> None:
-    """Beyond the size from which they are written around the caches; rows that are not aligned."""
+    """Beyond the size from which native ones go around the caches; rows that are not aligned."""
+    batch = 70 if backend == "native" else 2
     for features in (512, 500):
-        prediction = torch.randn(70, 150, features).requires_grad_()
-        target = torch.randn(70, 150, features).requires_grad_()
-        check(prediction, target, backend)
+        check(*sides((batch, 150, features), torch.float32), backend)
 
 
 def test_rows_of_zero_norm(backend: str) -> None:

@@ -103,7 +103,7 @@ def verdict(results: Results) -> list[str]:
     """Plain sentences of what was measured, whoever it favours."""
     sizes = [s for s in sizes_of(results) if OURS in by_name(results, "rows", s, **{"pass": BOTH})]
     sentences = []
-    if reason := results["environment"]["missing_backend"]:
+    if reason := results["environment"].get("missing_backend"):
         backend = results["environment"]["backend"]
         sentences.append(f"cjepa_kernels ran its {backend} back end, not its kernels: {reason}.")
     with_eager = [s for s in sizes if EAGER in by_name(results, "rows", s, **{"pass": BOTH})]
