@@ -88,7 +88,7 @@ main()
 def test_benchmark_needs_its_own_extra_alone() -> None:
     code = """
 import sys
-for name in ("lightning", "sklearn", "datasets", "pydantic", "yaml", "tensorboard"):
+for name in ("lightning", "sklearn", "datasets", "yaml", "tensorboard"):
     sys.modules[name] = None
 sys.argv = ["cjepa", "bench", "--dtype", "fp64"]
 from cjepa_kernels.cli import main

@@ -175,10 +175,10 @@ def draw_roofline(results: Results) -> Figure:
     )
     axes.annotate(
         f"a copy: {bandwidth / 1e9:.3g} GB/s",
-        (low, low * bandwidth / 1e9),
-        xytext=(14, 4),
+        (ridge / 1.5, peak / 1.5e9),
+        xytext=(-6, 4),
         textcoords="offset points",
-        verticalalignment="top",
+        horizontalalignment="right",
     )
     return figure
 
