@@ -29,7 +29,7 @@ from cjepa_kernels.train.atomic import atomic_write
 QUICK = Settings(
     sizes=QUICK_SIZES,
     seconds=0.7,
-    longest=1.5,
+    longest=4.0,
     compiled=False,
     temperatures_at=Size(512, 256),
 )

@@ -116,7 +116,7 @@ class Label(NamedTuple):
 
 
 def label_curves(axes: Axes, labels: Sequence[Label], *, column: float = 0.66) -> None:
-    """Put each label right of its curve's end.
+    """Put each label right of its curve's end, left of it if another end is in the way.
 
     Args:
         axes: With final limits.
@@ -133,10 +133,15 @@ def label_curves(axes: Axes, labels: Sequence[Label], *, column: float = 0.66) -
         group.sort(key=lambda end: end[1])
         heights = spread([y for _, y, _ in group], LABEL_SPACE)
         for height, (x, y, label) in zip(heights, group, strict=True):
+            crowded = not is_outside and any(
+                0 < other - x < 0.3 and abs(level - y) < LABEL_SPACE for other, level, _ in group
+            )
+            beside = x - 0.03 if crowded else x + 0.03
             axes.annotate(
                 label.text,
                 xy=(x, y),
-                xytext=(1.03 if is_outside else x + 0.03, height),
+                xytext=(1.03 if is_outside else beside, height),
+                horizontalalignment="right" if crowded else "left",
                 xycoords="axes fraction",
                 textcoords="axes fraction",
                 color=label.colour,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from cjepa_kernels.bench.candidates import BOTH, CANDIDATES, EAGER, OURS, TITLES
+from cjepa_kernels.bench.candidates import BOTH, CANDIDATES, COMPILED, EAGER, OURS, TITLES
 from cjepa_kernels.bench.comparison import Record, Results
 from cjepa_kernels.bench.plot_style import STYLES, Label, label_curves, svg, write_pngs
 from cjepa_kernels.train.atomic import atomic_write
@@ -71,7 +71,7 @@ def draw_time(results: Results) -> Figure:
 
 
 def draw_memory(results: Results) -> Figure:
-    """Peak extra memory against M; hollow where a candidate would need more than is free."""
+    """Peak extra memory against M; hollow where a candidate was left out, and what it needs."""
     features = widest_sweep(results)
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -90,7 +90,9 @@ def draw_memory(results: Results) -> Figure:
             (row["M"], row["needed_bytes"] / 2**20)
             for row in results["left_out"]
             if (row["D"], row["name"]) == (features, name)
-            and row["reason"].startswith("needs")
+            and row["M"] > points[-1][0]
+            and CANDIDATES[name].degree > 1
+            and name != COMPILED  # what it needs is not known
             and row["needed_bytes"] < 8 * (limit or 0)
         ]
         if needed:
@@ -137,7 +139,7 @@ def draw_roofline(results: Results) -> Figure:
             point = (row["M"], flops / row["bytes_moved"], flops / row["median"])
             points[row["name"]] = max(point, points.get(row["name"], point))
     ridge = peak / bandwidth
-    low = min(ridge, *(x for _, x, _ in points.values())) / 3
+    low = min(ridge, *(x for _, x, _ in points.values())) / 10  # room for labels
     high = 3 * max(ridge, *(x for _, x, _ in points.values()))
     bottom = min(low * bandwidth, *(y for _, _, y in points.values())) / 2
     top = 3 * max(peak, *(y for _, _, y in points.values()))
@@ -151,17 +153,19 @@ def draw_roofline(results: Results) -> Figure:
     axes.set_xlim(low, high)
     axes.set_ylim(bottom / 1e9, top / 1e9)
     labels = []
+    largest = max(rows for rows, _, _ in points.values())
     for name in (name for name in STYLES if name in points):
         rows, intensity, rate = points[name]
         colour, _, marker, _ = STYLES[name]
         size = 9 if name == OURS else 6
         axes.plot([intensity], [rate / 1e9], marker, color=colour, markersize=size)
-        labels.append(Label(intensity, rate / 1e9, f"{TITLES[name]}, M = {rows}", colour))
+        text = TITLES[name] if rows == largest else f"{TITLES[name]}, M = {rows}"
+        labels.append(Label(intensity, rate / 1e9, text, colour))
     label_curves(axes, labels, column=1.0)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("FLOPs for each byte that operators read or write")
-    axes.set_title(f"Roofline: 6 M² D FLOPs / time, GFLOP/s (D = {features})")
+    axes.set_title(f"Roofline: 6 M² D FLOPs / time, GFLOP/s (M = {largest}, D = {features})")
     axes.annotate(
         f"a large product: {peak / 1e9:.3g} GFLOP/s",
         (high, peak / 1e9),
@@ -171,10 +175,10 @@ def draw_roofline(results: Results) -> Figure:
     )
     axes.annotate(
         f"a copy: {bandwidth / 1e9:.3g} GB/s",
-        (low, low * bandwidth / 1e9),
-        xytext=(8, 0),
+        (ridge / 1.5, peak / 1.5e9),
+        xytext=(-6, 4),
         textcoords="offset points",
-        verticalalignment="bottom",
+        horizontalalignment="right",
     )
     return figure
 
