@@ -43,7 +43,8 @@ $(VENV)/.train: $(VENV)/.base $(BUILD_INPUTS)
 
 $(VENV)/.dev: $(VENV)/.base $(BUILD_INPUTS)
 	@echo "Installing cjepa_kernels with what tests and checks need"
-	CJEPA_REQUIRE_NATIVE=1 CJEPA_WERROR=1 $(PIP_INSTALL) --no-build-isolation -e '.[test,lint,bench]'
+	CJEPA_REQUIRE_NATIVE=1 CJEPA_WERROR=1 CJEPA_BUILD_DIR=build/ctest \
+	  $(PIP_INSTALL) --no-build-isolation -e '.[test,lint,bench]'
 	touch $@ $(VENV)/.train
 
 demo: $(VENV)/.train
@@ -66,7 +67,7 @@ endef
 
 ctest: $(VENV)/.base
 	mkdir -p build
-	$(call run_cpp_tests,ctest,)
+	$(call run_cpp_tests,ctest,)  # with the object files of the installation, if there are any
 
 sanitize: $(VENV)/.base
 	mkdir -p build
