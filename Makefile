@@ -9,22 +9,28 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/cpu/*)
 DEMO_OUT ?= runs/demo
 SEEDS ?= 0,1,2
+BENCH_OUT ?= runs/bench
 INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cross_logsumexp_calls.py \
   distributed.py ops.py prediction_loss.py triton.py triton_interpreter.py)
 
-.PHONY: help demo test gpu-check gpu-count ctest sanitize lint format bench bench-loss bench-distributed memory micro plot examples clean
+.PHONY: help demo test gpu-check gpu-count ctest sanitize lint format \
+  bench bench-quick bench-targets bench-record bench-compare bench-loss bench-distributed memory micro plot \
+  docs docs-serve examples clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
 	@echo "make ctest  C++ tests of the CPU kernel;  make sanitize runs them under sanitizers"
 	@echo "make lint   checks of style and types;  make format rewrites"
-	@echo "make bench  time and accuracy of the loss beside its targets;  make memory its peak memory"
+	@echo "make bench-quick  the loss beside other formulas, a minute;  make bench all of it, ten minutes"
+	@echo "make bench-compare BASE=REV  whether HEAD is slower than a revision;  make bench-record"
+	@echo "make bench-targets  time and accuracy of the loss beside its targets;  make memory its peak memory"
 	@echo "make bench-loss  time of the whole C-JEPA loss and the share of each part"
 	@echo "make bench-distributed  work, time and memory of two processes that share a batch"
 	@echo "make micro  time of each operator;  make plot draws what make bench recorded"
 	@echo "make gpu-check  tests and benchmarks of the Triton kernels on a machine with a GPU"
 	@echo "make gpu-count  instructions of the Triton kernels, counted in their machine code"
+	@echo "make docs   the documentation as a site, in site/;  make docs-serve shows it while you write"
 	@echo "make examples runs every script in examples/"
 
 # The build tools come first because the package is built without isolation, so that the pinned
@@ -44,8 +50,13 @@ $(VENV)/.train: $(VENV)/.base $(BUILD_INPUTS)
 $(VENV)/.dev: $(VENV)/.base $(BUILD_INPUTS)
 	@echo "Installing cjepa_kernels with what tests and checks need"
 	CJEPA_REQUIRE_NATIVE=1 CJEPA_WERROR=1 CJEPA_BUILD_DIR=build/ctest \
-	  $(PIP_INSTALL) --no-build-isolation -e '.[test,lint,bench]'
-	touch $@ $(VENV)/.train
+	  $(PIP_INSTALL) --no-build-isolation -e '.[test,lint,bench,docs]'
+	touch $@ $(VENV)/.train $(VENV)/.docs
+
+$(VENV)/.docs: $(VENV)/.base $(BUILD_INPUTS)
+	@echo "Installing cjepa_kernels with what the documentation needs"
+	$(PIP_INSTALL) --no-build-isolation -e '.[docs]'
+	touch $@
 
 demo: $(VENV)/.train
 	$(BIN)/cjepa compare --config configs/cjepa.yaml --seeds $(SEEDS) --out $(DEMO_OUT)
@@ -65,9 +76,10 @@ define run_cpp_tests
 	$(BIN)/ctest --test-dir build/$(1) -j 2 --output-on-failure --no-tests=error
 endef
 
+# In the directory that the installation was built in: it has most object files.
 ctest: $(VENV)/.base
 	mkdir -p build
-	$(call run_cpp_tests,ctest,)  # with the object files of the installation, if there are any
+	$(call run_cpp_tests,ctest,)
 
 sanitize: $(VENV)/.base
 	mkdir -p build
@@ -86,7 +98,22 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
 bench: $(VENV)/.dev
+	$(MAKE) micro
+	$(BIN)/cjepa bench --out $(BENCH_OUT)
 	$(BIN)/python bench/nt_xent.py
+
+bench-quick: $(VENV)/.dev
+	$(BIN)/cjepa bench --quick --out $(BENCH_OUT)
+
+bench-targets: $(VENV)/.dev
+	$(BIN)/python bench/nt_xent.py
+
+# The full comparison into docs/results and docs/images.
+bench-record: $(VENV)/.dev
+	$(BIN)/python bench/record.py
+
+bench-compare: $(VENV)/.dev
+	$(BIN)/python bench/compare.py $(BASE)
 
 bench-loss: $(VENV)/.dev
 	$(BIN)/python bench/cjepa_loss.py
@@ -112,8 +139,17 @@ micro: $(VENV)/.dev
 plot: $(VENV)/.dev
 	$(BIN)/python bench/plot.py
 
+# The theme announces its successor at every build, which is no warning about these documents.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs
+	$(BIN)/mkdocs serve
+
 examples: $(VENV)/.train
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info cjepa_kernels/_C*.so .coverage* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist runs site *.egg-info cjepa_kernels/_C*.so .coverage* .pytest_cache .mypy_cache .ruff_cache

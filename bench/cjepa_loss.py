@@ -21,13 +21,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import formulas
 import torch
 import torch.nn.functional as F
-from measurement import interleaved, print_table, write_results
+from measurement import print_table, write_results
 from torch import Tensor
 
 from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, backends
+from cjepa_kernels.bench import formulas
+from cjepa_kernels.bench.timing import interleaved
 
 WEIGHTS = (1.0, 0.5, 0.25)
 CONTRASTIVE_WEIGHT = 0.1

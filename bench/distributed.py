@@ -35,15 +35,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import formulas
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from distributed_cost import Problem, cost
+from distributed_formulas import lightly_of_group
 from measurement import print_table, write_results
 from torch import Tensor
 
 from cjepa_kernels import backends, cross_logsumexp, functional, nt_xent
+from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.distributed import Counts, counting
 
 SIZES = ((128, 128), (512, 128), (1024, 256), (4096, 256), (4096, 768))  # M_r, D
@@ -81,9 +82,9 @@ class Gather(torch.autograd.Function):
 def strips(z_i: Tensor, z_j: Tensor) -> Tensor:
     """Own rows against all rows, rows of the rectangle alone; a sum over own anchors."""
     own = torch.cat([z_i, z_j])
-    out = cross_logsumexp(own, Gather.apply(own), temperature=formulas.TEMPERATURE)
+    out = cross_logsumexp(own, Gather.apply(own), temperature=TEMPERATURE)
     positive = torch.cosine_similarity(z_i, z_j).repeat(2)
-    return (out.row_lse - positive / formulas.TEMPERATURE).mean()
+    return (out.row_lse - positive / TEMPERATURE).mean()
 
 
 def of_group(strategy: Any) -> Callable[[Tensor, Tensor], Tensor]:
@@ -91,7 +92,7 @@ def of_group(strategy: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
     def loss(z_i: Tensor, z_j: Tensor) -> Tensor:
         return nt_xent(
-            z_i, z_j, temperature=formulas.TEMPERATURE, group=dist.group.WORLD, strategy=strategy
+            z_i, z_j, temperature=TEMPERATURE, group=dist.group.WORLD, strategy=strategy
         ).loss
 
     return loss
@@ -100,7 +101,7 @@ def of_group(strategy: Any) -> Callable[[Tensor, Tensor], Tensor]:
 def candidates() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Losses by name; eager PyTorch holds (M_r, M) matrices."""
     losses = {"ring": of_group("ring"), "all_gather": of_group("all_gather"), "strips": strips}
-    return {**losses, "lightly": formulas.lightly_of_group}
+    return {**losses, "lightly": lightly_of_group}
 
 
 def views(rows: int, features: int) -> tuple[Tensor, Tensor]:

@@ -21,17 +21,16 @@ those of data sheets for the links and an assumption for the products, which hav
 from __future__ import annotations
 
 import argparse
-import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measurement import print_table, write_results
-from plot import NATIVE as OURS
-from plot import OTHER, SETTINGS, follow_colour_scheme
+
+from cjepa_kernels.bench.plot_style import NATIVE as OURS
+from cjepa_kernels.bench.plot_style import OTHER, svg
 
 RANKS = (2, 4, 8, 16, 64, 256, 1024)
 SCHEMES = ("ring", "all_gather", "lightly", "open_clip", "inf_cl")
@@ -244,15 +243,16 @@ def draw_exposed(axes: Axes) -> None:
 
 def draw(rows: list[dict[str, Any]]) -> str:
     """The whole figure as SVG."""
-    with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(12, 3.2), layout="constrained")
-        panels = figure.subplots(1, 3)
+
+    def figure() -> Figure:
+        whole = Figure(figsize=(12, 3.2), layout="constrained")
+        panels = whole.subplots(1, 3)
         draw_costs(panels[0], rows, "bytes", 2**20, "Sent by a rank, MiB")
         draw_costs(panels[1], rows, "flops", 1e12, "Multiplied by a rank, TFLOP")
         draw_exposed(panels[2])
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return follow_colour_scheme(buffer.getvalue())
+        return whole
+
+    return svg(figure)
 
 
 def main() -> None:

@@ -27,8 +27,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accuracy import exact, relative_error
-from formulas import TEMPERATURE, Formula
 from gpu_targets import (
     AUTOCAST,
     BOTH,
@@ -63,16 +61,28 @@ from gpu_timing import (
     graphed,
     in_turn,
 )
-from measurement import installed_version, print_table, write_results
-from plan import Size
+from measurement import print_table, write_results
 from torch import Tensor
 
 from cjepa_kernels import cross_logsumexp, nt_xent, prediction_loss
 from cjepa_kernels.backends import Backend
+from cjepa_kernels.bench.errors import exact, relative_error
+from cjepa_kernels.bench.formulas import TEMPERATURE, Formula
+from cjepa_kernels.bench.machine import installed_version
+from cjepa_kernels.bench.sizes import Size
 from cjepa_kernels.extras import require
 
 BACKEND: Backend = "triton"
-SECTIONS = ("rows", "matmul", "accuracy", "memory", "first_use", "missing", "failed")
+SECTIONS = (
+    "rows",
+    "matmul",
+    "accuracy",
+    "memory",
+    "first_use",
+    "missing",
+    "out_of_memory",
+    "failed",
+)
 
 
 class Cell(NamedTuple):
@@ -181,10 +191,12 @@ class Benchmark:
         ]
 
     def fail(self, part: str, size: Size, name: str, error: str) -> None:
-        """Keep what failed, for the end."""
+        """Keep what failed, for the end; what the device has too little memory for did not."""
         record = {"part": part, "M": size.rows, "D": size.features, "name": name, "error": error}
-        self.results["failed"].append(record)
-        print(f"failed: {part} M={size.rows} D={size.features} {name}: {error}", flush=True)
+        too_large = "OutOfMemory" in error and name not in ("", OURS)
+        self.results["out_of_memory" if too_large else "failed"].append(record)
+        what = "out of memory" if too_large else "failed"
+        print(f"{what}: {part} M={size.rows} D={size.features} {name}: {error}", flush=True)
 
     def time(
         self,

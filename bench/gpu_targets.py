@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from plan import Size
+from cjepa_kernels.bench.sizes import Size
 
 Record = dict[str, Any]
 Results = dict[str, list[Record]]  # the lists of the results file
@@ -71,7 +71,10 @@ def judge(results: Results, sizes: Sizes) -> list[Record]:
         for row in results["rows"]
     }
     missing = {record["part"] for record in results["missing"]}
-    failed = {(record["part"], record["M"], record["D"]) for record in results["failed"]}
+    failed, too_large = (
+        {(record["part"], record["M"], record["D"]) for record in results.get(section, [])}
+        for section in ("failed", "out_of_memory")
+    )
     records: list[Record] = []
 
     def add(
@@ -82,8 +85,10 @@ def judge(results: Results, sizes: Sizes) -> list[Record]:
             verdict = "met" if met else "missed"
         elif part in missing:
             verdict = "not installed"
+        elif (part, *size) in failed:
+            verdict = "failed"
         else:
-            verdict = "failed" if (part, *size) in failed else "not run"
+            verdict = "out of memory" if (part, *size) in too_large else "not run"
         records.append(
             {
                 "target": target,
@@ -207,6 +212,7 @@ def markdown(content: dict[str, Any]) -> str:
         ("Memory beyond the gradients", "memory"),
         ("First use", "first_use"),
         ("Not installed", "missing"),
+        ("Out of memory", "out_of_memory"),
         ("Failed", "failed"),
     ):
         if content[section]:

@@ -26,10 +26,14 @@ from typing import Any
 
 import accuracy
 import targets
-from measurement import instruction_set, interleaved, print_table, write_results
-from plan import BF16, FULL, PARTS, QUICK, TITLES, Cell, Size, Sizes, callables, plan
+from measurement import print_table, write_results
+from plan import BF16, FULL, PARTS, QUICK, TITLES, Cell, Sizes, callables, plan
 
 from cjepa_kernels import backends
+from cjepa_kernels.bench import sizes as bench_sizes
+from cjepa_kernels.bench.machine import instruction_set
+from cjepa_kernels.bench.sizes import Size
+from cjepa_kernels.bench.timing import interleaved
 
 HEADINGS = {
     "targets": "Targets: native over the bare matrix product",
@@ -152,13 +156,10 @@ def summary(judged: list[dict[str, Any]]) -> str:
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
     """``2048x256,8192x128`` as sizes."""
-    sizes = []
-    for size in text.split(","):
-        rows, _, features = size.partition("x")
-        if not (rows.isdecimal() and features.isdecimal()) or int(rows) < 2 or int(rows) % 2:
-            raise argparse.ArgumentTypeError(f"expected MxD with an even M, got {size!r}")
-        sizes.append(Size(int(rows), int(features)))
-    return tuple(sizes)
+    try:
+        return bench_sizes.parse_sizes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_parts(text: str) -> list[str]:

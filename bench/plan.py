@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from formulas import FORMULAS, OPTIONAL_FORMULAS, TEMPERATURE, Formula
 from torch import Tensor
 
 from cjepa_kernels import nt_xent
 from cjepa_kernels.backends import Backend
+from cjepa_kernels.bench.candidates import one_pass, products
+from cjepa_kernels.bench.formulas import FORMULAS, OPTIONAL_FORMULAS, TEMPERATURE, Formula
+from cjepa_kernels.bench.sizes import Size, views
 
 Direction = Literal["forward", "forward+backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "forward+backward")
@@ -31,13 +32,6 @@ TITLES = {
     BF16: "native bf16",
     NO_GRAD: "native under no_grad",
 }
-
-
-class Size(NamedTuple):
-    """M = 2B rows and D features."""
-
-    rows: int
-    features: int
 
 
 @dataclass(frozen=True)
@@ -148,14 +142,6 @@ def _with_eager(part: str, size: Size, direction: Direction, sizes: Sizes) -> Ce
     return Cell(part, size, direction, (*names, "chunked", "eager"), least=least)
 
 
-def views(size: Size) -> tuple[Tensor, Tensor]:
-    """Two correlated views (B, D) in fp32, the same ones whenever the size is the same."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (size.rows // 2, size.features)
-    z_i = torch.randn(shape, generator=generator)
-    return z_i, z_i + torch.randn(shape, generator=generator)
-
-
 def find_formula(name: str, inputs: tuple[Tensor, Tensor]) -> Formula:
     """The loss called ``name``; an optional one is tried on the inputs first.
 
@@ -180,7 +166,7 @@ def callables(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, st
     missing = {}
     for name in cell.names:
         if name == "mm":
-            runs[name] = products(plain, 1 if cell.direction == "forward" else 3)
+            runs[name] = products(plain, cell.direction)
             continue
         dtype = torch.bfloat16 if name == BF16 else torch.float32
         inputs = _leaves(plain, dtype)
@@ -198,19 +184,3 @@ def callables(cell: Cell) -> tuple[dict[str, Callable[[], object]], dict[str, st
 def _leaves(plain: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     z_i, z_j = (z.detach().to(dtype, copy=True).requires_grad_() for z in plain)
     return z_i, z_j
-
-
-def products(inputs: tuple[Tensor, Tensor], count: int) -> Callable[[], object]:
-    """``count`` times the bare matrix product that the loss contains, into one buffer."""
-    z = F.normalize(torch.cat(inputs), dim=1)
-    out = torch.empty(len(z), len(z))
-    return lambda: [torch.mm(z, z.T, out=out) for _ in range(count)]
-
-
-def one_pass(
-    formula: Formula, inputs: tuple[Tensor, Tensor], direction: Direction
-) -> Callable[[], object]:
-    """Forward as in training, with gradients enabled, and the backward if it is asked for."""
-    if direction == "forward":
-        return lambda: formula(*inputs)
-    return lambda: torch.autograd.grad(formula(*inputs), inputs)

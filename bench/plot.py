@@ -8,57 +8,26 @@ The SVG follows the reader's light or dark colours. Needs Matplotlib, from the e
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measurement import RESULTS
 from plan import TITLES
 
+from cjepa_kernels.bench.plot_style import INK, NATIVE, OTHER, svg
+
 Record = dict[str, Any]
 
 OUT = Path(__file__).parent.parent / "docs" / "images" / "nt_xent_cpu.svg"
-# Matplotlib wants real colours; these are replaced by CSS variables in the SVG text.
-INK, GRID = "#010203", "#040506"
-COLOURS = """<style>
-svg { --ink: #1c2128; --grid: #d5d9df; }
-@media (prefers-color-scheme: dark) { svg { --ink: #e4e8ed; --grid: #3a414b; } }
-</style>"""
-NATIVE = "#2b83ba"
-OTHER = "#8b8f98"
 # Hues that read on white and on near-black; dashes tell the curves apart too.
 CURVES = {
     "eager": ("eager", "#d97706", "--"),
     "chunked": ("chunked", "#1f9d78", "-."),
     "mm": ("three bare mm", OTHER, ":"),
     "native": ("native", NATIVE, "-"),
-}
-SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "cjepa",
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.linewidth": 0.6,
-    "grid.color": GRID,
-    "axes.edgecolor": GRID,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-    "savefig.transparent": True,
 }
 
 
@@ -143,22 +112,16 @@ def draw_speedups(axes: Axes, targets: list[Record]) -> None:
 
 def draw(results: dict[str, list[Record]]) -> str:
     """The whole figure as SVG."""
-    with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(12, 3.8), layout="constrained")
-        panels = figure.subplots(1, 3)
+
+    def figure() -> Figure:
+        whole = Figure(figsize=(12, 3.8), layout="constrained")
+        panels = whole.subplots(1, 3)
         draw_time(panels[0], results["rows"])
         draw_over_mm(panels[1], results["targets"])
         draw_speedups(panels[2], results["targets"])
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return follow_colour_scheme(buffer.getvalue())
+        return whole
 
-
-def follow_colour_scheme(svg: str) -> str:
-    """Replace the two placeholder colours by the reader's, and leave out what no reader needs."""
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"(<svg[^>]*>)", rf"\1\n{COLOURS}", svg, count=1)
-    return svg.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
+    return svg(figure)
 
 
 def main() -> None:

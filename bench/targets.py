@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from plan import BF16, NO_GRAD, TITLES, Direction, Size
+from plan import BF16, NO_GRAD, TITLES, Direction
+
+from cjepa_kernels.bench.sizes import Size
 
 Record = dict[str, Any]
 

@@ -1,10 +1,10 @@
 """Time of the training program's step: encoders, predictor, loss, backward and optimiser.
 
-    python bench/training_step.py --against PATH [--rounds 5] [--seconds 4] [--no-save]
+    python bench/training_step.py --against REV [--rounds 5] [--seconds 4] [--no-save]
 
-PATH is a checkout of another revision, built in place. Both take turns in processes of their own,
-on random images of the two example configurations' sizes, without loading or augmenting them. The
-median of each one's quickest round counts: a shared machine's speed varies by more than is sought.
+HEAD and the other revision take turns in checkouts and processes of their own, on random images of
+the two example configurations' sizes, without loading or augmenting them. The median of each one's
+quickest round counts: a shared machine's speed varies by more than is sought.
 Writes bench/results/training_step_cpu.json.
 """
 
@@ -20,9 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measurement import print_table, write_results
+import revisions
+from revisions import ROOT
 
-ROOT = Path(__file__).parent.parent
 CASES = {"cjepa": (1, 8, 8), "cifar10": (3, 32, 32)}  # configuration and the shape of its images
 HEADER = ["configuration", "before ms", "after ms", "before / after", "loss before ms", "after ms"]
 
@@ -31,14 +31,10 @@ def measure(name: str, seconds: float) -> dict[str, float]:
     """Median seconds of a step and of its loss, forward and backward, in this process."""
     import torch
 
-    from cjepa_kernels import __file__ as package
-    from cjepa_kernels import backends
     from cjepa_kernels.train.config import load_config
     from cjepa_kernels.train.module import CJEPAModule, IndexedImages
 
-    expected = os.environ.get("PYTHONPATH", str(ROOT))
-    if Path(package).parents[1] != Path(expected) or not backends()["native"].available:
-        raise RuntimeError(f"{package} is not that of {expected} with its compiled module")
+    revisions.check_package(os.environ.get("PYTHONPATH", str(ROOT)))
     config = load_config(ROOT / "configs" / f"{name}.yaml", [])
     shape = CASES[name]
     torch.manual_seed(0)
@@ -95,7 +91,7 @@ def _detach(value: Any) -> Any:
 def measure_in_a_process(checkout: Path, name: str, seconds: float) -> dict[str, float]:
     """The same with the package of a checkout."""
     command = [sys.executable, __file__, "--one", f"{name},{seconds}"]
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    environment = revisions.environment(checkout)
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     measured: dict[str, float] = json.loads(result.stdout)
     return measured
@@ -105,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--against", type=Path, help="checkout of another revision")
+    parser.add_argument("--against", help="another revision")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each round")
     parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
@@ -117,32 +113,25 @@ def main() -> None:
         return
     if options.against is None:
         parser.error("--against is needed")
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=options.against,
-    ).stdout.strip()
+    # Not for --one: a revision may lack what this imports.
+    from measurement import print_table, write_results
+
+    revision = revisions.git("rev-parse", "--short", options.against)
     rows: list[dict[str, Any]] = []
-    for name in CASES:
-        found: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
-        for turn in range(options.rounds):
-            print(f"{name}: round {turn + 1} of {options.rounds}", flush=True)
-            sides = [("before", options.against), ("after", ROOT)]
-            for side, checkout in sides[:: 1 if turn % 2 == 0 else -1]:
-                found[side].append(measure_in_a_process(checkout, name, options.seconds))
-        rows.append(
-            {
-                "configuration": name,
-                "base": revision,
-                **{
-                    f"{key}_{side}": min(m[key] for m in found[side])
-                    for key in ("step", "loss")
-                    for side in found
-                },
+    with revisions.checkouts([options.against, "HEAD"]) as (before, after):
+        for name in CASES:
+            found: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
+            for turn in range(options.rounds):
+                print(f"{name}: round {turn + 1} of {options.rounds}", flush=True)
+                sides = [("before", before), ("after", after)]
+                for side, checkout in sides[:: 1 if turn % 2 == 0 else -1]:
+                    found[side].append(measure_in_a_process(checkout, name, options.seconds))
+            fastest = {
+                f"{key}_{side}": min(m[key] for m in found[side])
+                for key in ("step", "loss")
+                for side in found
             }
-        )
+            rows.append({"configuration": name, "base": revision, **fastest})
     print_table(
         HEADER,
         [

@@ -1,4 +1,4 @@
-"""Entry point of the ``cjepa`` command; the command itself needs the extra ``[train]``."""
+"""Entry point of the ``cjepa`` command, which needs the extra ``[bench]`` or ``[train]``."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import sys
 
 from cjepa_kernels.extras import require
 
-NEEDED = ("typer", "rich", "lightning", "sklearn", "datasets", "pydantic", "yaml", "matplotlib")
+NEEDED = ("typer", "rich")  # by every command; each asks for the rest itself
 
 
 def main() -> None:
     """Run the command line, or say which extra is missing and exit with 2."""
     try:
         for module in NEEDED:
-            require(module, extra="train")
+            require(module, extra="bench" if sys.argv[1:2] == ["bench"] else "train")
     except ImportError as error:
-        sys.exit(_explain(error))
+        print(f"cjepa: {error}", file=sys.stderr)
+        sys.exit(2)
     from cjepa_kernels.train.cli import app
 
     app()
-
-
-def _explain(error: ImportError) -> int:
-    print(f"cjepa: {error}", file=sys.stderr)
-    return 2

@@ -104,7 +104,8 @@ def create_cjepa_loss_from_config(
         ContrastiveJEPALoss around ``jepa_loss``.
 
     Raises:
-        The same as :func:`create_loss_from_config`.
+        FileNotFoundError, ImportError, TypeError, ValueError: As by
+            :func:`create_loss_from_config`.
     """
     section = _loss_section(config)
     _loss_type(section)

@@ -31,7 +31,7 @@ BENCH = Path(__file__).parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 # Any: the scripts of bench/ are not part of the package.
 distributed_cost: Any = importlib.import_module("distributed_cost")
-formulas: Any = importlib.import_module("formulas")
+formulas: Any = importlib.import_module("distributed_formulas")
 
 Pool = Callable[[int], Ranks]
 

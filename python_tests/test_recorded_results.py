@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
+from bench_scripts import load
 
+from cjepa_kernels.bench.plots import drawable
 from cjepa_kernels.train.comparison import comparison_markdown, load_comparison, text_tables
 
 ROOT = Path(__file__).parent.parent
@@ -145,3 +149,72 @@ def test_many_ranks_in_the_document_are_the_recorded_ones() -> None:
         assert f"| {' | '.join([*map(str, case), *cells])} |" in document
     for row in measured["counts"]:
         assert row["counted"] == row["formula"]
+
+
+def test_the_page_of_gpus_repeats_its_json() -> None:
+    tables, judged = load("gpu_tables"), load("gpu_targets")
+    page = (ROOT / "docs/results/gpu.md").read_text(encoding="utf-8")
+    (path,) = (ROOT / "bench/results").glob("NVIDIA-*.json")
+    assert path.name in page
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for rows in (tables.large, tables.others, tables.small, tables.accuracy):
+        assert "\n".join(rows(content)) in page
+    assert judged.summary(content["targets"]) in page
+    assert f"{content['matmul'][0]['flops'] / 1e12:.0f} TFLOP/s here" in page
+    assert f"{content['memory'][-1]['over_input']:.2f} times the input" in page
+    assert f"takes {content['first_use'][0]['seconds']:.1f} s" in page
+    assert content["environment"]["commit"] in page
+
+
+def test_the_targets_of_the_cpu_kernel_are_the_recorded_ones() -> None:
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    recorded = json.loads((ROOT / "bench/results/nt_xent_cpu.json").read_text())["targets"]
+    judged = [row for row in recorded if row["part"] == "targets" and row["target"] is not None]
+    assert len(judged) == 10
+    for row in judged:
+        met = ", met" if row["verdict"] == "met" else ""
+        size = f"| {row['M']}, {row['D']} | {row['pass'].replace('+', ' + ')} | "
+        (line,) = (line for line in page.splitlines() if line.startswith(size))
+        assert f"| {row['target']:.2f} | {row['ratio']:.2f}{met} |" in line
+    assert sum(row["verdict"] != "met" for row in judged) == 7
+
+
+def test_the_memory_of_the_cpu_kernel_is_the_recorded_one() -> None:
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "bench/results/nt_xent_memory_cpu.json").read_text())["rows"]
+    memory = {(row["M"], row["backend"]): f"{row['extra_bytes'] / 2**20:.0f}" for row in rows}
+    for count in sorted({row["M"] for row in rows}):
+        cells = [
+            memory.get((count, name), "not run") for name in ("native", "chunked", "reference")
+        ]
+        assert f"| {count} | {' | '.join(cells)} |" in page
+    largest = next(row for row in rows if row["M"] == 131072)
+    assert f"{largest['over_input']:.1f} times the input" in page
+
+
+def test_stages_of_the_cpu_kernel_are_the_recorded_ones() -> None:
+    page = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    recorded = json.loads((ROOT / "bench/results/cpu_kernel_stages.json").read_text("utf-8"))
+    assert len(recorded["tables"]) == 3
+    for table in recorded["tables"].values():
+        for row in (table["columns"], *table["rows"]):
+            assert f"| {' | '.join(row)} |" in page
+
+
+def recorded_comparisons() -> list[Path]:
+    """What ``make bench-record`` wrote."""
+    paths = sorted((ROOT / "docs" / "results").glob("*.json"))
+    return [path for path in paths if "roofs" in json.loads(path.read_text())]
+
+
+@pytest.mark.parametrize("path", recorded_comparisons(), ids=lambda path: path.stem)
+def test_page_of_a_comparison_is_that_of_its_json(path: Path) -> None:
+    record = load("record")
+    results: dict[str, Any] = json.loads(path.read_text())
+    assert record.device_name(results) == path.stem
+    page = path.with_suffix(".md").read_text(encoding="utf-8")
+    assert page == record.page_of(results)
+    images = re.findall(r"\]\((\.\./images/[^)]+)\)", page)
+    assert len(images) == len(drawable(results)) >= 3
+    assert all((path.parent / image).exists() for image in images)
+    assert not results["environment"]["commit"].endswith("-dirty")

@@ -7,6 +7,7 @@ a way is taken; run with TRITON_INTERPRET=1, or on a GPU.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -40,6 +41,20 @@ def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for a block of columns, or for a square of one block."""
     monkeypatch.setenv("CJEPA_WORKSPACE_MIB", "0.03")
+
+
+@pytest.fixture
+def instead(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Puts entries in the place of the table's for a kernel."""
+
+    def replace(kernel: str, *entries: configs.Config) -> None:
+        others = [entry for entry in configs.table() if entry.kernel != kernel]
+        monkeypatch.setattr(configs, "table", lambda: (*entries, *others))
+        configs.forget()
+
+    yield replace
+    monkeypatch.undo()
+    configs.forget()
 
 
 @pytest.fixture
@@ -115,10 +130,9 @@ def test_strips_and_edges(batch: int, features: int) -> None:
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("pipelined", [False, True])
 @pytest.mark.parametrize("fold", [False, True])
-def test_every_kind_of_strip(pipelined: bool, fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_strip(pipelined: bool, fold: bool, instead: Callable[..., None]) -> None:
     entry = configs.Config(0, "strips", 16, 256, 4, 2, rows=64, pipelined=pipelined, fold=fold)
-    others = [e for e in configs.table() if e.kernel != "strips"]
-    monkeypatch.setattr(configs, "table", lambda: (entry, *others))
+    instead("strips", entry)
     check_nt_xent(201, 16, torch.float16)
     check_rectangle(300, 520, 16, torch.float16)
 
@@ -196,10 +210,21 @@ def test_owned_rows_in_splits(splits: int, monkeypatch: pytest.MonkeyPatch) -> N
     check_rectangle(150, 200, 64, torch.float16)
 
 
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("columns", [64, 128])
+def test_every_tile_of_owned_rows(
+    rows: int, columns: int, instead: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    instead("owned", configs.Config(0, "owned", 16, 256, 8, 2, rows=rows, columns=columns))
+    monkeypatch.setattr(launch, "splits", lambda *_: 2)
+    check_nt_xent(99, 16, torch.float16)  # 198 rows: 70 in the last block
+    check_nt_xent(160, 16, torch.float16)
+    check_rectangle(150, 200, 16, torch.float16)
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_without_owned_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    others = [e for e in configs.table() if e.kernel != "owned"]
-    monkeypatch.setattr(configs, "table", lambda: tuple(others))
+def test_without_owned_rows(dtype: torch.dtype, instead: Callable[..., None]) -> None:
+    instead("owned")
     check_nt_xent(100, 64, dtype)
     check_rectangle(150, 200, 64, dtype)
 
@@ -268,16 +293,16 @@ def test_a_tuned_choice_goes_before_the_packages(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    configs._table.cache_clear()
+    configs.forget()
     before = configs.choose("tiles", 90, torch.bfloat16, 256)
     tuned = configs.Config(90, "tiles", 16, before.features, 4, 5)
     configs.write(configs.cache_file(), [tuned])
     assert configs.choose("tiles", 90, torch.bfloat16, 256) == tuned
     configs.cache_file().write_text("[{")  # half written by someone else
-    configs._table.cache_clear()
+    configs.forget()
     assert configs.choose("tiles", 90, torch.bfloat16, 256) == before
     monkeypatch.undo()
-    configs._table.cache_clear()
+    configs.forget()
 
 
 def test_a_workspace_must_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:

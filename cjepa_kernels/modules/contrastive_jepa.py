@@ -231,7 +231,7 @@ class ContrastiveJEPALoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def get_loss_summary(self, loss_dict: dict[str, Tensor]) -> str:
-        """A readable breakdown of what :meth:`forward` returned (reads it on the host)."""
+        """A readable breakdown of what ``forward`` returned (reads it on the host)."""
 
         def value(key: str) -> float:
             return float(loss_dict[key].detach().mean())

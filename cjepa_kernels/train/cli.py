@@ -1,4 +1,7 @@
-"""The ``cjepa`` command: train, compare, probe, info."""
+"""The ``cjepa`` command: train, compare, probe, tune, bench, info.
+
+Loaded with the extras ``[train]`` or ``[bench]``: a command asks for the rest of what it needs.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,23 +22,15 @@ from rich.markup import escape
 from rich.table import Table
 
 import cjepa_kernels
+from cjepa_kernels.bench.cli import bench
+from cjepa_kernels.bench.machine import installed_version
+from cjepa_kernels.extras import require
 from cjepa_kernels.train.atomic import atomic_write
-from cjepa_kernels.train.callbacks import DivergenceError
-from cjepa_kernels.train.config import (
-    apply_overrides,
-    config_to_dict,
-    load_config,
-)
 from cjepa_kernels.train.worker_pool import JobError
 
-_USER_ERRORS = (
-    ValueError,
-    TypeError,
-    FileNotFoundError,
-    ImportError,
-    DivergenceError,
-    JobError,
-)
+# What the training program needs beyond this file.
+_NEEDED = ("lightning", "sklearn", "datasets", "pydantic", "yaml", "matplotlib")
+_USER_ERRORS = (ValueError, TypeError, FileNotFoundError, ImportError, JobError)
 _USER_ERROR_CODE = 2
 _PACKAGES = ("torch", "lightning", "scikit-learn", "datasets", "numpy")
 _PROBE_ROWS = (
@@ -56,6 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train and compare hierarchical JEPAs with a contrastive term (C-JEPA).",
 )
+app.command()(bench)
 
 Config = Annotated[Path, typer.Option("--config", help="YAML file of the experiment.")]
 Overrides = Annotated[
@@ -85,9 +80,11 @@ def train(
     config: Config, overrides: Overrides = None, out: Out = None, debug: Debug = False
 ) -> None:
     """Train one encoder and evaluate it; a killed run resumes when started again."""
-    with _clear_errors(debug):
-        experiment = load_config(config, overrides or ())
+    with _training(debug):
         from cjepa_kernels.train import runner
+        from cjepa_kernels.train.config import config_to_dict, load_config
+
+        experiment = load_config(config, overrides or ())
 
         run_dir = out or _default_directory(config, config_to_dict(experiment), "")
         result = runner.train(experiment, run_dir, progress_bar=sys.stderr.isatty())
@@ -146,11 +143,12 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Compare C-JEPA, JEPA alone and the contrastive term alone on the same seeds."""
-    with _clear_errors(debug):
+    with _training(debug):
+        from cjepa_kernels.train.compare import compare as run_comparison
+        from cjepa_kernels.train.config import config_to_dict, load_config
+
         experiment = load_config(config, overrides or ())
         seed_list = _parse_seeds(seeds)
-        from cjepa_kernels.train.compare import compare as run_comparison
-
         task = {**config_to_dict(experiment), "seeds": seed_list, "transfer": transfer}
         run_comparison(
             experiment,
@@ -174,8 +172,9 @@ def probe(
     debug: Debug = False,
 ) -> None:
     """Probe the target encoder of a checkpoint, on its experiment's data or on others."""
-    with _clear_errors(debug):
+    with _training(debug):
         from cjepa_kernels.train import runner
+        from cjepa_kernels.train.config import apply_overrides, config_to_dict
         from cjepa_kernels.train.data import load_dataset, resolve_pretrain_classes
         from cjepa_kernels.train.evaluate import evaluate
 
@@ -220,7 +219,7 @@ def _version_table() -> Table:
     table.add_row("cjepa_kernels", cjepa_kernels.__version__)
     table.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
     for name in _PACKAGES:
-        table.add_row(name, metadata.version(name))
+        table.add_row(name, installed_version(name) or "not installed")
     table.add_row("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads")
     for index in range(torch.cuda.device_count()):
         table.add_row(f"GPU {index}", torch.cuda.get_device_name(index))
@@ -276,6 +275,22 @@ def _parse_seeds(text: str) -> Sequence[int]:
         return [int(seed) for seed in text.split(",")]
     except ValueError:
         raise ValueError(f"--seeds: expected integers such as 0,1,2, got {text!r}") from None
+
+
+@contextmanager
+def _training(debug: bool) -> Iterator[None]:
+    """What a command of the training program runs in: its extra is there, errors are clear."""
+    with _clear_errors(debug):
+        for module in _NEEDED:
+            require(module, extra="train")
+        from cjepa_kernels.train.callbacks import DivergenceError
+
+        try:
+            yield
+        except DivergenceError as error:
+            if debug:
+                raise
+            raise ValueError(str(error)) from None
 
 
 @contextmanager

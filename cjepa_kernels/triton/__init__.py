@@ -32,8 +32,8 @@ def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     flat = (x for arg in args for x in (arg if isinstance(arg, list) else (arg,)))
     device = next(x for x in flat if isinstance(x, Tensor)).device
     # Triton launches on the current device.
-    guard = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    with torch.no_grad(), guard:
+    away = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.no_grad(), torch.cuda.device(device) if away else nullcontext():
         return function(*args)  # type: ignore[no-any-return]
 
 

@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from cjepa_kernels.triton import coefficients, finish, launch
+from cjepa_kernels.triton.configs import Config
 from cjepa_kernels.triton.launch import TILE, Operands
 from cjepa_kernels.triton.pack import (
     Packed,
@@ -63,15 +64,17 @@ class Gradients:
 
     def _owned(self, x: Packed, y: Packed) -> Tensor:
         config = launch.config("owned", x)
-        row_blocks, column_blocks = (triton.cdiv(z.rows, config.rows) for z in (x, y))
+        row_blocks = triton.cdiv(x.rows, config.rows)
+        column_blocks = triton.cdiv(y.rows, config.columns)
         splits = launch.splits(row_blocks, column_blocks, x.z.device)
         out = x.z.new_empty(splits, x.padded_rows, x.padded_features, dtype=torch.float32)
         width = x.padded_features
-        x_rows, y_rows = (launch.blocks_of(z.z, config.rows, width) for z in (x, y))
+        x_rows = launch.blocks_of(x.z, config.rows, width)
+        y_rows = launch.blocks_of(y.z, config.columns, width)
         coefficients.owned_rows_kernel[(row_blocks * splits,)](
             x_rows, y_rows, out, _weights(x).weight, _weights(y).weight, self.temperature.argument,
             x.rows, y.rows, x.padded_rows, column_blocks, splits,
-            SELF=self.self_contrast, WIDTH=width, BM=config.rows,
+            SELF=self.self_contrast, WIDTH=width, BM=config.rows, BN=config.columns,
             PRECISION=self.operands.precision, TMA=self.tma, num_warps=config.warps,
             num_stages=config.stages,
         )  # fmt: skip
@@ -82,7 +85,9 @@ class Gradients:
         row_blocks, column_blocks = x.padded_rows // TILE, y.padded_rows // TILE
         dtype = x.z.dtype if x.planes == 1 else torch.float32
         bytes_of_tile = TILE * TILE * dtype.itemsize
-        side = max(1, math.isqrt(launch.workspace_bytes() // bytes_of_tile))
+        largest = max(1, math.isqrt(launch.workspace_bytes() // bytes_of_tile))
+        across = x.padded_features // self._product_columns(x)
+        side = launch.square_side(largest, across, x.z.device)
         height, width = min(side, row_blocks), min(side, column_blocks)
         g = x.z.new_empty(height * TILE, width * TILE, dtype=dtype)
         by_x, by_y = (
@@ -136,9 +141,8 @@ class Gradients:
         accumulate: bool,
     ) -> None:
         own, other = shape[::-1] if transposed else shape
-        config = launch.config("products" if z.planes == 1 else "products_split", z)
+        config, across = _products(z), self._product_columns(z)
         step = 32 if g.dtype == torch.float32 else 64
-        across = math.gcd(TILE if z.planes == 1 else TILE // 2, z.padded_features)
         g_tiles = launch.blocks_of(g, *((step, TILE) if transposed else (TILE, step)))
         z_tiles = launch.blocks_of(z.z, step, across)
         coefficients.products_kernel[(own * (z.padded_features // across),)](
@@ -148,6 +152,10 @@ class Gradients:
             BK=step, PRECISION=self.operands.precision, TMA=self.tma, num_warps=config.warps,
             num_stages=config.stages,
         )  # fmt: skip
+
+    @staticmethod
+    def _product_columns(z: Packed) -> int:
+        return math.gcd(_products(z).columns, z.padded_features)
 
     def finish(
         self,
@@ -177,6 +185,10 @@ class Gradients:
             WIDTH=width, ROWS=rows, num_warps=4,
         )  # fmt: skip
         return grads, grad_temperature
+
+
+def _products(z: Packed) -> Config:
+    return launch.config("products" if z.planes == 1 else "products_split", z)
 
 
 def _weights(packed: Packed) -> Weights:

@@ -172,13 +172,13 @@ def owned_tile(
 def owned_rows_kernel(
     x, y, out, row_weights, column_weights, temperature,
     rows, columns, padded_rows, column_blocks, splits,
-    SELF: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    SELF: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """out[split, a] = sum over the split's columns of G_ab y_b; out: (splits, rows, D).
 
-    For a constant shift and no user's mask. Tiles that need a mask come first: the one on the
-    diagonal and the one with ragged columns.
+    For a constant shift and no user's mask. Tiles that need a mask come first: the ``own`` ones
+    on the diagonal, from ``diagonal`` on, and the one with ragged columns.
     """
     i = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -186,26 +186,27 @@ def owned_rows_kernel(
     last = (split + 1) * column_blocks // splits
     a = i * BM + tl.arange(0, BM)
     scale = read_scale(temperature, False)
-    own = load_block(x, i * BM, 0, WIDTH, BM, WIDTH, TMA)
+    own_rows = load_block(x, i * BM, 0, WIDTH, BM, WIDTH, TMA)
     row_weight = tl.load(row_weights + a)
     acc = tl.zeros((BM, WIDTH), tl.float32)
-    diagonal = column_blocks
+    diagonal = last
+    own = 0
     if SELF:
-        diagonal = i
-    on_diagonal = (first <= diagonal) & (diagonal < last)
-    ragged = (last == column_blocks) & (columns % BM != 0) & (diagonal != last - 1)
-    for t in range(tl.where(on_diagonal, 0, 1), tl.where(ragged, 2, 1)):
+        diagonal = tl.minimum(tl.maximum(i * BM // BN, first), last)
+        own = tl.minimum(tl.maximum((i * BM + BM - 1) // BN + 1, first), last) - diagonal
+    among_own = (own > 0) & (diagonal + own == last)
+    ragged = (last == column_blocks) & (columns % BN != 0) & (among_own == 0)
+    for t in range(0, own + ragged.to(tl.int32)):
         acc = owned_tile(
-            acc, own, y, a, tl.where(t == 0, diagonal, last - 1), row_weight, column_weights,
-            scale, rows, columns, SELF, True, WIDTH, BM, PRECISION, TMA,
+            acc, own_rows, y, a, tl.where(t < own, diagonal + t, last - 1), row_weight,
+            column_weights, scale, rows, columns, SELF, True, WIDTH, BN, PRECISION, TMA,
         )  # fmt: skip
-    inner = last - first - on_diagonal.to(tl.int32) - ragged.to(tl.int32)
-    for t in range(0, inner):
+    for t in range(0, last - first - own - ragged.to(tl.int32)):
         j = first + t
-        j = tl.where(on_diagonal & (j >= diagonal), j + 1, j)
+        j = tl.where(j >= diagonal, j + own, j)
         acc = owned_tile(
-            acc, own, y, a, j, row_weight, column_weights, scale, rows, columns,
-            SELF, False, WIDTH, BM, PRECISION, TMA,
+            acc, own_rows, y, a, j, row_weight, column_weights, scale, rows, columns,
+            SELF, False, WIDTH, BN, PRECISION, TMA,
         )  # fmt: skip
     feature = tl.arange(0, WIDTH)
     row = split.to(tl.int64) * padded_rows + a

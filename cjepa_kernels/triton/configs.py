@@ -31,7 +31,8 @@ class Config:
         bits: Of the operands.
         features: At most.
         warps, stages: ``num_warps`` and ``num_stages`` of Triton; 0 warps: not to be used.
-        rows: Rows of a tile where the kernel leaves a choice (strips, owned).
+        rows: Of a tile where the kernel leaves a choice (strips, owned).
+        columns: The same (owned, products).
         pipelined: Strips: overlap the exponentials of a tile with the product of the next.
         fold: Strips: keep half as many column sums (see ``similarity.fold``).
     """
@@ -43,6 +44,7 @@ class Config:
     warps: int
     stages: int
     rows: int = 128
+    columns: int = 64
     pipelined: bool = False
     fold: bool = True
 
@@ -55,9 +57,21 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def entries(kernel: Kernel, architecture: int, dtype: torch.dtype, features: int) -> list[Config]:
-    """Those of the table that serve."""
-    return [
+def entries(
+    kernel: Kernel, architecture: int, dtype: torch.dtype, features: int
+) -> tuple[Config, ...]:
+    """Those of the table that serve, the best first.
+
+    Best are those for the highest architecture, of these those for the fewest features.
+    """
+    return _entries(_device(), kernel, architecture, dtype, features)
+
+
+@lru_cache
+def _entries(
+    device: int, kernel: Kernel, architecture: int, dtype: torch.dtype, features: int
+) -> tuple[Config, ...]:
+    found = [
         entry
         for entry in table()
         if entry.kernel == kernel
@@ -65,10 +79,11 @@ def entries(kernel: Kernel, architecture: int, dtype: torch.dtype, features: int
         and entry.bits == 8 * dtype.itemsize
         and entry.features >= features
     ]
+    return tuple(sorted(found, key=lambda entry: (-entry.architecture, entry.features)))
 
 
 def choose(kernel: Kernel, architecture: int, dtype: torch.dtype, features: int) -> Config:
-    """The entry for the highest architecture not above this one, the fewest features that suffice.
+    """The best entry.
 
     Raises:
         RuntimeError: There is none: this architecture is older than any in the table.
@@ -79,7 +94,7 @@ def choose(kernel: Kernel, architecture: int, dtype: torch.dtype, features: int)
             f"there is no configuration of the kernel {kernel} for {dtype}, {features} features "
             f"and compute capability {architecture / 10}"
         )
-    return min(found, key=lambda entry: (-entry.architecture, entry.features))
+    return found[0]
 
 
 _trial: list[Config] = []  # what is being tuned
@@ -87,7 +102,11 @@ _trial: list[Config] = []  # what is being tuned
 
 def table() -> tuple[Config, ...]:
     """What is being tuned, what was tuned here, then the package's own table."""
-    return (*_trial, *_table(torch.cuda.current_device() if torch.cuda.is_initialized() else -1))
+    return (*_trial, *_table(_device()))
+
+
+def _device() -> int:
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else -1
 
 
 @lru_cache
@@ -96,14 +115,22 @@ def _table(device: int) -> tuple[Config, ...]:
     return (*read(cache_file()), *(Config(**entry) for entry in own))
 
 
+def forget() -> None:
+    """Read and search the table again."""
+    _table.cache_clear()
+    _entries.cache_clear()
+
+
 @contextmanager
 def tuned(found: list[Config]) -> Iterator[None]:
     """These choices go before all others, for a while."""
     _trial[:] = found
+    _entries.cache_clear()
     try:
         yield
     finally:
         _trial.clear()
+        _entries.cache_clear()
 
 
 def cache_file() -> Path:
@@ -128,4 +155,4 @@ def write(path: Path, found: list[Config]) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps([asdict(entry) for entry in found], indent=1))
     temporary.replace(path)
-    _table.cache_clear()
+    forget()

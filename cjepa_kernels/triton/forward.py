@@ -153,10 +153,13 @@ def nt_xent(
     lse, hardest, shift, log_sum, positive = (floats(z.rows) for _ in range(5))
     several = len(tiles.panels) > 1
     running_sum, running_max = (floats(z.padded_rows if several else 0) for _ in range(2))
-    partial = z_i.new_empty(3 * tiles.row_blocks, dtype=torch.float64)
+    programs = tiles.row_blocks * (TILE // launch.ROWS)
+    features = z.sums.shape[1] // reduction.FEATURES.value
+    partial = z_i.new_empty(3 * programs + features, dtype=torch.float64)
     for panel in tiles:
         # Rows below the panel have nothing in it.
-        reduction.nt_xent_rows_kernel[(tiles.row_blocks if panel.is_last else panel.last,)](
+        blocks = tiles.row_blocks if panel.is_last else panel.last
+        reduction.nt_xent_rows_kernel[(blocks * (TILE // launch.ROWS),)](
             tiles.row_sum, tiles.row_max, tiles.column_sum, tiles.column_max,
             running_sum, running_max, tiles.positive, loss, lse, hardest, shift, log_sum, positive,
             partial, z.sums, z.squares, tiles.kept_sum, tiles.kept_count, z.counter, loss, *scalars,
@@ -165,7 +168,7 @@ def nt_xent(
             len(tiles.kept_sum), 1 / z.rows if reduction_name == "mean" else 1.0,
             CONSTANT=tiles.constant, TAU_TENSOR=tau.is_tensor, FIRST=panel.is_first,
             LAST=panel.is_last, NONE=none, MASKED=mask is not None, WIDTH=z.sums.shape[1], BM=TILE,
-            SLOTS=launch.SLOTS, num_warps=4,
+            ROWS=launch.ROWS, SLOTS=launch.SLOTS, num_warps=4,
         )  # fmt: skip
     kept = z_i.new_empty(0, dtype=torch.float32)
     return loss, *scalars, lse, hardest, shift, log_sum, positive, kept

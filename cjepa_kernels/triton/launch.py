@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from cjepa_kernels.triton.pack import PLANES, Packed, Upstream, pack
 TILE = 128  # rows and columns of a tile
 SMALL = 16  # blocks: up to here one launch takes all tiles, each with its mask
 GROUP = 8
-SLOTS = 16
+ROWS = 32  # that a program of the reduction takes: few, so that a small batch has enough programs
+SLOTS = 64  # partial sums that are read at a time
 
 
 def allows_tf32() -> bool:
@@ -159,9 +161,31 @@ def blocks_of(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor | Ten
     return matrix
 
 
+@lru_cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; 1 where there are none."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 def splits(row_blocks: int, column_blocks: int, device: torch.device) -> int:
     """Programs that share the columns of owned rows, so that a small batch fills the device."""
     if device.type != "cuda":
         return min(2, column_blocks)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(2 * processors // row_blocks, column_blocks, 8))
+    return max(1, min(2 * processors(device) // row_blocks, column_blocks, 8))
+
+
+def square_side(largest: int, programs_of_block: int, device: torch.device) -> int:
+    """Blocks of the side of a square of G, at most ``largest`` and more than half of it.
+
+    Its products take ``programs_of_block`` programs for each of them, all equally long: what they
+    leave idle in their last wave over the device is to be least.
+    """
+    number = processors(device)
+
+    def idle(side: int) -> float:
+        programs = side * programs_of_block
+        return -programs % number / programs
+
+    return min(range(largest, largest // 2, -1), key=idle)

@@ -14,7 +14,7 @@ from torch import Tensor
 from cjepa_kernels.triton.common import LN2, read_scale, round_to_tf32
 
 ROW_MULTIPLE = 128  # padded rows: a multiple of every tile's sides
-PROGRAMS = 256  # at most: each leaves one row of sums
+PROGRAMS = 1024  # at most: each leaves one row of sums
 BLOCK_ELEMENTS = 4096
 WEIGHT_SCALE = 2.0**13
 LARGEST_EXPONENT = 111  # of 2, with room for sums and for the scale of the weights
@@ -44,10 +44,14 @@ def load_rows(
 
 @triton.jit
 def unit_rows(x, eps, COSINE: tl.constexpr):
-    """x / max(|x|, eps), and |x|; the rows themselves without COSINE."""
-    norm = tl.sqrt(tl.sum(x * x, 1))
+    """x / max(|x|, eps), and |x|; the rows themselves without COSINE.
+
+    Rounded correctly: the projection of a gradient that is nearly parallel to its row magnifies the
+    error of a division of 2 units in the last place, which is Triton's own.
+    """
+    norm = tl.sqrt_rn(tl.sum(x * x, 1))
     if COSINE:
-        x = x / tl.maximum(norm, eps)[:, None]
+        x = tl.div_rn(x, tl.broadcast_to(tl.maximum(norm, eps)[:, None], x.shape))
     else:
         x += x - x  # inf becomes NaN, as the loss has to: its dot products may be -inf alone
     return x, norm

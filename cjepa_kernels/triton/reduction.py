@@ -94,6 +94,22 @@ def sum_in_order(values, count, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
+FEATURES = tl.constexpr(16)  # whose sums over all rows a program adds up at a time
+SUMS = tl.constexpr(128)
+
+
+@triton.jit
+def squared_sum(sums, count, first, WIDTH: tl.constexpr):
+    """|sum z|^2 of FEATURES features, from ``count`` rows of sums."""
+    feature = first + tl.arange(0, FEATURES)
+    z = tl.zeros((FEATURES,), tl.float64)
+    for start in range(0, count, SUMS):
+        row = start + tl.arange(0, SUMS)
+        at = row[:, None] * WIDTH + feature[None, :]
+        z += tl.sum(tl.load(sums + at, mask=(row < count)[:, None], other=0.0), 0)
+    return tl.sum(z * z, 0)
+
+
 @triton.jit(
     do_not_specialize=[
         "rows", "blocks", "first_column", "last_column", "run", "programs", "kept_slots"
@@ -106,14 +122,16 @@ def nt_xent_rows_kernel(
     rows, blocks, first_column, last_column, run, programs, kept_slots, scale_of_loss,
     CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     NONE: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
-    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of one block: what a panel adds to them and, after the last, their loss and metrics.
+    """ROWS of a block of BM: what a panel adds to them and, after the last, their loss and metrics.
 
     The program that ends last adds up what all have left, in order, and writes the scalars.
     """
-    block = tl.program_id(0)
-    a = block * BM + tl.arange(0, BM)
+    program = tl.program_id(0)
+    parts = blocks * (BM // ROWS)
+    block = program // (BM // ROWS)
+    a = program * ROWS + tl.arange(0, ROWS)
     scale = read_scale(temperature, TAU_TENSOR)
     total, top = load_state(running_sum, running_max, a, block < first_column, FIRST)
     if block >= first_column and block < last_column:
@@ -146,16 +164,20 @@ def nt_xent_rows_kernel(
     tl.store(shifts + at, shift, mask=valid)
     tl.store(log_sums + at, log_sum.to(tl.float32), mask=valid)
     tl.store(positive + at, s, mask=valid)
-    tl.store(partial + block, tl.sum(tl.where(valid, own, 0.0), 0))
-    tl.store(partial + blocks + block, tl.sum((valid & (s > top)).to(tl.float64), 0))
-    tl.store(partial + 2 * blocks + block, tl.sum(s.to(tl.float64), 0))
+    tl.store(partial + program, tl.sum(tl.where(valid, own, 0.0), 0))
+    tl.store(partial + parts + program, tl.sum((valid & (s > top)).to(tl.float64), 0))
+    tl.store(partial + 2 * parts + program, tl.sum(s.to(tl.float64), 0))
+    if not MASKED:
+        for group in range(program, WIDTH // FEATURES, parts):
+            square = squared_sum(sums, programs, group * FEATURES, WIDTH)
+            tl.store(partial + 3 * parts + group, square)
     tl.debug_barrier()
-    if tl.atomic_add(counter, 1) != blocks - 1:
+    if tl.atomic_add(counter, 1) != parts - 1:
         return
     if not NONE:
-        tl.store(mean_loss, (sum_in_order(partial, blocks, 1024) * scale_of_loss).to(tl.float32))
-    hits = sum_in_order(partial + blocks, blocks, 1024)
-    positive_sum = sum_in_order(partial + 2 * blocks, blocks, 1024)
+        tl.store(mean_loss, (sum_in_order(partial, parts, 1024) * scale_of_loss).to(tl.float32))
+    hits = sum_in_order(partial + parts, parts, 1024)
+    positive_sum = sum_in_order(partial + 2 * parts, parts, 1024)
     tl.store(accuracy, (hits / rows).to(tl.float32))
     tl.store(positive_similarity, (positive_sum / rows).to(tl.float32))
     if MASKED:
@@ -163,13 +185,8 @@ def nt_xent_rows_kernel(
         negatives = sum_in_order(kept_count, kept_slots, 1024)
     else:
         # (|sum z|^2 - sum |z|^2 - sum s_pos) / (M (M - 2)): no pass over pairs.
-        column = tl.arange(0, WIDTH)
-        z = tl.zeros((WIDTH,), tl.float64)
-        for first in range(0, programs, SLOTS):
-            program = first + tl.arange(0, SLOTS)
-            where = program[:, None] * WIDTH + column[None, :]
-            z += tl.sum(tl.load(sums + where, mask=(program < programs)[:, None], other=0.0), 0)
-        negative = tl.sum(z * z, 0) - sum_in_order(squares, programs, 1024) - positive_sum
+        negative = sum_in_order(partial + 3 * parts, WIDTH // FEATURES, 1024) - positive_sum
+        negative -= sum_in_order(squares, programs, 1024)
         negatives = tl.cast(rows, tl.float64) * (rows - 2)
     negative = tl.where(negatives > 0, negative / negatives, float("nan"))
     tl.store(negative_similarity, negative.to(tl.float32))

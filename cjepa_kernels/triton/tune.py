@@ -25,9 +25,9 @@ CHOICES: dict[Kernel, dict[str, tuple[Any, ...]]] = {
         "pipelined": (False, True),
         "fold": (True, False),
     },
-    "owned": {"rows": (64, 128), "warps": (4, 8), "stages": (2, 3)},
+    "owned": {"rows": (64, 128), "columns": (64, 128), "warps": (4, 8), "stages": (2, 3)},
     "coefficients": {"warps": (4, 8), "stages": (2, 3, 4)},
-    "products": {"warps": (4, 8), "stages": (2, 3, 4)},
+    "products": {"columns": (128, 256), "warps": (4, 8), "stages": (2, 3, 4)},
     "products_split": {"warps": (4, 8), "stages": (2, 3, 4)},
 }
 

@@ -1,0 +1,192 @@
+"""The losses that are compared: this package's, bare products, other projects' formulas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cjepa_kernels import nt_xent
+from cjepa_kernels.backends import Backend, backends
+from cjepa_kernels.bench import formulas
+from cjepa_kernels.bench.formulas import Formula
+from cjepa_kernels.bench.sizes import DTYPES, Size, views
+from cjepa_kernels.bench.tensor_bytes import Bytes, count, scaled
+from cjepa_kernels.extras import require
+
+OURS, CHUNKED, MM, EAGER, COMPILED = "cjepa_kernels", "chunked", "mm", "eager", "compiled"
+FORWARD, BOTH = "forward", "forward+backward"
+DIRECTIONS = (FORWARD, BOTH)
+PRODUCTS = {FORWARD: 1, BOTH: 3}  # that the loss contains
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One loss.
+
+    Attributes:
+        name: Its name in results.
+        title: What tables and plots call it.
+        make: The loss at a temperature; raises ImportError or RuntimeError where it is missing.
+        degree: Power of M with which its tensors grow; 1 if they fit whatever M is.
+        same_loss: Whether it is NT-Xent, else another loss of the same M x M matrix.
+        devices: Device types that it runs on.
+    """
+
+    name: str
+    title: str
+    make: Callable[[float], Formula]
+    degree: int = 2
+    same_loss: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+def _package(temperature: float, *, backend: Backend) -> Formula:
+    return lambda z_i, z_j: nt_xent(z_i, z_j, temperature=temperature, backend=backend).loss
+
+
+def _inf_cl(temperature: float) -> Formula:
+    """Inf-CL's InfoNCE of every row against the rolled rows: M x M logits, no diagonal left out."""
+    flash_loss = require("inf_cl.flash", extra="bench-gpu").cal_flash_loss
+
+    def loss(z_i: Tensor, z_j: Tensor) -> Tensor:
+        z = F.normalize(torch.cat([z_i, z_j]), dim=1)
+        scale = torch.tensor(1 / temperature, device=z.device)
+        width = math.gcd(z.shape[1], 256)  # the kernel takes D in heads of a power of two
+        losses: Tensor = flash_loss(z, z.roll(len(z_i), 0), scale=scale, head_dim=width)
+        return losses.mean()
+
+    return loss
+
+
+def _siglip(temperature: float) -> Formula:
+    """SigLIP's sigmoid loss of every row against the rolled rows: M x M logits."""
+    siglip_loss = require("siglip_kernel", extra="bench-gpu").fused_siglip_loss
+
+    def loss(z_i: Tensor, z_j: Tensor) -> Tensor:
+        z = F.normalize(torch.cat([z_i, z_j]), dim=1)
+        log_scale = torch.tensor(-math.log(temperature), device=z.device)
+        bias = torch.zeros((), device=z.device)
+        result: Tensor = siglip_loss(z, z.roll(len(z_i), 0).contiguous(), log_scale, bias)
+        return result
+
+    return loss
+
+
+def _of(formula: Callable[..., Tensor]) -> Callable[[float], Formula]:
+    return lambda temperature: partial(formula, temperature=temperature)
+
+
+CANDIDATES = {
+    candidate.name: candidate
+    for candidate in (
+        Candidate(OURS, "cjepa_kernels", partial(_package, backend="auto"), degree=1),
+        Candidate(
+            CHUNKED,
+            "cjepa_kernels, chunked",
+            partial(_package, backend="chunked"),
+            degree=1,
+            devices=("cpu",),
+        ),
+        Candidate(EAGER, "plain formula", _of(formulas.eager)),
+        Candidate(
+            COMPILED,
+            "plain formula, compiled",
+            lambda temperature: formulas.compiled(temperature=temperature),
+        ),
+        Candidate("lightly", "lightly's formula", _of(formulas.lightly)),
+        Candidate("hjepa", "H-JEPA's formula", _of(formulas.hjepa)),
+        Candidate(
+            "metric_learning",
+            "pytorch-metric-learning",
+            lambda temperature: formulas.metric_learning(temperature=temperature),
+            degree=3,
+        ),
+        Candidate(
+            "inf_cl", "Inf-CL (InfoNCE)", _inf_cl, degree=1, same_loss=False, devices=("cuda",)
+        ),
+        Candidate(
+            "siglip_kernel",
+            "siglip-kernel (sigmoid)",
+            _siglip,
+            degree=1,
+            same_loss=False,
+            devices=("cuda",),
+        ),
+    )
+}
+TITLES = {name: candidate.title for name, candidate in CANDIDATES.items()} | {MM: "bare products"}
+
+
+def on_device(device: str) -> dict[str, Candidate]:
+    """The candidates of a device; the chunked back end only beside a faster one on the CPU."""
+    kind = torch.device(device).type
+    found = {name: one for name, one in CANDIDATES.items() if kind in one.devices}
+    if backend_of(device) == CHUNKED:
+        found.pop(CHUNKED, None)
+    return found
+
+
+def backend_of(device: str) -> str:
+    """The back end that ``backend="auto"`` takes on a device."""
+    kind = torch.device(device).type
+    return next(
+        name
+        for name, status in backends().items()
+        if status.available and not {kind, "any"}.isdisjoint(status.devices)
+    )
+
+
+def try_out(candidate: Candidate, device: str, dtype: torch.dtype, temperature: float) -> None:
+    """Forward and backward of the candidate on a small input.
+
+    Raises:
+        ImportError: If a library is missing; the message says how to get it.
+        RuntimeError: If it does not work here, ``torch.compile`` without a compiler for example.
+    """
+    inputs = views(Size(128, 64), device=device, dtype=dtype)
+    torch.autograd.grad(candidate.make(temperature)(*inputs), inputs)
+
+
+def one_pass(
+    formula: Formula, inputs: tuple[Tensor, Tensor], direction: str
+) -> Callable[[], object]:
+    """Forward as in training, with gradients enabled, and the backward if it is asked for."""
+    if direction == FORWARD:
+        return lambda: formula(*inputs)
+    return lambda: torch.autograd.grad(formula(*inputs), inputs)
+
+
+def products(inputs: tuple[Tensor, Tensor], direction: str) -> Callable[[], object]:
+    """The bare matrix products that the loss contains, into one buffer."""
+    z = F.normalize(torch.cat(inputs).detach().float(), dim=1).to(inputs[0].dtype)
+    out = torch.empty(len(z), len(z), dtype=z.dtype, device=z.device)
+    return lambda: [torch.mm(z, z.T, out=out) for _ in range(PRODUCTS[direction])]
+
+
+def bytes_of(name: str, size: Size, dtype: str) -> Bytes:
+    """Bytes that forward + backward of a candidate hold at once and move.
+
+    Of a candidate whose tensors fit whatever M is: the views read by both passes and the gradients
+    written once. What ``torch.compile`` fuses is not known: the plain formula's are its bound.
+    """
+    rows, features = size
+    item = DTYPES[dtype].itemsize
+    if name == MM:
+        matrix = item * rows**2
+        return Bytes(matrix, 3 * (matrix + 2 * item * rows * features))
+    candidate = CANDIDATES[EAGER if name == COMPILED else name]
+    if candidate.degree == 1:
+        return Bytes(item * rows * features, 3 * item * rows * features)
+    formula = candidate.make(formulas.TEMPERATURE)
+    return scaled(formula, size, DTYPES[dtype], degree=candidate.degree)
+
+
+def count_on_cpu(name: str, size: Size, dtype: str) -> Bytes:
+    """The same, counted at the size itself; for what is quick there."""
+    return count(CANDIDATES[name].make(formulas.TEMPERATURE), size, DTYPES[dtype])

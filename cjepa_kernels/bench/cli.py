@@ -1,0 +1,184 @@
+"""The command ``cjepa bench``: options, progress, tables, and what is written when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cjepa_kernels.bench import report
+from cjepa_kernels.bench.comparison import (
+    CUDA_SIZES,
+    QUICK_SIZES,
+    Comparison,
+    Results,
+    Settings,
+)
+from cjepa_kernels.bench.formulas import TEMPERATURE
+from cjepa_kernels.bench.sizes import DTYPES, Size, parse_sizes
+from cjepa_kernels.train.atomic import atomic_write
+
+QUICK = Settings(
+    sizes=QUICK_SIZES,
+    seconds=0.7,
+    longest=1.5,
+    compiled=False,
+    temperatures_at=Size(512, 256),
+)
+OUT = Path("cjepa-bench")
+# What of the page's table a terminal of 80 columns shows, and how it is called there.
+COLUMNS = {
+    "loss": "loss",
+    "forward ms": "fwd ms",
+    "forward + backward ms": "fwd + bwd ms",
+    "x ours": "x ours",
+    "memory MiB": "MiB",
+    "gradient error": "error",
+}
+
+
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="About a minute: three sizes, no torch.compile.")
+    ] = False,
+    sizes: Annotated[
+        str | None, typer.Option(help="MxD, separated by commas, as in 2048x256,8192x256.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the inputs: fp32, bf16 or fp16.")] = "fp32",
+    temperature: Annotated[float, typer.Option(help="Divides the similarities.")] = TEMPERATURE,
+    seconds: Annotated[
+        float | None, typer.Option(help="Of timing, for each size and pass. Default: 3.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Directory of results.json, results.md and the plots.")
+    ] = OUT,
+) -> None:
+    """Compare time, peak memory and errors of the loss with those of other formulas, here."""
+    with clear_errors():
+        settings = make_settings(
+            quick=quick,
+            sizes=sizes,
+            device=device,
+            dtype=dtype,
+            temperature=temperature,
+            seconds=seconds,
+        )
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out: expected a directory, got the file {out}")
+    run(settings, out, Console(soft_wrap=True, highlight=False))
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """End a user's error with one clear message and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]error:[/] [red]{escape(str(error))}[/]", highlight=False
+        )
+        raise typer.Exit(2) from None
+
+
+def make_settings(
+    *,
+    quick: bool = False,
+    sizes: str | None = None,
+    device: str | None = None,
+    dtype: str = "fp32",
+    temperature: float = TEMPERATURE,
+    seconds: float | None = None,
+) -> Settings:
+    """Settings from the options.
+
+    Raises:
+        ValueError: An option is wrong; the message names it, what was expected and what came.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"--temperature: expected a positive number, got {temperature:g}")
+    if seconds is not None and not 0 <= seconds < float("inf"):
+        raise ValueError(f"--seconds: expected 0 or more, got {seconds:g}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {device!r}")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device: there is no CUDA device here, got {device!r}")
+        number = torch.device(device).index or 0
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"--device: there are {torch.cuda.device_count()}, got {device!r}")
+        torch.cuda.set_device(number)
+    settings = QUICK if quick else Settings()
+    if kind == "cuda" and not quick:
+        settings = replace(settings, sizes=CUDA_SIZES, longest=2.0)
+    settings = replace(settings, device=device, dtype=dtype, temperature=temperature)
+    if seconds is not None:
+        settings = replace(settings, seconds=seconds)
+    if sizes is not None:
+        try:
+            settings = replace(settings, sizes=tuple(sorted(parse_sizes(sizes))))
+        except ValueError as error:
+            raise ValueError(f"--sizes: {error}") from None
+    return settings
+
+
+def run(settings: Settings, out: Path, console: Console) -> Results:
+    """Measure, print and write; what is there is written after each size."""
+    comparison = Comparison(settings, say=lambda text: console.print(escape(text)))
+    results = comparison.run(save=lambda results: save(results, out))
+    for size in report.sizes_of(results):
+        console.print(size_table(results, size))
+        if reasons := report.left_out(results, size):
+            console.print(escape(f"not measured: {reasons}"))
+    if any(" *" in cells[1] for cells in report.table(results)):
+        console.print("* another loss of the same M x M matrix")
+    for sentence in report.verdict(results):
+        console.print(f"[bold]{escape(sentence)}[/]")
+    written = write_plots(results, out, console)
+    console.print(f"written: {out}/results.json, results.md{written}")
+    return results
+
+
+def size_table(results: Results, size: Size) -> Table:
+    """The table of one size for a terminal."""
+    table = Table(title=f"M = {size.rows}, D = {size.features}", title_justify="left")
+    for key, name in COLUMNS.items():
+        table.add_column(name, justify="left" if key == "loss" else "right", no_wrap=True)
+    for cells in report.of_size(results, size):
+        of_key = dict(zip(report.HEADER, cells, strict=True))
+        table.add_row(*(escape(of_key[key]) for key in COLUMNS))
+    return table
+
+
+def save(results: Results, out: Path) -> None:
+    """Write the results and their page, each in one piece."""
+    atomic_write(out / "results.json", report.as_json(results))
+    atomic_write(out / "results.md", report.markdown(results))
+
+
+def write_plots(results: Results, out: Path, console: Console) -> str:
+    """Write the plots; what to say of them."""
+    try:
+        from cjepa_kernels.bench import plots
+    except ImportError as error:
+        console.print(escape(f"no plots: {error}"))
+        return ""
+    return f" and {len(plots.write_all_pngs(results, out))} plots"

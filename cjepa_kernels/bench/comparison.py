@@ -1,0 +1,291 @@
+"""Every candidate at every size: time, peak memory and errors, side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from cjepa_kernels.backends import backends
+from cjepa_kernels.bench import candidates, errors, machine, memory
+from cjepa_kernels.bench.candidates import BOTH, CHUNKED, COMPILED, FORWARD, MM, OURS, Candidate
+from cjepa_kernels.bench.formulas import TEMPERATURE, Formula
+from cjepa_kernels.bench.sizes import DTYPES, Size, views
+from cjepa_kernels.bench.timing import Run, clock_of, interleaved
+
+Record = dict[str, Any]
+Results = dict[str, Any]
+Runs = dict[str, Callable[[str], Run]]  # of a direction, by name
+
+SECTIONS = ("rows", "memory", "errors", "temperatures", "left_out", "missing", "failed")
+SHARE = 0.8  # of the free memory that a candidate may need
+HOPELESS = 4.0  # times the longest call: not even tried
+LARGEST_CHECKED = 16384  # rows whose float64 values a CPU finds within seconds
+TEMPERATURES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
+TEMPERATURES_AT = Size(2048, 256)
+QUICK_SIZES = tuple(Size(rows, 256) for rows in (256, 1024, 4096))
+FULL_SIZES = tuple(Size(2**power, 256) for power in range(8, 16))
+CUDA_SIZES = tuple(Size(2**power, 256) for power in range(8, 18))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        sizes: By rising M.
+        device: ``"cpu"`` or a CUDA device.
+        dtype: Of the views: ``fp32``, ``bf16`` or ``fp16``.
+        temperature: Divides the similarities.
+        seconds: Of timing for each size and pass.
+        longest: Seconds that a call may take. What takes longer is called once; what would take
+            several times longer, by the size before, is not called.
+        compiled: Whether ``torch.compile`` is among the candidates.
+        temperatures_at: Size at which errors are measured against the temperature.
+        temperatures: Those temperatures.
+    """
+
+    sizes: tuple[Size, ...] = FULL_SIZES
+    device: str = "cpu"
+    dtype: str = "fp32"
+    temperature: float = TEMPERATURE
+    seconds: float = 3.0
+    longest: float = 6.0
+    compiled: bool = True
+    temperatures_at: Size = TEMPERATURES_AT
+    temperatures: tuple[float, ...] = TEMPERATURES
+
+
+class Comparison:
+    """Measures what its settings say; ``results`` is always what there is so far."""
+
+    def __init__(self, settings: Settings, say: Callable[[str], None] = print) -> None:
+        self.settings = settings
+        self.say = say
+        self.start = time.perf_counter()
+        self.steps = len(settings.sizes) + 2
+        self.done = 0
+        self.seconds: dict[str, tuple[int, float]] = {}  # M and seconds of the last size called
+        self.results: Results = {
+            "environment": {
+                **machine.environment(settings.device),
+                "backend": candidates.backend_of(settings.device),
+                "missing_backend": missing_backend(settings.device),
+            },
+            "settings": {
+                "dtype": settings.dtype,
+                "temperature": settings.temperature,
+                "seconds": settings.seconds,
+            },
+            "roofs": {},
+            **{section: [] for section in SECTIONS},
+        }
+
+    def run(self, save: Callable[[Results], None] = lambda results: None) -> Results:
+        """Measure everything.
+
+        Args:
+            save: Called with the results after each size.
+        """
+        one = self.settings
+        self._step("products and copies, for the roofs of the roofline")
+        self.results["roofs"] = machine.roofs(one.device, DTYPES[one.dtype], seconds=one.seconds)
+        found = self._find()
+        for size in one.sizes:
+            self._step(f"M={size.rows} D={size.features}")
+            self.measure(size, found)
+            save(self.results)
+        self._step("errors against the temperature")
+        self.sweep_temperatures(found)
+        save(self.results)
+        return self.results
+
+    def _step(self, what: str) -> None:
+        self.done += 1
+        elapsed = time.perf_counter() - self.start
+        self.say(f"[{self.done}/{self.steps}, {elapsed:.0f} s] {what}")
+
+    def _find(self) -> dict[str, Candidate]:
+        """The candidates that work here; of others, how to get them."""
+        one = self.settings
+        found = candidates.on_device(one.device)
+        if not one.compiled:
+            found.pop(COMPILED)
+        for name, candidate in list(found.items()):
+            try:
+                candidates.try_out(candidate, one.device, DTYPES[one.dtype], one.temperature)
+            except Exception as error:
+                how = first_line(error)
+                self.results["missing"].append({"name": name, "how": how})
+                self.say(f"{candidate.title} is left out: {how}")
+                del found[name]
+        return found
+
+    def measure(self, size: Size, found: dict[str, Candidate]) -> None:
+        """Time, memory and errors at one size."""
+        one = self.settings
+        inputs = views(size, device=one.device, dtype=DTYPES[one.dtype])
+        names = [name for name in (MM, *found) if self._fits(name, size)]
+        formulas = {name: found[name].make(one.temperature) for name in names if name != MM}
+        runs: Runs = {
+            name: partial(candidates.one_pass, formula, inputs)
+            for name, formula in formulas.items()
+        }
+        if MM in names:
+            runs = {MM: partial(candidates.products, inputs), **runs}
+        timed = self._time(size, runs)
+        formulas = {name: formula for name, formula in formulas.items() if name in timed}
+        self._measure_memory(size, list(formulas))
+        self._check(size, formulas, found)
+
+    def _fits(self, name: str, size: Size) -> bool:
+        """Whether memory and time allow it; else what it needs is kept and said."""
+        one = self.settings
+        needed = candidates.bytes_of(name, size, one.dtype).peak
+        beside = 0.0 if name == MM else candidates.bytes_of(MM, size, one.dtype).peak
+        free = machine.free_memory(one.device)
+        bounded = name != MM and candidates.CANDIDATES[name].degree == 1
+        reason = None
+        if free is not None and not bounded and needed + beside > SHARE * free:
+            reason = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        elif name in self.seconds:
+            rows, seconds = self.seconds[name]
+            degree = max(2, candidates.CANDIDATES[name].degree) if name != MM else 2
+            expected = seconds * (size.rows / rows) ** degree
+            if expected > HOPELESS * one.longest:
+                reason = f"would take about {expected:.0f} s a call"
+        if reason is None:
+            return True
+        self._leave_out(size, name, reason, needed)
+        return False
+
+    def _leave_out(self, size: Size, name: str, reason: str, needed: float) -> None:
+        record = {**_cell(size), "name": name, "reason": reason, "needed_bytes": needed}
+        self.results["left_out"].append(record)
+        self.say(f"  {candidates.TITLES[name]} is left out: {reason}")
+
+    def _fail(self, size: Size, name: str, what: str, error: BaseException) -> None:
+        message = first_line(error)
+        self.results["failed"].append({**_cell(size), "name": name, "what": what, "error": message})
+        self.say(f"  {candidates.TITLES[name]} failed ({what}): {message}")
+
+    def _time(self, size: Size, runs: Runs) -> list[str]:
+        """Time both passes; returns the names that were timed."""
+        one = self.settings
+        clock = clock_of(one.device)
+        for direction in (BOTH, FORWARD):  # the one that needs more first
+            calls = {name: run(direction) for name, run in runs.items()}
+            for name in list(calls):
+                if not self._try(size, name, direction, calls[name]):
+                    del calls[name], runs[name]
+            times = interleaved(calls, seconds=one.seconds, least=3, clock=clock)
+            for name, row in times.items():
+                record = {**_cell(size), "pass": direction, "name": name, **row}
+                if direction == BOTH:
+                    self.seconds[name] = (size.rows, row["p20"])
+                    record["bytes_moved"] = self._moved(name, size)
+                self.results["rows"].append(record)
+            medians = ", ".join(f"{name} {1e3 * row['median']:.3g}" for name, row in times.items())
+            self.say(f"  {direction}, ms: {medians}")
+        return list(runs)
+
+    def _try(self, size: Size, name: str, direction: str, call: Run) -> bool:
+        """Whether a call works and is quick enough; else why not is kept and said."""
+        one = self.settings
+        try:
+            call()  # what is compiled is compiled here
+            seconds = clock_of(one.device)(call) if direction == BOTH else 0.0
+        except Exception as error:
+            self._fail(size, name, direction, error)
+            return False
+        if direction == BOTH:
+            self.seconds[name] = (size.rows, seconds)
+        if seconds > one.longest:
+            needed = candidates.bytes_of(name, size, one.dtype).peak
+            self._leave_out(size, name, f"takes {seconds:.1f} s a call", needed)
+            return False
+        return True
+
+    def _moved(self, name: str, size: Size) -> float | None:
+        """Bytes that forward + backward move; None where that is not known."""
+        one = self.settings
+        if name in (COMPILED, CHUNKED):
+            return None
+        if name == OURS and torch.device(one.device).type == "cpu":
+            return candidates.count_on_cpu(name, size, one.dtype).moved
+        return candidates.bytes_of(name, size, one.dtype).moved
+
+    def _measure_memory(self, size: Size, names: list[str]) -> None:
+        one = self.settings
+        if not memory.supported(one.device):
+            return
+        for name in names:
+            try:
+                extra = memory.peak_bytes(
+                    name, size, device=one.device, dtype=one.dtype, temperature=one.temperature
+                )
+            except RuntimeError as error:
+                self._fail(size, name, "memory", error)
+                continue
+            self.results["memory"].append({**_cell(size), "name": name, "extra_bytes": extra})
+
+    def _check(self, size: Size, formulas: dict[str, Formula], found: dict[str, Candidate]) -> None:
+        """Errors of loss and gradient against float64."""
+        one = self.settings
+        if torch.device(one.device).type == "cpu" and size.rows > LARGEST_CHECKED:
+            return
+        same = {name: formula for name, formula in formulas.items() if found[name].same_loss}
+        records = self._errors(size, one.dtype, one.temperature, same)
+        self.results["errors"] += records
+
+    def _errors(
+        self, size: Size, dtype: str, temperature: float, formulas: dict[str, Formula]
+    ) -> list[Record]:
+        inputs = views(size, device=self.settings.device, dtype=DTYPES[dtype])
+        anchors = errors.checked_anchors(size.rows)
+        truth = errors.exact(*inputs, anchors, temperature=temperature)
+        cell = {**_cell(size), "dtype": dtype, "temperature": temperature}
+        records = []
+        for name, formula in formulas.items():
+            try:
+                found = errors.of_formula(formula, inputs, truth, anchors)
+            except Exception as error:
+                self._fail(size, name, f"{dtype} at temperature {temperature:g}", error)
+                continue
+            records.append({**cell, "name": name, **found})
+        return records
+
+    def sweep_temperatures(self, found: dict[str, Candidate]) -> None:
+        """Errors at every temperature in every dtype, of the formulas that are quick to make."""
+        size = self.settings.temperatures_at
+        same = {
+            name: candidate
+            for name, candidate in found.items()
+            if candidate.same_loss and candidate.degree <= 2 and name != COMPILED
+        }
+        for dtype in DTYPES:
+            for temperature in self.settings.temperatures:
+                formulas = {name: one.make(temperature) for name, one in same.items()}
+                records = self._errors(size, dtype, temperature, formulas)
+                self.results["temperatures"] += records
+
+
+def _cell(size: Size) -> Record:
+    return {"M": size.rows, "D": size.features}
+
+
+def missing_backend(device: str) -> str | None:
+    """Why the kernels that were made for a device are not used; None if they are."""
+    kernels = "triton" if torch.device(device).type == "cuda" else "native"
+    status = backends()[kernels]
+    return None if status.available else status.reason
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error, its kind before it unless it is for the user."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if isinstance(error, ImportError) else f"{type(error).__name__}: {lines[0]}"

@@ -1,0 +1,153 @@
+"""The formulas that nt_xent is compared with, each as a project that users come from computes it.
+
+Every function takes ``z_i`` and ``z_j`` of (B, D) on any device and returns the mean loss over the
+M = 2B anchors. python_tests/test_bench.py holds them against the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cjepa_kernels.extras import require
+
+TEMPERATURE = 0.1
+
+Formula = Callable[[Tensor, Tensor], Tensor]
+
+
+def eager(z_i: Tensor, z_j: Tensor, *, temperature: float = TEMPERATURE) -> Tensor:
+    """The plain formula: normalise, one product, masked fill, cross-entropy."""
+    z = F.normalize(torch.cat([z_i, z_j]), dim=1)
+    logits = z @ z.T / temperature
+    diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    logits = logits.masked_fill(diagonal, float("-inf"))
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z_i)))
+
+
+def lightly(z_i: Tensor, z_j: Tensor, *, temperature: float = TEMPERATURE) -> Tensor:
+    """Lightly's ``NTXentLoss`` without a memory bank.
+
+    A product of its own for each of the four blocks of views, the diagonals of the two blocks
+    within a view cut out by boolean indexing, everything concatenated, cross-entropy.
+    """
+    batch = len(z_i)
+    views = [F.normalize(z, dim=1) for z in (z_i, z_j)]
+    off_diagonal = ~torch.eye(batch, dtype=torch.bool, device=z_i.device)
+    logits = []
+    for own, other in (views, views[::-1]):
+        across = torch.einsum("bd,cd->bc", own, other) / temperature
+        within = torch.einsum("bd,cd->bc", own, own) / temperature
+        logits.append(torch.cat([across, within[off_diagonal].view(batch, -1)], dim=1))
+    labels = torch.arange(batch, device=z_i.device).repeat(2)
+    return F.cross_entropy(torch.cat(logits), labels)
+
+
+def _four_block_logits(
+    z_i: Tensor, z_j: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """H-JEPA's logits (2B, 2B + 1), positive first, and its positives and negatives of view i."""
+    batch = len(z_i)
+    z = F.normalize(torch.cat([z_i, z_j]), dim=1)
+    s = z @ z.T / temperature
+    diagonal = torch.eye(batch, dtype=torch.bool, device=z.device)
+    first, second = slice(0, batch), slice(batch, None)
+    positives, negatives = [], []
+    for own, other in ((first, second), (second, first)):
+        positives.append(s[own, other].diagonal()[:, None])
+        blocks = [s[own, own], s[own, other]]
+        negatives.append(
+            torch.cat([block.masked_fill(diagonal, float("-inf")) for block in blocks], dim=1)
+        )
+    rows = [torch.cat(parts, dim=1) for parts in zip(positives, negatives, strict=True)]
+    return torch.cat(rows), positives[0], negatives[0]
+
+
+def four_blocks(z_i: Tensor, z_j: Tensor, *, temperature: float = TEMPERATURE) -> Tensor:
+    """H-JEPA's formula, the loss alone: four blocks, concatenated twice."""
+    logits = _four_block_logits(z_i, z_j, temperature)[0]
+    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    return F.cross_entropy(logits, labels)
+
+
+def hjepa(z_i: Tensor, z_j: Tensor, *, temperature: float = TEMPERATURE) -> Tensor:
+    """H-JEPA's formula with the accuracy and the two means that it computes in every call."""
+    logits, positive, negatives = _four_block_logits(z_i, z_j, temperature)
+    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    loss = F.cross_entropy(logits, labels)
+    with torch.no_grad():
+        (logits.argmax(dim=1) == labels).float().mean()
+        positive.mean()
+        negatives.mean()
+    return loss
+
+
+def metric_learning(*, temperature: float = TEMPERATURE) -> Formula:
+    """``NTXentLoss`` of pytorch-metric-learning itself, whose memory grows with M^3.
+
+    Raises:
+        ImportError: If the library is missing; the message says how to get it.
+    """
+    loss_fn = require("pytorch_metric_learning.losses", extra="bench").NTXentLoss(
+        temperature=temperature
+    )
+
+    def loss(z_i: Tensor, z_j: Tensor) -> Tensor:
+        labels = torch.arange(len(z_i), device=z_i.device).repeat(2)
+        result: Tensor = loss_fn(torch.cat([z_i, z_j]), labels)
+        return result
+
+    return loss
+
+
+def clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """open_clip's ``ClipLoss`` of one process: cross-entropy along both sides of the logits.
+
+    Args:
+        image: (B, D) unit rows.
+        text: Same shape, row k being the pair of ``image[k]``.
+        logit_scale: () 1 / temperature.
+    """
+    logits = logit_scale * image @ text.T
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def hjepa_prediction(
+    predictions: list[Tensor], targets: list[Tensor], weights: list[float]
+) -> Tensor:
+    """H-JEPA's smooth-L1 prediction term without masks, both sides L2-normalised."""
+    levels = [
+        F.smooth_l1_loss(F.normalize(p, dim=-1), F.normalize(t, dim=-1).detach())
+        for p, t in zip(predictions, targets, strict=True)
+    ]
+    return torch.stack(
+        [weight * level for weight, level in zip(weights, levels, strict=True)]
+    ).sum()
+
+
+def compiled(*, temperature: float = TEMPERATURE) -> Formula:
+    """``torch.compile`` of the plain formula, for one size."""
+    torch._dynamo.reset()  # or the sizes before count towards its limit of recompilations
+
+    def plain(z_i: Tensor, z_j: Tensor) -> Tensor:
+        return eager(z_i, z_j, temperature=temperature)
+
+    formula: Formula = torch.compile(plain, dynamic=False)
+    return formula
+
+
+FORMULAS: dict[str, Formula] = {
+    "eager": eager,
+    "lightly": lightly,
+    "four_blocks": four_blocks,
+    "hjepa": hjepa,
+}
+# Made on request: each may be missing on a machine.
+OPTIONAL_FORMULAS: dict[str, Callable[[], Formula]] = {
+    "compiled": compiled,
+    "metric_learning": metric_learning,
+}

@@ -1,0 +1,188 @@
+"""What figures depend on: the machine, the versions, and how fast and large the machine is."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cjepa_kernels
+from cjepa_kernels.backends import compiled_module
+from cjepa_kernels.bench.timing import clock_of, interleaved
+
+ROOT = Path(cjepa_kernels.__file__).parent.parent
+# Distributions whose versions change the figures, by their keys in the results.
+PEERS = {
+    "pytorch_metric_learning": "pytorch-metric-learning",
+    "triton": "triton",
+    "inf_cl": "inf-cl",
+    "siglip_kernel": "siglip-kernel",
+}
+CPU_EDGE, CUDA_EDGE = 4096, 8192  # of the square product that shows the peak rate
+CPU_COPY, CUDA_COPY = 2**28, 2**31  # bytes of the copy that shows the bandwidth
+
+
+def instruction_set() -> str:
+    """Instruction set that the native back end uses here, ``none`` where it is not built."""
+    module = compiled_module()
+    return "none" if module is None else str(module.build_info()["instruction_set"])
+
+
+def installed_version(distribution: str) -> str | None:
+    """Version of a library, None where it is missing."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git(*arguments: str, root: Path = ROOT) -> str:
+    """What git says in a folder, empty without one."""
+    try:
+        result = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=root, check=False
+        )
+    except OSError:
+        return ""
+    return result.stdout.strip()
+
+
+def commit() -> str | None:
+    """The commit that this package is a checkout of, ``-dirty`` if anything but results differs.
+
+    ``CJEPA_COMMIT`` names it on a machine that has the files alone.
+    """
+    if os.environ.get("CJEPA_COMMIT"):
+        return os.environ["CJEPA_COMMIT"]
+    if not (ROOT / "csrc").exists():
+        return None  # installed: a repository around it is another project's
+    name = git("describe", "--always", "--abbrev=12")
+    results = ("bench/results", "docs/results", "docs/images")
+    if git("status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in results)):
+        name += "-dirty"
+    return name or None
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        if names:
+            return names[0].split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """What the figures depend on.
+
+    Args:
+        device: ``"cpu"`` or a CUDA device.
+    """
+    on_cuda = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
+        "instruction_set": instruction_set(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": total_memory(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_cuda else None,
+        "cjepa_kernels": cjepa_kernels.__version__,
+        **{key: installed_version(name) for key, name in PEERS.items()},
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command(),
+    }
+
+
+def command() -> str:
+    """The command line of this process, without the folders of its program."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        start = ["python", "-m", f"cjepa_kernels.{program.parent.name}"]
+    elif program.suffix == ".py":
+        inside = program.resolve().is_relative_to(ROOT)
+        start = ["python", str(program.resolve().relative_to(ROOT)) if inside else program.name]
+    else:
+        start = [program.name]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def total_memory(device: str = "cpu") -> int | None:
+    """Bytes of memory of the device; None where that is not known."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    found = [_meminfo("MemTotal"), _cgroup("memory.max")]
+    return min((size for size in found if size is not None), default=None)
+
+
+def free_memory(device: str = "cpu") -> int | None:
+    """Bytes that a new tensor may take; None where that is not known."""
+    if torch.device(device).type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    in_group = None if limit is None or used is None else limit - used
+    found = [_meminfo("MemAvailable"), in_group]
+    return min((size for size in found if size is not None), default=None)
+
+
+def _meminfo(field: str) -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field)), None)
+
+
+def _cgroup(name: str) -> int | None:
+    """Bytes of the control group that a container runs in; None without a limit."""
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def roofs(
+    device: str, dtype: torch.dtype, *, seconds: float = 1.0, shrink: int = 1
+) -> dict[str, float]:
+    """The fastest that this machine multiplies and copies.
+
+    Args:
+        device: ``"cpu"`` or a CUDA device.
+        dtype: Of the product.
+        seconds: Time for both.
+        shrink: Divides the sizes, for a test.
+
+    Returns:
+        ``flops`` of a square product and ``bandwidth`` of a copy, bytes read and written, a
+        second.
+    """
+    on_cuda = torch.device(device).type == "cuda"
+    edge = (CUDA_EDGE if on_cuda else CPU_EDGE) // shrink
+    size = (CUDA_COPY if on_cuda else CPU_COPY) // shrink**2
+    a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    times = interleaved(
+        {"flops": lambda: torch.mm(a, b, out=product), "bandwidth": lambda: target.copy_(source)},
+        seconds=seconds,
+        least=3,
+        clock=clock_of(device),
+    )
+    return {
+        "flops": 2 * edge**3 / times["flops"]["p20"],
+        "bandwidth": 2 * size / times["bandwidth"]["p20"],
+    }

@@ -1,0 +1,112 @@
+"""Peak extra memory of forward + backward, gradients included, the inputs not.
+
+On a CUDA device it is what PyTorch's allocator counts. On the CPU it is the growth of the peak
+resident memory of a process of its own, which has made the inputs and a tiny warm-up call before.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import re
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cjepa_kernels.bench import candidates
+from cjepa_kernels.bench.sizes import DTYPES, Size, views
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+WARM_UP = Size(128, 16)
+SECONDS = 300.0  # that a process may take
+
+
+def supported(device: str) -> bool:
+    """Whether peak memory can be measured: on CUDA devices and on Linux."""
+    return torch.device(device).type == "cuda" or sys.platform == "linux"
+
+
+def peak_bytes(name: str, size: Size, *, device: str, dtype: str, temperature: float) -> int:
+    """Peak extra bytes of a candidate.
+
+    Raises:
+        RuntimeError: If it failed; the message says how.
+    """
+    if torch.device(device).type == "cuda":
+        return _on_cuda(name, size, device, dtype, temperature)
+    methods = multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:  # each process starts with PyTorch loaded
+        context.set_forkserver_preload([__name__])
+    ours, theirs = context.Pipe(duplex=False)
+    arguments = (theirs, torch.get_num_threads(), name, size, dtype, temperature)
+    process = context.Process(target=_in_a_process, args=arguments, daemon=False)
+    process.start()
+    theirs.close()
+    try:
+        answer = ours.recv() if ours.poll(SECONDS) else f"no result within {SECONDS:.0f} s"
+    except EOFError:
+        process.join()
+        answer = f"its process ended with code {process.exitcode}, for lack of memory perhaps"
+    finally:
+        if process.is_alive():
+            process.join(timeout=5)
+        if process.is_alive():
+            process.kill()
+        ours.close()
+    if isinstance(answer, str):
+        raise RuntimeError(answer)
+    return int(answer)
+
+
+def _in_a_process(
+    pipe: Connection, threads: int, name: str, size: Size, dtype: str, temperature: float
+) -> None:
+    """Send the bytes, or the message of what went wrong."""
+    torch.set_num_threads(threads)
+    try:
+        pipe.send(_on_cpu(name, size, dtype, temperature))
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _on_cpu(name: str, size: Size, dtype: str, temperature: float) -> int:
+    """In a new process: growth of the peak resident memory, in bytes."""
+    # What is compiled for one size is compiled first, and the compiler's memory not counted.
+    warm_up = size if name == candidates.COMPILED else WARM_UP
+    formula = candidates.CANDIDATES[name].make(temperature)
+    inputs = views(size, dtype=DTYPES[dtype])
+    before = views(warm_up, dtype=DTYPES[dtype])
+    torch.autograd.grad(formula(*before), before)
+    gc.collect()
+    RESET.write_text("5")  # the peak becomes what is resident now
+    start = _status("VmRSS")
+    loss = formula(*inputs)
+    gradients = torch.autograd.grad(loss, inputs)
+    peak = _status("VmHWM") - start
+    if not all(bool(x.isfinite().all()) for x in (loss, *gradients)):
+        raise RuntimeError("the result is not finite")
+    return peak
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"{STATUS} has no {field}")
+    return 1024 * int(found[1])
+
+
+def _on_cuda(name: str, size: Size, device: str, dtype: str, temperature: float) -> int:
+    formula = candidates.CANDIDATES[name].make(temperature)
+    inputs = views(size, device=device, dtype=DTYPES[dtype])
+    torch.autograd.grad(formula(*inputs), inputs)
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    start = torch.cuda.memory_allocated(device)
+    torch.autograd.grad(formula(*inputs), inputs)
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device)) - start

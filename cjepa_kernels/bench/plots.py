@@ -1,0 +1,256 @@
+"""The plots of a comparison: time, memory, roofline, errors against the temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from matplotlib import rcParams
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from cjepa_kernels.bench.candidates import BOTH, CANDIDATES, EAGER, OURS, TITLES
+from cjepa_kernels.bench.comparison import Record, Results
+from cjepa_kernels.bench.plot_style import STYLES, Label, label_curves, svg, write_pngs
+from cjepa_kernels.train.atomic import atomic_write
+
+Point = tuple[float, float]
+TALLEST_ERROR, SMALLEST_ERROR = 3.0, 1e-8
+
+
+def widest_sweep(results: Results) -> int:
+    """The D of which most M were measured."""
+    features: list[int] = [row["D"] for row in results["rows"] if row["pass"] == BOTH]
+    return max(set(features), key=features.count)
+
+
+def curve(records: Sequence[Record], name: str, key: str, features: int) -> list[Point]:
+    """(M, value) of a candidate, by rising M."""
+    return sorted(
+        (row["M"], row[key]) for row in records if (row["D"], row["name"]) == (features, name)
+    )
+
+
+def draw_curve(axes: Axes, points: Sequence[Point], name: str) -> Label:
+    """One candidate's curve, and what its label needs."""
+    colour, dash, marker, width = STYLES[name]
+    xs, ys = zip(*points, strict=True)
+    order = {OURS: 4.0, EAGER: 3.5}.get(name, 3.0)  # curves that coincide show these
+    axes.plot(xs, ys, linestyle=dash, color=colour, linewidth=width, zorder=order)
+    axes.plot(xs, ys, marker, color=colour, markersize=4, zorder=order)
+    return Label(xs[-1], ys[-1], TITLES[name], colour)
+
+
+def _rows_axis(axes: Axes, sizes: Sequence[float]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(set(sizes)), [f"{size:.0f}" for size in sorted(set(sizes))])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("M = 2B rows")
+
+
+def draw_time(results: Results) -> Figure:
+    """Forward + backward against M."""
+    features = widest_sweep(results)
+    rows = [row for row in results["rows"] if row["pass"] == BOTH]
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    curves = {name: curve(rows, name, "median", features) for name in STYLES}
+    labels = [
+        draw_curve(axes, [(m, 1e3 * seconds) for m, seconds in points], name)
+        for name, points in curves.items()
+        if points
+    ]
+    _rows_axis(axes, [m for points in curves.values() for m, _ in points])
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_title(f"Time of forward + backward, ms (D = {features}, lower is better)")
+    label_curves(axes, labels)
+    return figure
+
+
+def draw_memory(results: Results) -> Figure:
+    """Peak extra memory against M; hollow where a candidate would need more than is free."""
+    features = widest_sweep(results)
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    labels, sizes, highest = [], [], 1.0
+    limit = results["environment"]["memory_bytes"]
+    for name in STYLES:
+        points = [
+            (m, size / 2**20)
+            for m, size in curve(results["memory"], name, "extra_bytes", features)
+            if size > 0
+        ]
+        if not points:
+            continue
+        labels.append(draw_curve(axes, points, name))
+        needed = [
+            (row["M"], row["needed_bytes"] / 2**20)
+            for row in results["left_out"]
+            if (row["D"], row["name"]) == (features, name)
+            and row["reason"].startswith("needs")
+            and row["needed_bytes"] < 8 * (limit or 0)
+        ]
+        if needed:
+            style = STYLES[name]
+            path = [points[-1], *sorted(needed)]
+            axes.plot(*zip(*path, strict=True), ":", color=style.colour, linewidth=1)
+            axes.plot(
+                *zip(*needed, strict=True),
+                style.marker,
+                color=style.colour,
+                markerfacecolor="none",
+                markersize=5,
+            )
+            labels[-1] = labels[-1]._replace(x=path[-1][0], y=path[-1][1])
+        sizes += [m for m, _ in (*points, *needed)]
+        highest = max(highest, *(size for _, size in (*points, *needed)))
+    _rows_axis(axes, sizes)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if limit is not None and highest * 2**20 > limit / 30:
+        axes.axhline(limit / 2**20, color=rcParams["text.color"], linewidth=1.2)
+        axes.annotate(
+            f"memory of this machine: {limit / 2**30:.0f} GiB",
+            (0.01, limit / 2**20),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 4),
+            textcoords="offset points",
+        )
+        axes.set_ylim(top=max(2.5 * limit / 2**20, 1.5 * highest))
+    axes.set_title(f"Peak extra memory of forward + backward, MiB (D = {features})")
+    label_curves(axes, labels)
+    return figure
+
+
+def draw_roofline(results: Results) -> Figure:
+    """FLOP/s of each candidate at its largest M against the FLOPs for each byte that it moves."""
+    features = widest_sweep(results)
+    peak, bandwidth = results["roofs"]["flops"], results["roofs"]["bandwidth"]
+    points: dict[str, tuple[int, float, float]] = {}  # M, FLOPs a byte, FLOP/s
+    for row in results["rows"]:
+        cubic = row["name"] in CANDIDATES and CANDIDATES[row["name"]].degree > 2
+        if (row["pass"], row["D"]) == (BOTH, features) and row["bytes_moved"] and not cubic:
+            flops = 6 * row["M"] ** 2 * features
+            point = (row["M"], flops / row["bytes_moved"], flops / row["median"])
+            points[row["name"]] = max(point, points.get(row["name"], point))
+    ridge = peak / bandwidth
+    low = min(ridge, *(x for _, x, _ in points.values())) / 3
+    high = 3 * max(ridge, *(x for _, x, _ in points.values()))
+    bottom = min(low * bandwidth, *(y for _, _, y in points.values())) / 2
+    top = 3 * max(peak, *(y for _, _, y in points.values()))
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes = figure.subplots()
+    ink = rcParams["text.color"]
+    roof = ([low, ridge, high], [low * bandwidth / 1e9, peak / 1e9, peak / 1e9])
+    axes.plot(*roof, color=ink, linewidth=1.2, zorder=2)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(low, high)
+    axes.set_ylim(bottom / 1e9, top / 1e9)
+    labels = []
+    for name in (name for name in STYLES if name in points):
+        rows, intensity, rate = points[name]
+        colour, _, marker, _ = STYLES[name]
+        size = 9 if name == OURS else 6
+        axes.plot([intensity], [rate / 1e9], marker, color=colour, markersize=size)
+        labels.append(Label(intensity, rate / 1e9, f"{TITLES[name]}, M = {rows}", colour))
+    label_curves(axes, labels, column=1.0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("FLOPs for each byte that operators read or write")
+    axes.set_title(f"Roofline: 6 M² D FLOPs / time, GFLOP/s (D = {features})")
+    axes.annotate(
+        f"a large product: {peak / 1e9:.3g} GFLOP/s",
+        (high, peak / 1e9),
+        xytext=(-2, 4),
+        textcoords="offset points",
+        horizontalalignment="right",
+    )
+    axes.annotate(
+        f"a copy: {bandwidth / 1e9:.3g} GB/s",
+        (low, low * bandwidth / 1e9),
+        xytext=(8, 0),
+        textcoords="offset points",
+        verticalalignment="bottom",
+    )
+    return figure
+
+
+def draw_temperatures(results: Results) -> Figure:
+    """Error of the gradient against the temperature, a panel for each dtype of the inputs."""
+    records = results["temperatures"]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in records))
+    figure = Figure(figsize=(3.1 * len(dtypes) + 1.2, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
+    for axes, dtype in zip(panels, dtypes, strict=True):
+        labels = []
+        for name in STYLES:
+            points = sorted(
+                (
+                    row["temperature"],
+                    min(max(row["gradient"], SMALLEST_ERROR), TALLEST_ERROR),
+                )
+                for row in records
+                if (row["dtype"], row["name"]) == (dtype, name)
+            )
+            if points:
+                labels.append(draw_curve(axes, points, name))
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylim(SMALLEST_ERROR * 3, TALLEST_ERROR)
+        temperatures = sorted({row["temperature"] for row in records}, reverse=True)
+        axes.set_xticks(temperatures, [f"{value:g}" for value in temperatures], rotation=45)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("temperature")
+        axes.set_title(f"{dtype} inputs")
+        axes.axhline(1.0, color=rcParams["text.color"], linewidth=0.8)
+        if axes is panels[-1]:
+            label_curves(axes, labels)
+    panels[0].set_ylabel("largest error of the gradient\n/ its largest magnitude")
+    panels[0].annotate(
+        "nothing right", (0.02, 1.0), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        textcoords="offset points",
+    )  # fmt: skip
+    return figure
+
+
+PLOTS: dict[str, tuple[str, Callable[[Results], Figure]]] = {
+    "time": ("Time against the number of rows", draw_time),
+    "memory": ("Peak memory against the number of rows", draw_memory),
+    "roofline": ("Roofline", draw_roofline),
+    "temperature": ("Error of the gradient against the temperature", draw_temperatures),
+}
+
+
+def drawable(results: Results) -> dict[str, tuple[str, Callable[[], Figure]]]:
+    """Title and drawing of each plot that the results have data for."""
+    data = {
+        "time": results["rows"],
+        "memory": results["memory"],
+        "roofline": results["roofs"] and results["rows"],
+        "temperature": results["temperatures"],
+    }
+    return {
+        name: (title, partial(draw, results)) for name, (title, draw) in PLOTS.items() if data[name]
+    }
+
+
+def write_all_pngs(results: Results, directory: Path) -> list[Path]:
+    """Write every plot in light and dark colours."""
+    return [
+        path
+        for name, (_, draw) in drawable(results).items()
+        for path in write_pngs(draw, directory / f"{name}.png")
+    ]
+
+
+def write_all_svgs(results: Results, directory: Path, prefix: str) -> list[Path]:
+    """Write every plot as SVG that follows the reader's colours."""
+    written = []
+    for name, (_, draw) in drawable(results).items():
+        written.append(directory / f"{prefix}_{name}.svg")
+        atomic_write(written[-1], svg(draw))
+    return written

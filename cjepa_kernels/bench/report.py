@@ -1,0 +1,258 @@
+"""What a comparison says: tables, plain sentences, and the files of both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cjepa_kernels.bench.candidates import BOTH, CANDIDATES, EAGER, FORWARD, OURS, TITLES
+from cjepa_kernels.bench.comparison import Record, Results
+from cjepa_kernels.bench.sizes import Size
+
+HEADER = (
+    "M x D",
+    "loss",
+    "forward ms",
+    "forward + backward ms",
+    "p20 to p80",
+    "x ours",
+    "memory MiB",
+    "loss error",
+    "gradient error",
+)
+WRONG = 0.1  # share of the gradient's largest magnitude
+
+
+def sizes_of(results: Results) -> list[Size]:
+    """The sizes that were measured."""
+    return list(dict.fromkeys(Size(row["M"], row["D"]) for row in results["rows"]))
+
+
+def by_name(results: Results, section: str, size: Size, **same: Any) -> dict[str, Record]:
+    """The records of a section at a size, by the candidate's name."""
+    return {
+        row["name"]: row
+        for row in results[section]
+        if (row["M"], row["D"]) == size and all(row[key] == value for key, value in same.items())
+    }
+
+
+def table(results: Results) -> list[list[str]]:
+    """Rows under ``HEADER``: every candidate at every size."""
+    return [cells for size in sizes_of(results) for cells in of_size(results, size)]
+
+
+def of_size(results: Results, size: Size) -> Iterator[list[str]]:
+    """The rows of one size."""
+    forward = by_name(results, "rows", size, **{"pass": FORWARD})
+    both = by_name(results, "rows", size, **{"pass": BOTH})
+    memory = by_name(results, "memory", size)
+    errors = by_name(results, "errors", size)
+    for name, row in both.items():
+        over_ours = f"{row['median'] / both[OURS]['median']:.2f}" if OURS in both else ""
+        yield [
+            f"{size.rows} x {size.features}",
+            title(name),
+            milliseconds(forward[name]["median"]),
+            milliseconds(row["median"]),
+            f"{milliseconds(row['p20'])} to {milliseconds(row['p80'])}",
+            over_ours,
+            mebibytes(memory[name]["extra_bytes"]) if name in memory else "",
+            *(f"{errors[name][key]:.1e}" if name in errors else "" for key in ("loss", "gradient")),
+        ]
+
+
+def left_out(results: Results, size: Size) -> str:
+    """Who was not measured at a size, and why; empty if everyone was."""
+    records = by_name(results, "left_out", size).items()
+    return "; ".join(f"{TITLES[name]} {row['reason']}" for name, row in records)
+
+
+def title(name: str) -> str:
+    """What a candidate is called, marked if it is another loss."""
+    other = name in CANDIDATES and not CANDIDATES[name].same_loss
+    return TITLES[name] + (" *" if other else "")
+
+
+def in_sentence(name: str) -> str:
+    """What a candidate is called within a sentence."""
+    article = "the " if TITLES[name].startswith("plain") else ""
+    return article + TITLES[name]
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits of milliseconds."""
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
+
+
+def mebibytes(size: float) -> str:
+    """MiB, with a digit behind the point below 10."""
+    value = size / 2**20
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
+
+
+def ratio(value: float) -> str:
+    """Two digits, all of the whole ones."""
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
+
+
+def verdict(results: Results) -> list[str]:
+    """Plain sentences of what was measured, whoever it favours."""
+    sizes = [s for s in sizes_of(results) if OURS in by_name(results, "rows", s, **{"pass": BOTH})]
+    sentences = []
+    if reason := results["environment"].get("missing_backend"):
+        backend = results["environment"]["backend"]
+        sentences.append(f"cjepa_kernels ran its {backend} back end, not its kernels: {reason}.")
+    with_eager = [s for s in sizes if EAGER in by_name(results, "rows", s, **{"pass": BOTH})]
+    if with_eager:
+        sentences.append(_beside(results, max(with_eager), EAGER))
+    sentences += _beyond(results, sizes)
+    sentences += _slower(results, sizes)
+    sentences += _errors(results)
+    sentences += _temperatures(results)
+    return sentences
+
+
+def _beside(results: Results, size: Size, other: str) -> str:
+    both = by_name(results, "rows", size, **{"pass": BOTH})
+    memory = by_name(results, "memory", size)
+    names = (OURS, other)
+    costs = {name: f"{milliseconds(both[name]['median'])} ms" for name in names}
+    times = both[other]["median"] / both[OURS]["median"]
+    compared = f"{ratio(times)} x the time"
+    if all(name in memory for name in names):
+        for name in names:
+            costs[name] += f" and {mebibytes(memory[name]['extra_bytes'])} MiB"
+        more = memory[other]["extra_bytes"] / max(memory[OURS]["extra_bytes"], 1)
+        compared += f", {ratio(more)} x the memory"
+    return (
+        f"At M = {size.rows}, D = {size.features} on this machine forward + backward costs "
+        f"{costs[OURS]} with cjepa_kernels; {in_sentence(other)} {costs[other]}: {compared}."
+    )
+
+
+def _beyond(results: Results, sizes: list[Size]) -> Iterator[str]:
+    """The largest size that the plain formula has no room for."""
+    reasons = {
+        Size(row["M"], row["D"]): row["reason"]
+        for row in results["left_out"]
+        if row["name"] == EAGER
+    }
+    beyond = [size for size in sizes if size in reasons]
+    if beyond:
+        size = max(beyond)
+        seconds = by_name(results, "rows", size, **{"pass": BOTH})[OURS]["median"]
+        memory = by_name(results, "memory", size).get(OURS)
+        with_memory = f" and {mebibytes(memory['extra_bytes'])} MiB" if memory else ""
+        yield (
+            f"At M = {size.rows} cjepa_kernels takes {milliseconds(seconds)} ms{with_memory}; "
+            f"{in_sentence(EAGER)} {reasons[size]}."
+        )
+
+
+def _slower(results: Results, sizes: list[Size]) -> Iterator[str]:
+    """Every candidate of the same loss that was faster than ours, with where."""
+    faster: dict[str, list[str]] = {}
+    for size in sizes:
+        both = by_name(results, "rows", size, **{"pass": BOTH})
+        for name, row in both.items():
+            is_peer = name in CANDIDATES and CANDIDATES[name].same_loss and name != OURS
+            if is_peer and row["median"] < both[OURS]["median"]:
+                times = both[OURS]["median"] / row["median"]
+                faster.setdefault(name, []).append(f"M = {size.rows} ({times:.2f} x its time)")
+    for name, where in faster.items():
+        yield f"cjepa_kernels is slower than {in_sentence(name)} at {', '.join(where)}."
+    if not faster and sizes:
+        yield "No other candidate of the same loss was faster at any size."
+
+
+def _errors(results: Results) -> Iterator[str]:
+    """The largest error of the gradient, and of the plain formula's."""
+    largest = {
+        name: max(row["gradient"] for row in results["errors"] if row["name"] == name)
+        for name in (OURS, EAGER)
+        if any(row["name"] == name for row in results["errors"])
+    }
+    if len(largest) == 2:
+        yield (
+            f"The largest error of a gradient against float64 is {largest[OURS]:.1e} with "
+            f"cjepa_kernels and {largest[EAGER]:.1e} with {in_sentence(EAGER)}."
+        )
+
+
+def _temperatures(results: Results) -> Iterator[str]:
+    """From which temperature down the plain formula's gradient in fp32 is useless."""
+    gradients: dict[float, dict[str, float]] = {}
+    for row in results["temperatures"]:
+        if row["dtype"] == "fp32":
+            gradients.setdefault(row["temperature"], {})[row["name"]] = row["gradient"]
+    wrong: list[dict[str, float]] = []
+    for temperature in sorted(gradients):
+        if gradients[temperature].get(EAGER, 0.0) < WRONG:
+            break
+        wrong.append(gradients[temperature])
+        highest = temperature
+    if wrong:
+        yield (
+            f"From temperature {highest:g} down {in_sentence(EAGER)}'s gradient in fp32 is off by "
+            f"{100 * min(of[EAGER] for of in wrong):.0f} % or more; that of cjepa_kernels by "
+            f"{max(of[OURS] for of in wrong):.1e} at most."
+        )
+
+
+def markdown(results: Results, images: dict[str, str] | None = None) -> str:
+    """The results as a page.
+
+    Args:
+        results: Of a comparison.
+        images: Link of each plot, by its title.
+    """
+    environment = results["environment"]
+    versions = ", ".join(
+        f"{key} {environment[key]}"
+        for key in ("instruction_set", "threads", "torch", "cuda", "cjepa_kernels", "python")
+        if environment.get(key)
+    )
+    settings = results["settings"]
+    lines = [
+        f"# {environment['device']}, {environment['date'][:10]}",
+        "",
+        f"`{environment['command']}` at commit {environment['commit'] or 'unknown'}; back end "
+        f"{environment['backend']}, {versions}; inputs in {settings['dtype']}, temperature "
+        f"{settings['temperature']:g}.",
+        "",
+        *(f"- {sentence}" for sentence in verdict(results)),
+    ]
+    for name, link in (images or {}).items():
+        lines += ["", f"![{name}]({link})"]
+    lines += ["", *_markdown_table(HEADER, table(results)), ""]
+    if any(" *" in cells[1] for cells in table(results)):
+        lines += ["\\* another loss of the same M x M matrix", ""]
+    for size in sizes_of(results):
+        if reasons := left_out(results, size):
+            lines.append(f"- Not measured at M = {size.rows}, D = {size.features}: {reasons}")
+    for row in results["missing"]:
+        lines.append(f"- {TITLES[row['name']]} is left out: {row['how']}")
+    for row in results["failed"]:
+        what = f"{TITLES[row['name']]} at {row['M']} x {row['D']} ({row['what']})"
+        lines.append(f"- {what} failed: {row['error']}")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_table(header: tuple[str, ...], rows: list[list[str]]) -> list[str]:
+    align = ["---", "---", *["---:"] * (len(header) - 2)]
+    return [f"| {' | '.join(cells)} |" for cells in (header, align, *rows)]
+
+
+def as_json(results: Results) -> str:
+    """The results file."""
+    return json.dumps(results, indent=1) + "\n"
+
+
+def load(path: Path) -> Results:
+    """What ``as_json`` wrote."""
+    content: Results = json.loads(path.read_text(encoding="utf-8"))
+    return content

@@ -1,0 +1,50 @@
+"""Sizes, dtypes and inputs of a benchmark."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Size(NamedTuple):
+    """M = 2B rows and D features."""
+
+    rows: int
+    features: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.features}"
+
+
+def parse_sizes(text: str) -> tuple[Size, ...]:
+    """``2048x256,8192x128`` as sizes.
+
+    Raises:
+        ValueError: If a size is not MxD with an even M of 4 or more.
+    """
+    sizes = []
+    for size in text.split(","):
+        rows, _, features = size.strip().partition("x")
+        right = rows.isdecimal() and features.isdecimal() and int(features) > 0
+        if not right or int(rows) < 4 or int(rows) % 2:
+            raise ValueError(f"expected MxD with an even M of 4 or more, got {size!r}")
+        sizes.append(Size(int(rows), int(features)))
+    return tuple(sizes)
+
+
+def views(
+    size: Size, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Two correlated views (B, D), leaves of the graph; the same ones whenever the size is."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (size.rows // 2, size.features)
+    z_i = torch.randn(shape, generator=generator)
+    z_j = z_i + torch.randn(shape, generator=generator)
+    return (
+        z_i.to(device, dtype).requires_grad_(),
+        z_j.to(device, dtype).requires_grad_(),
+    )

@@ -1,0 +1,29 @@
+"""A griffe extension: docstrings as they read in an editor become what reads well on the site."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+ROLE = re.compile(r":(?:func|class):`([\w.]+)`")
+PAPER = re.compile(r"arXiv\s+(\d{4}\.\d{5})")
+EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)  # a section only in the plural
+
+
+class Docstrings(griffe.Extension):
+    """Rewrites docstrings before they are parsed."""
+
+    def on_object(self, *, obj: griffe.Object, **options: Any) -> None:
+        """Roles become links to what they name, papers to where they are."""
+        if obj.docstring is not None:
+            text = ROLE.sub(_link, obj.docstring.value)
+            text = PAPER.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+            obj.docstring.value = EXAMPLE.sub(r"\1Examples:", text)
+
+
+def _link(role: re.Match[str]) -> str:
+    name = role[1]
+    public = name if name.startswith("cjepa_kernels.") else f"cjepa_kernels.{name}"
+    return f"[`{name.rpartition('.')[2]}`][{public}]"

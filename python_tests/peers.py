@@ -1,0 +1,84 @@
+"""Other projects' losses for code of the documents, where these projects are not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+
+from torch import Tensor, nn
+
+from cjepa_kernels.bench import formulas
+
+
+class LightlyNTXentLoss(nn.Module):
+    """``lightly.loss.NTXentLoss``."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        loss: Tensor = formulas.lightly(out0, out1, temperature=self.temperature)
+        return loss
+
+
+class ClipLoss(nn.Module):
+    """``open_clip.loss.ClipLoss``."""
+
+    def forward(self, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+        loss: Tensor = formulas.clip(image, text, logit_scale)
+        return loss
+
+
+class HJEPALoss(nn.Module):
+    """``src.losses.HJEPALoss`` of H-JEPA."""
+
+    def __init__(
+        self, loss_type: str, hierarchy_weights: list[float], num_hierarchies: int
+    ) -> None:
+        super().__init__()
+        assert loss_type == "smoothl1"
+        assert len(hierarchy_weights) == num_hierarchies
+        self.weights = hierarchy_weights
+
+    def forward(self, predictions: list[Tensor], targets: list[Tensor]) -> Tensor:
+        loss: Tensor = formulas.hjepa_prediction(predictions, targets, self.weights)
+        return loss
+
+
+class ContrastiveJEPALoss(nn.Module):
+    """``src.losses.ContrastiveJEPALoss`` of H-JEPA."""
+
+    def __init__(self, jepa_loss: nn.Module, contrastive_weight: float) -> None:
+        super().__init__()
+        self.jepa_loss, self.contrastive_weight = jepa_loss, contrastive_weight
+
+    def forward(
+        self,
+        predictions: list[Tensor],
+        targets: list[Tensor],
+        context_features_i: Tensor,
+        context_features_j: Tensor,
+    ) -> dict[str, Tensor]:
+        jepa = self.jepa_loss(predictions, targets)
+        contrastive = formulas.four_blocks(context_features_i[:, 0], context_features_j[:, 0])
+        return {"loss": jepa + self.contrastive_weight * contrastive}
+
+
+STAND_INS: dict[str, dict[str, type[nn.Module]]] = {
+    "lightly.loss": {"NTXentLoss": LightlyNTXentLoss},
+    "open_clip.loss": {"ClipLoss": ClipLoss},
+    "src.losses": {"HJEPALoss": HJEPALoss, "ContrastiveJEPALoss": ContrastiveJEPALoss},
+}
+
+
+def stand_ins() -> dict[str, ModuleType]:
+    """Modules by name, for ``sys.modules``, of the projects that are not installed here."""
+    modules = {}
+    for name, classes in STAND_INS.items():
+        package = name.partition(".")[0]
+        if importlib.util.find_spec(package) is None:
+            modules[package] = ModuleType(package)
+            modules[name] = ModuleType(name)
+            vars(modules[name]).update(classes)
+    return modules
