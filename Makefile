@@ -49,7 +49,8 @@ $(VENV)/.train: $(VENV)/.base $(BUILD_INPUTS)
 
 $(VENV)/.dev: $(VENV)/.base $(BUILD_INPUTS)
 	@echo "Installing cjepa_kernels with what tests and checks need"
-	CJEPA_REQUIRE_NATIVE=1 CJEPA_WERROR=1 $(PIP_INSTALL) --no-build-isolation -e '.[test,lint,bench,docs]'
+	CJEPA_REQUIRE_NATIVE=1 CJEPA_WERROR=1 CJEPA_BUILD_DIR=build/ctest \
+	  $(PIP_INSTALL) --no-build-isolation -e '.[test,lint,bench,docs]'
 	touch $@ $(VENV)/.train $(VENV)/.docs
 
 $(VENV)/.docs: $(VENV)/.base $(BUILD_INPUTS)
@@ -75,6 +76,7 @@ define run_cpp_tests
 	$(BIN)/ctest --test-dir build/$(1) -j 2 --output-on-failure --no-tests=error
 endef
 
+# In the directory that the installation was built in: it has most object files.
 ctest: $(VENV)/.base
 	mkdir -p build
 	$(call run_cpp_tests,ctest,)
