@@ -4,8 +4,8 @@ The module needs PyTorch's headers, so an installation that is to have it uses t
 installed already: ``pip install --no-build-isolation``. Without PyTorch or a compiler at hand the
 installation goes on and is pure Python: ``cjepa_kernels.backends()`` says so.
 ``CJEPA_REQUIRE_NATIVE=1`` makes a failed build an error, ``CJEPA_NO_NATIVE=1`` skips it, and
-``CJEPA_WERROR=1`` treats the compiler's warnings as errors. ``CJEPA_BUILD_DIR`` is where CMake builds
-and may be kept, so that the C++ tests find the same object files there.
+``CJEPA_WERROR=1`` treats the compiler's warnings as errors. ``CJEPA_BUILD_DIR`` is where CMake
+builds and may be kept, so that the C++ tests find the same object files there.
 """
 
 import os
