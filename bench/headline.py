@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpu_tables import milliseconds
 from gpu_targets import AUTOCAST, COMPILED, MM3
 from gpu_targets import OURS as TRITON
 from matplotlib.axes import Axes
@@ -21,6 +22,7 @@ from cjepa_kernels.bench.candidates import COMPILED as COMPILED_CPU
 from cjepa_kernels.bench.plot_style import INK, NATIVE, OTHER, svg
 
 OUT = Path(__file__).parent.parent / "docs" / "images" / "headline.svg"
+ROWS_OF_BARS = 5
 CPU_ROWS, GPU_ROWS, FEATURES = 8192, 65536, 256
 Content = dict[str, Any]
 
@@ -86,6 +88,35 @@ def gpu_panel(content: Content) -> Panel:
     return Panel(f"Time, {where}, batch {GPU_ROWS // 2:,}", bars, "ms", of[MM3])
 
 
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f}" if seconds > 0.1 else f"{1e3 * seconds:.3g}"
+
+
+def sentence(cpu: Content, gpu: Content) -> str:
+    """What the README says below the picture, its figures in order."""
+    seconds = {
+        row["name"]: row["median"]
+        for row in cpu["rows"]
+        if (row["M"], row["D"], row["pass"]) == (CPU_ROWS, FEATURES, BOTH)
+    }
+    of = milliseconds(gpu)
+
+    def on_gpu(part: str, name: str) -> float:
+        return of(part, GPU_ROWS, FEATURES, BOTH, name)
+
+    eager, compiled, lightly, hjepa = (
+        f"{seconds[name] / seconds[OURS]:.1f}" for name in (EAGER, COMPILED_CPU, "lightly", "hjepa")
+    )
+    return (
+        f"{eager} times as fast as the plain formula, {compiled} as `torch.compile` of it, "
+        f"{lightly} as lightly's, {hjepa} as H-JEPA's. GPU: bf16, NVIDIA H100, batch 32,768 pairs: "
+        f"{on_gpu('targets', AUTOCAST) / on_gpu('targets', TRITON):.1f} times as fast as the plain "
+        f"formula, {on_gpu('compiled', COMPILED) / on_gpu('compiled', TRITON):.1f} as "
+        f"`torch.compile` of it, {on_gpu('targets', TRITON) / on_gpu('targets', MM3):.2f} of the "
+        "time of its three bare products."
+    )
+
+
 def cpu_rows(content: Content) -> list[str]:
     """Rows of the README's table: M, then of each loss forward + backward in ms and its memory."""
     names = (OURS, EAGER, COMPILED_CPU, "lightly", "hjepa")
@@ -98,11 +129,12 @@ def cpu_rows(content: Content) -> list[str]:
         }
         extra = {r["name"]: r["extra_bytes"] for r in content["memory"] if (r["M"], r["D"]) == at}
         ratios = [
-            seconds[direction, OURS] / seconds[direction, MM] for direction in (FORWARD, BOTH)
+            f"{seconds[key, OURS] / seconds[key, MM]:.2f}" if (key, MM) in seconds else "-"
+            for key in (FORWARD, BOTH)
         ]
         cells = [
-            *(f"{ratio:.2f}" for ratio in ratios),
-            *(f"{1e3 * seconds[BOTH, n]:.3g}" if (BOTH, n) in seconds else "-" for n in names),
+            *ratios,
+            *(_ms(seconds[BOTH, n]) if (BOTH, n) in seconds else "-" for n in names),
             *(f"{extra[n] / 2**20:.0f}" if n in extra else "-" for n in (OURS, EAGER)),
         ]
         rows.append(f"| {count} | {' | '.join(cells)} |")
@@ -114,7 +146,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     labels = list(panel.bars)
     colours = [NATIVE, *[OTHER] * (len(labels) - 1)]
     axes.barh(labels, list(panel.bars.values()), color=colours, height=0.62)
-    axes.invert_yaxis()
+    axes.set_ylim(ROWS_OF_BARS - 0.4, -0.6)
     axes.set_title(panel.title)
     axes.set_xlim(0, 1.28 * max(panel.bars.values()))
     for index, value in enumerate(panel.bars.values()):
@@ -122,7 +154,8 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         weight = "bold" if index == 0 else "normal"
         axes.text(value, index, text, va="center", color=INK, fontweight=weight)
     if panel.line is not None:
-        axes.axvline(panel.line, color=INK, linestyle=":", linewidth=1.2)
+        bounds = (0.45, len(labels) - 0.55)  # the first bar's value may stand in its way
+        axes.plot([panel.line] * 2, bounds, color=INK, linestyle=":", linewidth=1.2)
         axes.annotate(
             "its three matrix products",
             (panel.line, len(labels) - 0.52),

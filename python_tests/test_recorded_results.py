@@ -218,3 +218,22 @@ def test_page_of_a_comparison_is_that_of_its_json(path: Path) -> None:
     assert len(images) == len(drawable(results)) >= 3
     assert all((path.parent / image).exists() for image in images)
     assert not results["environment"]["commit"].endswith("-dirty")
+
+
+def test_figures_of_the_readme_are_the_recorded_ones() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    headline, tables = load("headline"), load("gpu_tables")
+    (gpu_path,) = (ROOT / "bench/results").glob("NVIDIA-*.json")
+    gpu = json.loads(gpu_path.read_text(encoding="utf-8"))
+    cpu = json.loads((ROOT / "docs/results/amd-epyc-avx2.json").read_text(encoding="utf-8"))
+    assert headline.sentence(cpu, gpu) in readme
+    for row in (*headline.cpu_rows(cpu), *tables.large(gpu)):
+        assert row in readme
+    of = tables.milliseconds(gpu)
+    called, graphed = (
+        [1e3 * of(part, 1024, 256, "forward+backward", name) for name in ("triton", "eager bf16")]
+        for part in ("latency", "latency_graphed")
+    )
+    assert f"{called[0]:.0f} against {called[1]:.0f} µs at M = 1024" in readme
+    assert f"{graphed[0]:.0f} against {graphed[1]:.0f} µs. And" in readme
+    assert headline.svg(lambda: headline.draw(cpu, gpu)) == headline.OUT.read_text("utf-8")
