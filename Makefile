@@ -15,7 +15,7 @@ INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cros
 
 .PHONY: help demo test gpu-check gpu-count ctest sanitize lint format \
   bench bench-quick bench-targets bench-record bench-compare bench-loss bench-distributed memory micro plot \
-  docs docs-serve examples clean
+  docs docs-serve examples release-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make gpu-count  instructions of the Triton kernels, counted in their machine code"
 	@echo "make docs   the documentation as a site, in site/;  make docs-serve shows it while you write"
 	@echo "make examples runs every script in examples/"
+	@echo "make release-check  builds wheel and sdist, and tries both in new environments"
 
 # The build tools come first because the package is built without isolation, so that the pinned
 # versions are the ones in use.
@@ -150,6 +151,22 @@ docs-serve: $(VENV)/.docs
 
 examples: $(VENV)/.train
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# dist/ holds both; each is installed beside PyTorch alone, the sdist compiling again.
+RELEASE := build/release
+release-check: $(VENV)/.base
+	$(PIP_INSTALL) build twine
+	rm -rf dist $(RELEASE)
+	$(BIN)/python -m build --no-isolation --sdist
+	CJEPA_REQUIRE_NATIVE=1 $(BIN)/python -m build --no-isolation --wheel
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(RELEASE)/wheel
+	$(RELEASE)/wheel/bin/pip install --quiet -c constraints.txt dist/*.whl
+	$(RELEASE)/wheel/bin/python python_tests/wheel_smoke.py
+	$(PYTHON) -m venv $(RELEASE)/sdist
+	$(RELEASE)/sdist/bin/pip install --quiet -c constraints.txt torch setuptools wheel cmake ninja pybind11
+	CJEPA_REQUIRE_NATIVE=1 $(RELEASE)/sdist/bin/pip install --quiet --no-build-isolation dist/*.tar.gz
+	$(RELEASE)/sdist/bin/python python_tests/wheel_smoke.py
 
 clean:
 	rm -rf $(VENV) build dist runs site *.egg-info cjepa_kernels/_C*.so .coverage* .pytest_cache .mypy_cache .ruff_cache

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.metadata
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +166,31 @@ def test_backends_say_what_there_is_and_why_not() -> None:
 
 def test_the_package_is_marked_as_typed() -> None:
     assert (Path(cjepa_kernels.__file__).parent / "py.typed").exists()
+
+
+def test_every_place_says_the_same_version() -> None:
+    version = cjepa_kernels.__version__
+    assert importlib.metadata.version("cjepa_kernels") == version
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0] == version
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {version}\n" in citation
+    code = (
+        "import sys; sys.argv = ['cjepa', '--version']; from cjepa_kernels.cli import main; main()"
+    )
+    assert run_python(code).stdout == f"cjepa_kernels {version}\n"
+
+
+def test_metadata_of_the_installation() -> None:
+    metadata = importlib.metadata.metadata("cjepa_kernels")
+    extras_of_the_page = {"bench", "bench-gpu", "docs", "lint", "test", "train", "triton", "yaml"}
+    assert set(metadata.get_all("Provides-Extra") or ()) == extras_of_the_page
+    assert "Typing :: Typed" in (metadata.get_all("Classifier") or ())
+    needed = [
+        line for line in importlib.metadata.requires("cjepa_kernels") or () if ";" not in line
+    ]
+    assert len(needed) == 1
+    assert needed[0].startswith("torch>=")
 
 
 LIBRARY = [

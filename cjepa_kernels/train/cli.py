@@ -52,6 +52,23 @@ app = typer.Typer(
 )
 app.command()(bench)
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"cjepa_kernels {cjepa_kernels.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Say it and end."),
+    ] = False,
+) -> None:
+    """Train and compare hierarchical JEPAs with a contrastive term (C-JEPA)."""
+
+
 Config = Annotated[Path, typer.Option("--config", help="YAML file of the experiment.")]
 Overrides = Annotated[
     list[str] | None,
