@@ -130,7 +130,14 @@ def products_kernel(
     across = tl.cdiv(features, BN)
     i = tl.program_id(0) // across
     column = tl.program_id(0) % across * BN
-    acc = tl.zeros((BM, BN), tl.float32)
+    row = first_out + i * BM + tl.arange(0, BM)
+    feature = column + tl.arange(0, BN)
+    to = out + row.to(tl.int64)[:, None] * features + feature[None, :]
+    valid = (feature < features)[None, :]
+    if ACCUMULATE:  # from the start: at the end it would need twice the registers
+        acc = tl.load(to, mask=valid, other=0.0)
+    else:
+        acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, depth, BK):
         if TRANSPOSED:
             a = load_block(g, k, i * BM, g_stride, BK, BM, TMA).T
@@ -141,12 +148,6 @@ def products_kernel(
             acc = tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
         else:
             acc += multiply_split(a, z, first_z + k, column, plane, features, BN, BK, TMA)
-    row = first_out + i * BM + tl.arange(0, BM)
-    feature = column + tl.arange(0, BN)
-    to = out + row.to(tl.int64)[:, None] * features + feature[None, :]
-    valid = (feature < features)[None, :]
-    if ACCUMULATE:
-        acc += tl.load(to, mask=valid, other=0.0)
     tl.store(to, acc, mask=valid)
 
 

@@ -16,7 +16,10 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Kernel = Literal["tiles", "strips", "owned", "coefficients", "products", "products_split"]
+# inner_tiles: tiles of one plane without a mask, where they have an entry of their own.
+Kernel = Literal[
+    "tiles", "inner_tiles", "strips", "owned", "coefficients", "products", "products_split"
+]
 KERNELS: tuple[str, ...] = get_args(Kernel)
 INTERPRETED = 90  # what the interpreter stands for
 

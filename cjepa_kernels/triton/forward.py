@@ -92,7 +92,9 @@ class Tiles:
 
     def _launch(self, panel: Panel, place: str, programs: int, kept: int) -> None:
         x, y = self.x, self.y
-        depth, config = self.operands.depth_block(x.features), launch.config("tiles", x)
+        plain = place == "inner" and x.planes == 1 and launch.has("inner_tiles", x)
+        config = launch.config("inner_tiles" if plain else "tiles", x)
+        depth = self.operands.depth_block(x.features)
         x_tiles, y_tiles = (launch.blocks_of(z.z, TILE, depth) for z in (x, y))
         mask = self.mask if self.mask is not None else self.positive
         along = panel.blocks

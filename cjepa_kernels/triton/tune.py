@@ -18,6 +18,7 @@ from cjepa_kernels.triton.configs import Config, Kernel
 
 CHOICES: dict[Kernel, dict[str, tuple[Any, ...]]] = {
     "tiles": {"warps": (4, 8), "stages": (2, 3, 4)},
+    "inner_tiles": {"warps": (4, 8), "stages": (2, 3, 4)},
     "strips": {
         "rows": (64, 128),
         "warps": (4, 8),
@@ -110,7 +111,7 @@ def entries_for(rows: int, features: int, dtype: torch.dtype) -> list[Config]:
     )
     wide = packed.padded_features
     architecture = configs.architecture(device)
-    kernels: list[Kernel] = ["strips", "tiles", "owned", "coefficients"]
+    kernels: list[Kernel] = ["strips", "inner_tiles", "tiles", "owned", "coefficients"]
     kernels.append("products" if operands.planes == 1 else "products_split")
     found = []
     if not fits_a_strip(packed):
