@@ -67,7 +67,7 @@ from torch import Tensor
 from cjepa_kernels import cross_logsumexp, nt_xent, prediction_loss
 from cjepa_kernels.backends import Backend
 from cjepa_kernels.bench.errors import exact, relative_error
-from cjepa_kernels.bench.formulas import TEMPERATURE, Formula
+from cjepa_kernels.bench.formulas import TEMPERATURE, Formula, eager
 from cjepa_kernels.bench.machine import installed_version
 from cjepa_kernels.bench.sizes import Size
 from cjepa_kernels.extras import require
@@ -105,15 +105,6 @@ def views(size: Size, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tens
 def ours(z_i: Tensor, z_j: Tensor) -> Tensor:
     """The loss under test."""
     return nt_xent(z_i, z_j, temperature=TEMPERATURE, backend=BACKEND).loss
-
-
-def eager(z_i: Tensor, z_j: Tensor) -> Tensor:
-    """``formulas.eager`` with every tensor on the views' device."""
-    z = F.normalize(torch.cat([z_i, z_j]), dim=1)
-    logits = z @ z.T / TEMPERATURE
-    diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    logits = logits.masked_fill(diagonal, float("-inf"))
-    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z_i)))
 
 
 def under_autocast(formula: Formula) -> Formula:

@@ -47,7 +47,7 @@ COLUMNS = {
 
 def bench(
     quick: Annotated[
-        bool, typer.Option("--quick", help="About a minute: three sizes, no torch.compile.")
+        bool, typer.Option("--quick", help="Three sizes, no torch.compile: a few minutes.")
     ] = False,
     sizes: Annotated[
         str | None, typer.Option(help="MxD, separated by commas, as in 2048x256,8192x256.")

@@ -17,13 +17,12 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
+from cjepa_kernels.bench.plot_style import GRID, INK, settings
 from cjepa_kernels.train import corruptions
 from cjepa_kernels.train.comparison import ARM_TITLES, FEATURE_TITLES, Comparison
 
 Array = npt.NDArray[np.float32]
 
-# Matplotlib wants real colours; these two are replaced by the page's own in the SVG text.
-_INK, _GRID = "#010203", "#040506"
 # Okabe-Ito hues at a lightness that reads on white and on near-black; dashes tell arms apart too.
 _STYLES: dict[str, tuple[str, Any]] = {
     "cjepa": ("#2b83ba", "-"),
@@ -37,29 +36,7 @@ _CLASS_COLOURS = (
     *("#9a6b4f", "#d977b8", "#7f8c3b", "#4db6c6", "#8b8f98"),
 )
 _MAX_POINTS = 1000
-_SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "cjepa",
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "figure.constrained_layout.h_pad": 0.09,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.linewidth": 0.6,
-    "grid.color": _GRID,
-    "axes.edgecolor": _GRID,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-    "savefig.transparent": True,
-}
+_SETTINGS = {**settings(INK, GRID), "figure.constrained_layout.h_pad": 0.09}
 
 
 def _svg(figure: Figure, prefix: str) -> str:
@@ -75,7 +52,7 @@ def _svg(figure: Figure, prefix: str) -> str:
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
     svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
-    return svg.replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
+    return svg.replace(INK, "currentColor").replace(GRID, "var(--grid)")
 
 
 def _band(
@@ -132,7 +109,7 @@ def curves_figure(comparison: Comparison) -> str:
                         )
                         _band(axes, epochs, curves, arm, **style)
             if keys == ("term_ratio",):
-                axes.axhline(1.0, color=_INK, linewidth=0.8, linestyle=":")
+                axes.axhline(1.0, color=INK, linewidth=0.8, linestyle=":")
             axes.set_title(title)
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -197,7 +174,7 @@ def paired_figure(comparison: Comparison) -> str:
             values = [cell.values if cell else () for cell in cells]
             if all(len(v) == len(comparison.seeds) for v in values):
                 for seed in range(len(comparison.seeds)):
-                    axes.plot(range(len(rows)), [v[seed] for v in values], color=_GRID, zorder=1)
+                    axes.plot(range(len(rows)), [v[seed] for v in values], color=GRID, zorder=1)
             for position, (row, points) in enumerate(zip(rows, values, strict=True)):
                 axes.scatter(
                     [position] * len(points), points, color=_STYLES[row][0], s=22, zorder=2
