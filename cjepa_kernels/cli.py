@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import sys
 
+from cjepa_kernels._version import __version__
 from cjepa_kernels.extras import require
 
 NEEDED = ("typer", "rich")  # by every command; each asks for the rest itself
+USAGE = f"""cjepa_kernels {__version__}. Usage: cjepa COMMAND [OPTIONS]
+
+  bench    compare the loss with other formulas on this machine
+             pip install 'cjepa_kernels[bench]'
+  train, compare, probe, tune, info
+           train hierarchical JEPAs with a contrastive term, and look at what they learned
+             pip install 'cjepa_kernels[train]'
+"""
 
 
 def main() -> None:
     """Run the command line, or say which extra is missing and exit with 2."""
+    arguments = sys.argv[1:]
     try:
         for module in NEEDED:
-            require(module, extra="bench" if sys.argv[1:2] == ["bench"] else "train")
+            require(module, extra="bench" if arguments[:1] == ["bench"] else "train")
     except ImportError as error:
+        if arguments in ([], ["--help"], ["--version"]):
+            print(USAGE, end="")
+            return
         print(f"cjepa: {error}", file=sys.stderr)
         sys.exit(2)
     from cjepa_kernels.train.cli import app

@@ -16,6 +16,7 @@ from cjepa_kernels.distributed import nt_xent as of_group
 from cjepa_kernels.environment import read_mebibytes
 from cjepa_kernels.reference import FLOATING, REDUCTIONS, CrossLogSumExp, Reduction
 
+LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 KEPT_BYTES = int(read_mebibytes("CJEPA_KEPT_MIB", 256) * 2**20)
 read_mebibytes("CJEPA_CACHE_MIB", 256)  # for the compiled module, which cannot say what is wrong
 
@@ -347,6 +348,12 @@ def check_floating_tensor(name: str, value: object) -> None:
 
 def _check_views(z_i: Tensor, z_j: Tensor, *, allow_empty: bool) -> None:
     check_floating_tensor("z_i", z_i)
+    if isinstance(z_j, Tensor) and z_j.ndim == 1 and z_j.dtype in LABELS:
+        raise TypeError(
+            "z_j must be the embeddings of the second view, got what looks like labels, a tensor "
+            f"of shape {tuple(z_j.shape)} and dtype {z_j.dtype}: row k of z_i and row k of z_j are "
+            "a pair, and labels are not needed (docs/migrate/pytorch-metric-learning.md)"
+        )
     check_floating_tensor("z_j", z_j)
     if z_i.shape != z_j.shape:
         raise ValueError(

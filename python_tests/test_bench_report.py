@@ -106,6 +106,38 @@ def test_verdict_names_where_ours_is_slower_and_where_others_have_no_room() -> N
     ]
 
 
+def test_a_difference_within_the_spread_is_not_called_slower() -> None:
+    times = {
+        Size(256, 256): {OURS: 1.0, EAGER: 0.95},
+        Size(512, 256): {OURS: 1.0, EAGER: 0.7, "lightly": 0.9},
+        Size(1024, 256): {OURS: 1.0, "lightly": 1.0},
+    }
+    assert report.verdict(results_of(times, {}))[1:] == [
+        "cjepa_kernels is slower than the plain formula at M = 512 (1.43 x its time).",
+        "Within the spread of the times cjepa_kernels is as fast as the plain formula at M = 256 "
+        "(1.05 x its time).",
+        "Within the spread of the times cjepa_kernels is as fast as lightly's formula at M = 512 "
+        "(1.11 x its time).",
+    ]
+
+
+def test_verdict_names_the_temperatures_that_a_dtype_has_no_gradient_for() -> None:
+    sweep = [
+        {"M": 64, "D": 16, "dtype": dtype, "temperature": temperature, "name": name, "gradient": e}
+        for dtype, temperature, name, e in (
+            ("bf16", 0.01, OURS, 0.02),
+            ("fp16", 0.02, OURS, 1.0),
+            ("fp16", 0.01, OURS, math.nan),
+            ("fp16", 0.1, OURS, 1e-3),
+            ("fp16", 0.1, EAGER, 1.0),
+        )
+    ]
+    assert report.verdict(results_of({SIZE: {OURS: 1.0}}, {}, temperatures=sweep))[-1] == (
+        "With fp16 inputs the gradient of cjepa_kernels is off by 10 % or more at temperature "
+        "0.01, 0.02: numbers this small round to 0 in fp16, not in bf16 or fp32."
+    )
+
+
 def test_verdict_says_that_the_kernels_are_missing() -> None:
     environment = {"backend": "chunked", "missing_backend": "cjepa_kernels._C is not built"}
     results = results_of({SIZE: {OURS: 1.0}}, {}, environment=environment)

@@ -153,10 +153,15 @@ def test_a_row_of_zeros_has_a_finite_gradient(backend: str, dtype: torch.dtype) 
         ((torch.randn(4), torch.randn(4)), ValueError, r"\(B, D\) or \(B, N, D\), got \(4,\)"),
         ((torch.ones(4, 2, dtype=torch.int64),) * 2, TypeError, "z_i must be of fp64.*int64"),
         ((torch.randn(4, 2), torch.randn(4, 2).double()), TypeError, "same dtype"),
+        (
+            (torch.randn(4, 2), torch.arange(4)),
+            TypeError,
+            r"z_j must be the embeddings of the second view, got what looks like labels.*\(4,\)",
+        ),
         (([[1.0]], torch.randn(1, 1)), TypeError, "z_i must be a tensor, got list"),
         ((torch.randn(2, 2), torch.randn(2, 2, device="meta")), ValueError, "same device"),
     ],
-    ids=["empty", "no_features", "shapes", "one_dim", "int", "dtypes", "list", "devices"],
+    ids=["empty", "no_features", "shapes", "one_dim", "int", "dtypes", "labels", "list", "devices"],
 )
 def test_bad_embeddings_are_refused(arguments: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=message):

@@ -87,6 +87,31 @@ main()
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"]], ids=str)
+def test_help_of_the_command_line_needs_no_extra(arguments: list[str]) -> None:
+    code = f"""
+import sys
+sys.modules["typer"] = None
+sys.argv = ["cjepa", *{arguments}]
+from cjepa_kernels.cli import main
+main()
+"""
+    result = run_python(code)
+    assert result.returncode == 0
+    assert result.stdout.startswith(f"cjepa_kernels {cjepa_kernels.__version__}. Usage")
+    assert "cjepa_kernels[bench]" in result.stdout
+    assert "cjepa_kernels[train]" in result.stdout
+
+
+def test_help_without_extras_names_every_command() -> None:
+    pytest.importorskip("typer")
+    from cjepa_kernels.cli import USAGE
+    from cjepa_kernels.train.cli import app
+
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert names <= set(re.findall(r"\w+", USAGE))
+
+
 def test_benchmark_needs_its_own_extra_alone() -> None:
     code = """
 import sys

@@ -189,8 +189,11 @@ class Comparison:
                     self.seconds[name] = (size.rows, row["p20"])
                     record["bytes_moved"] = self._moved(name, size)
                 self.results["rows"].append(record)
-            medians = ", ".join(f"{name} {1e3 * row['median']:.3g}" for name, row in times.items())
-            self.say(f"  {direction}, ms: {medians}")
+            medians = (
+                f"{candidates.TITLES[name]} {1e3 * row['median']:.3g}"
+                for name, row in times.items()
+            )
+            self.say(f"  {direction}, ms: {', '.join(medians)}")
         return list(runs)
 
     def _try(self, size: Size, name: str, direction: str, call: Run) -> bool:

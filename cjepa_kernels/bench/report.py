@@ -113,6 +113,7 @@ def verdict(results: Results) -> list[str]:
     sentences += _slower(results, sizes)
     sentences += _errors(results)
     sentences += _temperatures(results)
+    sentences += _narrow_dtypes(results)
     return sentences
 
 
@@ -154,18 +155,29 @@ def _beyond(results: Results, sizes: list[Size]) -> Iterator[str]:
 
 
 def _slower(results: Results, sizes: list[Size]) -> Iterator[str]:
-    """Every candidate of the same loss that was faster than ours, with where."""
+    """Every candidate of the same loss that was faster than ours, or as fast, with where.
+
+    Two are as fast as each other where the ranges from p20 to p80 overlap.
+    """
     faster: dict[str, list[str]] = {}
+    equal: dict[str, list[str]] = {}
     for size in sizes:
         both = by_name(results, "rows", size, **{"pass": BOTH})
         for name, row in both.items():
             is_peer = name in CANDIDATES and CANDIDATES[name].same_loss and name != OURS
-            if is_peer and row["median"] < both[OURS]["median"]:
-                times = both[OURS]["median"] / row["median"]
-                faster.setdefault(name, []).append(f"M = {size.rows} ({times:.2f} x its time)")
-    for name, where in faster.items():
-        yield f"cjepa_kernels is slower than {in_sentence(name)} at {', '.join(where)}."
-    if not faster and sizes:
+            if not is_peer or row["median"] >= both[OURS]["median"]:
+                continue
+            where = faster if row["p80"] < both[OURS]["p20"] else equal
+            times = both[OURS]["median"] / row["median"]
+            where.setdefault(name, []).append(f"M = {size.rows} ({times:.2f} x its time)")
+    for name, places in faster.items():
+        yield f"cjepa_kernels is slower than {in_sentence(name)} at {', '.join(places)}."
+    for name, places in equal.items():
+        yield (
+            f"Within the spread of the times cjepa_kernels is as fast as {in_sentence(name)} at "
+            f"{', '.join(places)}."
+        )
+    if not faster and not equal and sizes:
         yield "No other candidate of the same loss was faster at any size."
 
 
@@ -203,6 +215,23 @@ def _temperatures(results: Results) -> Iterator[str]:
         )
 
 
+def _narrow_dtypes(results: Results) -> Iterator[str]:
+    """Temperatures at which the dtype of the inputs, not the formula, spoils our gradient."""
+    for dtype in dict.fromkeys(row["dtype"] for row in results["temperatures"]):
+        errors = {
+            row["temperature"]: row["gradient"]
+            for row in results["temperatures"]
+            if (row["dtype"], row["name"]) == (dtype, OURS)
+        }
+        wrong = [f"{value:g}" for value in sorted(errors) if not errors[value] < WRONG]
+        if wrong:
+            why = ": numbers this small round to 0 in fp16, not in bf16 or fp32" * (dtype == "fp16")
+            yield (
+                f"With {dtype} inputs the gradient of cjepa_kernels is off by "
+                f"{100 * WRONG:.0f} % or more at temperature {', '.join(wrong)}{why}."
+            )
+
+
 def markdown(results: Results, images: dict[str, str] | None = None) -> str:
     """The results as a page.
 
@@ -217,10 +246,11 @@ def markdown(results: Results, images: dict[str, str] | None = None) -> str:
         if environment.get(key)
     )
     settings = results["settings"]
+    at_commit = f" at commit {environment['commit']}" if environment["commit"] else ""
     lines = [
         f"# {environment['device']}, {environment['date'][:10]}",
         "",
-        f"`{environment['command']}` at commit {environment['commit'] or 'unknown'}; back end "
+        f"`{environment['command']}`{at_commit}; back end "
         f"{environment['backend']}, {versions}; inputs in {settings['dtype']}, temperature "
         f"{settings['temperature']:g}.",
         "",
