@@ -5,21 +5,57 @@ from __future__ import annotations
 import importlib.util
 from types import ModuleType
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cjepa_kernels.bench import formulas
 
 
+class LightlyMemoryBank(nn.Module):
+    """``NTXentLoss.memory_bank`` of lightly 1.6.0: unit rows, overwritten in turn."""
+
+    bank: Tensor  # (K, D)
+    bank_ptr: Tensor  # (1,) the row that is written next
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        rows = F.normalize(torch.randn(size), dim=1)
+        self.register_buffer("bank", rows, persistent=False)
+        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
+
+    @torch.no_grad()
+    def push(self, rows: Tensor) -> None:
+        """Overwrite the oldest rows; what does not fit before the last one is dropped."""
+        for row in rows:
+            self.bank[self.bank_ptr] = row
+            self.bank_ptr += 1
+            if self.bank_ptr == len(self.bank):
+                self.bank_ptr.zero_()
+                break
+
+
 class LightlyNTXentLoss(nn.Module):
     """``lightly.loss.NTXentLoss``."""
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(
+        self, temperature: float = 0.5, memory_bank_size: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         self.temperature = temperature
+        self.memory_bank = None if memory_bank_size is None else LightlyMemoryBank(memory_bank_size)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        loss: Tensor = formulas.lightly(out0, out1, temperature=self.temperature)
-        return loss
+        if self.memory_bank is None:
+            loss: Tensor = formulas.lightly(out0, out1, temperature=self.temperature)
+            return loss
+        query, key = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+        positive = (query * key).sum(dim=1, keepdim=True)  # (B, 1)
+        negatives = query @ self.memory_bank.bank.clone().T  # (B, K)
+        if query.requires_grad:
+            self.memory_bank.push(key)
+        logits = torch.cat([positive, negatives], dim=1) / self.temperature
+        return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
 
 
 class ClipLoss(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +12,16 @@ import peers
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from documents import DOCS, gradients, python_blocks, run_block
+from pytorch_metric_learning import losses, reducers
 from ranks import Ranks
-from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
-from torch import Tensor
+from tolerances import ALIGNED_LOSS, FLOOR_GRADIENT, FLOOR_VALUE, relative_error
+from torch import Tensor, nn
+
+from cjepa_kernels import nt_xent
+from cjepa_kernels.bench.candidates import BOTH, OURS
+from cjepa_kernels.bench.report import by_name, mebibytes, milliseconds, sizes_of
 
 PAGES = sorted(page.stem for page in (DOCS / "migrate").glob("*.md"))
 
@@ -23,6 +31,14 @@ def run_under(page: str, heading: str, namespace: dict[str, Any] | None = None) 
     namespace = {} if namespace is None else namespace
     blocks = python_blocks(DOCS / "migrate" / f"{page}.md")
     run_block(next(block for block in blocks if block.heading == heading), namespace)
+    return namespace
+
+
+def run_page(page: str) -> dict[str, Any]:
+    """Run all blocks, as a reader does who follows the page."""
+    namespace: dict[str, Any] = {"__name__": "document"}
+    for block in python_blocks(DOCS / "migrate" / f"{page}.md"):
+        run_block(block, namespace)
     return namespace
 
 
@@ -52,6 +68,176 @@ def test_after_equals_before(page: str, dtype: torch.dtype) -> None:
 
 def test_there_are_four_pages() -> None:
     assert PAGES == ["h-jepa", "lightly", "open_clip", "pytorch-metric-learning"]
+
+
+@pytest.mark.usefixtures("projects")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_the_bank_is_that_of_lightly(dtype: torch.dtype) -> None:
+    page = run_page("lightly")
+    here = page["NTXentWithBank"](memory_bank_size=(25, 16)).to(dtype)
+    there = importlib.import_module("lightly.loss").NTXentLoss(memory_bank_size=(25, 16)).to(dtype)
+    assert here.temperature == there.temperature == 0.5
+    torch.testing.assert_close(here.bank.norm(dim=1), torch.ones(25, dtype=dtype))
+    assert set(here.state_dict()) == {"bank", "position"}
+    there.memory_bank.bank.copy_(F.normalize(there.memory_bank.bank, dim=1))  # unit in fp64 too
+    here.bank.copy_(there.memory_bank.bank)
+    encoder = nn.Linear(32, 16, dtype=dtype)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+
+    def compare(*, query_has_gradient: bool = True) -> None:
+        found = []
+        views = torch.randn(2, 10, 32, dtype=dtype)
+        for loss_fn in (there, here):
+            optimizer.zero_grad()
+            z_i, z_j = encoder(views[0]), encoder(views[1])
+            loss = loss_fn(z_i, z_j.detach()) + loss_fn(z_j, z_i)  # two pushes, one backward
+            if query_has_gradient:
+                loss.backward()
+            found.append((loss.detach(), gradients({"encoder": encoder})["encoder.weight"]))
+        (loss, gradient), (loss_here, gradient_here) = found
+        assert relative_error(loss_here, loss) <= FLOOR_VALUE[dtype]
+        if query_has_gradient:
+            assert relative_error(gradient_here, gradient) <= FLOOR_GRADIENT[dtype]
+        assert relative_error(here.bank, there.memory_bank.bank) <= FLOOR_VALUE[dtype]
+        assert here.position == there.memory_bank.bank_ptr
+
+    positions = []
+    for _ in range(5):
+        compare()
+        optimizer.step()
+        positions.append(int(here.position))
+    assert positions == [20, 10, 0, 20, 10]  # the third push of ten is five, up to the last row
+    here.eval()
+    there.eval()
+    before = here.bank.clone()
+    with torch.no_grad():
+        compare(query_has_gradient=False)
+    assert torch.equal(here.bank, before)
+    compare()
+    assert not torch.equal(here.bank, before)
+
+
+def views_with_hard_pairs() -> tuple[Tensor, Tensor]:
+    """Aligned views, the last four of other samples."""
+    generator = torch.Generator().manual_seed(0)
+    z_i = torch.randn(64, 128, generator=generator)
+    z_j = z_i + 0.6 * torch.randn(64, 128, generator=generator)
+    z_j[60:] = torch.randn(4, 128, generator=generator)
+    return z_i, z_j
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.03, 0.02, 0.01])
+def test_reducers_are_those_of_metric_learning(temperature: float) -> None:
+    mean_above = run_page("pytorch-metric-learning")["mean_above"]
+    z_i, z_j = views_with_hard_pairs()
+    embeddings, labels = torch.cat([z_i, z_j]), torch.arange(64).repeat(2)
+    terms = nt_xent(z_i, z_j, temperature=temperature, reduction="none").loss
+    theirs = losses.NTXentLoss(temperature, reducer=reducers.DoNothingReducer())
+    kept = (theirs(embeddings, labels)["loss"]["losses"] > 0).sum()
+    assert (terms > 2**-24).sum() == kept
+    if temperature <= 0.02:
+        assert (terms > 0).sum() > 2 * kept
+    for options, reducer in (
+        ({}, reducers.AvgNonZeroReducer()),
+        ({"low": 0.1}, reducers.ThresholdReducer(low=0.1)),
+    ):
+        expected = losses.NTXentLoss(temperature, reducer=reducer)(embeddings, labels)
+        loss = mean_above(z_i, z_j, temperature=temperature, **options)
+        assert relative_error(loss, expected) <= ALIGNED_LOSS
+
+
+def test_nothing_above_the_bound_is_zero_with_a_gradient() -> None:
+    z = torch.eye(4, requires_grad=True)
+    loss = run_page("pytorch-metric-learning")["mean_above"](z, z, temperature=0.01)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert loss == 0
+    assert torch.equal(gradient, torch.zeros(4, 4))
+
+
+def test_labels_in_any_order() -> None:
+    by_label = run_page("pytorch-metric-learning")["nt_xent_by_label"]
+    order = torch.randperm(128)
+    embeddings, labels = torch.cat(views_with_hard_pairs())[order], torch.arange(128)[order] % 64
+    expected = losses.NTXentLoss()(embeddings, labels)
+    assert relative_error(by_label(embeddings, labels), expected) <= FLOOR_VALUE[torch.float32]
+    for wrong in (torch.zeros_like(labels), torch.arange(128)):
+        with pytest.raises(ValueError, match="exactly twice"):
+            by_label(embeddings, wrong)
+
+
+def test_without_negatives() -> None:
+    """One pair, and a mask of all True."""
+    z = torch.randn(2, 8, 16, requires_grad=True)
+    for out in (
+        nt_xent(z[0, :1], z[1, :1]),
+        nt_xent(z[0], z[1], mask=torch.ones(8, 8, dtype=torch.bool)),
+    ):
+        assert out.loss == 0
+        assert out.negative_similarity.isnan()
+        (gradient,) = torch.autograd.grad(out.loss, z)
+        assert torch.equal(gradient, torch.zeros_like(z))
+    diagonal = nt_xent(z[0], z[1], mask=torch.eye(8, dtype=torch.bool))
+    assert torch.equal(diagonal.loss, nt_xent(z[0], z[1]).loss)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.02])
+def test_where_gradients_vanish_in_fp16(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(256, 128, generator=generator)
+    other = z + 0.3 * torch.randn(256, 128, generator=generator)
+    zeros = {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        z_i = z.to(dtype, copy=True).requires_grad_()
+        loss = nt_xent(z_i, other.to(dtype), temperature=temperature).loss
+        (gradient,) = torch.autograd.grad(loss, z_i)
+        zeros[dtype] = gradient.eq(0).double().mean().item()
+    assert zeros[torch.float16] >= (0.9 if temperature == 0.05 else 1)
+    assert zeros[torch.bfloat16] < 0.01
+    assert zeros[torch.float32] < 0.01
+
+
+MEASURED = {"lightly": "lightly", "pytorch-metric-learning": "metric_learning"}
+
+
+def gains(page: str) -> str:
+    """The table under *What you gain*, from what was recorded."""
+    titles = (page.replace("lightly", "lightly's"), "here")
+    columns = [f"{title}, {unit}" for unit in ("ms", "MiB") for title in titles]
+    lines = [
+        f"| | B | {' | '.join(columns[:2])} | times as fast | {' | '.join(columns[2:])} |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for stem in ("amd-epyc-avx2", "nvidia-h100-80gb-hbm3-bf16"):
+        results = json.loads((DOCS / "results" / f"{stem}.json").read_text(encoding="utf-8"))
+        environment, dtype = results["environment"], results["settings"]["dtype"]
+        threads = "" if environment["cuda"] else f"{environment['threads']} threads, "
+        for size in sizes_of(results):
+            times = by_name(results, "rows", size, **{"pass": BOTH})
+            memory = by_name(results, "memory", size)
+            if OURS not in times:
+                break
+            ours, peer = times[OURS]["median"], MEASURED[page]
+            cells = ["not run", milliseconds(ours), "", "", mebibytes(memory[OURS]["extra_bytes"])]
+            if peer in times:
+                cells[0] = milliseconds(times[peer]["median"])
+                times_as_fast = times[peer]["median"] / ours
+                cells[2] = f"{times_as_fast:.{0 if times_as_fast >= 100 else 1}f}"
+                cells[3] = mebibytes(memory[peer]["extra_bytes"])
+            else:
+                needed = by_name(results, "left_out", size)[peer]["needed_bytes"]
+                cells[3] = f"({needed / 2**20:,.0f})"
+            device = f"{environment['device']}, {threads}{dtype}"
+            lines.append(f"| {device} | {size.rows // 2:,} | {' | '.join(cells)} |")
+            if peer not in times:  # nor at any larger size
+                break
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", MEASURED)
+def test_what_one_gains_is_what_was_recorded(page: str) -> None:
+    table = gains(page)
+    assert table.count("\n") >= 5
+    assert table in (DOCS / "migrate" / f"{page}.md").read_text(encoding="utf-8"), table
 
 
 def clip_of_ranks(function: str) -> tuple[float, dict[str, Tensor]]:
