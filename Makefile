@@ -13,7 +13,7 @@ BENCH_OUT ?= runs/bench
 INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cross_logsumexp_calls.py \
   distributed.py ops.py prediction_loss.py triton.py triton_interpreter.py)
 
-.PHONY: help demo test gpu-check gpu-count ctest sanitize lint format \
+.PHONY: help demo test coverage gpu-check gpu-count ctest sanitize lint format \
   bench bench-quick bench-targets bench-record bench-compare bench-loss bench-distributed memory micro plot \
   docs docs-serve examples release-check clean
 .DELETE_ON_ERROR:
@@ -21,6 +21,7 @@ INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cros
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
 	@echo "make ctest  C++ tests of the CPU kernel;  make sanitize runs them under sanitizers"
+	@echo "make coverage  the tests once more, and which lines they reach"
 	@echo "make lint   checks of style and types;  make format rewrites"
 	@echo "make bench-quick  the loss beside other formulas, a minute;  make bench all of it, ten minutes"
 	@echo "make bench-compare BASE=REV  whether HEAD is slower than a revision;  make bench-record"
@@ -64,8 +65,12 @@ demo: $(VENV)/.train
 
 # Twice: Triton's kernels run in its interpreter, which has to be asked for from the start.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
+	$(BIN)/python -m pytest -n 2
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k "triton" $(INTERPRETED)
+
+# Tracing makes the tests half as long again, so it is a run of its own.
+coverage: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
 
 # $(call run_cpp_tests,build directory,sanitizers)
 comma := ,

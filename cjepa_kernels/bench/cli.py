@@ -32,6 +32,8 @@ QUICK = Settings(
     longest=4.0,
     compiled=False,
     temperatures_at=Size(512, 256),
+    temperatures=(0.5, 0.1, 0.05, 0.02, 0.01),
+    shrink_roofs=2,
 )
 OUT = Path("cjepa-bench")
 # What of the page's table a terminal of 80 columns shows, and how it is called there.

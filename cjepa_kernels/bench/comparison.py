@@ -47,6 +47,7 @@ class Settings:
         compiled: Whether ``torch.compile`` is among the candidates.
         temperatures_at: Size at which errors are measured against the temperature.
         temperatures: Those temperatures.
+        shrink_roofs: Divides the sizes of the product and the copy that show what the machine can.
     """
 
     sizes: tuple[Size, ...] = FULL_SIZES
@@ -58,6 +59,7 @@ class Settings:
     compiled: bool = True
     temperatures_at: Size = TEMPERATURES_AT
     temperatures: tuple[float, ...] = TEMPERATURES
+    shrink_roofs: int = 1
 
 
 class Comparison:
@@ -93,7 +95,9 @@ class Comparison:
         """
         one = self.settings
         self._step("products and copies, for the roofs of the roofline")
-        self.results["roofs"] = machine.roofs(one.device, DTYPES[one.dtype], seconds=one.seconds)
+        self.results["roofs"] = machine.roofs(
+            one.device, DTYPES[one.dtype], seconds=one.seconds, shrink=one.shrink_roofs
+        )
         found = self._find()
         for size in one.sizes:
             self._step(f"M={size.rows} D={size.features}")
@@ -182,7 +186,7 @@ class Comparison:
             for name in list(calls):
                 if not self._try(size, name, direction, calls[name]):
                     del calls[name], runs[name]
-            times = interleaved(calls, seconds=one.seconds, least=3, clock=clock)
+            times = interleaved(calls, seconds=one.seconds, least=3, clock=clock, warm=True)
             for name, row in times.items():
                 record = {**_cell(size), "pass": direction, "name": name, **row}
                 if direction == BOTH:

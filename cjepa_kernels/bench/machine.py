@@ -163,7 +163,7 @@ def roofs(
         device: ``"cpu"`` or a CUDA device.
         dtype: Of the product.
         seconds: Time for both.
-        shrink: Divides the sizes, for a test.
+        shrink: Divides the edge of the product and the square root of the copy.
 
     Returns:
         ``flops`` of a square product and ``bandwidth`` of a copy, bytes read and written, a

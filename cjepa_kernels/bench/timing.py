@@ -42,20 +42,23 @@ def interleaved(
     seconds: float,
     least: int = 5,
     clock: Clock = host_clock,
+    warm: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Time every candidate in turn, round after round, for about ``seconds``.
 
     Args:
-        candidates: Calls by name; each runs once before.
+        candidates: Calls by name.
         seconds: Time for all of them together.
         least: Rounds at least.
         clock: Seconds of a call.
+        warm: They have run before; else each does once, untimed.
 
     Returns:
         For each name: ``median``, ``p20``, ``p80`` in seconds and the number of ``rounds``.
     """
-    for run in candidates.values():
-        run()
+    if not warm:
+        for run in candidates.values():
+            run()
     times: dict[str, list[float]] = {name: [] for name in candidates}
     deadline = time.perf_counter() + seconds
     rounds = 0

@@ -44,14 +44,21 @@ add_library(test_loop STATIC ${tests}/nt_xent_loop.cpp ${tests}/cross_logsumexp_
 cjepa_configure_tests(test_loop)
 target_compile_options(test_loop PRIVATE -O2 -fno-sanitize=all)
 
-add_executable(tile_core_test ${tests}/check.cpp ${tests}/similarity_test.cpp
-  ${tests}/product_test.cpp ${tests}/rows_test.cpp)
-cjepa_configure_tests(tile_core_test core)
+# What several programs share is compiled once.
+add_library(test_main OBJECT ${tests}/check.cpp)
+cjepa_configure_tests(test_main)
+# Takes the place of PyTorch's threads: it says why.
+add_library(test_threads OBJECT ${tests}/threads.cpp)
+cjepa_configure_tests(test_threads)
+cjepa_link_torch(test_threads)
+
+add_executable(tile_core_test ${tests}/similarity_test.cpp ${tests}/product_test.cpp
+  ${tests}/rows_test.cpp)
+cjepa_configure_tests(tile_core_test test_main core)
 set(operators nt_xent cross_logsumexp prediction_loss)
 foreach(name ${operators} memory)
-  # threads.cpp takes the place of PyTorch's threads: it says why.
-  add_executable(${name}_test ${tests}/check.cpp ${tests}/${name}_test.cpp ${tests}/threads.cpp)
-  cjepa_configure_tests(${name}_test driver core test_loop)
+  add_executable(${name}_test ${tests}/${name}_test.cpp)
+  cjepa_configure_tests(${name}_test test_main test_threads driver core test_loop)
   cjepa_link_torch(${name}_test)
   add_dependencies(cpp_tests ${name}_test)
 endforeach()
