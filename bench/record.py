@@ -65,6 +65,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.results is not None:
         results = report.load(options.results)
+        if not results["complete"]:
+            print("recorded as a run that was cut off: its page says so")
     else:
         try:
             settings = cli.make_settings(device=options.device, dtype=options.dtype)

@@ -287,19 +287,23 @@ def test_the_command_writes_results_page_and_plots(
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
+SIZES_EXPECTED = "expected MxD with an even M of 4 or more and a D of 2 or more"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sizes", "63x8"], "--sizes: expected MxD with an even M of 4 or more, got '63x8'"),
-        (["--sizes", "64"], "--sizes: expected MxD with an even M of 4 or more, got '64'"),
+        (["--sizes", "63x8"], f"--sizes: {SIZES_EXPECTED}, got '63x8'"),
+        (["--sizes", "64"], f"--sizes: {SIZES_EXPECTED}, got '64'"),
+        (["--sizes", "64x1"], f"--sizes: {SIZES_EXPECTED}, got '64x1'"),
         (["--dtype", "fp64"], "--dtype: expected one of fp32, bf16, fp16, got 'fp64'"),
         (["--temperature", "0"], "--temperature: expected a positive number, got 0"),
         (["--temperature", "nan"], "--temperature: expected a positive number, got nan"),
         (["--seconds", "-1"], "--seconds: expected 0 or more, got -1"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
-        (["--out", __file__], "--out: expected a directory, got the file"),
+        (["--out", __file__], "--out: expected a directory to write to, got"),
     ],
-    ids=["odd", "no_features", "dtype", "temperature", "nan", "seconds", "device", "out"],
+    ids=["odd", "no_features", "one", "dtype", "temperature", "nan", "seconds", "device", "out"],
 )
 def test_bad_options_are_refused_before_any_work(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
-from cjepa_kernels.bench import candidates, cli, comparison, plot_style, report
+from cjepa_kernels.bench import candidates, cli, comparison, plot_style, plots, report, timing
 from cjepa_kernels.bench.candidates import BOTH, CANDIDATES, EAGER, FORWARD, MM, OURS
 from cjepa_kernels.bench.sizes import Size
 
@@ -23,7 +23,16 @@ def rows_of(size: Size, seconds: dict[str, float]) -> list[dict[str, Any]]:
     """Rows of the results: forward takes half the time."""
     cell = {"M": size.rows, "D": size.features}
     return [
-        {**cell, "pass": direction, "name": name, "median": m, "p20": 0.9 * m, "p80": 1.1 * m}
+        {
+            **cell,
+            "pass": direction,
+            "name": name,
+            "median": m,
+            "p20": 0.9 * m,
+            "p80": 1.1 * m,
+            "rounds": 5.0,
+            "bytes_moved": None,
+        }
         for name, both in seconds.items()
         for direction, m in ((BOTH, both), (FORWARD, both / 2))
     ]
@@ -37,6 +46,9 @@ def results_of(
     return {
         **empty,
         "environment": {"backend": "native", "missing_backend": None},
+        "settings": {"sizes": [str(size) for size in times]},
+        "complete": True,
+        "roofs": {"flops": 1e11, "bandwidth": 1e10},
         "rows": [row for size, seconds in times.items() for row in rows_of(size, seconds)],
         "memory": [
             {"M": size.rows, "D": size.features, "name": name, "extra_bytes": value}
@@ -144,6 +156,69 @@ def test_verdict_says_that_the_kernels_are_missing() -> None:
     assert report.verdict(results)[0] == (
         "cjepa_kernels ran its chunked back end, not its kernels: cjepa_kernels._C is not built."
     )
+
+
+def test_a_run_that_was_cut_off_says_so() -> None:
+    results = results_of({SIZE: {OURS: 1.0}}, {}, complete=False)
+    results["settings"]["sizes"] = ["64x16", "128x16"]
+    assert report.verdict(results)[0] == (
+        "This run was cut off: 128x16, the errors against the temperature not measured."
+    )
+
+
+def test_a_candidate_whose_forward_failed_has_an_empty_cell() -> None:
+    results = results_of({SIZE: {OURS: 1.0, EAGER: 2.0}}, {})
+    results["rows"] = [
+        row for row in results["rows"] if (row["name"], row["pass"]) != (EAGER, FORWARD)
+    ]
+    cells = dict(zip(report.HEADER, report.table(results)[1], strict=True))
+    assert cells["loss"] == "plain formula"
+    assert cells["forward ms"] == ""
+    assert cells["forward + backward ms"] == "2000"
+    assert cells["times"] == "5"
+
+
+def test_results_are_json_whatever_the_errors_are(tmp_path: Path) -> None:
+    error = {"M": 64, "D": 16, "dtype": "fp16", "temperature": 0.01, "name": EAGER, "loss": 1.0}
+    results = results_of({SIZE: {OURS: 1.0}}, {}, errors=[{**error, "gradient": math.nan}])
+    path = tmp_path / "results.json"
+    path.write_text(report.as_json(results))
+    assert "NaN" not in path.read_text()
+    assert math.isnan(report.load(path)["errors"][0]["gradient"])
+
+
+def test_no_roofline_without_bytes() -> None:
+    results = results_of({SIZE: {OURS: 1.0}}, {})
+    assert "roofline" not in plots.drawable(results)
+    results["rows"][0]["bytes_moved"] = 1e6
+    assert "roofline" in plots.drawable(results)
+
+
+def test_a_directory_that_cannot_be_written_to_is_refused_before_anything_is_measured(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--out: expected a directory to write to, got .*file"):
+        cli.prepare(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"--out: expected a directory to write to, got .*below"):
+        cli.prepare(tmp_path / "file" / "below")
+
+
+def test_plots_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
+    (tmp_path / "temperature-dark.png").write_text("old")
+    (tmp_path / "mine.png").write_text("kept")
+    cli.prepare(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
+
+
+def test_a_slow_candidate_does_not_take_the_rounds_of_a_quick_one() -> None:
+    seconds = {"slow": 1.0, "quick": 0.01}
+    calls = {name: lambda name=name: name for name in seconds}
+    times = timing.interleaved(
+        calls, seconds=2.0, least=3, clock=lambda call: seconds[str(call())], shares=True
+    )
+    assert times["slow"]["rounds"] == 3
+    assert 100 <= times["quick"]["rounds"] <= 101
 
 
 def test_a_write_that_fails_keeps_the_file_of_before(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Annotated
 
 import torch
@@ -24,11 +25,13 @@ from cjepa_kernels.bench.comparison import (
 )
 from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.sizes import DTYPES, Size, parse_sizes
+from cjepa_kernels.extras import require
 from cjepa_kernels.train.atomic import atomic_write
 
 QUICK = Settings(
     sizes=QUICK_SIZES,
     seconds=0.7,
+    least=3,
     longest=4.0,
     compiled=False,
     temperatures_at=Size(512, 256),
@@ -49,7 +52,8 @@ COLUMNS = {
 
 def bench(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Three sizes, no torch.compile: a few minutes.")
+        bool,
+        typer.Option("--quick", help="Three sizes, no torch.compile: about a minute on two cores."),
     ] = False,
     sizes: Annotated[
         str | None, typer.Option(help="MxD, separated by commas, as in 2048x256,8192x256.")
@@ -76,9 +80,25 @@ def bench(
             temperature=temperature,
             seconds=seconds,
         )
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out: expected a directory, got the file {out}")
+        prepare(out)
     run(settings, out, Console(soft_wrap=True, highlight=False))
+
+
+def prepare(out: Path) -> None:
+    """Make the directory of the results, without the plots of an earlier run.
+
+    Raises:
+        ValueError: It cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=out):
+            pass
+        for name in ("time", "memory", "roofline", "temperature"):
+            for path in (out / f"{name}.png", out / f"{name}-dark.png"):
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: expected a directory to write to, got {out}: {error}") from None
 
 
 @contextmanager
@@ -179,6 +199,7 @@ def save(results: Results, out: Path) -> None:
 def write_plots(results: Results, out: Path, console: Console) -> str:
     """Write the plots; what to say of them."""
     try:
+        require("matplotlib", extra="bench")
         from cjepa_kernels.bench import plots
     except ImportError as error:
         console.print(escape(f"no plots: {error}"))

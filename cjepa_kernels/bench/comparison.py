@@ -28,7 +28,7 @@ LARGEST_CHECKED = 16384  # rows whose float64 values a CPU finds within seconds
 TEMPERATURES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 TEMPERATURES_AT = Size(2048, 256)
 QUICK_SIZES = tuple(Size(rows, 256) for rows in (256, 1024, 4096))
-FULL_SIZES = tuple(Size(2**power, 256) for power in range(8, 16))
+FULL_SIZES = tuple(Size(2**power, 256) for power in range(8, 15))
 CUDA_SIZES = tuple(Size(2**power, 256) for power in range(8, 18))
 
 
@@ -42,6 +42,7 @@ class Settings:
         dtype: Of the views: ``fp32``, ``bf16`` or ``fp16``.
         temperature: Divides the similarities.
         seconds: Of timing for each size and pass.
+        least: Times that each candidate is timed at least.
         longest: Seconds that a call may take. What takes longer is called once; what would take
             several times longer, by the size before, is not called.
         compiled: Whether ``torch.compile`` is among the candidates.
@@ -55,6 +56,7 @@ class Settings:
     dtype: str = "fp32"
     temperature: float = TEMPERATURE
     seconds: float = 3.0
+    least: int = 5
     longest: float = 6.0
     compiled: bool = True
     temperatures_at: Size = TEMPERATURES_AT
@@ -82,7 +84,9 @@ class Comparison:
                 "dtype": settings.dtype,
                 "temperature": settings.temperature,
                 "seconds": settings.seconds,
+                "sizes": [str(size) for size in settings.sizes],
             },
+            "complete": False,
             "roofs": {},
             **{section: [] for section in SECTIONS},
         }
@@ -105,6 +109,7 @@ class Comparison:
             save(self.results)
         self._step("errors against the temperature")
         self.sweep_temperatures(found)
+        self.results["complete"] = True
         save(self.results)
         return self.results
 

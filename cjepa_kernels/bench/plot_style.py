@@ -115,13 +115,16 @@ class Label(NamedTuple):
     colour: str
 
 
-def label_curves(axes: Axes, labels: Sequence[Label], *, column: float = 0.66) -> None:
+def label_curves(
+    axes: Axes, labels: Sequence[Label], *, column: float = 0.66, always_right: bool = False
+) -> None:
     """Put each label right of its curve's end, left of it if another end is in the way.
 
     Args:
         axes: With final limits.
         labels: Of the curves.
         column: Share of the width; curves that end beyond share a column of labels outside.
+        always_right: Right of it even then.
     """
     to_axes = axes.transData + axes.transAxes.inverted()
     inside: list[tuple[float, float, Label]] = []
@@ -133,7 +136,7 @@ def label_curves(axes: Axes, labels: Sequence[Label], *, column: float = 0.66) -
         group.sort(key=lambda end: end[1])
         heights = spread([y for _, y, _ in group], LABEL_SPACE)
         for height, (x, y, label) in zip(heights, group, strict=True):
-            crowded = not is_outside and any(
+            crowded = not (is_outside or always_right) and any(
                 0 < other - x < 0.3 and abs(level - y) < LABEL_SPACE for other, level, _ in group
             )
             beside = x - 0.03 if crowded else x + 0.03

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ TALLEST_ERROR, SMALLEST_ERROR = 3.0, 1e-8
 def widest_sweep(results: Results) -> int:
     """The D of which most M were measured."""
     features: list[int] = [row["D"] for row in results["rows"] if row["pass"] == BOTH]
-    return max(set(features), key=features.count)
+    return max(sorted(set(features)), key=features.count, default=0)
 
 
 def curve(records: Sequence[Record], name: str, key: str, features: int) -> list[Point]:
@@ -127,17 +128,24 @@ def draw_memory(results: Results) -> Figure:
     return figure
 
 
-def draw_roofline(results: Results) -> Figure:
-    """FLOP/s of each candidate at its largest M against the FLOPs for each byte that it moves."""
+def _on_the_roofline(results: Results) -> dict[str, tuple[int, float, float]]:
+    """M, FLOPs a byte and FLOP/s of each candidate whose bytes are known."""
     features = widest_sweep(results)
-    peak, bandwidth = results["roofs"]["flops"], results["roofs"]["bandwidth"]
-    points: dict[str, tuple[int, float, float]] = {}  # M, FLOPs a byte, FLOP/s
+    points: dict[str, tuple[int, float, float]] = {}
     for row in results["rows"]:
         cubic = row["name"] in CANDIDATES and CANDIDATES[row["name"]].degree > 2
         if (row["pass"], row["D"]) == (BOTH, features) and row["bytes_moved"] and not cubic:
             flops = 6 * row["M"] ** 2 * features
             point = (row["M"], flops / row["bytes_moved"], flops / row["median"])
             points[row["name"]] = max(point, points.get(row["name"], point))
+    return points
+
+
+def draw_roofline(results: Results) -> Figure:
+    """FLOP/s of each candidate at its largest M against the FLOPs for each byte that it moves."""
+    features = widest_sweep(results)
+    peak, bandwidth = results["roofs"]["flops"], results["roofs"]["bandwidth"]
+    points = _on_the_roofline(results)
     ridge = peak / bandwidth
     low = min(ridge, *(x for _, x, _ in points.values())) / 30  # room for labels
     high = 3 * max(ridge, *(x for _, x, _ in points.values()))
@@ -146,26 +154,28 @@ def draw_roofline(results: Results) -> Figure:
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
     ink = rcParams["text.color"]
-    roof = ([low, ridge, high], [low * bandwidth / 1e9, peak / 1e9, peak / 1e9])
+    unit, name_of_unit = (1e12, "TFLOP/s") if peak >= 1e13 else (1e9, "GFLOP/s")
+    roof = ([low, ridge, high], [low * bandwidth / unit, peak / unit, peak / unit])
     axes.plot(*roof, color=ink, linewidth=1.2, zorder=2)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)
-    axes.set_ylim(bottom / 1e9, top / 1e9)
+    axes.set_ylim(bottom / unit, top / unit)
     labels = []
     largest = max(rows for rows, _, _ in points.values())
     for name in (name for name in STYLES if name in points):
         rows, intensity, rate = points[name]
         colour, _, marker, _ = STYLES[name]
         size = 9 if name == OURS else 6
-        axes.plot([intensity], [rate / 1e9], marker, color=colour, markersize=size)
+        axes.plot([intensity], [rate / unit], marker, color=colour, markersize=size)
         text = TITLES[name] if rows == largest else f"{TITLES[name]}, M = {rows}"
-        labels.append(Label(intensity, rate / 1e9, text, colour))
-    label_curves(axes, labels, column=1.0)
+        labels.append(Label(intensity, rate / unit, text, colour))
+    labels.append(Label(ridge, peak / unit, "", "none"))  # keeps the others off the roof
+    label_curves(axes, labels, column=1.0, always_right=True)
     if OURS in points and points[OURS][2] > min(peak, points[OURS][1] * bandwidth):
         axes.annotate(
             "above the roof: half of the products is left out, S being symmetric",
-            (points[OURS][1], points[OURS][2] / 1e9),
+            (points[OURS][1], points[OURS][2] / unit),
             xytext=(0, 9),
             textcoords="offset points",
             horizontalalignment="right",
@@ -173,17 +183,16 @@ def draw_roofline(results: Results) -> Figure:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("FLOPs for each byte that operators read or write")
-    axes.set_title(f"Roofline: 6 M² D FLOPs / time, GFLOP/s (M = {largest}, D = {features})")
+    axes.set_title(f"Roofline: 6 M² D FLOPs / time, {name_of_unit} (M = {largest}, D = {features})")
     axes.annotate(
-        f"a large product: {peak / 1e9:.3g} GFLOP/s",
-        (high, peak / 1e9),
-        xytext=(-2, 4),
+        f"a large product: {peak / unit:.3g} {name_of_unit}",
+        (ridge, peak / unit),
+        xytext=(0, 4),
         textcoords="offset points",
-        horizontalalignment="right",
     )
     axes.annotate(
-        f"a copy: {bandwidth / 1e9:.3g} GB/s",
-        (ridge / 1.5, peak / 1.5e9),
+        f"a copy: {bandwidth / 1e9:.0f} GB/s",
+        (ridge / 1.5, peak / 1.5 / unit),
         xytext=(-6, 4),
         textcoords="offset points",
         horizontalalignment="right",
@@ -203,7 +212,9 @@ def draw_temperatures(results: Results) -> Figure:
             points = sorted(
                 (
                     row["temperature"],
-                    min(max(row["gradient"], SMALLEST_ERROR), TALLEST_ERROR),
+                    TALLEST_ERROR
+                    if math.isnan(row["gradient"])
+                    else min(max(row["gradient"], SMALLEST_ERROR), TALLEST_ERROR),
                 )
                 for row in records
                 if (row["dtype"], row["name"]) == (dtype, name)
@@ -242,7 +253,7 @@ def drawable(results: Results) -> dict[str, tuple[str, Callable[[], Figure]]]:
     data = {
         "time": results["rows"],
         "memory": results["memory"],
-        "roofline": results["roofs"] and results["rows"],
+        "roofline": results["roofs"] and _on_the_roofline(results),
         "temperature": results["temperatures"],
     }
     return {

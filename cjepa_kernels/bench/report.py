@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ HEADER = (
     "forward ms",
     "forward + backward ms",
     "p20 to p80",
+    "times",
     "x ours",
     "memory MiB",
     "loss error",
@@ -55,9 +57,10 @@ def of_size(results: Results, size: Size) -> Iterator[list[str]]:
         yield [
             f"{size.rows} x {size.features}",
             title(name),
-            milliseconds(forward[name]["median"]),
+            milliseconds(forward[name]["median"]) if name in forward else "",
             milliseconds(row["median"]),
             f"{milliseconds(row['p20'])} to {milliseconds(row['p80'])}",
+            f"{row['rounds']:.0f}",
             over_ours,
             mebibytes(memory[name]["extra_bytes"]) if name in memory else "",
             *(f"{errors[name][key]:.1e}" if name in errors else "" for key in ("loss", "gradient")),
@@ -90,7 +93,7 @@ def milliseconds(seconds: float) -> str:
 
 def mebibytes(size: float) -> str:
     """MiB, with a digit behind the point below 10."""
-    value = size / 2**20
+    value = max(size / 2**20, 0.0)  # of tiny sizes a page less may be resident
     return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
 
 
@@ -103,6 +106,8 @@ def verdict(results: Results) -> list[str]:
     """Plain sentences of what was measured, whoever it favours."""
     sizes = [s for s in sizes_of(results) if OURS in by_name(results, "rows", s, **{"pass": BOTH})]
     sentences = []
+    if not results["complete"]:
+        sentences.append(_stopped(results))
     if reason := results["environment"].get("missing_backend"):
         backend = results["environment"]["backend"]
         sentences.append(f"cjepa_kernels ran its {backend} back end, not its kernels: {reason}.")
@@ -115,6 +120,15 @@ def verdict(results: Results) -> list[str]:
     sentences += _temperatures(results)
     sentences += _narrow_dtypes(results)
     return sentences
+
+
+def _stopped(results: Results) -> str:
+    """What a run that was cut off has not measured."""
+    measured = {str(size) for size in sizes_of(results)}
+    left = [size for size in results["settings"]["sizes"] if size not in measured]
+    if not results["temperatures"]:
+        left.append("the errors against the temperature")
+    return f"This run was cut off: {', '.join(left)} not measured."
 
 
 def _beside(results: Results, size: Size, other: str) -> str:
@@ -279,10 +293,24 @@ def _markdown_table(header: tuple[str, ...], rows: list[list[str]]) -> list[str]
 
 def as_json(results: Results) -> str:
     """The results file."""
-    return json.dumps(results, indent=1) + "\n"
+    return json.dumps(_finite(results), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """The value with None, which JSON has, for NaN and infinity, which it lacks."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def load(path: Path) -> Results:
     """What ``as_json`` wrote."""
     content: Results = json.loads(path.read_text(encoding="utf-8"))
+    for row in (*content["errors"], *content["temperatures"]):
+        for key in ("loss", "gradient"):
+            row[key] = math.nan if row[key] is None else row[key]
     return content

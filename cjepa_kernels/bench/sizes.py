@@ -24,14 +24,16 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
     """``2048x256,8192x128`` as sizes.
 
     Raises:
-        ValueError: If a size is not MxD with an even M of 4 or more.
+        ValueError: If a size is not MxD with an even M of 4 or more and a D of 2 or more.
     """
     sizes = []
     for size in text.split(","):
         rows, _, features = size.strip().partition("x")
-        right = rows.isdecimal() and features.isdecimal() and int(features) > 0
+        right = rows.isdecimal() and features.isdecimal() and int(features) > 1
         if not right or int(rows) < 4 or int(rows) % 2:
-            raise ValueError(f"expected MxD with an even M of 4 or more, got {size!r}")
+            raise ValueError(
+                f"expected MxD with an even M of 4 or more and a D of 2 or more, got {size!r}"
+            )
         sizes.append(Size(int(rows), int(features)))
     return tuple(sizes)
 

@@ -43,6 +43,7 @@ def interleaved(
     least: int = 5,
     clock: Clock = host_clock,
     warm: bool = False,
+    shares: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Time every candidate in turn, round after round, for about ``seconds``.
 
@@ -52,6 +53,8 @@ def interleaved(
         least: Rounds at least.
         clock: Seconds of a call.
         warm: They have run before; else each does once, untimed.
+        shares: Each has an equal share of the time and leaves when it is used up, so that a slow
+            one does not decide how often a quick one is timed. Else all run in every round.
 
     Returns:
         For each name: ``median``, ``p20``, ``p80`` in seconds and the number of ``rounds``.
@@ -60,12 +63,20 @@ def interleaved(
         for run in candidates.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    running = dict(candidates)
     deadline = time.perf_counter() + seconds
     rounds = 0
-    while rounds < least or time.perf_counter() < deadline:
-        for name, run in candidates.items():
+    while running:
+        for name, run in running.items():
             times[name].append(clock(run))
         rounds += 1
+        if rounds < least:
+            continue
+        if shares:
+            share = seconds / len(candidates)
+            running = {name: run for name, run in running.items() if sum(times[name]) < share}
+        elif time.perf_counter() >= deadline:
+            break
     return {name: summarise(values) for name, values in times.items()}
 
 

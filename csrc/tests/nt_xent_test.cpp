@@ -147,7 +147,8 @@ void check_results(const Case& c, const Results& actual) {
   const double hits = actual[1][0] * rows;
   CHECK(certain - 0.1 <= hits && hits <= possible + 0.1, "%s: accuracy %g of %g", name,
         actual[1][0], rows);
-  CHECK_NEAR(actual[2][0], mean(e.positive), s_error + 4 * u, "%s: positive similarity", name);
+  CHECK_NEAR(actual[2][0], mean(e.positive), s_error + 4 * u * size, "%s: positive similarity",
+             name);
   // Without a mask it is (|sum z|^2 - sum |z_a|^2 - sum s_pos) / (M (M - 2)), and |sum z|^2, whose
   // terms are as many, may be as large as M^2: the error of the mean stays that of one similarity.
   CHECK_NEAR(actual[3][0], e.mean_negative, 2 * s_error + (rows + 20) * u * size,
