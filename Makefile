@@ -23,17 +23,19 @@ help:
 	@echo "make ctest  C++ tests of the CPU kernel;  make sanitize runs them under sanitizers"
 	@echo "make coverage  the tests once more, and which lines they reach"
 	@echo "make lint   checks of style and types;  make format rewrites"
-	@echo "make bench-quick  the loss beside other formulas, a minute;  make bench all of it, ten minutes"
-	@echo "make bench-compare BASE=REV  whether HEAD is slower than a revision;  make bench-record"
+	@echo "make bench-quick  the loss beside other formulas, about a minute;  make bench all of it, ten minutes"
+	@echo "make bench-compare BASE=REV  whether HEAD is slower than a revision"
+	@echo "make bench-record  make bench's comparison into docs/, and the README's picture"
 	@echo "make bench-targets  time and accuracy of the loss beside its targets;  make memory its peak memory"
 	@echo "make bench-loss  time of the whole C-JEPA loss and the share of each part"
 	@echo "make bench-distributed  work, time and memory of two processes that share a batch"
-	@echo "make micro  time of each operator;  make plot draws what make bench recorded"
+	@echo "make micro  time of each operator;  make plot draws what make bench-targets recorded"
 	@echo "make gpu-check  tests and benchmarks of the Triton kernels on a machine with a GPU"
 	@echo "make gpu-count  instructions of the Triton kernels, counted in their machine code"
 	@echo "make docs   the documentation as a site, in site/;  make docs-serve shows it while you write"
 	@echo "make examples runs every script in examples/"
 	@echo "make release-check  builds wheel and sdist, and tries both in new environments"
+	@echo "make clean  removes .venv and everything that was built, trained or measured"
 
 # The build tools come first because the package is built without isolation, so that the pinned
 # versions are the ones in use.
@@ -114,9 +116,10 @@ bench-quick: $(VENV)/.dev
 bench-targets: $(VENV)/.dev
 	$(BIN)/python bench/nt_xent.py
 
-# The full comparison into docs/results and docs/images.
+# The full comparison into docs/results and docs/images, and the README's picture, of the machines named here.
 bench-record: $(VENV)/.dev
 	$(BIN)/python bench/record.py
+	$(BIN)/python bench/headline.py --cpu docs/results/amd-epyc-avx2.json --gpu bench/results/NVIDIA-*.json
 
 bench-compare: $(VENV)/.dev
 	$(BIN)/python bench/compare.py $(BASE)

@@ -1,5 +1,7 @@
 """Draw the README's picture from recorded results: time and memory of one step of each loss.
 
+Prints what the README says of them, too.
+
 python bench/headline.py --cpu docs/results/DEVICE.json --gpu bench/results/DEVICE.json
 """
 
@@ -59,7 +61,7 @@ def cpu_panels(content: Content) -> tuple[Panel, Panel]:
     names = {
         OURS: "cjepa_kernels",
         COMPILED_CPU: "torch.compile",
-        EAGER: "plain PyTorch",
+        EAGER: "plain formula",
         "lightly": "lightly's",
         "hjepa": "H-JEPA's",
     }
@@ -81,7 +83,7 @@ def gpu_panel(content: Content) -> Panel:
         if (row["M"], row["D"], row["pass"]) == (GPU_ROWS, FEATURES, BOTH)
         and parts.get(row["name"]) == row["part"]
     }
-    names = {TRITON: "cjepa_kernels", COMPILED: "torch.compile", AUTOCAST: "plain PyTorch"}
+    names = {TRITON: "cjepa_kernels", COMPILED: "torch.compile", AUTOCAST: "plain formula"}
     (gpu,) = content["gpu"]
     where = " ".join(gpu["device"].split()[1:2])
     bars = {label: of[name] for name, label in names.items()}
@@ -93,7 +95,7 @@ def _ms(seconds: float) -> str:
 
 
 def sentence(cpu: Content, gpu: Content) -> str:
-    """What the README says below the picture, its figures in order."""
+    """What the README says below the picture: where it was measured, and its figures."""
     seconds = {
         row["name"]: row["median"]
         for row in cpu["rows"]
@@ -107,9 +109,13 @@ def sentence(cpu: Content, gpu: Content) -> str:
     eager, compiled, lightly, hjepa = (
         f"{seconds[name] / seconds[OURS]:.1f}" for name in (EAGER, COMPILED_CPU, "lightly", "hjepa")
     )
+    settings, (device,) = cpu["settings"], gpu["gpu"]
     return (
+        f"Forward + backward of NT-Xent, D = {FEATURES}. CPU: {settings['dtype']}, "
+        f"{processor(cpu['environment'])}, batch {CPU_ROWS // 2:,} pairs: "
         f"{eager} times as fast as the plain formula, {compiled} as `torch.compile` of it, "
-        f"{lightly} as lightly's, {hjepa} as H-JEPA's. GPU: bf16, NVIDIA H100, batch 32,768 pairs: "
+        f"{lightly} as lightly's, {hjepa} as H-JEPA's. "
+        f"GPU: bf16, {' '.join(device['device'].split()[:2])}, batch {GPU_ROWS // 2:,} pairs: "
         f"{on_gpu('targets', AUTOCAST) / on_gpu('targets', TRITON):.1f} times as fast as the plain "
         f"formula, {on_gpu('compiled', COMPILED) / on_gpu('compiled', TRITON):.1f} as "
         f"`torch.compile` of it, {on_gpu('targets', TRITON) / on_gpu('targets', MM3):.2f} of the "
@@ -117,12 +123,31 @@ def sentence(cpu: Content, gpu: Content) -> str:
     )
 
 
-def cpu_rows(content: Content) -> list[str]:
-    """Rows of the README's table: M, then of each loss forward + backward in ms and its memory."""
-    names = (OURS, EAGER, COMPILED_CPU, "lightly", "hjepa")
-    sizes = sorted({row["M"] for row in content["rows"] if row["D"] == FEATURES})
+def processor(environment: Content) -> str:
+    """A CPU and what of it was used: ``2 threads of an AMD EPYC (AVX2)``."""
+    instructions = environment["instruction_set"].split("_")[0].upper().replace("AVX5", "AVX-5")
+    article = "an" if environment["device"][0] in "AEIO" else "a"
+    return f"{environment['threads']} threads of {article} {environment['device']} ({instructions})"
+
+
+# Heads of the README's table: what is measured of it, and of which candidate.
+LOSSES = {
+    OURS: "ours",
+    EAGER: "plain",
+    COMPILED_CPU: "`torch.compile`",
+    "lightly": "lightly's",
+    "hjepa": "H-JEPA's",
+}
+RATIOS = {FORWARD: "forward / mm", BOTH: "f + b / 3 mm"}
+REMEMBERED = (OURS, EAGER)
+
+
+def cpu_table(content: Content) -> str:
+    """The README's: M, then of each loss forward + backward in ms and its memory."""
+    memory = [f"{LOSSES[name]}, MiB" for name in REMEMBERED]
+    heads = ["M = 2B", *RATIOS.values(), *LOSSES.values(), *memory]
     rows = []
-    for count in sizes:
+    for count in sorted({row["M"] for row in content["rows"] if row["D"] == FEATURES}):
         at = (count, FEATURES)
         seconds = {
             (r["pass"], r["name"]): r["median"] for r in content["rows"] if (r["M"], r["D"]) == at
@@ -130,15 +155,16 @@ def cpu_rows(content: Content) -> list[str]:
         extra = {r["name"]: r["extra_bytes"] for r in content["memory"] if (r["M"], r["D"]) == at}
         ratios = [
             f"{seconds[key, OURS] / seconds[key, MM]:.2f}" if (key, MM) in seconds else "-"
-            for key in (FORWARD, BOTH)
+            for key in RATIOS
         ]
         cells = [
             *ratios,
-            *(_ms(seconds[BOTH, n]) if (BOTH, n) in seconds else "-" for n in names),
-            *(f"{extra[n] / 2**20:.0f}" if n in extra else "-" for n in (OURS, EAGER)),
+            *(_ms(seconds[BOTH, n]) if (BOTH, n) in seconds else "-" for n in LOSSES),
+            *(f"{extra[n] / 2**20:.0f}" if n in extra else "-" for n in REMEMBERED),
         ]
         rows.append(f"| {count} | {' | '.join(cells)} |")
-    return rows
+    head = f"| {' | '.join(heads)} |"
+    return "\n".join([head, "|" + "---:|" * len(heads), *rows])
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
@@ -188,7 +214,7 @@ def main() -> None:
     options = parser.parse_args()
     cpu, gpu = (json.loads(path.read_text("utf-8")) for path in (options.cpu, options.gpu))
     options.out.write_text(svg(lambda: draw(cpu, gpu)), encoding="utf-8")
-    print(f"written: {options.out}")
+    print(f"written: {options.out}\nFor the README:\n\n{sentence(cpu, gpu)}\n\n{cpu_table(cpu)}")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from cjepa_kernels.extras import require
 NEEDED = ("typer", "rich")  # by every command; each asks for the rest itself
 USAGE = f"""cjepa_kernels {__version__}. Usage: cjepa COMMAND [OPTIONS]
 
-  bench    compare the loss with other formulas on this machine
-             pip install 'cjepa_kernels[bench]'
+  bench    compare the loss with other formulas on this machine (extra [bench])
   train, compare, probe, tune, info
            train hierarchical JEPAs with a contrastive term, and look at what they learned
-             pip install 'cjepa_kernels[train]'
+           (extra [train])
+
+An extra, in a clone: pip install --no-build-isolation '.[bench]'
 """
 
 

@@ -17,7 +17,7 @@ def require(module: str, *, extra: str) -> ModuleType:
         The imported module.
 
     Raises:
-        ImportError: If the module is missing, with the install command.
+        ImportError: If the module is missing, with the extra and, for a clone, the command.
     """
     try:
         return importlib.import_module(module)
@@ -25,5 +25,6 @@ def require(module: str, *, extra: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         raise ImportError(
-            f"{module!r} is needed here and is not installed: pip install 'cjepa_kernels[{extra}]'"
+            f"{module!r} is needed here and is not installed: it comes with the extra [{extra}] of "
+            f"cjepa_kernels (pip install --no-build-isolation '.[{extra}]' in a clone)"
         ) from error

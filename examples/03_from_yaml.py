@@ -1,6 +1,6 @@
 """The loss from a YAML file, by either method, and what a typing error looks like.
 
-Needs the extra: pip install 'cjepa_kernels[yaml]'
+Needs the extra [yaml]: pip install --no-build-isolation '.[yaml]' in a clone
 """
 
 from pathlib import Path

@@ -13,8 +13,48 @@ from typing import Any, NamedTuple
 
 from documents import DOCS, FENCED, ROOT
 
-PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in DOCS.rglob("*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    *sorted(p.relative_to(ROOT).as_posix() for p in DOCS.rglob("*.md")),
+]
 NOTES = "bench/results/measured_notes.json"
+
+_NUMBER = r"[+−±-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
+_QUANTITY = (  # units that stand in words, too
+    r"(?:(?:milli|micro|nano)?seconds?|minutes?|hours?|days?|per ?cent|points?|times|epochs?|"
+    r"seeds?)"
+)
+_UNIT = (
+    rf"(?:{_QUANTITY}|[mµn]?s|min|h|[kKMGT]i?B|[kMG]?bytes?|[MGTP]?FLOPs?|[MGTP]?b/s|[A-Za-z]+/s|%|"
+    r"registers|instructions|passed|threads|cores|x|[×x](?! ?[\dA-Z])|fold)(?![\w²³])"
+)
+_COUNT = (
+    "two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|sixteen|"
+    "seventeen|eighteen|nineteen|twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|"
+    "(?:a |one )?hundred|(?:a |one )?thousand"
+)
+_COUNTED = rf"{_COUNT}|(?:{_COUNT})[ -](?:{_COUNT}|one)"
+_JOIN = (  # between numbers that share a unit
+    r"(?:,? (?:(?:rather|instead|down|up|now|compared|but|not|only|once|and|or) )*"
+    r"(?:than|of|to|and|or|against|with|versus|vs\.?|from|not|by)|,|–|/|:)"
+)
+_PART = (
+    r"(?:twice|thrice|double|half|(?:a|one|two|three|four|five|six|seven|eight|nine)[ -]"
+    r"(?:half|third|quarter|fifth|sixth|seventh|eighth|ninth|tenth|twelfth|twentieth|hundredth)s?)"
+)
+_THING = (
+    r"(?:time|times|memory|speed|cost|costs|rate|bytes|traffic|errors?|work|bandwidth|throughput|"
+    r"latency|step|FLOPs?|peak|accuracy|spread)"
+)
+_DEGREE = (
+    r"(?:fast|slow|quick|long|much|many|large|big|small|high|low|good|bad|accurate|cheap|costly|"
+    r"expensive)(?:er)?"
+)
+# What may not follow a temperature: another digit, a unit, words that make it a ratio.
+_ALONE = rf"(?![\d.,]*\d)(?![ -]?{_UNIT})(?! (?:of|as|against) )"
+_TEMPERATURE = r"(?:0\.\d+|1\.0|1e-\d+)" + _ALONE
 
 # Numbers that no measurement of ours stands behind, each with the reason: patterns for every page,
 # then the words of one page.
@@ -23,23 +63,27 @@ SETTINGS_EVERYWHERE = {
     r"(?:Python|PyTorch) \d+\.\d+": "a version",
     r"compute capability \d\.\d": "a generation of GPUs",
     r"H100 80GB HBM3": "the name of a device",
-    r"(?:τ|temperatures?|eps|ε)(?: (?:=|from|of))? \d[\d.e-]*(?:(?:,| to| and|:) \d[\d.]*)*": (
-        "a temperature or eps"
+    rf"(?:τ|[Tt]emperatures?|eps|ε)(?: (?:=|from|of))? {_TEMPERATURE}"
+    rf"(?:(?:,| to| and) {_TEMPERATURE})*": "a temperature or eps",
+    rf"[Ww]eights?(?: (?:of|from))? 0\.\d+{_ALONE}(?: (?:and|to) 0\.\d+{_ALONE})?": (
+        "the weight of a term"
     ),
-    r"[Ww]eights?(?: (?:of|from))? \d\.\d+(?: (?:and|to) \d\.\d+)?": "the weight of a term",
-    r"default(?: here)? is \d\.\d+": "the default of a temperature",
+    rf"default(?: here)? is {_TEMPERATURE}": "the default of a temperature",
+    r"\[[Ff]ive minutes\]|^# Five minutes": "the name of a page",
     r"6·10⁻⁸": "the smallest number of fp16",
     r"(?:eps`|`eps`,)(?: of)? 10⁻¹²": "the eps of others",
     r"(?:whole|all of them) at 0\.02": "a temperature",
 }
 SETTINGS = {
     "README.md": {"the +0.8 to +1.0 claimed for ImageNet": "a claim of others"},
+    "CONTRIBUTING.md": {"the values and gradients of 2.13 in": "a version"},
     "docs/api/backends.md": {"up to 256 MiB of exponentials": "a default"},
     "docs/benchmarks.md": {
         "a 99 % bootstrap interval": "how the comparison decides",
         "beyond 2 % on one side": "how the comparison decides",
     },
     "docs/definitions.md": {
+        "with weights 1.0 and 0.1 by default": "defaults",
         "(1.8e19 in fp32)": "the root of the largest number of fp32",
         "where fp32 resolves 6e-5": "a spacing of fp32",
         "views that are 10 % apart": "the input of a test",
@@ -68,7 +112,10 @@ SETTINGS = {
         "multiplies its loss by τ / 0.07": "a factor in the code of others",
     },
     "docs/migrate/h-jepa.md": {"ten times as large": "1 / 0.1"},
-    "docs/migrate/open_clip.md": {"a temperature of 0.01 or more": "a bound that CLIP sets"},
+    "docs/migrate/open_clip.md": {
+        "a temperature of 0.01 or more": "a bound that CLIP sets",
+        "it is half as large (1/R with R ranks)": "1 / R",
+    },
     "docs/numerics.md": {
         "a loss of 10⁻⁵ is mostly rounding": "an example",
         "views 10 % apart": "the input of the measurement",
@@ -88,6 +135,7 @@ SETTINGS = {
         "a page fault for every 4 KiB": "the size of a page",
         "with 2 MiB pages": "the size of a large page",
         "Gradients of more than 16 MiB": "where the kernel switches",
+        "no more than 4 threads could": "one of the four chunks each",
         "*Low temperatures* (below 0.027)": "where the kernels switch",
         "16 exponentials and 4 instructions of a warp a clock": "NVIDIA's figures",
     },
@@ -95,7 +143,11 @@ SETTINGS = {
         "+0.8 to +1.0 points of linear probing": "a claim of others",
         "1.28 million images": "the size of ImageNet",
     },
+    "docs/results/gpu.md": {
+        "had twice eager's error with Triton's own": "the bound of a test, which then failed",
+    },
     "docs/training.md": {
+        "does not grow over 8 epochs": "a rule",
         "accuracy < 0.8:": "a rule, compared in test_recorded_results.py",
         "accuracy > 0.95:": "a rule, compared in test_recorded_results.py",
     },
@@ -115,14 +167,32 @@ def record(path: str) -> Any:
 
 
 def flat(text: str) -> str:
-    return " ".join(text.split())
+    """One line, without the lines that separate a table's head from its rows."""
+    return " ".join(re.sub(r"^\|[-:| ]+\|$", "", text, flags=re.MULTILINE).split())
+
+
+def prose(text: str) -> str:
+    """Without blocks of code: fenced, or indented after an empty line outside of a list."""
+    kept: list[str] = []
+    in_list, after_break = False, True
+    for line in FENCED.sub("", text).splitlines():
+        if line.strip():
+            indented = line.startswith(("    ", "\t"))
+            if re.match(r" {0,3}(?:[-*+]|\d+[.)]) ", line):
+                in_list = True
+            elif after_break and not line.startswith(" "):
+                in_list = False
+            if indented and after_break and not in_list:
+                continue  # after it, too, the next indented line is code
+        after_break = not line.strip()
+        kept.append(line)
+    return "\n".join(kept)
 
 
 @cache
 def page(name: str) -> str:
-    """The prose and tables of a page as one line, blocks of code left out."""
-    text = FENCED.sub("", (ROOT / name).read_text(encoding="utf-8"))
-    return flat(re.sub(r"^(?: {4}|\t).*$", "", text, flags=re.MULTILINE))
+    """The prose and tables of a page as one line."""
+    return flat(prose((ROOT / name).read_text(encoding="utf-8")))
 
 
 def notes() -> Iterator[tuple[str, str]]:
@@ -131,48 +201,62 @@ def notes() -> Iterator[tuple[str, str]]:
         yield note["page"], note["sentence"].format(**note["values"])
 
 
-_NUMBER = r"[+−±-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?"
-_UNIT = (
-    r"(?:[mµn]?s|min|minutes?|seconds?|hours?|[kKMGT]i?B|bytes?|[MGTP]?FLOPs?|[MGTP]?b/s|%|times|"
-    r"points?|registers|instructions|passed|x)(?![\w²³])"
-)
-_WORDS = "two|three|four|five|six|seven|eight|nine|ten|twelve|twenty|thirty|forty|hundred"
 MEASURED = re.compile(
-    rf"(?<![\w.^₀-₉]){_NUMBER}(?:(?:,| to| and| or| of| against) {_NUMBER})*[ -]?{_UNIT}"
+    rf"(?<![\w.^₀-₉]){_NUMBER}(?:{_JOIN} {_NUMBER})*[ -]?{_UNIT}"
     r"|(?<![\w.])[+−±-]?\d[\d,]*\.\d+(?:e[+-]?\d+)?(?![\w²³]|\.\d)"  # a decimal; not 2.13.0
     r"|(?<![\w.])\d+e[+-]?\d+(?!\w)"
     r"|\b10⁻[⁰¹²³⁴⁵⁶⁷⁸⁹]+"
-    rf"|\b(?:{_WORDS}) times\b"
+    rf"|(?i:\b(?:{_COUNTED})[ -]?(?:{_QUANTITY}|fold)\b)"
+    rf"|\b[Ff]actors? of (?:{_NUMBER}|(?:{_COUNTED})\b)"
+    rf"|(?i:\b{_PART} (?:as {_DEGREE}\b|that\b|(?:of )?(?:(?:the|its|their|\w+'s) )?{_THING}\b))"
     r"|(?<=\| )[+−±-]?\d[\d,.e±/ −-]*(?= \|)"  # a cell of a table
+)
+CONDITIONS = re.compile(  # under which something was measured
+    r"\b(?:fp16|fp32|fp64|bf16|tf32|AVX\w*(?:-512)?|[AHBL]\d{2,3}0?|EPYC|Xeon|Ryzen|Core)\b"
+    r"|\b[BMDR](?:_r)? = \d[\d,]*(?![\d,]*\w)|\bbatch(?:es of)? \d[\d,]*"
+    r"|\d[\d,]* (?:pairs|rows|images|patches)"
 )
 _CODE = re.compile(r"`[^`]*`|\]\([^)\s]*\)")
 
 
-def numbers(text: str) -> Iterator[re.Match[str]]:
+def numbers(text: str, pattern: re.Pattern[str] = MEASURED) -> Iterator[re.Match[str]]:
     """Those of a flat text that look measured; code and links are left out."""
-    prose = _CODE.sub(lambda match: "`" * len(match[0]), text)
-    return MEASURED.finditer(prose)
+    return pattern.finditer(_CODE.sub(lambda match: "`" * len(match[0]), text))
 
 
-def unchecked(text: str, checked: Iterable[str], settings: Iterable[str] = ()) -> list[Found]:
+def unchecked(
+    text: str,
+    checked: Iterable[str],
+    settings: Iterable[str] = (),
+    pattern: re.Pattern[str] = MEASURED,
+) -> list[Found]:
     """Numbers that look measured and lie outside everything that is checked.
 
     Args:
         text: A page, see ``page``.
         checked: Texts that records make.
         settings: Texts whose numbers are no measurements.
+        pattern: What to look for.
     """
     covered = bytearray(len(text))
-    patterns = [*map(re.escape, (*checked, *settings)), *SETTINGS_EVERYWHERE]
-    for pattern in patterns:
-        for match in re.finditer(pattern, text):
+    for known in [*map(re.escape, (*checked, *settings)), *SETTINGS_EVERYWHERE]:
+        for match in re.finditer(known, text):
             covered[slice(*match.span())] = b"\1" * len(match[0])
     return [
         Found(match[0], text[max(0, match.start() - 60) : match.end() + 40])
-        for match in numbers(text)
+        for match in numbers(text, pattern)
         if not all(
             covered[match.start() + i]
             for i, character in enumerate(match[0])
             if character.isdigit() or not re.search(r"\d", match[0])
         )
     ]
+
+
+def heads(name: str) -> Iterator[str]:
+    """Head and first row, as one line, of every table of a page with a number in its rows."""
+    text = prose((ROOT / name).read_text(encoding="utf-8"))
+    for table in re.finditer(r"^\|.*\|\n\|[-:| ]+\|\n(?:\|.*\|\n?)+", text, re.MULTILINE):
+        head, _, *rows = table[0].splitlines()
+        if any(re.search(r"(?<=\| )[+−±-]?\d[\d,.e±/ −-]*(?= \|)", row) for row in rows):
+            yield flat(f"{head}\n{rows[0]}")

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from datetime import datetime
+from typing import Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from bench_scripts import load
+from documents import ROOT
 from figures import NOTES, record
 
 PERFORMANCE, README = "docs/performance.md", "README.md"
@@ -13,11 +20,26 @@ DISTRIBUTED, NUMERICS = "docs/distributed.md", "docs/numerics.md"
 Texts = Iterator[tuple[str, str]]
 GIB, MIB = 2**30, 2**20
 TILE, KEPT_MIB, WORKSPACE_MIB = 192, 256, 64
-(PEAK,) = (n["values"]["two"] for n in record(NOTES)["notes"] if "two" in n["values"])  # GFLOP/s
+((ONE_CORE, PEAK),) = (  # GFLOP/s
+    (n["values"]["one"], n["values"]["two"])
+    for n in record(NOTES)["notes"]
+    if "multiply-adds from L1" in n["what"]
+)
 
 
 def row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+    return "".join(f"| {cell} " if cell != "" else "| " for cell in cells) + "|"
+
+
+def table(head: str, rows: Iterable[str]) -> str:
+    """As one text: which cell is what is a part of what is checked."""
+    return "\n".join([head, *rows])
+
+
+def versions(environment: dict[str, Any]) -> tuple[str, str]:
+    """PyTorch's and the month."""
+    day = datetime.fromisoformat(environment["date"])
+    return f"PyTorch {environment['torch'].split('+')[0]}", f"{day:%B %Y}"
 
 
 def kept_rows(size: int) -> int:
@@ -55,13 +77,68 @@ def arithmetic() -> Texts:
     tiles = math.ceil(2048 / TILE)
     kept = tiles * (tiles + 1) // 2 * TILE**2 * 4 / MIB
     yield PERFORMANCE, f"the exponentials, {kept:.0f} MiB, are written too"
-    counts = ((0.5, "none; the mm writes 4M²"), (0.5, "M²/2 numbers written once, read twice"))
-    for part, text in zip(("forward / mm", "forward + backward / 3 mm, kept"), counts, strict=True):
-        yield PERFORMANCE, row(part, f"{text[0]:.2f}", text[1])
-    yield PERFORMANCE, f"| forward + backward / 3 mm, computed again | {4 / 6:.2f} |"
-    yield PERFORMANCE, f"| backward by squares / 2 mm | {3 / 4:.2f} |"
-    yield PERFORMANCE, f"| backward by owned rows / 2 mm | {4 / 4:.1f} |"
-    yield PERFORMANCE, f"| forward / mm | {1 / 2:.2f} | partial sums"
+    head = "| | FLOPs / those of the {} | bytes beyond the operands |"
+    written = "M²/2 numbers written{} read twice, in squares of "
+    counts = (
+        ("forward / mm", f"{1 / 2:.2f}", "none; the mm writes 4M²"),
+        (
+            "forward + backward / 3 mm, kept",
+            f"{3 / 6:.2f}",
+            "M²/2 numbers written once, read twice",
+        ),
+        (
+            "forward + backward / 3 mm, computed again",
+            f"{4 / 6:.2f}",
+            f"the same, in squares of {WORKSPACE_MIB} MiB",
+        ),
+    )
+    yield PERFORMANCE, table(head.format("mm it is compared with"), (row(*c) for c in counts))
+    on_gpu = (
+        ("forward / mm", f"{1 / 2:.2f}", "partial sums and maxima: 8 M²/128 written and read"),
+        (
+            "backward by squares / 2 mm",
+            f"{3 / 4:.2f}",
+            f"G: {written.format(',')}`CJEPA_WORKSPACE_MIB`",
+        ),
+        ("backward by owned rows / 2 mm", f"{4 / 4:.1f}", "none"),
+    )
+    yield PERFORMANCE, table(head.format("mm"), (row(*c) for c in on_gpu))
+
+
+def polynomial() -> Texts:
+    """Errors of 2^x in fp32 as the kernel evaluates it, and of the polynomial itself."""
+    source = (ROOT / "csrc/cpu/micro_tile.h").read_text(encoding="utf-8")
+    values = re.search(r"Exp2Table<float>.*?kValues\[\] = {(.*?)}", source, re.DOTALL)
+    assert values
+    *coefficients, _ = (np.float32(x.strip().rstrip("f")) for x in values[1].split(","))
+    x = np.linspace(-0.5, 0.5, 2**20 + 1).astype(np.float32).astype(np.float64)
+    exact = np.float64(coefficients[0])
+    rounded = np.full(x.shape, coefficients[0])
+    for coefficient in map(np.float64, coefficients[1:]):
+        exact = exact * x + coefficient
+        rounded = (rounded * x + coefficient).astype(np.float32)  # a fused multiply-add
+    largest = np.abs(rounded / np.exp2(x) - 1).max()
+    mean = abs((exact / np.exp2(x) - 1).mean())
+    degree = f"a polynomial of degree {len(coefficients) - 1} on [-1/2, 1/2]"
+    errors = f"(relative error {largest:.0e}, mean {mean:.0e}: a biased"
+    yield PERFORMANCE, f"{degree} {errors}".replace("e-0", "e-")
+
+
+def rounding_to_bf16() -> Texts:
+    """The largest change of a cosine between different random rows."""
+    rows, features, seeds = 256, 32, 5
+    changed = 0.0
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        unit = F.normalize(torch.randn(rows, features, generator=generator).double(), dim=1)
+        rounded = unit.bfloat16().double()
+        change = (rounded @ rounded.T - unit @ unit.T).fill_diagonal_(0)
+        changed = max(changed, change.abs().max().item())
+    yield (
+        NUMERICS,
+        f"rounding {rows} random unit rows of {features} features moves a cosine by up to "
+        f"{changed:.3f}, and at τ = 0.01 a logit by {changed / 0.01:.1f}",
+    )
 
 
 def targets() -> Texts:
@@ -73,7 +150,7 @@ def targets() -> Texts:
         for r in content["rows"]
         if r["part"] == "targets" and r["name"] == "mm"
     }
-    rates = []
+    rates, lines = [], []
     earlier = record(NOTES)["earlier runs of the targets"]["ratios"]
     for r, before in zip(judged, earlier, strict=True):
         size = (r["M"], r["D"], r["pass"])
@@ -85,8 +162,7 @@ def targets() -> Texts:
         work = flops * (1 if not both else 3 if r["M"] <= kept_rows(4) else 4)
         met = ", met" if r["verdict"] == "met" else ""
         floor = work / (PEAK * 1e9) / products[size]
-        yield (
-            PERFORMANCE,
+        lines.append(
             row(
                 f"{r['M']}, {r['D']}",
                 r["pass"].replace("+", " + "),
@@ -94,8 +170,19 @@ def targets() -> Texts:
                 f"{r['target']:.2f}",
                 f"{r['ratio']:.2f}{met}",
                 f"{min(ratios):.2f} to {max(ratios):.2f}",
-            ),
+            )
         )
+    yield PERFORMANCE, table("| M, D | pass | floor | target | recorded | three runs |", lines)
+    environment = content["environment"]
+    assert environment["instruction_set"].startswith("avx512")
+    (dtype,) = {r["dtype"] for r in content["rows"] if r["part"] == "targets"}
+    pytorch, month = versions(environment)
+    yield (
+        PERFORMANCE,
+        f"All figures: {environment['threads']} threads of an {environment['device']} (Zen 4, "
+        "AVX-512, 1 MiB of L2 a core, 32 MiB of L3), GCC 12, "
+        f"{pytorch}, {dtype}, τ = 0.1, {month}.",
+    )
     span = f"{min(rates):.0f} to {max(rates):.0f} GFLOP/s of {PEAK}"
     yield PERFORMANCE, f"In the recorded run the bare product ran at {span}"
     small = {
@@ -109,9 +196,14 @@ def targets() -> Texts:
 def memory() -> Texts:
     rows = record("bench/results/nt_xent_memory_cpu.json")["rows"]
     extra = {(r["M"], r["backend"]): f"{r['extra_bytes'] / MIB:.0f}" for r in rows}
-    for count in sorted({r["M"] for r in rows}):
-        names = ("native", "chunked", "reference")
-        yield PERFORMANCE, row(count, *(extra.get((count, name), "not run") for name in names))
+    names = ("native", "chunked", "reference")
+    lines = [
+        row(count, *(extra.get((count, name), "not run") for name in names))
+        for count in sorted({r["M"] for r in rows})
+    ]
+    yield PERFORMANCE, table(row("M", *(f"`{name}`" for name in names)), lines)
+    (features,) = {r["D"] for r in rows}
+    yield PERFORMANCE, f"in MiB, gradients included, D = {features} (`make memory`"
     largest = next(r for r in rows if r["M"] == 131072)
     over = f"{largest['over_input']:.1f}"
     reference = next(r for r in rows if (r["M"], r["backend"]) == (8192, "reference"))
@@ -130,9 +222,9 @@ def memory() -> Texts:
 
 def stages() -> Texts:
     tables = record("bench/results/cpu_kernel_stages.json")["tables"]
-    for table in tables.values():
-        for cells in (table["columns"], *table["rows"]):
-            yield PERFORMANCE, row(*cells)
+    for of in tables.values():
+        yield PERFORMANCE, table(row(*of["columns"]), (row(*cells) for cells in of["rows"]))
+    yield PERFORMANCE, f"operands from the caches, GFLOP/s of {ONE_CORE}:"
     (of_stages,) = (t for t in tables.values() if t["columns"][0] == "M, D")
     (times,) = (cells for cells in of_stages["rows"] if cells[0] == "8192, 256")
     flops = 8192**2 * 256 / 1e6  # of a ms in GFLOP/s
@@ -147,36 +239,58 @@ def whole_loss() -> Texts:
         case = (r["B"], r["D"], "/".join(map(str, r["N"])))
         times.setdefault(case, {})[r["name"]] = 1e3 * r["median"]
     columns = ("eager prediction", "prediction", "limit, fresh gradient", "eager whole", "whole")
-    for (batch, features, patches), of in times.items():
+    lines = []
+    for (batch, features, patches), of in sorted(times.items()):
         speed_up = f"{of['eager whole'] / of['whole']:.1f}"
         cells = [f"{of[name]:.3g}" for name in columns]
-        yield PERFORMANCE, row(batch, patches, features, *cells, speed_up)
+        lines.append(row(batch, patches, features, *cells, speed_up))
         if batch == 128:
             yield (
                 README,
+                f"B = {batch} pairs, {patches} patches and D = {features}, "
                 f"takes {of['whole']:.1f} ms where the usual eager formula takes "
                 f"{of['eager whole']:.0f} ms, {speed_up} times as long",
             )
         if batch == 2048:
-            yield README, f"where the contrastive term dominates, {speed_up} times"
+            yield (
+                README,
+                f"at B = {batch}, {patches} patches and D = {features}, where the contrastive term "
+                f"dominates, {speed_up} times",
+            )
+    head = (
+        "| B | N | D | prediction term: eager | native | byte limit | whole loss: eager | native "
+        "| speed-up |"
+    )
+    yield PERFORMANCE, table(head, lines)
 
 
 def training_step() -> Texts:
+    lines = []
     for r in record("bench/results/training_step_cpu.json")["rows"]:
         step, loss = (
             [1e3 * r[f"{what}_{when}"] for when in ("before", "after")] for what in ("step", "loss")
         )
         cells = [*(f"{x:.1f}" for x in step), *(f"{x:.2f}" for x in loss)]
-        yield PERFORMANCE, row(f"`configs/{r['configuration']}.yaml`", *cells)
+        lines.append(row(f"`configs/{r['configuration']}.yaml`", *cells))
+        yield PERFORMANCE, f"revision {r['base']}; its models are small"
         yield PERFORMANCE, f"its loss was {loss[0]:.0f} ms of a step"
+    head = "| configuration | step before, ms | after | loss before, ms | after |"
+    yield PERFORMANCE, table(head, lines)
 
 
 def temperatures() -> Texts:
     keys = ("textbook_loss", "here_loss", "textbook_gradient", "here_gradient")
     recorded = record("bench/results/temperature_error_cpu.json")
-    for r in recorded["rows"]:
-        yield NUMERICS, row(r["temperature"], *(f"{r[key]:.0e}" for key in keys))
-    yield NUMERICS, f"{recorded['pairs']} pairs of {recorded['features']} features"
+    lines = [row(r["temperature"], *(f"{r[key]:.0e}" for key in keys)) for r in recorded["rows"]]
+    names = [key.replace("_", " ").split() for key in keys]
+    head = row("τ", *(f"{quantity}, {formula}" for formula, quantity in names))
+    yield NUMERICS, table(head, lines)
+    seeds = {5: "five"}[len(load("temperature_error").SEEDS)]
+    yield (
+        NUMERICS,
+        f"{recorded['pairs']} pairs of {recorded['features']} features, views 10 % apart, fp32 "
+        f"against the float64 reference, relative to the largest value, the worst of {seeds} seeds",
+    )
 
 
 def _show(x: float) -> str:
@@ -185,15 +299,24 @@ def _show(x: float) -> str:
 
 def cost_of_ranks() -> Texts:
     costs = record("bench/results/distributed_cost.json")
-    for key, unit in (("bytes", MIB), ("flops", 1e12)):
+    schemes = {
+        "ring": "ring",
+        "all_gather": "all-gather",
+        "lightly": "lightly",
+        "open_clip": "open_clip",
+        "inf_cl": "Inf-CL's ring",
+    }
+    for key, unit, what in (("bytes", MIB, "R, sent in MiB"), ("flops", 1e12, "R, TFLOP")):
         of_ranks: dict[int, list[str]] = {}
-        for r in costs["rows"]:
+        for r in sorted(costs["rows"], key=lambda r: (r["ranks"], [*schemes].index(r["scheme"]))):
             of_ranks.setdefault(r["ranks"], []).append(_show(r[key] / unit))
-        for ranks, cells in of_ranks.items():
-            yield DISTRIBUTED, row(f"{ranks:,}", *cells)
-    for r in costs["hidden"]:
-        numbers = (r["ranks"], r["D"], f"{r['pairs']:,}", f"{r['whole_batch']:,}")
-        yield DISTRIBUTED, row(r["link"], *numbers)
+        lines = [row(f"{ranks:,}", *cells) for ranks, cells in of_ranks.items()]
+        yield DISTRIBUTED, table(row(what, *schemes.values()), lines)
+    hidden = [
+        row(r["link"], r["ranks"], r["D"], f"{r['pairs']:,}", f"{r['whole_batch']:,}")
+        for r in costs["hidden"]
+    ]
+    yield DISTRIBUTED, table("| link | R | D | pairs a rank | whole batch |", hidden)
 
 
 def links() -> Texts:
@@ -213,32 +336,53 @@ def measured_ranks() -> Texts:
     sizes: dict[tuple[int, int], dict[str, dict[str, float]]] = {}
     for r in measured["rows"]:
         sizes.setdefault((r["M_r"], r["D"]), {})[r["name"]] = r
+    environment = measured["environment"]
+    yield (
+        DISTRIBUTED,
+        f"Two gloo processes of one thread each on {environment['cores']} cores "
+        f"({environment['device']}, {environment['instruction_set'].upper()}, "
+        f"{', '.join(versions(environment))}), forward + backward, fp32",
+    )
     candidates = ("ring", "all_gather", "strips", "lightly")
+    lines = []
     for (rows, features), of in sizes.items():
         work = [_show(1e3 * of[name]["work"]) for name in candidates]
         ratio = of["ring"]["work"] / of["strips"]["work"]
         times = [_show(1e3 * of[name]["time"]) for name in ("ring", "all_gather")]
-        yield DISTRIBUTED, row(rows, features, *work, f"{ratio:.2f}", *times)
+        lines.append(row(rows, features, *work, f"{ratio:.2f}", *times))
+    head = (
+        "| M_r | D | ring: work, ms | all-gather | strips | lightly | work of the ring / strips "
+        "| ring: time, ms | all-gather |"
+    )
+    yield DISTRIBUTED, table(head, lines)
     of = sizes[4096, 256]
     gather, strips, lightly = (of["ring"]["work"] / of[name]["work"] for name in candidates[1:])
     yield (
         README,
+        "On two processes of 4096 rows each, D = 256, "
         f"the ring takes {strips:.2f} of the CPU time of two independent passes over row strips "
         f"with the same kernels, {gather:.2f} of our own all-gather and {lightly:.2f} of lightly's",
     )
-    memory: dict[tuple[int, int, int], list[str]] = {}
+    memory: dict[tuple[int, int, int], dict[str, list[str]]] = {}
     for r in measured["memory"]:
         if not r["kept"]:
             extra = [f"{r['extra_bytes'] / MIB:.0f}", f"{r['over_input']:.1f}"]
-            memory.setdefault((r["ranks"], r["M_r"], r["D"]), []).extend(extra)
-    for case, cells in memory.items():
-        yield DISTRIBUTED, row(*case, *cells)
+            of_case = memory.setdefault((r["ranks"], r["M_r"], r["D"]), {})
+            of_case[r["strategy"]] = extra
+    lines = [
+        row(*case, *(cell for name in candidates[:2] for cell in of_case[name]))
+        for case, of_case in memory.items()
+    ]
+    head = "| R | M_r | D | ring, MiB | / own rows | all-gather, MiB | / own rows |"
+    yield DISTRIBUTED, table(head, lines)
 
 
 def expected() -> Texts:
     """Page and text of everything above."""
     for texts in (
         arithmetic,
+        polynomial,
+        rounding_to_bf16,
         targets,
         memory,
         stages,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import date
 from typing import Any
 
 from bench_scripts import load
 from documents import ROOT
-from figures import record
+from figures import NOTES, record
+
+from cjepa_kernels.bench.candidates import BOTH, COMPILED, EAGER, MM, OURS
+from cjepa_kernels.bench.report import milliseconds
 
 PAGE, PERFORMANCE, README = "docs/results/gpu.md", "docs/performance.md", "README.md"
 TERA = 1e12
@@ -30,16 +34,53 @@ def value(content: Any, target: str, rows: int, features: int) -> float:
     return float(found)
 
 
+HEADS = {  # in the order of bench/gpu_tables.py's cells
+    "large": (
+        "M = 2B | D | mm | forward | / mm | forward + backward | / 3 mm | eager, f + b | / ours"
+    ),
+    "others": " | rows | D | ours | the other | ratio",
+    "small": "M | D | as called | eager | CUDA graph | eager",
+    "accuracy": "dtype | back end | loss | gradient",
+}
+LEADS = {  # above each table of the page
+    "large": "*eager* is the plain formula under autocast, without metrics.",
+    "others": "and so does `cross_logsumexp` beside it.",
+    "small": "it is not.",
+    "accuracy": "M = {M}, D = {D}, largest difference over largest magnitude.",
+}
+
+
 def tables() -> Texts:
     name, content = benchmark()
     scripts = load("gpu_tables")
-    for rows in (scripts.large, scripts.others, scripts.small, scripts.accuracy):
-        for line in rows(content):
-            yield PAGE, line
-    for line in scripts.large(content):
-        yield README, line
+    made = {
+        key: "\n".join([f"|{'' if head.startswith(' ') else ' '}{head} |", *rows])
+        for key, head in HEADS.items()
+        if (rows := getattr(scripts, key)(content))
+    }
+    (size,) = {(r["M"], r["D"]) for r in content["accuracy"]}
+    for key, table in made.items():
+        yield PAGE, f"{LEADS[key].format(M=size[0], D=size[1])}\n{table}"
+    (device,) = content["gpu"]
+    yield (
+        README,
+        f"On an {' '.join(device['device'].split()[1:2])}, bf16, ms of the device ([all of it, "
+        f"with what is missed and why](docs/results/gpu.md)):\n{made['large']}",
+    )
     yield PAGE, name
-    yield PAGE, f"commit {content['environment']['commit']}"
+    environment = content["environment"]
+    (driver,) = {  # which the record does not have
+        versions.split(",")[0]
+        for of in record(NOTES)["environments"].values()
+        if of["device"] == device["device"] and (versions := of["versions"])
+    }
+    day = date.fromisoformat(environment["date"][:10])
+    yield (
+        PAGE,
+        f"{device['device']} (132 multiprocessors), {driver}, PyTorch {environment['torch']}, "
+        f"Triton {device['triton']}, Python {environment['python']}, {day.day} {day:%B %Y}, commit "
+        f"{environment['commit']}; `{environment['command']}`.",
+    )
     yield PAGE, f"{load('gpu_targets').summary(content['targets'])}. The targets were written"
 
 
@@ -102,15 +143,30 @@ def in_the_readme() -> Texts:
     cpu = record("docs/results/amd-epyc-avx2.json")
     headline, scripts = load("headline"), load("gpu_tables")
     yield README, headline.sentence(cpu, gpu)
-    for line in headline.cpu_rows(cpu):
-        yield README, line
+    lead = "times of forward + backward in ms, peak memory beyond the inputs in MiB:"
+    yield README, f"{lead}\n{headline.cpu_table(cpu)}"
     of = scripts.milliseconds(gpu)
     called, graphed = (
         [1e3 * of(part, 1024, 256, "forward+backward", name) for name in ("triton", "eager bf16")]
         for part in ("latency", "latency_graphed")
     )
-    yield README, f"{called[0]:.0f} against {called[1]:.0f} µs at M = 1024"
-    yield README, f"{graphed[0]:.0f} against {graphed[1]:.0f} µs. And"
+    yield (
+        README,
+        f"({called[0]:.0f} against {called[1]:.0f} µs at M = 1024, on a virtual machine with a "
+        f"slow host); from a CUDA graph it is {graphed[0]:.0f} against {graphed[1]:.0f} µs.",
+    )
+    size, comparison = (16384, 256), record("docs/results/nvidia-h100-80gb-hbm3-bf16.json")
+    took = {
+        row["name"]: milliseconds(row["median"])
+        for row in comparison["rows"]
+        if (row["M"], row["D"], row["pass"]) == (*size, BOTH)
+    }
+    yield (
+        README,
+        f"on that machine ours took {took[OURS]} ms at M = {size[0]}, D = {size[1]}, the plain "
+        f"formula {took[EAGER]}, `torch.compile` of it {took[COMPILED]}, the bare products "
+        f"{took[MM]} ([",
+    )
 
 
 def exploration() -> Texts:
@@ -118,8 +174,11 @@ def exploration() -> Texts:
     at = {(k["M"], k["D"]): k["microseconds"] for k in content["kernels"]}
     of = at[16384, 256]
     packing = of["pack_kernel, twice"] / 2
+    forward = of["strips_kernel"] + packing + of["nt_xent_rows_kernel"] + of["tiles_kernel"]
+    quarters = {3: "three quarters"}[round(4 * of["strips_kernel"] / forward)]
     yield (
         PAGE,
+        f"At M = 16384 the tiles themselves are {quarters} of the time "
         f"(D = 256: strips {of['strips_kernel'] + 1e-9:.0f} µs, packing {packing:.0f}, reduction "
         f"{of['nt_xent_rows_kernel']:.0f}, edge {of['tiles_kernel']:.0f})",
     )
@@ -191,11 +250,14 @@ def instructions() -> Texts:
         "coefficient_tiles_kernel": "coefficients",
     }
     rows = record("bench/results/gpu_instructions_sm90.json")["rows"]
+    columns = {"product": "product", "exponential": "exponentials", "issue": "all instructions"}
+    table = [f"| D | kernel | instructions an element | {' | '.join(columns.values())} |"]
     for r in rows:
         if r["place"] != "edge":
-            cycles = [f"{r[f'{key}_cycles']:.0f}" for key in ("product", "exponential", "issue")]
+            cycles = [f"{r[f'{key}_cycles']:.0f}" for key in columns]
             cells = [str(r["D"]), names[r["kernel"]], f"{r['instructions']:.1f}", *cycles]
-            yield PERFORMANCE, f"| {' | '.join(cells)} |"
+            table.append(f"| {' | '.join(cells)} |")
+    yield PERFORMANCE, "\n".join(table)
     forward = {
         r["D"]: r
         for r in rows

@@ -32,10 +32,47 @@ def comparison(name: str) -> Comparison:
 def pages_of_comparisons() -> Texts:
     for name in ("digits", "digits-transfer", "cifar10"):
         yield f"{RESULTS}/{name}.md", comparison_markdown(comparison(name))
-    for name in ("digits", "cifar10"):
+    leads = {"digits": "Mean-pooled patch features:", "cifar10": "where both terms count:"}
+    for name, lead in leads.items():
         table = text_tables(comparison(name))[0]
-        for cells in (*table.rows, tuple(f"**{cell}**" for cell in table.difference)):
-            yield README, f"| {' | '.join(cells)} |"
+        lines = (table.columns, *table.rows, tuple(f"**{cell}**" for cell in table.difference))
+        yield README, "\n".join([lead, *(f"| {' | '.join(cells)} |" for cells in lines)])
+
+
+COUNTS = {3: "three", 4: "four", 5: "five"}
+
+
+def settings() -> Texts:
+    """How many seeds and epochs, and of which data."""
+    digits, transfer, cifar = map(comparison, ("digits", "digits-transfer", "cifar10"))
+    epochs, short, seeds = epochs_of(digits), epochs_of(cifar), len(digits.seeds)
+    assert epochs_of(transfer) == epochs
+    yield README, f"budget, {seeds} seeds each, {epochs} epochs, frozen features"
+    data, size = cifar.config["data"], cifar.config["trainer"]["batch_size"]
+    images = f"{data['train_size']:,}"
+    yield (
+        README,
+        f"{images} images of CIFAR-10 (`cjepa compare --config configs/cifar10.yaml --seeds "
+        f"{','.join(map(str, cifar.seeds))}`, {short} epochs",
+    )
+    page = f"{RESULTS}/cifar10.md"
+    yield page, f"{images} training images"
+    yield page, f"test images, {short} epochs, batches of {size}"
+    yield page, f"the training set for {short} epochs"
+    yield page, f"epochs against {short}; large batches against {size}"
+    batch = digits.config["trainer"]["batch_size"]
+    yield f"{RESULTS}/digits.md", f"test images, {epochs} epochs, batches of {batch}"
+    yield f"{RESULTS}/digits-transfer.md", f"The budget is {epochs} epochs of half the images"
+    yield "docs/start.md", f"on 8 × 8 digits, {COUNTS[seeds]} seeds each"
+    rows = record(f"{RESULTS}/tuning.json")["rows"]
+    (seeds,) = {len(row["seeds"]) for row in rows}
+    yield f"{RESULTS}/tuning.md", f"C-JEPA on digits, {epochs} epochs, {seeds} seeds each"
+
+
+def epochs_of(content: Comparison) -> int:
+    (epochs,) = {len(run.history) for run in content.runs}
+    assert epochs == content.config["trainer"]["epochs"]
+    return epochs
 
 
 def gains() -> Texts:
@@ -49,7 +86,16 @@ def gains() -> Texts:
         return [f"{over(content, other, metric).mean:.1f}" for metric in metrics]
 
     few, near = points(digits, "jepa", "mean/few_label", "mean/knn")
-    yield f"{RESULTS}/digits.md", f"{few} points on the few-label probe and {near} on k-NN"
+    times = {
+        round(over(digits, "jepa", f"cls/{m}").mean / over(digits, "jepa", f"mean/{m}").mean)
+        for m in ("few_label", "knn")
+    }
+    assert times == {2}
+    yield (
+        f"{RESULTS}/digits.md",
+        f"{few} points on the few-label probe and {near} on k-NN of mean-pooled features, paired "
+        "by seed, and twice that on CLS",
+    )
     metrics = ("few_label", "knn", "linear", "linear_robust")
     apart = max(over(digits, "contrastive", f"mean/{metric}").mean for metric in metrics)
     yield f"{RESULTS}/digits.md", f"alone, it comes within {apart:.1f} points of C-JEPA"
@@ -69,8 +115,8 @@ def gains() -> Texts:
     linear, nearest = (over(cifar, "jepa", f"mean/{metric}") for metric in ("linear", "knn"))
     yield (
         f"{RESULTS}/cifar10.md",
-        f"gains {linear.mean:.1f} points (± {linear.std:.1f} over three seeds, paired), k-NN "
-        f"{nearest.mean:.1f}",
+        f"gains {linear.mean:.1f} points (± {linear.std:.1f} over {COUNTS[len(cifar.seeds)]} "
+        f"seeds, paired), k-NN {nearest.mean:.1f}",
     )
     both = points(
         cifar, "contrastive", *(f"{of}/{m}" for of in ("mean", "cls") for m in ("linear", "knn"))
@@ -160,12 +206,21 @@ def tuning() -> Texts:
     content = record(f"{RESULTS}/tuning.json")
     probes = ("mean/few_label", "mean/knn", "cls/few_label", "cls/knn")
     ends = ("contrastive_accuracy", "term_ratio", "gap")
+    table = [
+        "| setting | few-label, mean-pooled | k-NN, mean-pooled | few-label, CLS | k-NN, CLS "
+        "| accuracy at the end | ratio of the terms | pos − neg |"
+    ]
     for r in content["rows"]:
         cells = [
             *(f"{statistics.mean(r[k]):.1f} ± {statistics.stdev(r[k]):.1f}" for k in probes),
             *(f"{statistics.mean(r[k]):.2f}" for k in ends),
         ]
-        yield page, f"| {r['setting']} | {' | '.join(cells)} |"
+        table.append(f"| {r['setting']} | {' | '.join(cells)} |")
+    yield page, "\n".join(table)
+    means = [[statistics.mean(r[k]) for r in content["rows"]] for k in probes]
+    assert max(max(of) - min(of) for of in means) <= 2
+    yield page, "stay within two points of each other on every probe"
+    yield "docs/faq.md", "moved a probe by more than two points"
     rows = {r["setting"]: r for r in content["rows"]}
     first = rows["weight 0.1, temperature 0.1"]
     deviation = max(statistics.stdev(r[k]) for r in rows.values() for k in probes)
@@ -195,5 +250,5 @@ def tuning() -> Texts:
 
 def expected() -> Texts:
     """Page and text of everything above."""
-    for texts in (pages_of_comparisons, gains, parameters, guide, tuning):
+    for texts in (pages_of_comparisons, settings, gains, parameters, guide, tuning):
         yield from texts()

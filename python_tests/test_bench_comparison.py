@@ -329,7 +329,7 @@ def test_a_missing_library_is_left_out_with_how_to_get_it(
     results = Comparison(TINY, lambda text: None).run()
     (missing,) = results["missing"]
     assert missing["name"] == "metric_learning"
-    assert "pip install 'cjepa_kernels[bench]'" in missing["how"]
+    assert "pip install --no-build-isolation '.[bench]'" in missing["how"]
     assert "pytorch-metric-learning is left out: " in report.markdown(results)
 
 

@@ -94,10 +94,14 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert anchor in anchors(target), f"{name_of(document)}: {link}"
 
 
-def test_make_targets_exist() -> None:
+def make_targets() -> set[str]:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     rules = re.findall(r"^([a-z][a-z -]*):(?!=)", makefile, re.MULTILINE)
-    targets = {target for rule in rules for target in rule.split()}
+    return {target for rule in rules for target in rule.split()}
+
+
+def test_make_targets_exist() -> None:
+    targets = make_targets()
     asked = {
         (name_of(document), target)
         for document in DOCUMENTS
@@ -106,6 +110,39 @@ def test_make_targets_exist() -> None:
     }
     assert len(asked) > 10
     assert not {entry for entry in asked if entry[1] not in targets}
+
+
+def test_contributing_lists_every_make_target() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^    make ([\w-]+)", page, re.MULTILINE)) == make_targets()
+
+
+def test_make_help_names_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    lines = [*makefile.splitlines()[:3], *re.findall(r'@echo "(make .*)"', makefile)]
+    named = set(re.findall(r"\bmake ([a-z][\w-]*)", "\n".join(lines)))
+    assert make_targets() - named == {"help"}
+
+
+def test_install_commands_agree_with_the_build() -> None:
+    """An old setuptools is replaced, and nothing is fetched by the package's name from an index."""
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    setuptools = re.search(r'requires = \["(setuptools>=\d+)"', pyproject)
+    assert setuptools is not None
+    asked = [
+        (name_of(document), command)
+        for document in DOCUMENTS
+        for command in commands(document)
+        if "pip install" in command
+    ]
+    tools = [(page, command) for page, command in asked if "setuptools" in command]
+    assert {page for page, _ in tools} >= {"docs/start.md", *migration_pages()}
+    assert not [entry for entry in tools if f"'{setuptools[1]}'" not in entry[1]]
+    assert not [entry for entry in asked if re.search(r"install .*cjepa[_-]kernels", entry[1])]
+
+
+def migration_pages() -> set[str]:
+    return {name_of(page) for page in (DOCS / "migrate").glob("*.md")}
 
 
 def test_scripts_exist() -> None:

@@ -12,6 +12,7 @@ import pytest
 from bench_scripts import load
 from figures import ROOT, record
 
+from cjepa_kernels.bench.plot_style import svg
 from cjepa_kernels.bench.plots import drawable
 from cjepa_kernels.train import advisor
 from cjepa_kernels.train.comparison import load_comparison
@@ -94,6 +95,36 @@ def test_page_of_a_comparison_is_that_of_its_json(path: Path) -> None:
     assert len(images) == len(drawable(results)) >= 3
     assert all((path.parent / image).exists() for image in images)
     assert not results["environment"]["commit"].endswith("-dirty")
+
+
+@pytest.mark.parametrize("path", recorded_comparisons(), ids=lambda path: path.stem)
+def test_plots_of_a_comparison_are_those_of_its_json(path: Path) -> None:
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    drawn = {f"bench_{path.stem}_{name}.svg": draw for name, (_, draw) in drawable(results).items()}
+    images = ROOT / "docs" / "images"
+    assert {image.name for image in images.glob(f"bench_{path.stem}_*.svg")} == set(drawn)
+    for name, draw in drawn.items():
+        assert svg(draw) == (images / name).read_text(encoding="utf-8"), name
+
+
+def test_every_plot_is_of_a_comparison() -> None:
+    names = {path.stem for path in recorded_comparisons()}
+    for image in (ROOT / "docs" / "images").glob("bench_*.svg"):
+        assert image.stem.removeprefix("bench_").rpartition("_")[0] in names
+
+
+def test_pictures_of_the_other_pages_are_those_of_their_records() -> None:
+    speed, errors, costs = map(load, ("plot", "temperature_error", "distributed_cost"))
+    of_errors = record("bench/results/temperature_error_cpu.json")["rows"]
+    pictures = {
+        speed.OUT: speed.draw(record("bench/results/nt_xent_cpu.json")),
+        errors.OUT: svg(lambda: errors.draw(of_errors)),
+        ROOT / "docs/images/distributed.svg": costs.draw(
+            record("bench/results/distributed_cost.json")["rows"]
+        ),
+    }
+    for path, text in pictures.items():
+        assert text == path.read_text(encoding="utf-8"), path.name
 
 
 def test_picture_of_the_readme_is_that_of_the_records() -> None:

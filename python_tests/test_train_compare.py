@@ -143,6 +143,12 @@ def test_environment_is_recorded(compared: tuple[Comparison, Path, str]) -> None
     assert environment["threads per run"] == 1
 
 
+def test_recorded_command_is_one_that_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for program in ("/venv/bin/cjepa", "/somewhere/cjepa_kernels/train/cli.py"):
+        monkeypatch.setattr("sys.argv", [program, "compare", "--seeds", "0"])
+        assert compare_module.environment(SMALL)["command"] == "cjepa compare --seeds 0"
+
+
 def test_second_call_trains_nothing_and_one_worker_agrees(
     compared: tuple[Comparison, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -336,9 +336,11 @@ def environment(config: ExperimentConfig) -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
+    program = Path(sys.argv[0]).name
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # cli.py is the same program, started by python -m.
+        "command": " ".join(["cjepa" if program == "cli.py" else program, *sys.argv[1:]]),
         "commit": _commit(),
         "device": _device(config.trainer.accelerator),
         "cores": os.cpu_count(),
