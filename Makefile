@@ -108,7 +108,6 @@ format: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(MAKE) micro
 	$(BIN)/cjepa bench --out $(BENCH_OUT)
-	$(BIN)/python bench/nt_xent.py
 
 bench-quick: $(VENV)/.dev
 	$(BIN)/cjepa bench --quick --out $(BENCH_OUT)
