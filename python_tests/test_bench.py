@@ -178,8 +178,8 @@ def test_quick_run_prints_every_table_and_writes_nothing() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sizes", "64"], "expected MxD with an even M of 4 or more, got '64'"),
-        (["--sizes", "63x8"], "expected MxD with an even M of 4 or more, got '63x8'"),
+        (["--sizes", "64"], "an even M of 4 or more and a D of 2 or more, got '64'"),
+        (["--sizes", "63x8"], "an even M of 4 or more and a D of 2 or more, got '63x8'"),
         (["--only", "targets,all"], "expected parts of targets"),
     ],
     ids=["no_features", "odd", "part"],

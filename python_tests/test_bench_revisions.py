@@ -162,7 +162,7 @@ def test_a_failed_build_leaves_no_checkout(repository: Path) -> None:
     [
         ([], "a revision is needed: make bench-compare BASE=main"),
         (["no-such-revision"], "expected a revision of this repository, got 'no-such-revision'"),
-        (["HEAD", "--sizes", "3x4"], "expected MxD with an even M of 4 or more, got '3x4'"),
+        (["HEAD", "--sizes", "3x4"], "an even M of 4 or more and a D of 2 or more, got '3x4'"),
         (["HEAD", "--rounds", "0"], "--rounds: expected 1 or more, got 0"),
     ],
     ids=["none", "revision", "size", "rounds"],
