@@ -205,6 +205,7 @@ def test_a_directory_that_cannot_be_written_to_is_refused_before_anything_is_mea
 
 
 def test_plots_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
+    assert set(cli.PLOTS) == set(plots.PLOTS)
     (tmp_path / "temperature-dark.png").write_text("old")
     (tmp_path / "mine.png").write_text("kept")
     cli.prepare(tmp_path)

@@ -39,6 +39,7 @@ QUICK = Settings(
     shrink_roofs=2,
 )
 OUT = Path("cjepa-bench")
+PLOTS = ("time", "memory", "roofline", "temperature")  # as in plots.py, which needs matplotlib
 # What of the page's table a terminal of 80 columns shows, and how it is called there.
 COLUMNS = {
     "loss": "loss",
@@ -94,7 +95,7 @@ def prepare(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=out):
             pass
-        for name in ("time", "memory", "roofline", "temperature"):
+        for name in PLOTS:
             for path in (out / f"{name}.png", out / f"{name}-dark.png"):
                 path.unlink(missing_ok=True)
     except OSError as error:
