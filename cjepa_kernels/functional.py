@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
+from typing import NamedTuple, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -57,8 +59,8 @@ def nt_xent(
     Args:
         z_i: (B, D), or (B, N, D) which counts as B*N pairs. fp64, fp32, bf16 or fp16.
         z_j: Same shape, dtype and device; ``z_j[k]`` is the positive of ``z_i[k]``.
-        temperature: Positive float, or a 0-dim tensor, which then gets a gradient (a tensor that
-            is not positive gives NaN: nobody may read it on the host).
+        temperature: Positive float, or a tensor of shape () or (1,), which then gets a gradient of
+            its shape (a tensor that is not positive gives NaN, because the host never reads it).
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         eps: Smallest norm that is divided by; a row below it gets a zero gradient.
         reduction: ``mean`` over the 2B anchors, ``sum``, or ``none``.
@@ -114,6 +116,7 @@ def nt_xent(
             raise ValueError("mask must be None with a group: it names pairs of one rank only")
         _check_mask(mask, z_i)
     _check_temperature_device(temperature, "z_i", z_i)
+    temperature, eps = _one_number(temperature), float(eps)
     if group is None:
         return _nt_xent(z_i, z_j, temperature, use_cosine_similarity, eps, reduction, mask, backend)
     if backend == "reference" and strategy == "ring":
@@ -169,7 +172,7 @@ def _nt_xent(
 ) -> NTXentOutput:
     """One process, checked arguments."""
     if backend == "reference":
-        with torch.autocast(z_i.device.type, enabled=False):
+        with without_autocast(z_i.device):
             terms = reference.nt_xent(
                 z_i,
                 z_j,
@@ -209,8 +212,8 @@ def cross_logsumexp(
     Args:
         x: (M, D), M >= 1. fp64, fp32, bf16 or fp16.
         y: (N, D), N >= 1; same D, dtype and device.
-        temperature: Positive float, or a 0-dim tensor, which then gets a gradient (a tensor that
-            is not positive gives NaN: nobody may read it on the host).
+        temperature: Positive float, or a tensor of shape () or (1,), which then gets a gradient of
+            its shape (a tensor that is not positive gives NaN, because the host never reads it).
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         eps: Smallest norm that is divided by; a row below it gets a zero gradient.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
@@ -243,8 +246,9 @@ def cross_logsumexp(
     check_bool("use_cosine_similarity", use_cosine_similarity)
     _check_rectangle(x, y)
     _check_temperature_device(temperature, "x", x)
+    temperature, eps = _one_number(temperature), float(eps)
     if backend == "reference":
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return reference.cross_logsumexp(
                 x,
                 y,
@@ -270,16 +274,32 @@ def choose_overload(backend: Backend, device: torch.device) -> str:
     return ".chunked" if backend == "chunked" or (device.type == "cpu" and not HAS_NATIVE) else ""
 
 
+def _one_number(temperature: float | Tensor) -> float | Tensor:
+    """A checked temperature as the back ends take it: a float, or a 0-dim tensor."""
+    if not isinstance(temperature, Tensor):
+        return float(temperature)
+    return temperature.reshape(()) if temperature.ndim else temperature
+
+
 def _split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     """The operators' two arguments: a tensor, which counts if given, and a number."""
     if isinstance(temperature, Tensor):
         return temperature, 1.0
-    return None, float(temperature)
+    return None, temperature
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off, on a device that has it: "meta" has none."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _product_dtype(z: Tensor) -> torch.dtype | None:
     """What autocast wants the operands rounded to; None outside of it."""
-    if z.dtype != torch.float64 and torch.is_autocast_enabled(z.device.type):
+    if z.dtype == torch.float64 or not torch.amp.is_autocast_available(z.device.type):
+        return None
+    if torch.is_autocast_enabled(z.device.type):
         return torch.get_autocast_dtype(z.device.type)
     return None
 
@@ -302,11 +322,26 @@ def check_strategy(strategy: str) -> None:
         raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
 
 
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number: of Python or, as ``np.float32(0.1)``, of NumPy."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float, Real))
+
+
+def as_float(value: SupportsFloat) -> float:
+    """A number of any kind; an int beyond every float is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def check_positive(name: str, value: float) -> None:
     """Raise unless ``value`` is a finite positive number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 < value < math.inf:  # a comparison: torch.compile traces it for symbolic floats
+    if not 0 < as_float(value) < math.inf:  # torch.compile traces it for symbolic floats
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
@@ -317,18 +352,20 @@ def check_bool(name: str, value: bool) -> None:
 
 
 def check_temperature(temperature: float | Tensor) -> None:
-    """Raise unless ``temperature`` is a positive finite float or a 0-dim floating tensor."""
+    """Raise unless ``temperature`` is a positive finite float, or a () or (1,) floating tensor."""
     if isinstance(temperature, Tensor):
-        if temperature.ndim != 0 or temperature.dtype not in FLOATING:
+        if temperature.shape not in ((), (1,)) or temperature.dtype not in FLOATING:
             raise ValueError(
-                "temperature must be a float or a 0-dim floating-point tensor (fp64, fp32, bf16 or "
-                "fp16), got a tensor of "
+                "temperature must be a float, or a floating-point tensor (fp64, fp32, bf16 or "
+                "fp16) of shape () or (1,), got a tensor of "
                 f"shape {tuple(temperature.shape)} and dtype {temperature.dtype}"
             )
         return
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a float or a 0-dim tensor, got {temperature!r}")
-    if not 0 < temperature < math.inf:
+    if not is_number(temperature):
+        raise TypeError(
+            f"temperature must be a float, or a tensor of shape () or (1,), got {temperature!r}"
+        )
+    if not 0 < as_float(temperature) < math.inf:
         raise ValueError(f"Temperature must be positive, and finite, got {temperature}")
 
 

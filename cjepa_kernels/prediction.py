@@ -16,6 +16,7 @@ from cjepa_kernels.functional import (
     check_positive,
     check_reduction,
     choose_overload,
+    without_autocast,
 )
 from cjepa_kernels.reference import PredictionLossType, Reduction
 
@@ -38,7 +39,7 @@ class PredictionOptions(NamedTuple):
     @property
     def threshold(self) -> float:
         """Where the penalty turns linear."""
-        return self.huber_delta if self.loss_type == "huber" else self.smoothl1_beta
+        return float(self.huber_delta if self.loss_type == "huber" else self.smoothl1_beta)
 
     def check(self) -> PredictionOptions:
         """Raise unless every option is one that the prediction loss knows."""
@@ -51,7 +52,8 @@ class PredictionOptions(NamedTuple):
         for name in ("smoothl1_beta", "huber_delta", "eps"):
             value = getattr(self, name)
             check_positive(name, value)
-            if not SMALLEST <= value <= LARGEST:  # fp32 has neither their squares nor inverses
+            # fp32 has neither squares nor inverses of others.
+            if not SMALLEST <= float(value) <= LARGEST:
                 raise ValueError(f"{name} must lie between {SMALLEST} and {LARGEST}, got {value}")
         check_backend(self.backend)
         return self
@@ -147,8 +149,9 @@ def hierarchical_prediction_loss(
 ) -> HierarchicalLoss:
     """All levels in one call of the operator; arguments are checked (:func:`check_levels`)."""
     device = predictions[0].device
+    weights = tuple(float(weight) for weight in weights)
     if options.backend == "reference":
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device):
             return _reference(predictions, targets, masks, weights, options)
     reduction = options.reduction
     loss, unweighted, levels, _, _ = ops.call(
@@ -157,11 +160,11 @@ def hierarchical_prediction_loss(
         list(predictions),
         list(targets),
         _as_tensors(masks),
-        tuple(weights),
+        weights,
         options.loss_type,
         options.target_norm or ("l2" if options.normalize_embeddings else "none"),
         options.threshold,
-        options.eps,
+        float(options.eps),
         reduction,
     )
     # Single views: results of unbind() and split() cannot be changed in place.
@@ -199,7 +202,7 @@ def _reference(
             mask=mask,
             reduction=options.reduction,
             threshold=options.threshold,
-            eps=options.eps,
+            eps=float(options.eps),
         )
         levels.append(level)
         if options.reduction != "none":
