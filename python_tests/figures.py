@@ -79,6 +79,11 @@ SETTINGS = {
     "CONTRIBUTING.md": {"the values and gradients of 2.13 in": "a version"},
     "docs/api/backends.md": {"up to 256 MiB of exponentials": "a default"},
     "docs/benchmarks.md": {
+        "Its 99 % interval is that of the sign test": "a rule, compared in test_bench_verdict.py",
+        "beyond 2 % on one side, and *as fast* if it lies within 2 %": (
+            "a rule, compared in test_bench_verdict.py"
+        ),
+        "for up to 30 times `--seconds`": "a rule, compared in test_bench_verdict.py",
         "a 99 % bootstrap interval": "how the comparison decides",
         "beyond 2 % on one side": "how the comparison decides",
     },
