@@ -20,12 +20,8 @@ pytest.importorskip("lightning")
 from cjepa_kernels.backends import BackendStatus
 from cjepa_kernels.train import runner
 from cjepa_kernels.train.batches import EpochBatches
-from cjepa_kernels.train.callbacks import (
-    AtomicCheckpointIO,
-    DivergenceError,
-    MetricHistory,
-    to_csv,
-)
+from cjepa_kernels.train.callbacks import DivergenceError, MetricHistory, to_csv
+from cjepa_kernels.train.checkpoints import AtomicCheckpointIO
 from cjepa_kernels.train.config import (
     DataConfig,
     ExperimentConfig,

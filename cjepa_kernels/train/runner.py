@@ -23,14 +23,13 @@ from cjepa_kernels.train.atomic import atomic_write, remove_partial_files
 from cjepa_kernels.train.batches import PretrainData
 from cjepa_kernels.train.callbacks import (
     AdvisorHook,
-    AtomicCheckpointIO,
-    EpochCheckpoint,
     EpochProgressBar,
     MetricHistory,
     Progress,
     ProgressHook,
     Stopwatch,
 )
+from cjepa_kernels.train.checkpoints import AtomicCheckpointIO, EpochCheckpoint
 from cjepa_kernels.train.config import (
     ExperimentConfig,
     config_from_dict,
