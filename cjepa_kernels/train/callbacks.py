@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,14 +140,26 @@ class AdvisorHook(Callback):
         advisor: The advisor.
         history: Where the metrics come from; it must run first.
         path: The log file.
+        data_lines: What was understood of the data: the log begins with it.
     """
 
-    def __init__(self, advisor: Advisor, history: MetricHistory, path: Path) -> None:
+    def __init__(
+        self,
+        advisor: Advisor,
+        history: MetricHistory,
+        path: Path,
+        data_lines: Sequence[str] = (),
+    ) -> None:
         self.advisor = advisor
         self.history = history
         self.path = path
+        self.data_lines = tuple(data_lines)
         self.findings: list[dict[str, str | float]] = []
         self.lines: list[str] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._write()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row = self.history.rows[-1]
@@ -166,7 +178,10 @@ class AdvisorHook(Callback):
             self.lines.append(
                 f"epoch {epoch}: finding {finding.rule}: {finding.message} ({finding.evidence})"
             )
-        atomic_write(self.path, "\n".join(self.lines) + "\n")
+        self._write()
+
+    def _write(self) -> None:
+        atomic_write(self.path, "".join(f"{line}\n" for line in (*self.data_lines, *self.lines)))
 
     def state_dict(self) -> dict[str, Any]:
         return {
