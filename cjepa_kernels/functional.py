@@ -17,6 +17,7 @@ from cjepa_kernels.distributed import STRATEGIES, Options, Strategy
 from cjepa_kernels.distributed import nt_xent as of_group
 from cjepa_kernels.environment import read_mebibytes
 from cjepa_kernels.reference import FLOATING, REDUCTIONS, CrossLogSumExp, Reduction
+from cjepa_kernels.registration import refuse_transforms
 
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 KEPT_BYTES = int(read_mebibytes("CJEPA_KEPT_MIB", 256) * 2**20)
@@ -144,6 +145,7 @@ def _nt_xent_of_group(
     tensor, number = _split_temperature(temperature)
     overload = of_group.REFERENCE
     if backend != "reference":
+        refuse_transforms("nt_xent", (z_i, z_j, tensor))
         overload = choose_overload(backend, z_i.device)
     options = Options(
         temperature=number,

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cjepa_kernels.backends import HAS_TRITON
 
@@ -79,11 +80,36 @@ def call(name: str, overload: str, *args: Any) -> tuple[Tensor, ...]:
     The registered autograd is Python code under every call, most of a small batch's time. It
     serves torch.compile, torch.export and those who call the operator itself.
     """
+    refuse_transforms(name, args)
     if torch.compiler.is_compiling():
         return _call_compiled(name, overload, args)
     if not torch.is_grad_enabled():
         return operator(name, overload)(*args)  # type: ignore[no-any-return]
     return _functions[name, overload](*args)  # type: ignore[no-any-return]
+
+
+def is_transformed() -> bool:
+    """Whether torch.func transforms what runs now, or forward-mode derivatives may be taken."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_transforms(name: str, args: Sequence[Any]) -> None:
+    """Raise under torch.func, and where an argument has a tangent, which would be lost."""
+    if not is_transformed():
+        return
+    if torch._C._are_functorch_transforms_active():
+        what = "cannot be transformed by torch.func (vmap, grad, jvp, hessian, ...)"
+    elif any(isinstance(x, Tensor) and has_tangent(x) for x in _flatten(args)[1]):
+        what = "has no forward-mode derivative"
+    else:
+        return
+    raise RuntimeError(f'{name} {what} in this back end; use backend="reference"')
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether ``x`` is dual: a value with its derivative."""
+    tangent = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
+    return tangent is not None
 
 
 def _call_compiled(name: str, overload: str, args: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -192,17 +218,28 @@ def _register(
 
 def _make_gradients(definition: Definition, overload: str) -> Callable[..., tuple[Any, ...]]:
     backward = operator(f"{definition.name}_backward", overload)
+    has_lists = "Tensor[]" in definition.schema  # vmap knows no way to run these one by one
 
     def quick_backward(*args: Any) -> Any:
         with _below_autograd():
             return backward(*args)
 
     def gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        if has_lists and any(x is not None and _is_batched(x) for x in upstream):
+            raise RuntimeError(
+                f"{definition.name} takes one gradient at a time in this back end, not a batch of "
+                '(is_grads_batched, vectorize); use backend="reference"'
+            )
         # Who wants a second derivative meets the autograd that says that there is none.
         run = backward if torch.is_grad_enabled() else quick_backward
         return definition.gradients(ctx, run, *upstream)
 
     return gradients
+
+
+def _is_batched(x: Tensor) -> bool:
+    functorch: Any = torch._C._functorch
+    return bool(functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x))
 
 
 def _make_no_double_backward(name: str) -> Callable[..., None]:

@@ -89,6 +89,7 @@ class NTXentLoss(nn.Module):
         self.eps = float(eps)
         self.backend = backend
         self.return_logits = return_logits
+        self._distributed: bool | SharedGroup
         self.distributed = distributed
         self.strategy = strategy
         self._temperature = float(temperature)  # of a learnable one, where it starts
@@ -112,11 +113,8 @@ class NTXentLoss(nn.Module):
 
     @distributed.setter
     def distributed(self, value: bool | ProcessGroup) -> None:
-        if isinstance(value, bool):
-            self._distributed: bool | SharedGroup = value
-        else:
-            resolve_group(value)
-            self._distributed = SharedGroup(value)
+        resolve_group(value)
+        self._distributed = value if isinstance(value, bool) else SharedGroup(value)
 
     @property
     def temperature(self) -> float | Tensor:
