@@ -17,39 +17,16 @@ import torch
 
 pytest.importorskip("lightning")
 
+from train_experiments import tiny, weights
+
 from cjepa_kernels.backends import BackendStatus
 from cjepa_kernels.train import runner
 from cjepa_kernels.train.batches import EpochBatches
-from cjepa_kernels.train.callbacks import (
-    AtomicCheckpointIO,
-    DivergenceError,
-    MetricHistory,
-    to_csv,
-)
-from cjepa_kernels.train.config import (
-    DataConfig,
-    ExperimentConfig,
-    config_from_dict,
-    config_to_dict,
-)
+from cjepa_kernels.train.callbacks import DivergenceError, MetricHistory, to_csv
+from cjepa_kernels.train.checkpoints import AtomicCheckpointIO
+from cjepa_kernels.train.config import DataConfig, ExperimentConfig, config_to_dict
 from cjepa_kernels.train.data import load_dataset
 from cjepa_kernels.train.run_directory import RunResult, load_result
-
-TINY = {
-    "data": {"source": "digits", "train_size": 128, "test_size": 60},
-    "model": {
-        "dim": 16,
-        "depth": 2,
-        "heads": 2,
-        "predictor_dim": 8,
-        "predictor_depth": 1,
-        "predictor_heads": 2,
-    },
-    "trainer": {"epochs": 2, "batch_size": 32, "threads": 1},
-    "evaluation": {"few_labels": 3, "few_label_draws": 2, "knn_k": 3, "robustness": False},
-    "logging": {"tensorboard": False, "progress_bar": False},
-}
-
 
 COMMAND = [sys.executable, "-m", "cjepa_kernels.train.cli", "train"]
 
@@ -57,16 +34,6 @@ COMMAND = [sys.executable, "-m", "cjepa_kernels.train.cli", "train"]
 NO_GPU = pytest.mark.skipif(
     torch.cuda.is_available() or torch.backends.mps.is_available(), reason="has an accelerator"
 )
-
-
-def tiny(*overrides: str) -> ExperimentConfig:
-    return config_from_dict(TINY, overrides)
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    checkpoint = run_dir / "checkpoints" / "last.ckpt"
-    state: dict[str, torch.Tensor] = torch.load(checkpoint, weights_only=True)["state_dict"]
-    return state
 
 
 def start(config: ExperimentConfig, run_dir: Path, tmp_path: Path) -> subprocess.Popen[bytes]:

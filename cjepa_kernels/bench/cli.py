@@ -31,7 +31,6 @@ from cjepa_kernels.train.atomic import atomic_write
 QUICK = Settings(
     sizes=QUICK_SIZES,
     seconds=0.7,
-    least=3,
     longest=4.0,
     compiled=False,
     temperatures_at=Size(512, 256),
@@ -43,9 +42,10 @@ PLOTS = ("time", "memory", "roofline", "temperature")  # as in plots.py, which n
 # What of the page's table a terminal of 80 columns shows, and how it is called there.
 COLUMNS = {
     "loss": "loss",
-    "forward ms": "fwd ms",
-    "forward + backward ms": "fwd + bwd ms",
-    "x ours": "x ours",
+    "forward ms": "fwd, ms",
+    "forward + backward ms": "both, ms",
+    "time / ours": "/ ours",
+    "99 % interval": "99 % interval",
     "memory MiB": "MiB",
     "gradient error": "error",
 }
@@ -182,7 +182,8 @@ def run(settings: Settings, out: Path, console: Console) -> Results:
 
 def size_table(results: Results, size: Size) -> Table:
     """The table of one size for a terminal."""
-    table = Table(title=f"M = {size.rows}, D = {size.features}", title_justify="left")
+    title = f"M = {size.rows}, D = {size.features}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for key, name in COLUMNS.items():
         table.add_column(name, justify="left" if key == "loss" else "right", no_wrap=True)
     for cells in report.of_size(results, size):

@@ -1,24 +1,22 @@
-"""What happens around the steps: metric history, advisor, log, progress, checkpoints."""
+"""What happens around the steps: metric history, advisor, log, progress."""
 
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from lightning.pytorch.callbacks import Callback, Checkpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from torch import Tensor
 
 from cjepa_kernels.train.advisor import METRICS as ADVISOR_METRICS
 from cjepa_kernels.train.advisor import Advisor
-from cjepa_kernels.train.atomic import atomic_path, atomic_write
+from cjepa_kernels.train.atomic import atomic_write
 from cjepa_kernels.train.data import Dataset
 from cjepa_kernels.train.evaluate import effective_rank, evaluate, standard_deviation
 from cjepa_kernels.train.module import CJEPAModule, feature_extractor
@@ -140,14 +138,26 @@ class AdvisorHook(Callback):
         advisor: The advisor.
         history: Where the metrics come from; it must run first.
         path: The log file.
+        data_lines: What was understood of the data: the log begins with it.
     """
 
-    def __init__(self, advisor: Advisor, history: MetricHistory, path: Path) -> None:
+    def __init__(
+        self,
+        advisor: Advisor,
+        history: MetricHistory,
+        path: Path,
+        data_lines: Sequence[str] = (),
+    ) -> None:
         self.advisor = advisor
         self.history = history
         self.path = path
+        self.data_lines = tuple(data_lines)
         self.findings: list[dict[str, str | float]] = []
         self.lines: list[str] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._write()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row = self.history.rows[-1]
@@ -166,7 +176,10 @@ class AdvisorHook(Callback):
             self.lines.append(
                 f"epoch {epoch}: finding {finding.rule}: {finding.message} ({finding.evidence})"
             )
-        atomic_write(self.path, "\n".join(self.lines) + "\n")
+        self._write()
+
+    def _write(self) -> None:
+        atomic_write(self.path, "".join(f"{line}\n" for line in (*self.data_lines, *self.lines)))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -261,58 +274,6 @@ class EpochProgressBar(RichProgressBar):
             "contrastive": round(row["contrastive_loss"], 4),
             "accuracy": round(row["contrastive_accuracy"], 3),
         }
-
-
-class EpochCheckpoint(Checkpoint):
-    """Saves ``last.ckpt`` at each epoch's end, after every other callback.
-
-    Args:
-        directory: Where the checkpoints go.
-        keep_every_n_epochs: Also keep every n-th epoch's checkpoint; 0: only the last one.
-    """
-
-    def __init__(self, directory: Path, keep_every_n_epochs: int = 0) -> None:
-        self.directory = directory
-        self.keep_every_n_epochs = keep_every_n_epochs
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        epoch = trainer.current_epoch + 1
-        if self.keep_every_n_epochs and epoch % self.keep_every_n_epochs == 0:
-            trainer.save_checkpoint(self.directory / f"epoch{epoch:04d}.ckpt")
-        trainer.save_checkpoint(self.directory / "last.ckpt")
-
-
-class AtomicCheckpointIO(CheckpointIO):
-    """Checkpoints that are complete or absent, and that hold tensors and plain values only."""
-
-    def save_checkpoint(
-        self,
-        checkpoint: dict[str, Any],
-        path: str | os.PathLike[str],
-        storage_options: Any | None = None,
-    ) -> None:
-        with atomic_path(path) as temporary:
-            torch.save(checkpoint, temporary)
-
-    def load_checkpoint(
-        self,
-        path: str | os.PathLike[str],
-        map_location: Any | None = None,
-        weights_only: bool | None = None,
-    ) -> dict[str, Any]:
-        try:
-            checkpoint: dict[str, Any] = torch.load(
-                path, map_location=map_location or "cpu", weights_only=True
-            )
-        except Exception as error:
-            # A damaged file fails somewhere in unpickling, in a way that names nothing.
-            raise ValueError(
-                f"{path} is damaged ({error}): remove it to start the run again"
-            ) from error
-        return checkpoint
-
-    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        Path(path).unlink(missing_ok=True)
 
 
 def to_csv(rows: list[Row]) -> str:

@@ -104,10 +104,15 @@ def train(
         experiment = load_config(config, overrides or ())
 
         run_dir = out or _default_directory(config, config_to_dict(experiment), "")
-        result = runner.train(experiment, run_dir, progress_bar=sys.stderr.isatty())
+        console = Console()
+        result = runner.train(
+            experiment,
+            run_dir,
+            on_summary=lambda summary: summary.print(console),
+            progress_bar=sys.stderr.isatty(),
+        )
         if not result.evaluation:
             return  # a rank other than the first one
-        console = Console()
         console.print(_probe_table(result.evaluation, f"{config.stem}, seed {experiment.seed}"))
         for finding in result.findings:
             console.print(

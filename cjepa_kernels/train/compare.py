@@ -32,6 +32,7 @@ from cjepa_kernels.train.comparison import (
 )
 from cjepa_kernels.train.config import ExperimentConfig, config_from_dict, config_to_dict
 from cjepa_kernels.train.data import Dataset, load_dataset, resolve_pretrain_classes
+from cjepa_kernels.train.data_summary import summarize
 from cjepa_kernels.train.evaluate import check_dataset, evaluate, evaluate_pixels
 from cjepa_kernels.train.report import write_report
 from cjepa_kernels.train.run_directory import RunResult, check_run_directory
@@ -122,6 +123,7 @@ def compare(
         check_run_directory(run_config, out_dir / "runs" / _run_name(arm, seed))
         runner.check_against_data(run_config, dataset)
     check_dataset(dataset, resolve_pretrain_classes(base[seeds[0]].data, dataset))
+    summarize(base[seeds[0]], dataset).print(console)
 
     jobs = [
         Job(_run_name(arm, seed), _train_job, (run_config, out_dir / "runs" / _run_name(arm, seed)))

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from cjepa_kernels.yaml_reader import parse_yaml
+from cjepa_kernels.yaml_reader import parse_yaml, read_yaml
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Range = tuple[float, float]
@@ -255,10 +255,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"no configuration file {str(file)!r}")
-    try:
-        values = parse_yaml(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid YAML: {error}") from error
+    values = read_yaml(file)
     if values is None:
         values = {}
     if not isinstance(values, Mapping):
@@ -361,7 +358,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = parse_yaml(text)
     except ValueError as error:
-        raise ValueError(f"override {override!r}: the value is not valid YAML") from error
+        shown = override if len(override) <= 80 else f"{override[:79]}…"
+        raise ValueError(f"override {shown!r}: the value is not valid YAML: {error}") from error
     section = values
     for position, name in enumerate(path[:-1]):
         nested = section.setdefault(name, {})

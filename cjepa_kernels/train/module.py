@@ -166,8 +166,12 @@ class CJEPAModule(L.LightningModule):
             if parameter.requires_grad:
                 is_token = name.endswith(("cls_token", "mask_token"))
                 (kept if parameter.ndim <= 1 or is_token else decayed).append(parameter)
-        # The gradient scaler of fp16 unscales before clipping, which the fused kernel rules out.
-        fused = self.config.trainer.precision != "16-mixed" and self.device.type in ("cpu", "cuda")
+        # Lightning does not clip the gradients of a fused optimizer in mixed precision, because the
+        # fused kernel may undo the scaling of fp16 only after clipping. None leaves the choice of
+        # the implementation to PyTorch.
+        fused: bool | None = None
+        if self.config.trainer.precision == "32-true":
+            fused = self.device.type in ("cpu", "cuda")
         groups: list[dict[str, Any]] = [
             {"params": decayed},
             {"params": kept, "weight_decay": 0.0},

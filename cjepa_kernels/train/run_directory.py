@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cjepa_kernels.train.config import (
     ExperimentConfig,
     config_to_dict,
     differing_keys,
 )
+from cjepa_kernels.yaml_reader import read_yaml
 
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
@@ -84,10 +83,10 @@ def check_run_directory(config: ExperimentConfig, run_dir: Path) -> None:
             )
         return
     try:
-        stored = yaml.safe_load(file.read_text(encoding="utf-8"))
+        stored = read_yaml(file)
         if not isinstance(stored, Mapping):
             raise ValueError(f"expected a mapping of sections, got {type(stored).__name__}")
-    except (yaml.YAMLError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(
             f"{file} is damaged ({error}): remove the directory {str(run_dir)!r} to start the run "
             "again, or choose another one"

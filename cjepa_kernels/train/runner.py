@@ -23,14 +23,13 @@ from cjepa_kernels.train.atomic import atomic_write, remove_partial_files
 from cjepa_kernels.train.batches import PretrainData
 from cjepa_kernels.train.callbacks import (
     AdvisorHook,
-    AtomicCheckpointIO,
-    EpochCheckpoint,
     EpochProgressBar,
     MetricHistory,
     Progress,
     ProgressHook,
     Stopwatch,
 )
+from cjepa_kernels.train.checkpoints import AtomicCheckpointIO, EpochCheckpoint
 from cjepa_kernels.train.config import (
     ExperimentConfig,
     config_from_dict,
@@ -43,6 +42,7 @@ from cjepa_kernels.train.data import (
     pretrain_indices,
     resolve_pretrain_classes,
 )
+from cjepa_kernels.train.data_summary import DataSummary, summarize
 from cjepa_kernels.train.evaluate import (
     FeatureExtractor,
     check_dataset,
@@ -69,6 +69,7 @@ def train(
     run_dir: Path,
     *,
     on_progress: Callable[[Progress], None] | None = None,
+    on_summary: Callable[[DataSummary], None] | None = None,
     progress_bar: bool = True,
 ) -> RunResult:
     """Train and evaluate one encoder, or take up where a killed process stopped.
@@ -82,6 +83,7 @@ def train(
         run_dir: Directory of this run alone. With a finished result of the same configuration
             nothing is trained.
         on_progress: Called with the progress, a few times a second at most.
+        on_summary: Called once before training with what was understood of the data.
         progress_bar: Whether to draw a progress bar.
 
     Returns:
@@ -104,6 +106,7 @@ def train(
     with _threads(config.trainer.threads):
         dataset = load_dataset(config.data, show_progress=show_bar)
         samples = check_against_data(config, dataset)
+        summary = summarize(config, dataset)
         module = _build_module(config, dataset, samples)
         last = run_dir / LAST_CHECKPOINT
         steps_before = _completed_steps(last) if last.is_file() else 0
@@ -112,7 +115,9 @@ def train(
         )
         stopwatch = Stopwatch()
         history = MetricHistory(run_dir / "metrics.csv", dataset, samples)
-        advice = AdvisorHook(_advisor(config, module), history, run_dir / "log.txt")
+        advice = AdvisorHook(
+            _advisor(config, module), history, run_dir / "log.txt", summary.lines()
+        )
         callbacks: list[Callback] = [stopwatch, history, advice]
         if on_progress is not None:
             callbacks.append(ProgressHook(on_progress, history))
@@ -125,6 +130,8 @@ def train(
             trainer = _trainer(config, run_dir, callbacks, show_bar, steps_before)
             if trainer.is_global_zero:
                 remove_partial_files(run_dir)
+                if on_summary is not None:
+                    on_summary(summary)
             trainer.fit(
                 module,
                 datamodule=PretrainData(dataset, samples, config.trainer.batch_size, config.seed),
