@@ -81,6 +81,7 @@ def call(name: str, overload: str, *args: Any) -> tuple[Tensor, ...]:
     serves torch.compile, torch.export and those who call the operator itself.
     """
     refuse_transforms(name, args)
+    args = tuple(saveable(arg) for arg in args)
     if torch.compiler.is_compiling():
         return _call_compiled(name, overload, args)
     if not torch.is_grad_enabled():
@@ -134,6 +135,25 @@ def _as_tensor(value: float | tuple[float, ...] | list[float]) -> Tensor:
         return torch.stack([_as_tensor(number) for number in value])
     # A product, since the compiler turns a symbolic factor into a tensor, but not a fill value.
     return torch.ones((), dtype=torch.float64, device="cpu") * value
+
+
+def saveable(arg: Any) -> Any:
+    """What autograd can save for a backward, in place of a tensor made under inference_mode.
+
+    A copy, as the plain formulas keep one: nothing would notice that a bank was written to, under
+    inference_mode again, before the backward. torch.compile cannot ask what a tensor is, and
+    computes again in the backward what it takes for cheap, from the tensor that cannot be saved:
+    there every tensor without a gradient goes through an operator. Lists do not: they hold the
+    sides of the prediction loss, which is bound by memory, and a copy of each would be most of it.
+    """
+    if not torch.is_grad_enabled():
+        return arg
+    if torch.compiler.is_compiling():
+        is_constant = isinstance(arg, Tensor) and not arg.requires_grad
+        return _operators["copy", ""](arg) if is_constant else arg
+    if isinstance(arg, list):
+        return [saveable(x) for x in arg]
+    return arg.clone() if isinstance(arg, Tensor) and arg.is_inference() else arg
 
 
 def register(definition: Definition) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Annotated
 
 import torch
@@ -27,6 +24,7 @@ from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.sizes import DTYPES, Size, parse_sizes
 from cjepa_kernels.extras import require
 from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.train.outputs import check_directory
 
 QUICK = Settings(
     sizes=QUICK_SIZES,
@@ -70,18 +68,18 @@ def bench(
     out: Annotated[
         Path, typer.Option(help="Directory of results.json, results.md and the plots.")
     ] = OUT,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Compare time, peak memory and errors of the loss with those of other formulas, here."""
-    with clear_errors():
-        settings = make_settings(
-            quick=quick,
-            sizes=sizes,
-            device=device,
-            dtype=dtype,
-            temperature=temperature,
-            seconds=seconds,
-        )
-        prepare(out)
+    settings = make_settings(
+        quick=quick,
+        sizes=sizes,
+        device=device,
+        dtype=dtype,
+        temperature=temperature,
+        seconds=seconds,
+    )
+    prepare(out)
     run(settings, out, Console(soft_wrap=True, highlight=False))
 
 
@@ -91,27 +89,11 @@ def prepare(out: Path) -> None:
     Raises:
         ValueError: It cannot be written to.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=out):
-            pass
-        for name in PLOTS:
-            for path in (out / f"{name}.png", out / f"{name}-dark.png"):
-                path.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out: expected a directory to write to, got {out}: {error}") from None
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """End a user's error with one clear message and exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error:[/] [red]{escape(str(error))}[/]", highlight=False
-        )
-        raise typer.Exit(2) from None
+    check_directory("--out", out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in PLOTS:
+        for path in (out / f"{name}.png", out / f"{name}-dark.png"):
+            path.unlink(missing_ok=True)
 
 
 def make_settings(
