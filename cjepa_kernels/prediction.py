@@ -11,6 +11,7 @@ from torch import Tensor
 from cjepa_kernels import ops, reference
 from cjepa_kernels.backends import Backend, check_backend
 from cjepa_kernels.functional import (
+    as_float,
     check_bool,
     check_floating_tensor,
     check_in_range,
@@ -38,7 +39,7 @@ class PredictionOptions(NamedTuple):
     @property
     def threshold(self) -> float:
         """Where the penalty turns linear."""
-        return float(self.huber_delta if self.loss_type == "huber" else self.smoothl1_beta)
+        return as_float(self.huber_delta if self.loss_type == "huber" else self.smoothl1_beta)
 
     def check(self) -> PredictionOptions:
         """Raise unless every option is one that the prediction loss knows."""
@@ -144,7 +145,7 @@ def hierarchical_prediction_loss(
 ) -> HierarchicalLoss:
     """All levels in one call of the operator; arguments are checked (:func:`check_levels`)."""
     device = predictions[0].device
-    weights = tuple(float(weight) for weight in weights)
+    weights = tuple(as_float(weight) for weight in weights)
     if options.backend == "reference":
         with without_autocast(device):
             predictions, targets, masks = (
@@ -162,7 +163,7 @@ def hierarchical_prediction_loss(
         options.loss_type,
         options.target_norm or ("l2" if options.normalize_embeddings else "none"),
         options.threshold,
-        float(options.eps),
+        as_float(options.eps),
         reduction,
     )
     # Single views: results of unbind() and split() cannot be changed in place.
@@ -200,7 +201,7 @@ def _reference(
             mask=mask,
             reduction=options.reduction,
             threshold=options.threshold,
-            eps=float(options.eps),
+            eps=as_float(options.eps),
         )
         levels.append(level)
         if options.reduction != "none":

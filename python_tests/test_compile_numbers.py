@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from cjepa_kernels import (
     ContrastiveJEPALoss,
     HJEPALoss,
+    NTXentLoss,
     cross_logsumexp,
     nt_xent,
     ops,
@@ -145,6 +146,34 @@ def test_an_argument_takes_two_graphs_whatever_the_batch() -> None:
         leaves = [torch.randn(batch, 4, requires_grad=True) for _ in range(2)]
         compare(compiled(*leaves, temperature), loss(*leaves, temperature), leaves, rtol=0, atol=0)
     assert counter.frame_count == 2
+
+
+def test_a_temperature_set_in_the_compiled_function_takes_two_graphs() -> None:
+    loss_fn, (z_i, z_j) = NTXentLoss(), torch.randn(2, 5, 4)
+
+    def step(temperature: float) -> Tensor:
+        loss_fn.temperature = temperature
+        return cast(Tensor, loss_fn(z_i, z_j)["loss"])
+
+    counter: Any = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for temperature in SCHEDULE[-5:]:
+        actual = compiled(temperature)
+        assert loss_fn.temperature == temperature
+        torch.testing.assert_close(actual, step(temperature), rtol=0.0, atol=0.0)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("numbers", [[1, 2, 3, 4], [0.0, 0.1, 0.2, 0.0, 0.3]], ids=["int", "zero"])
+def test_other_schedules_of_a_weight(numbers: list[float]) -> None:
+    """A weight of 0 leaves its term out, and has a graph of its own."""
+    loss, set_number, leaves = module_case("contrastive_weight")
+    counter: Any = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for number in numbers:
+        set_number(number)
+        compare(compiled(), loss(), leaves, rtol=0.0, atol=0.0)
+    assert counter.frame_count <= 3
 
 
 def test_inductor_takes_a_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from cjepa_kernels import (
     NTXentLoss,
     cross_logsumexp,
     nt_xent,
+    pair_similarity,
     prediction_loss,
 )
 
@@ -143,6 +144,7 @@ def test_meta_tensors_give_meta_tensors(backend: Any, dtype: torch.dtype, tensor
             *nt_xent(x, y, temperature=tau, backend=backend),
             *cross_logsumexp(x, y, temperature=tau, backend=backend),
             prediction_loss(x, y, backend=backend),
+            pair_similarity(x, y, backend=backend),
         ]
         module = NTXentLoss(backend=backend)(x, y)
         outputs += [module["loss"], module["accuracy"]]
@@ -290,6 +292,7 @@ def test_every_real_number_is_taken(number: Any) -> None:
             nt_xent(x, y, temperature=n, eps=n, backend=backend).loss,
             cross_logsumexp(x, y, temperature=n, eps=n, backend=backend).row_lse,
             prediction_loss(x, y, smoothl1_beta=n, huber_delta=n, eps=n, backend=backend),
+            pair_similarity(x, y, eps=n, backend=backend),
             HJEPALoss(hierarchy_weights=n, num_hierarchies=1, backend=backend)(x, y)["loss"],
             learnable(n, backend=backend)(x, y)["loss"],
         ]

@@ -85,8 +85,8 @@ class ContrastiveJEPALoss(nn.Module):
             if not 0 <= as_float(weight) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {weight}")
         self.jepa_loss = jepa_loss
-        self.jepa_weight = float(jepa_weight)
-        self.contrastive_weight = float(contrastive_weight)
+        self.jepa_weight = as_float(jepa_weight)
+        self.contrastive_weight = as_float(contrastive_weight)
         check_bool("contrastive_on_context", contrastive_on_context)
         self.contrastive_on_context = contrastive_on_context
         self.contrastive = NTXentLoss(
@@ -148,10 +148,10 @@ class ContrastiveJEPALoss(nn.Module):
 
         terms = []
         if self.jepa_weight:
-            terms.append(float(self.jepa_weight) * jepa["loss"])
+            terms.append(as_float(self.jepa_weight) * jepa["loss"])
         if self.contrastive_weight:
             self._warn_without_gradient(features_i, features_j)
-            terms.append(float(self.contrastive_weight) * contrastive["loss"])
+            terms.append(as_float(self.contrastive_weight) * contrastive["loss"])
         # A weight of 0 leaves its term out: 0 x NaN would still be NaN.
         loss = sum(terms[1:], terms[0]) if terms else 0.0 * jepa["loss"]
         return {

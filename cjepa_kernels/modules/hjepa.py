@@ -184,4 +184,4 @@ def _per_level(weights: float | Sequence[float], levels: int) -> list[float]:
             raise TypeError(f"hierarchy_weights must be numbers, got {value!r}")
         if not 0 <= as_float(value) < float("inf"):
             raise ValueError(f"hierarchy_weights must be finite and not negative, got {values}")
-    return [float(value) for value in values]
+    return [as_float(value) for value in values]

@@ -15,6 +15,7 @@ from cjepa_kernels import reference
 from cjepa_kernels.backends import Backend, check_backend
 from cjepa_kernels.distributed import SharedGroup, Strategy, resolve_group
 from cjepa_kernels.functional import (
+    as_float,
     check_bool,
     check_in_range,
     check_reduction,
@@ -87,13 +88,13 @@ class NTXentLoss(nn.Module):
         _check_temperature_shape(temperature_shape)
         self.use_cosine_similarity = use_cosine_similarity
         self.reduction = reduction
-        self.eps = float(eps)
+        self.eps = as_float(eps)
         self.backend = backend
         self.return_logits = return_logits
         self._distributed: bool | SharedGroup
         self.distributed = distributed
         self.strategy = strategy
-        self._temperature = float(temperature)  # of a learnable one, where it starts
+        self._temperature = as_float(temperature)  # of a learnable one, where it starts
         self.log_temperature: nn.Parameter | None
         if learnable_temperature:
             self.log_temperature = nn.Parameter(torch.empty(tuple(temperature_shape)))
@@ -128,7 +129,7 @@ class NTXentLoss(nn.Module):
     def temperature(self, value: float) -> None:
         _check_float_temperature(value)
         if self.log_temperature is None:
-            self._temperature = float(value)
+            self._temperature = as_float(value)
         else:
             self._fill(self.log_temperature, value)
 
