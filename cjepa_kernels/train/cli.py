@@ -123,6 +123,34 @@ def train(
 
 
 @app.command()
+def data(
+    config: Config,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Decode every image and name each damaged one.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what is understood of the data, before anything is trained."""
+    with _training(debug):
+        from cjepa_kernels.train.config import load_config
+        from cjepa_kernels.train.data_summary import count_patches, inspect_data
+
+        experiment = load_config(config, overrides or ())
+        inspected = inspect_data(
+            experiment, verify=verify, show_progress=not as_json and sys.stderr.isatty()
+        )
+        if as_json:
+            typer.echo(json.dumps(inspected.to_dict(), indent=1))
+        else:
+            inspected.summary.print(Console())
+        if inspected.damage:
+            raise ValueError("\n  ".join(inspected.damage_lines()))
+        count_patches(experiment, inspected.dataset)
+
+
+@app.command()
 def tune(
     rows: Annotated[int, typer.Option(min=2, help="M = 2B, the rows of both views.")] = 65536,
     features: Annotated[int, typer.Option(min=1, help="D.")] = 256,
