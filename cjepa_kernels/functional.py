@@ -14,7 +14,14 @@ from cjepa_kernels.backends import HAS_NATIVE, Backend, check_backend
 from cjepa_kernels.distributed import STRATEGIES, Options, Strategy
 from cjepa_kernels.distributed import nt_xent as of_group
 from cjepa_kernels.environment import read_mebibytes
-from cjepa_kernels.reference import FLOATING, REDUCTIONS, CrossLogSumExp, Reduction
+from cjepa_kernels.reference import (
+    FLOATING,
+    LARGEST,
+    REDUCTIONS,
+    SMALLEST,
+    CrossLogSumExp,
+    Reduction,
+)
 
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 KEPT_BYTES = int(read_mebibytes("CJEPA_KEPT_MIB", 256) * 2**20)
@@ -56,9 +63,10 @@ def nt_xent(
 
     Args:
         z_i: (B, D), or (B, N, D) which counts as B*N pairs. fp64, fp32, bf16 or fp16.
-        z_j: Same shape, dtype and device; ``z_j[k]`` is the positive of ``z_i[k]``.
-        temperature: Positive float, or a 0-dim tensor, which then gets a gradient (a tensor that
-            is not positive gives NaN: nobody may read it on the host).
+        z_j: Same shape and device; ``z_j[k]`` is the positive of ``z_i[k]``. Two dtypes become
+            the one that ``torch.promote_types`` gives; gradients have each input's own.
+        temperature: Float from 1e-30 to 1e30, or a 0-dim tensor, which then gets a gradient (a
+            tensor outside of that range gives NaN: nobody may read it on the host).
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         eps: Smallest norm that is divided by; a row below it gets a zero gradient.
         reduction: ``mean`` over the 2B anchors, ``sum``, or ``none``.
@@ -100,7 +108,7 @@ def nt_xent(
     check_backend(backend)
     check_temperature(temperature)
     check_reduction(reduction)
-    check_positive("eps", eps)
+    check_in_range("eps", eps)
     check_strategy(strategy)
     check_bool("use_cosine_similarity", use_cosine_similarity)
     if group is not None and not isinstance(group, dist.ProcessGroup):
@@ -114,6 +122,7 @@ def nt_xent(
             raise ValueError("mask must be None with a group: it names pairs of one rank only")
         _check_mask(mask, z_i)
     _check_temperature_device(temperature, "z_i", z_i)
+    z_i, z_j = _promote(z_i, z_j)
     if group is None:
         return _nt_xent(z_i, z_j, temperature, use_cosine_similarity, eps, reduction, mask, backend)
     if backend == "reference" and strategy == "ring":
@@ -154,6 +163,7 @@ def _nt_xent_of_group(
         needs_gradient=torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (z_i, z_j, tensor)),
     )
+    z_i, z_j, tensor = (ops.saveable(x) for x in (z_i, z_j, tensor))
     return NTXentOutput(*of_group.nt_xent(z_i, z_j, tensor, options, group))
 
 
@@ -171,12 +181,12 @@ def _nt_xent(
     if backend == "reference":
         with torch.autocast(z_i.device.type, enabled=False):
             terms = reference.nt_xent(
-                z_i,
-                z_j,
-                temperature=temperature,
+                ops.saveable(z_i),
+                ops.saveable(z_j),
+                temperature=ops.saveable(temperature),
                 use_cosine_similarity=use_cosine_similarity,
                 eps=eps,
-                mask=mask,
+                mask=ops.saveable(mask),
             )
         return NTXentOutput(reference.reduce(terms.loss, reduction), *terms[1:])
     tensor, number = _split_temperature(temperature)
@@ -208,9 +218,10 @@ def cross_logsumexp(
 
     Args:
         x: (M, D), M >= 1. fp64, fp32, bf16 or fp16.
-        y: (N, D), N >= 1; same D, dtype and device.
-        temperature: Positive float, or a 0-dim tensor, which then gets a gradient (a tensor that
-            is not positive gives NaN: nobody may read it on the host).
+        y: (N, D), N >= 1; same D and device. Two dtypes become the one that
+            ``torch.promote_types`` gives; gradients have each input's own.
+        temperature: Float from 1e-30 to 1e30, or a 0-dim tensor, which then gets a gradient (a
+            tensor outside of that range gives NaN: nobody may read it on the host).
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         eps: Smallest norm that is divided by; a row below it gets a zero gradient.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
@@ -239,16 +250,17 @@ def cross_logsumexp(
     """
     check_backend(backend)
     check_temperature(temperature)
-    check_positive("eps", eps)
+    check_in_range("eps", eps)
     check_bool("use_cosine_similarity", use_cosine_similarity)
     _check_rectangle(x, y)
     _check_temperature_device(temperature, "x", x)
+    x, y = _promote(x, y)
     if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference.cross_logsumexp(
-                x,
-                y,
-                temperature=temperature,
+                ops.saveable(x),
+                ops.saveable(y),
+                temperature=ops.saveable(temperature),
                 use_cosine_similarity=use_cosine_similarity,
                 eps=eps,
             )
@@ -310,6 +322,13 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def check_in_range(name: str, value: float) -> None:
+    """Raise unless ``value`` is a positive number that fp32 has, and its inverse too."""
+    check_positive(name, value)
+    if not SMALLEST <= value <= LARGEST:
+        raise ValueError(f"{name} must lie between {SMALLEST} and {LARGEST}, got {value}")
+
+
 def check_bool(name: str, value: bool) -> None:
     """Raise unless ``value`` is True or False."""
     if not isinstance(value, bool):
@@ -330,6 +349,10 @@ def check_temperature(temperature: float | Tensor) -> None:
         raise TypeError(f"temperature must be a float or a 0-dim tensor, got {temperature!r}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"Temperature must be positive, and finite, got {temperature}")
+    if not SMALLEST <= temperature <= LARGEST:
+        raise ValueError(
+            f"temperature must lie between {SMALLEST} and {LARGEST}, got {temperature}"
+        )
 
 
 def check_reduction(reduction: str) -> None:
@@ -365,7 +388,7 @@ def _check_views(z_i: Tensor, z_j: Tensor, *, allow_empty: bool) -> None:
         raise ValueError(
             f"z_i and z_j must hold at least one pair and one feature, got {tuple(z_i.shape)}"
         )
-    _check_same_kind("z_i and z_j", z_i, z_j)
+    _check_same_device("z_i and z_j", z_i, z_j)
 
 
 def _check_rectangle(x: Tensor, y: Tensor) -> None:
@@ -381,12 +404,18 @@ def _check_rectangle(x: Tensor, y: Tensor) -> None:
         raise ValueError(
             f"x and y must have the same D, got {x.shape[1]} and {y.shape[1]} features"
         )
-    _check_same_kind("x and y", x, y)
+    _check_same_device("x and y", x, y)
 
 
-def _check_same_kind(names: str, a: Tensor, b: Tensor) -> None:
-    if a.dtype != b.dtype:
-        raise TypeError(f"{names} must have the same dtype, got {a.dtype} and {b.dtype}")
+def _promote(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that ``torch.cat`` of them has."""
+    if a.dtype == b.dtype:
+        return a, b
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
+
+
+def _check_same_device(names: str, a: Tensor, b: Tensor) -> None:
     if a.device != b.device:
         raise ValueError(f"{names} must be on the same device, got {a.device} and {b.device}")
 
