@@ -132,21 +132,28 @@ def data(
     debug: Debug = False,
 ) -> None:
     """Show what is understood of the data, before anything is trained."""
-    with _training(debug):
-        from cjepa_kernels.train.config import load_config
-        from cjepa_kernels.train.data_summary import count_patches, inspect_data
+    _require_training()
+    from cjepa_kernels.train.config import load_config
+    from cjepa_kernels.train.data_summary import count_patches, inspect_data
 
-        experiment = load_config(config, overrides or ())
-        inspected = inspect_data(
-            experiment, verify=verify, show_progress=not as_json and sys.stderr.isatty()
-        )
-        if as_json:
-            typer.echo(json.dumps(inspected.to_dict(), indent=1))
-        else:
-            inspected.summary.print(Console())
-        if inspected.damage:
-            raise ValueError("\n  ".join(inspected.damage_lines()))
-        count_patches(experiment, inspected.dataset)
+    errors = Console(stderr=True, soft_wrap=True)
+    experiment = load_config(config, overrides or ())
+    inspected = inspect_data(
+        experiment,
+        verify=verify,
+        show_progress=sys.stderr.isatty(),
+        on_damage=lambda message: errors.print(message, markup=False, highlight=False),
+    )
+    if as_json:
+        typer.echo(json.dumps(inspected.to_dict(), indent=1))
+    else:
+        inspected.summary.print(Console())
+        if inspected.damage == ():
+            typer.echo("Every image can be decoded.")
+    if inspected.damage:
+        every = inspected.summary.train + inspected.summary.test
+        raise ValueError(f"{len(inspected.damage):,} of {every:,} images cannot be decoded")
+    count_patches(experiment, inspected.dataset)  # the summary has no patches if they do not fit
 
 
 @app.command()

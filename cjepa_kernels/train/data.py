@@ -16,7 +16,12 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from cjepa_kernels.train.columns import choose_image_column, choose_label_column, columns_of
+from cjepa_kernels.train.columns import (
+    LABEL_NAMES,
+    choose_image_column,
+    choose_label_column,
+    columns_of,
+)
 from cjepa_kernels.train.config import DataConfig
 from cjepa_kernels.train.image_decoding import (
     EncodedImages,
@@ -493,9 +498,13 @@ def _table_source(
             )
         values = table.values(label.name)
         labels[part] = _named_labels(values, here[label.name].class_names, label.name, where)
-    guessed = config.label_column is None and label.class_names is None
+    guessed = (
+        config.label_column is None
+        and label.class_names is None
+        and label.name.lower() not in LABEL_NAMES
+    )
     distinct = set(labels["train"])
-    if guessed and len(columns) == 2 and len(distinct) == len(labels["train"]) > 1:
+    if guessed and len(distinct) == len(labels["train"]) > 1:
         raise ValueError(
             f"data.label_column: the column {label.name!r} holds another value in each of the "
             f"{len(distinct):,} rows of {tables['train'][0]}, so it cannot be the labels; the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,12 +171,6 @@ class InspectedData:
     summary: DataSummary
     damage: tuple[str, ...] | None  # one message for each damaged image; None: not looked for
 
-    def damage_lines(self) -> list[str]:
-        """Say how many images are damaged, and then which ones."""
-        damage = self.damage or ()
-        every = self.summary.train + self.summary.test
-        return [f"{len(damage):,} of {every:,} images cannot be decoded:", *damage]
-
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, ready for JSON.
 
@@ -188,7 +182,11 @@ class InspectedData:
 
 
 def inspect_data(
-    config: ExperimentConfig, *, verify: bool, show_progress: bool = False
+    config: ExperimentConfig,
+    *,
+    verify: bool,
+    show_progress: bool = False,
+    on_damage: Callable[[str], None] | None = None,
 ) -> InspectedData:
     """Describe the data of an experiment without loading them into memory.
 
@@ -196,6 +194,7 @@ def inspect_data(
         config: The experiment.
         verify: Whether every image is decoded to find the damaged ones.
         show_progress: Whether decoding a large set shows a progress bar on stderr.
+        on_damage: Called with a message for each damaged image, as soon as it is found.
 
     Returns:
         The summary and, with ``verify``, all damaged images.
@@ -204,18 +203,18 @@ def inspect_data(
         FileNotFoundError: If a path or a named dataset does not exist.
         ValueError: If the data do not fit the configuration.
     """
-    unreadable: list[str] = []
-    dataset = open_dataset(config.data, on_damage=unreadable.append if verify else None)
-    damage = None
-    if verify:
-        damage = tuple(unreadable)
-        if isinstance(dataset, EncodedDataset):
-            damage = tuple(
-                message
-                for name, part in dataset.parts.items()
-                for message in dataset.layout.find_damage(part, name, show_progress)
-            )
-    return InspectedData(dataset, summarize(config, dataset), damage)
+    damage: dict[str, None] = {}
+
+    def note(message: str) -> None:
+        if message not in damage and on_damage is not None:
+            on_damage(message)
+        damage[message] = None
+
+    dataset = open_dataset(config.data, on_damage=note if verify else None)
+    if verify and isinstance(dataset, EncodedDataset):
+        for name, part in dataset.parts.items():
+            dataset.layout.find_damage(part, name, show_progress, note)
+    return InspectedData(dataset, summarize(config, dataset), tuple(damage) if verify else None)
 
 
 def count_patches(config: ExperimentConfig, dataset: Dataset | EncodedDataset) -> PatchCounts:

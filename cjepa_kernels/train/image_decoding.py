@@ -87,6 +87,7 @@ class Treatment:
     several_frames: int = 0
     wide: int = 0
     largest_wide_value: int = 0
+    wide_colour: int = 0
 
 
 @dataclass(frozen=True)
@@ -189,25 +190,23 @@ class ImageLayout:
                 decoded[row] = np.asarray(self._decode(image)).reshape(height, width, channels)
         return torch.from_numpy(decoded).permute(0, 3, 1, 2).contiguous()
 
-    def find_damage(self, part: EncodedImages, name: str, show_progress: bool) -> list[str]:
+    def find_damage(
+        self, part: EncodedImages, name: str, show_progress: bool, on_damage: Callable[[str], None]
+    ) -> None:
         """Decode every image and keep none.
 
         Args:
             part: Images to decode.
             name: What the progress bar calls them.
             show_progress: Whether a large part shows a progress bar on stderr.
-
-        Returns:
-            The message of each image that cannot be decoded.
+            on_damage: Called with the message of each image that cannot be decoded.
         """
-        damage = []
         with _quiet_pillow():
             for image in _tracked(part, name, show_progress):
                 try:
                     self._decode(image)
                 except ValueError as error:
-                    damage.append(str(error))
-        return damage
+                    on_damage(str(error))
 
     def _decode(self, encoded: EncodedImage) -> Image.Image:
         where = f"{encoded.key}: {encoded.place}"
@@ -270,7 +269,8 @@ def open_image(encoded: EncodedImage) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise ValueError(f"{where} is not an image{_instead(content)}") from error
     except OSError as error:
-        raise ValueError(f"{where} cannot be read: {error.strerror or error}") from error
+        what = f"cannot be read: {error.strerror}" if error.strerror else f"is damaged: {error}"
+        raise ValueError(f"{where} {what}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{where} is refused: {error}; remove the file or make it smaller"
@@ -295,7 +295,7 @@ def treatment_lines(layout: ImageLayout) -> list[str]:
     lines = []
     others = found.images - found.sizes[layout.size]
     if others:
-        sizes = sorted(found.sizes)
+        sizes = sorted(size for size in found.sizes if size != layout.size)
         span = " to ".join(f"{w} x {h}" for w, h in dict.fromkeys((sizes[0], sizes[-1])))
         cropped = sum(count for (w, h), count in found.sizes.items() if w != h)
         crop = f", {cropped:,} of them after cutting out their central square" if cropped else ""
@@ -308,7 +308,7 @@ def treatment_lines(layout: ImageLayout) -> list[str]:
     for mode, count in found.modes.items():
         base = mode.rstrip("Aa") if mode in _ALPHA_MODES else mode
         if base not in alike and not (_is_wide(mode) and layout.mode == "L"):
-            converted[_MODE_NAMES.get(base, "16 bits" if _is_wide(mode) else base)] += count
+            converted[_MODE_NAMES.get(base, "grey of 16 bits" if _is_wide(mode) else base)] += count
     if converted:
         target = "grey" if layout.mode == "L" else "colour (RGB)"
         what = ", ".join(f"{count:,} {name}" for name, count in sorted(converted.items()))
@@ -332,6 +332,10 @@ def treatment_lines(layout: ImageLayout) -> list[str]:
             f"{_images(found.wide)} of more than 8 bits: the largest value is "
             f"{found.largest_wide_value}, {layout.bit_depth} bits are taken to be in use "
             f"(data.bit_depth), and 0..{2**layout.bit_depth - 1} becomes 0..255."
+        )
+    if found.wide_colour:
+        lines.append(
+            f"{_images(found.wide_colour)} of 16 bits per colour: the upper 8 bits are kept."
         )
     return lines
 
@@ -359,6 +363,7 @@ def _inspect(encoded: EncodedImage, found: Treatment) -> int | None:
             _load(image, where)
             alpha = len(image.getbands()) - (mode in _ALPHA_MODES)
             colour_value = int(np.asarray(image)[..., :alpha].max())
+    found.wide_colour += colour_value is not None
     found.images += 1
     found.modes[mode] += 1
     found.sizes[width, height] += 1

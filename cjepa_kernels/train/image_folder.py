@@ -143,8 +143,8 @@ def _refuse_loose_images(folder: Path, kind: str) -> None:
     loose = _images_in(folder)
     if loose:
         raise ValueError(
-            f"data.source: {str(folder)!r} holds {len(loose)} image files beside its {kind} "
-            f"folders ({listed(file.name for file in loose[:3])}): {_LAYOUT}"
+            f"data.source: {str(folder)!r} holds image files ({listed(f.name for f in loose)}) "
+            f"beside its {kind} folders: {_LAYOUT}"
         )
 
 
@@ -183,6 +183,7 @@ def _list_classes(
                 f"data.source: the class folder {str(class_folder)!r} holds "
                 f"{listed(_shown(inner))}: the split folders must lie directly under the "
                 "folder that data.source names, and the class folders in them"
+                + (f"; is 'imagefolder:{class_folder}' meant?" if len(classes) == 1 else "")
             )
         if inner:
             nested.append(f"{class_folder.name}/{inner[0].name}")
