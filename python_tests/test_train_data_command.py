@@ -126,7 +126,7 @@ def test_a_run_begins_with_the_same_lines(tmp_path: Path) -> None:
     assert [summary.lines() for summary in told] == [lines]
     log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8").splitlines()
     assert log[: len(lines)] == lines
-    assert log[len(lines)].startswith("epoch 0: ")
+    assert log[len(lines)].startswith("epoch 1: ")
 
 
 def test_reading_twice_gives_the_same_summary(tmp_path: Path) -> None:
@@ -138,6 +138,4 @@ def test_reading_twice_gives_the_same_summary(tmp_path: Path) -> None:
     )
     decoded = summarize(config, load_dataset(config.data)).to_dict()
     assert content == json.loads(json.dumps(decoded))
-    assert content["notes"] == [
-        "10 images of another size (4 x 4) are resized to 8 x 8 pixels."
-    ]
+    assert content["notes"] == ["10 images of another size (4 x 4) are resized to 8 x 8 pixels."]

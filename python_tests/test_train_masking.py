@@ -98,9 +98,7 @@ def test_more_patches_than_there_are() -> None:
         (1, 16, 1),
     ],
 )
-def test_fractions_are_rounded_to_the_nearest_count(
-    value: float, patches: int, count: int
-) -> None:
+def test_fractions_are_rounded_to_the_nearest_count(value: float, patches: int, count: int) -> None:
     config = MaskingConfig(visible=value, predicted=1)
     if count + 1 <= patches:
         assert patch_counts(config, patches) == PatchCounts(patches, count, 1)
@@ -109,7 +107,9 @@ def test_fractions_are_rounded_to_the_nearest_count(
             patch_counts(config, patches)
 
 
-@pytest.mark.parametrize("value", [0, -1, 0.0, 1.0, 10.0, -0.5, math.nan, math.inf, True, "x", None, [1]])
+@pytest.mark.parametrize(
+    "value", [0, -1, 0.0, 1.0, 10.0, -0.5, math.nan, math.inf, True, "x", None, [1]]
+)
 @pytest.mark.parametrize("key", ["visible", "predicted"])
 def test_what_is_neither_a_count_nor_a_fraction(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"masking\.{key}: ") as raised:
