@@ -26,6 +26,7 @@ from cjepa_kernels.bench.cli import bench
 from cjepa_kernels.bench.machine import installed_version
 from cjepa_kernels.extras import require
 from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.train.interruption import resumable
 from cjepa_kernels.train.worker_pool import JobError
 
 # What the training program needs beyond this file.
@@ -105,14 +106,22 @@ def train(
 
         run_dir = out or _default_directory(config, config_to_dict(experiment), "")
         console = Console()
-        result = runner.train(
-            experiment,
-            run_dir,
-            on_summary=lambda summary: summary.print(console),
-            progress_bar=sys.stderr.isatty(),
-        )
+        with resumable(run_dir):
+            result = runner.train(
+                experiment,
+                run_dir,
+                on_summary=lambda summary: summary.print(console),
+                progress_bar=sys.stderr.isatty(),
+                epoch_lines=True,
+            )
         if not result.evaluation:
             return  # a rank other than the first one
+        if not result.trained:
+            console.print(
+                f"This run was finished before, on {result.finished}; nothing was trained. Another "
+                "directory (--out) trains it again.",
+                soft_wrap=True,
+            )
         console.print(_probe_table(result.evaluation, f"{config.stem}, seed {experiment.seed}"))
         for finding in result.findings:
             console.print(
@@ -172,14 +181,16 @@ def compare(
         experiment = load_config(config, overrides or ())
         seed_list = _parse_seeds(seeds)
         task = {**config_to_dict(experiment), "seeds": seed_list, "transfer": transfer}
-        run_comparison(
-            experiment,
-            seeds=seed_list,
-            out_dir=out or _default_directory(config, task, "-compare"),
-            workers=workers,
-            transfer=transfer,
-            console=Console(),
-        )
+        out_dir = out or _default_directory(config, task, "-compare")
+        with resumable(out_dir):
+            run_comparison(
+                experiment,
+                seeds=seed_list,
+                out_dir=out_dir,
+                workers=workers,
+                transfer=transfer,
+                console=Console(),
+            )
 
 
 @app.command()
