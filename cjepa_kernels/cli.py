@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from cjepa_kernels._version import __version__
 from cjepa_kernels.extras import require
@@ -19,9 +20,13 @@ An extra, in a clone: pip install --no-build-isolation '.[bench]'
 """
 
 
-def main() -> None:
-    """Run the command line, or say which extra is missing and exit with 2."""
-    arguments = sys.argv[1:]
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line, or say which extra is missing and exit with 2.
+
+    Args:
+        arguments: What follows the program's name. Default: those of this process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         for module in NEEDED:
             require(module, extra="bench" if arguments[:1] == ["bench"] else "train")
@@ -29,8 +34,8 @@ def main() -> None:
         if arguments in ([], ["--help"], ["--version"]):
             print(USAGE, end="")
             return
-        print(f"cjepa: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     from cjepa_kernels.train.cli import app
 
-    app()
+    app(arguments, prog_name="cjepa")

@@ -5,7 +5,6 @@ Defaults are those of the modules: a key that is absent is not passed on.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from cjepa_kernels.modules import ContrastiveJEPALoss, HJEPALoss
+from cjepa_kernels.suggestions import nearest
 from cjepa_kernels.yaml_reader import read_yaml
 
 # Configuration key -> argument of the module.
@@ -110,12 +110,6 @@ def create_cjepa_loss_from_config(
     section = _loss_section(config)
     _loss_type(section)
     return ContrastiveJEPALoss(jepa_loss, **_arguments(section, CONTRASTIVE_KEYS))
-
-
-def nearest(name: object, known: set[str] | tuple[str, ...]) -> str:
-    """``", did you mean 'x'?"`` for a misspelt name, or a list of what is known."""
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f", did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
 def _loss_section(config: Mapping[str, Any] | str | Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
-import typer
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -41,6 +40,7 @@ from cjepa_kernels.bench import (
 from cjepa_kernels.bench.candidates import CANDIDATES, EAGER, MM, OURS
 from cjepa_kernels.bench.comparison import Comparison, Settings
 from cjepa_kernels.bench.sizes import Size, views
+from cjepa_kernels.train.cli import app
 
 SIZE = Size(64, 16)
 TINY = Settings(
@@ -64,9 +64,7 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bench(*arguments: str | Path) -> Result:
-    app = typer.Typer()
-    app.command()(cli.bench)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["bench", *(str(argument) for argument in arguments)])
 
 
 @pytest.mark.parametrize("name", [*formulas.FORMULAS, "metric_learning"])

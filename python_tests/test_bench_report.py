@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib")
 from cjepa_kernels.bench import candidates, cli, comparison, plot_style, plots, report, timing
 from cjepa_kernels.bench.candidates import BOTH, CANDIDATES, EAGER, FORWARD, MM, OURS
 from cjepa_kernels.bench.sizes import Size
+from cjepa_kernels.bench.verdict import Ratio, ratio_of
 
 SIZE = Size(64, 16)
 
@@ -59,6 +60,21 @@ def results_of(
     }
 
 
+def with_intervals(
+    results: dict[str, Any], intervals: dict[tuple[int, str], tuple[Any, Any, int]]
+) -> dict[str, Any]:
+    """The results with paired ratios: the medians', and these ends and numbers of rounds."""
+    medians = {
+        (row["M"], row["name"]): row["median"] for row in results["rows"] if row["pass"] == BOTH
+    }
+    for row in results["rows"]:
+        key = (row["M"], row["name"])
+        if row["pass"] == BOTH and key in intervals:
+            value = medians[key] / medians[row["M"], OURS]
+            row["over_ours"] = Ratio(value, *intervals[key]).record()
+    return results
+
+
 def test_verdict_repeats_the_largest_common_size() -> None:
     size = Size(8192, 256)
     results = results_of(
@@ -68,7 +84,9 @@ def test_verdict_repeats_the_largest_common_size() -> None:
     assert report.verdict(results) == [
         "At M = 8192, D = 256 on this machine forward + backward costs 245 ms and 171 MiB with "
         "cjepa_kernels; the plain formula 1261 ms and 1239 MiB: 5.1 x the time, 7.2 x the memory.",
-        "No other candidate of the same loss was faster at any size.",
+        "This record keeps no ratios of single rounds, so it cannot say which differences between "
+        "the medians are more than noise.",
+        "No other candidate of the same loss has a lower median at any size.",
     ]
 
 
@@ -105,12 +123,15 @@ def test_verdict_names_where_ours_is_slower_and_where_others_have_no_room() -> N
             )
         ],
     )
+    with_intervals(results, {(256, EAGER): (0.475, 0.525, 9), (256, "lightly"): (1.4, 1.6, 9)})
     assert report.verdict(results) == [
         "At M = 256, D = 256 on this machine forward + backward costs 2 ms with cjepa_kernels; "
-        "the plain formula 1 ms: 0.5 x the time.",
+        "the plain formula 1 ms: 0.5 x the time (99 % interval 0.47 to 0.53).",
         "At M = 32768 cjepa_kernels takes 5000 ms and 175 MiB; the plain formula needs 18.9 GiB, "
         "16.0 GiB are free.",
-        "cjepa_kernels is slower than the plain formula at M = 256 (2.00 x its time).",
+        "cjepa_kernels is slower than the plain formula at M = 256 (2.00 x its time, 99 % interval "
+        "1.90 to 2.11).",
+        "In the other comparison with another candidate of the same loss cjepa_kernels is faster.",
         "The largest error of a gradient against float64 is 2.0e-06 with cjepa_kernels and "
         "1.0e-06 with the plain formula.",
         "From temperature 0.02 down the plain formula's gradient in fp32 is off by 60 % or more; "
@@ -118,19 +139,80 @@ def test_verdict_names_where_ours_is_slower_and_where_others_have_no_room() -> N
     ]
 
 
-def test_a_difference_within_the_spread_is_not_called_slower() -> None:
+def test_a_verdict_needs_an_interval_on_one_side() -> None:
     times = {
-        Size(256, 256): {OURS: 1.0, EAGER: 0.95},
+        Size(256, 256): {OURS: 1.0, EAGER: 0.99, "lightly": 3.0},
         Size(512, 256): {OURS: 1.0, EAGER: 0.7, "lightly": 0.9},
-        Size(1024, 256): {OURS: 1.0, "lightly": 1.0},
+        Size(1024, 256): {OURS: 1.0, EAGER: 0.13, "lightly": 0.8},
     }
-    assert report.verdict(results_of(times, {}))[1:] == [
-        "cjepa_kernels is slower than the plain formula at M = 512 (1.43 x its time).",
-        "Within the spread of the times cjepa_kernels is as fast as the plain formula at M = 256 "
-        "(1.05 x its time).",
-        "Within the spread of the times cjepa_kernels is as fast as lightly's formula at M = 512 "
-        "(1.11 x its time).",
+    results = with_intervals(
+        results_of(times, {}),
+        {
+            (256, EAGER): (0.985, 1.015, 40),
+            (256, "lightly"): (2.5, 3.5, 40),
+            (512, EAGER): (0.6, 0.75, 8),
+            (512, "lightly"): (0.8, 1.25, 64),
+            (1024, EAGER): (None, None, 3),
+            (1024, "lightly"): (0.5, 4.0, 16),
+        },
+    )
+    assert report.verdict(results)[1:] == [
+        "cjepa_kernels is slower than the plain formula at M = 512 (1.43 x its time, 99 % interval "
+        "1.33 to 1.67).",
+        "cjepa_kernels is as fast as the plain formula, within 2 %, at M = 256.",
+        "Too noisy to tell whether cjepa_kernels is faster or slower than lightly's formula at "
+        "M = 512 (our time is 0.80 to 1.25 x its time, 99 % interval), M = 1024 (our time is 0.25 "
+        "to 2.00 x its time, 99 % interval).",
+        "Too noisy to tell whether cjepa_kernels is faster or slower than the plain formula at "
+        "M = 1024 (3 rounds; 8 are needed).",
+        "In the other comparison with another candidate of the same loss cjepa_kernels is faster.",
     ]
+    assert "(99 % interval" not in report.verdict(results)[0]  # of three rounds at the largest M
+    cells = [dict(zip(report.HEADER, row, strict=True)) for row in report.table(results)]
+    assert [row["99 % interval"] for row in cells[:3]] == ["", "0.98 to 1.01", "2.50 to 3.50"]
+    assert [row["time / ours"] for row in cells[:3]] == ["1.00", "0.99", "3.00"]
+
+
+def test_a_verdict_in_our_favour_is_of_every_comparison() -> None:
+    times = {Size(256, 256): {OURS: 1.0, EAGER: 2.0, "lightly": 3.0, MM: 0.1, "inf_cl": 0.1}}
+    intervals = {(256, EAGER): (1.8, 2.2, 8), (256, "lightly"): (2.5, 3.5, 8)}
+    assert report.verdict(with_intervals(results_of(times, {}), intervals)) == [
+        "At M = 256, D = 256 on this machine forward + backward costs 1000 ms with cjepa_kernels; "
+        "the plain formula 2000 ms: 2.0 x the time (99 % interval 1.80 to 2.20).",
+        "In all 2 comparisons with another candidate of the same loss cjepa_kernels is faster.",
+    ]
+
+
+def test_an_old_record_gives_medians_and_no_verdict() -> None:
+    times = {Size(256, 256): {OURS: 1.0, EAGER: 0.5, "lightly": 1.2}}
+    assert report.verdict(results_of(times, {}))[1:] == [
+        "This record keeps no ratios of single rounds, so it cannot say which differences between "
+        "the medians are more than noise.",
+        "The median of cjepa_kernels is above that of the plain formula at M = 256 (2.00 x its "
+        "median).",
+    ]
+
+
+def test_the_busy_machine_of_three_calls_gets_no_verdict(tmp_path: Path) -> None:
+    """Ours took 7.58 x the other's time, p20 to p80 overlapping: nothing is said to be as fast."""
+    times = {OURS: [0.4, 9.0, 0.3], EAGER: [0.5, 0.05, 0.9]}
+    row = {"M": 256, "D": 256, "pass": BOTH, "bytes_moved": None}
+    results = results_of({Size(256, 256): {OURS: 1.0}}, {})
+    results["rows"] = [
+        {**row, "name": OURS, **timing.summarise(times[OURS])},
+        {
+            **row,
+            "name": EAGER,
+            **timing.summarise(times[EAGER]),
+            "over_ours": ratio_of(times[OURS], times[EAGER]).record(),
+        },
+    ]
+    path = tmp_path / "results.json"
+    path.write_text(report.as_json(results))
+    said = " ".join(report.verdict(report.load(path)))
+    assert "Too noisy to tell whether cjepa_kernels is faster or slower" in said
+    assert "as fast as" not in said
+    assert " is faster." not in said
 
 
 def test_verdict_names_the_temperatures_that_a_dtype_has_no_gradient_for() -> None:
@@ -175,7 +257,7 @@ def test_a_candidate_whose_forward_failed_has_an_empty_cell() -> None:
     assert cells["loss"] == "plain formula"
     assert cells["forward ms"] == ""
     assert cells["forward + backward ms"] == "2000"
-    assert cells["times"] == "5"
+    assert cells["rounds"] == "5"
 
 
 def test_results_are_json_whatever_the_errors_are(tmp_path: Path) -> None:
@@ -192,6 +274,26 @@ def test_no_roofline_without_bytes() -> None:
     assert "roofline" not in plots.drawable(results)
     results["rows"][0]["bytes_moved"] = 1e6
     assert "roofline" in plots.drawable(results)
+
+
+@pytest.mark.parametrize("name", ["time", "roofline"])
+def test_plots_of_times_have_error_bars_from_p20_to_p80(name: str) -> None:
+    results = results_of({SIZE: {OURS: 1.0, EAGER: 2.0}}, {})
+    for row in results["rows"]:
+        row["bytes_moved"] = 1e6
+    (axes,) = plots.drawable(results)[name][1]().axes
+    ends = {
+        tuple(round(float(y), 6) for y in segment[:, 1])
+        for bar in axes.containers
+        for collection in bar.lines[2]
+        for segment in collection.get_segments()
+    }
+    if name == "time":
+        assert ends == {(900.0, 1100.0), (1800.0, 2200.0)}
+    else:
+        rate = 6 * SIZE.rows**2 * SIZE.features / 1e9
+        expected = {(rate / (1.1 * m), rate / (0.9 * m)) for m in (1.0, 2.0)}
+        assert ends == {tuple(round(end, 6) for end in pair) for pair in expected}
 
 
 def test_a_directory_that_cannot_be_written_to_is_refused_before_anything_is_measured(

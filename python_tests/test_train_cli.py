@@ -124,11 +124,6 @@ def test_missing_file_or_bad_option(
     assert message in result.stderr
 
 
-def test_debug_shows_the_traceback(experiment: Path) -> None:
-    result = run("train", "--config", experiment, "seed=-1", "--debug")
-    assert isinstance(result.exception, ValueError)
-
-
 def test_compare_hands_over_its_options(
     experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

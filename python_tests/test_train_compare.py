@@ -205,7 +205,7 @@ def test_failing_run_is_named_and_finished_runs_are_kept(
         ({"seeds": [-1]}, "seeds must be integers >= 0, got -1"),
         ({"seeds": [True]}, "seeds must be integers >= 0, got True"),
         ({"arms": []}, "arms must hold at least one"),
-        ({"arms": ["jeppa"]}, "got 'jeppa'; the nearest is 'jepa'"),
+        ({"arms": ["jeppa"]}, "no arm 'jeppa', did you mean 'jepa'?"),
         ({"arms": ["jepa", "jepa"]}, "arms must be distinct"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
     ],

@@ -123,6 +123,11 @@ CANDIDATES = {
 TITLES = {name: candidate.title for name, candidate in CANDIDATES.items()} | {MM: "bare products"}
 
 
+def is_peer(name: str) -> bool:
+    """Whether a candidate computes the same loss as ours, so that a verdict is due."""
+    return name in CANDIDATES and CANDIDATES[name].same_loss and name != OURS
+
+
 def on_device(device: str) -> dict[str, Candidate]:
     """The candidates of a device; the chunked back end only beside a faster one on the CPU."""
     kind = torch.device(device).type

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Annotated
 
 import torch
@@ -27,11 +24,11 @@ from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.sizes import DTYPES, Size, parse_sizes
 from cjepa_kernels.extras import require
 from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.train.outputs import check_directory
 
 QUICK = Settings(
     sizes=QUICK_SIZES,
     seconds=0.7,
-    least=3,
     longest=4.0,
     compiled=False,
     temperatures_at=Size(512, 256),
@@ -43,9 +40,10 @@ PLOTS = ("time", "memory", "roofline", "temperature")  # as in plots.py, which n
 # What of the page's table a terminal of 80 columns shows, and how it is called there.
 COLUMNS = {
     "loss": "loss",
-    "forward ms": "fwd ms",
-    "forward + backward ms": "fwd + bwd ms",
-    "x ours": "x ours",
+    "forward ms": "fwd, ms",
+    "forward + backward ms": "both, ms",
+    "time / ours": "/ ours",
+    "99 % interval": "99 % interval",
     "memory MiB": "MiB",
     "gradient error": "error",
 }
@@ -70,18 +68,18 @@ def bench(
     out: Annotated[
         Path, typer.Option(help="Directory of results.json, results.md and the plots.")
     ] = OUT,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Compare time, peak memory and errors of the loss with those of other formulas, here."""
-    with clear_errors():
-        settings = make_settings(
-            quick=quick,
-            sizes=sizes,
-            device=device,
-            dtype=dtype,
-            temperature=temperature,
-            seconds=seconds,
-        )
-        prepare(out)
+    settings = make_settings(
+        quick=quick,
+        sizes=sizes,
+        device=device,
+        dtype=dtype,
+        temperature=temperature,
+        seconds=seconds,
+    )
+    prepare(out)
     run(settings, out, Console(soft_wrap=True, highlight=False))
 
 
@@ -91,27 +89,11 @@ def prepare(out: Path) -> None:
     Raises:
         ValueError: It cannot be written to.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=out):
-            pass
-        for name in PLOTS:
-            for path in (out / f"{name}.png", out / f"{name}-dark.png"):
-                path.unlink(missing_ok=True)
-    except OSError as error:
-        raise ValueError(f"--out: expected a directory to write to, got {out}: {error}") from None
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """End a user's error with one clear message and exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error:[/] [red]{escape(str(error))}[/]", highlight=False
-        )
-        raise typer.Exit(2) from None
+    check_directory("--out", out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in PLOTS:
+        for path in (out / f"{name}.png", out / f"{name}-dark.png"):
+            path.unlink(missing_ok=True)
 
 
 def make_settings(
@@ -182,7 +164,8 @@ def run(settings: Settings, out: Path, console: Console) -> Results:
 
 def size_table(results: Results, size: Size) -> Table:
     """The table of one size for a terminal."""
-    table = Table(title=f"M = {size.rows}, D = {size.features}", title_justify="left")
+    title = f"M = {size.rows}, D = {size.features}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for key, name in COLUMNS.items():
         table.add_column(name, justify="left" if key == "loss" else "right", no_wrap=True)
     for cells in report.of_size(results, size):

@@ -15,7 +15,8 @@ from cjepa_kernels.bench import candidates, errors, machine, memory
 from cjepa_kernels.bench.candidates import BOTH, CHUNKED, COMPILED, FORWARD, MM, OURS, Candidate
 from cjepa_kernels.bench.formulas import TEMPERATURE, Formula
 from cjepa_kernels.bench.sizes import DTYPES, Size, views
-from cjepa_kernels.bench.timing import Run, clock_of, interleaved
+from cjepa_kernels.bench.timing import Run, Times, clock_of, summarise, timed_rounds
+from cjepa_kernels.bench.verdict import CONFIDENCE, MARGIN, ratio_of, settle
 
 Record = dict[str, Any]
 Results = dict[str, Any]
@@ -42,6 +43,8 @@ class Settings:
         dtype: Of the views: ``fp32``, ``bf16`` or ``fp16``.
         temperature: Divides the similarities.
         seconds: Of timing for each size and pass.
+        patience: Times ``seconds`` that candidates of the same loss are timed further at a size,
+            where it is not clear yet whether they are faster or slower than ours.
         least: Times that each candidate is timed at least.
         longest: Seconds that a call may take. What takes longer is called once; what would take
             several times longer, by the size before, is not called.
@@ -56,7 +59,8 @@ class Settings:
     dtype: str = "fp32"
     temperature: float = TEMPERATURE
     seconds: float = 3.0
-    least: int = 5
+    patience: float = 30.0
+    least: int = 3
     longest: float = 6.0
     compiled: bool = True
     temperatures_at: Size = TEMPERATURES_AT
@@ -84,6 +88,9 @@ class Comparison:
                 "dtype": settings.dtype,
                 "temperature": settings.temperature,
                 "seconds": settings.seconds,
+                "patience": settings.patience,
+                "confidence": CONFIDENCE,
+                "margin": MARGIN,
                 "sizes": [str(size) for size in settings.sizes],
             },
             "complete": False,
@@ -191,19 +198,46 @@ class Comparison:
             for name in list(calls):
                 if not self._try(size, name, direction, calls[name]):
                     del calls[name], runs[name]
-            times = interleaved(calls, seconds=one.seconds, least=3, clock=clock, warm=True)
-            for name, row in times.items():
+            times = timed_rounds(
+                calls, seconds=one.seconds, least=one.least, clock=clock, warm=True
+            )
+            if direction == BOTH and OURS in calls:
+                self._settle(calls, times)
+            summaries = {name: summarise(values) for name, values in times.items()}
+            for name, row in summaries.items():
                 record = {**_cell(size), "pass": direction, "name": name, **row}
                 if direction == BOTH:
                     self.seconds[name] = (size.rows, row["p20"])
                     record["bytes_moved"] = self._moved(name, size)
+                    if OURS in times and name != OURS:
+                        record["over_ours"] = ratio_of(times[OURS], times[name]).record()
                 self.results["rows"].append(record)
             medians = (
                 f"{candidates.TITLES[name]} {1e3 * row['median']:.3g}"
-                for name, row in times.items()
+                for name, row in summaries.items()
             )
             self.say(f"  {direction}, ms: {', '.join(medians)}")
         return list(runs)
+
+    def _settle(self, calls: dict[str, Run], times: Times) -> None:
+        """Time candidates of the same loss further while it is unclear which one is faster."""
+        one = self.settings
+        before = {name: len(values) for name, values in times.items()}
+        unclear = settle(
+            calls,
+            times,
+            ours=OURS,
+            others=[name for name in calls if candidates.is_peer(name)],
+            seconds=one.patience * one.seconds,
+            clock=clock_of(one.device),
+        )
+        more = [name for name in times if name != OURS and len(times[name]) > before[name]]
+        if more:
+            titles = ", ".join(candidates.TITLES[name] for name in more)
+            self.say(f"  too noisy or too few at first, so timed further: {titles}")
+        if unclear:
+            titles = ", ".join(candidates.TITLES[name] for name in unclear)
+            self.say(f"  still too noisy to tell: {titles}")
 
     def _try(self, size: Size, name: str, direction: str, call: Run) -> bool:
         """Whether a call works and is quick enough; else why not is kept and said."""

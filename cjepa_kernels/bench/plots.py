@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib import rcParams
 from matplotlib.axes import Axes
@@ -44,6 +45,20 @@ def draw_curve(axes: Axes, points: Sequence[Point], name: str) -> Label:
     return Label(xs[-1], ys[-1], TITLES[name], colour)
 
 
+def draw_spread(axes: Axes, x: float, low: float, high: float, colour: str) -> None:
+    """An error bar from ``low`` to ``high``."""
+    axes.errorbar(
+        [x],
+        [low],
+        yerr=[[0.0], [high - low]],
+        fmt="none",
+        ecolor=colour,
+        elinewidth=1.0,
+        capsize=3.0,
+        zorder=4.5,
+    )
+
+
 def _rows_axis(axes: Axes, sizes: Sequence[float]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(sorted(set(sizes)), [f"{size:.0f}" for size in sorted(set(sizes))])
@@ -63,10 +78,14 @@ def draw_time(results: Results) -> Figure:
         for name, points in curves.items()
         if points
     ]
+    for row in rows:
+        if row["D"] == features and row["name"] in STYLES:
+            colour = STYLES[row["name"]].colour
+            draw_spread(axes, row["M"], 1e3 * row["p20"], 1e3 * row["p80"], colour)
     _rows_axis(axes, [m for points in curves.values() for m, _ in points])
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_title(f"Time of forward + backward, ms (D = {features}, lower is better)")
+    axes.set_title(f"Time of forward + backward, ms (D = {features}; bars: p20 to p80)")
     label_curves(axes, labels)
     return figure
 
@@ -128,15 +147,26 @@ def draw_memory(results: Results) -> Figure:
     return figure
 
 
-def _on_the_roofline(results: Results) -> dict[str, tuple[int, float, float]]:
-    """M, FLOPs a byte and FLOP/s of each candidate whose bytes are known."""
+class RooflinePoint(NamedTuple):
+    """A candidate at one size: FLOPs for each byte, and FLOP/s at the median, p80 and p20 times."""
+
+    rows: int
+    intensity: float
+    rate: float
+    low: float
+    high: float
+
+
+def _on_the_roofline(results: Results) -> dict[str, RooflinePoint]:
+    """Each candidate whose bytes are known, at its largest M."""
     features = widest_sweep(results)
-    points: dict[str, tuple[int, float, float]] = {}
+    points: dict[str, RooflinePoint] = {}
     for row in results["rows"]:
         cubic = row["name"] in CANDIDATES and CANDIDATES[row["name"]].degree > 2
         if (row["pass"], row["D"]) == (BOTH, features) and row["bytes_moved"] and not cubic:
             flops = 6 * row["M"] ** 2 * features
-            point = (row["M"], flops / row["bytes_moved"], flops / row["median"])
+            rates = (flops / row[key] for key in ("median", "p80", "p20"))
+            point = RooflinePoint(row["M"], flops / row["bytes_moved"], *rates)
             points[row["name"]] = max(point, points.get(row["name"], point))
     return points
 
@@ -147,10 +177,10 @@ def draw_roofline(results: Results) -> Figure:
     peak, bandwidth = results["roofs"]["flops"], results["roofs"]["bandwidth"]
     points = _on_the_roofline(results)
     ridge = peak / bandwidth
-    low = min(ridge, *(x for _, x, _ in points.values())) / 30  # room for labels
-    high = 3 * max(ridge, *(x for _, x, _ in points.values()))
-    bottom = min(low * bandwidth, *(y for _, _, y in points.values())) / 2
-    top = 3 * max(peak, *(y for _, _, y in points.values()))
+    low = min(ridge, *(point.intensity for point in points.values())) / 30  # room for labels
+    high = 3 * max(ridge, *(point.intensity for point in points.values()))
+    bottom = min(low * bandwidth, *(point.low for point in points.values())) / 2
+    top = 3 * max(peak, *(point.high for point in points.values()))
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
     ink = rcParams["text.color"]
@@ -162,20 +192,22 @@ def draw_roofline(results: Results) -> Figure:
     axes.set_xlim(low, high)
     axes.set_ylim(bottom / unit, top / unit)
     labels = []
-    largest = max(rows for rows, _, _ in points.values())
+    largest = max(point.rows for point in points.values())
     for name in (name for name in STYLES if name in points):
-        rows, intensity, rate = points[name]
+        rows, intensity, rate, slow, quick = points[name]
         colour, _, marker, _ = STYLES[name]
         size = 9 if name == OURS else 6
         axes.plot([intensity], [rate / unit], marker, color=colour, markersize=size)
+        draw_spread(axes, intensity, slow / unit, quick / unit, colour)
         text = TITLES[name] if rows == largest else f"{TITLES[name]}, M = {rows}"
         labels.append(Label(intensity, rate / unit, text, colour))
     labels.append(Label(ridge, peak / unit, "", "none"))  # keeps the others off the roof
     label_curves(axes, labels, column=1.0, always_right=True)
-    if OURS in points and points[OURS][2] > min(peak, points[OURS][1] * bandwidth):
+    ours = points.get(OURS)
+    if ours is not None and ours.rate > min(peak, ours.intensity * bandwidth):
         axes.annotate(
             "above the roof: half of the products is left out, S being symmetric",
-            (points[OURS][1], points[OURS][2] / unit),
+            (ours.intensity, ours.rate / unit),
             xytext=(0, 9),
             textcoords="offset points",
             horizontalalignment="right",
@@ -183,7 +215,10 @@ def draw_roofline(results: Results) -> Figure:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("FLOPs for each byte that operators read or write")
-    axes.set_title(f"Roofline: 6 M² D FLOPs / time, {name_of_unit} (M = {largest}, D = {features})")
+    axes.set_title(
+        f"Roofline: 6 M² D FLOPs / time, {name_of_unit} (M = {largest}, D = {features}; "
+        "bars: p20 to p80)"
+    )
     axes.annotate(
         f"a large product: {peak / unit:.3g} {name_of_unit}",
         (ridge, peak / unit),

@@ -8,18 +8,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cjepa_kernels.bench.candidates import BOTH, CANDIDATES, EAGER, FORWARD, OURS, TITLES
+from cjepa_kernels.bench.candidates import (
+    BOTH,
+    CANDIDATES,
+    EAGER,
+    FORWARD,
+    OURS,
+    TITLES,
+    is_peer,
+)
 from cjepa_kernels.bench.comparison import Record, Results
 from cjepa_kernels.bench.sizes import Size
+from cjepa_kernels.bench.verdict import CONFIDENCE, MARGIN, MIN_ROUNDS, Ratio, Verdict
 
+LEVEL = f"{100 * CONFIDENCE:.0f} %"
 HEADER = (
     "M x D",
     "loss",
     "forward ms",
     "forward + backward ms",
     "p20 to p80",
-    "times",
-    "x ours",
+    "rounds",
+    "time / ours",
+    f"{LEVEL} interval",
     "memory MiB",
     "loss error",
     "gradient error",
@@ -53,7 +64,8 @@ def of_size(results: Results, size: Size) -> Iterator[list[str]]:
     memory = by_name(results, "memory", size)
     errors = by_name(results, "errors", size)
     for name, row in both.items():
-        over_ours = f"{row['median'] / both[OURS]['median']:.2f}" if OURS in both else ""
+        over_ours = times(over(both, name)) if OURS in both else ""
+        paired = ratio_in(row)
         yield [
             f"{size.rows} x {size.features}",
             title(name),
@@ -62,9 +74,36 @@ def of_size(results: Results, size: Size) -> Iterator[list[str]]:
             f"{milliseconds(row['p20'])} to {milliseconds(row['p80'])}",
             f"{row['rounds']:.0f}",
             over_ours,
+            interval(paired) if paired is not None else "",
             mebibytes(memory[name]["extra_bytes"]) if name in memory else "",
             *(f"{errors[name][key]:.1e}" if name in errors else "" for key in ("loss", "gradient")),
         ]
+
+
+def ratio_in(row: Record) -> Ratio | None:
+    """The paired ratio of a row; None in records of before it was kept, and in our own row."""
+    kept = row.get("over_ours")
+    return None if kept is None else Ratio(**kept)
+
+
+def over(both: dict[str, Record], name: str) -> float:
+    """A candidate's time divided by ours: paired where that was kept, else that of the medians."""
+    paired = ratio_in(both[name])
+    if paired is not None:
+        return paired.value
+    return float(both[name]["median"] / both[OURS]["median"])
+
+
+def interval(paired: Ratio) -> str:
+    """``5.21 to 6.02``, empty if there were too few rounds for one."""
+    if paired.low is None or paired.high is None:
+        return ""
+    return f"{times(paired.low)} to {times(paired.high)}"
+
+
+def times(value: float) -> str:
+    """Two digits behind the point of a ratio, none above 100."""
+    return f"{value:.0f}" if value >= 99.5 else f"{value:.2f}"
 
 
 def left_out(results: Results, size: Size) -> str:
@@ -115,7 +154,7 @@ def verdict(results: Results) -> list[str]:
     if with_eager:
         sentences.append(_beside(results, max(with_eager), EAGER))
     sentences += _beyond(results, sizes)
-    sentences += _slower(results, sizes)
+    sentences += _verdicts(results, sizes)
     sentences += _errors(results)
     sentences += _temperatures(results)
     sentences += _narrow_dtypes(results)
@@ -136,8 +175,10 @@ def _beside(results: Results, size: Size, other: str) -> str:
     memory = by_name(results, "memory", size)
     names = (OURS, other)
     costs = {name: f"{milliseconds(both[name]['median'])} ms" for name in names}
-    times = both[other]["median"] / both[OURS]["median"]
-    compared = f"{ratio(times)} x the time"
+    compared = f"{ratio(over(both, other))} x the time"
+    paired = ratio_in(both[other])
+    if paired is not None and interval(paired):
+        compared += f" ({LEVEL} interval {interval(paired)})"
     if all(name in memory for name in names):
         for name in names:
             costs[name] += f" and {mebibytes(memory[name]['extra_bytes'])} MiB"
@@ -168,31 +209,86 @@ def _beyond(results: Results, sizes: list[Size]) -> Iterator[str]:
         )
 
 
-def _slower(results: Results, sizes: list[Size]) -> Iterator[str]:
-    """Every candidate of the same loss that was faster than ours, or as fast, with where.
+Place = tuple[Size, Record]
 
-    Two are as fast as each other where the ranges from p20 to p80 overlap.
-    """
-    faster: dict[str, list[str]] = {}
-    equal: dict[str, list[str]] = {}
+
+def _verdicts(results: Results, sizes: list[Size]) -> Iterator[str]:
+    """Which candidates of the same loss are slower, faster, or too noisy to tell, and where."""
+    found: dict[Verdict | None, dict[str, list[Place]]] = {}
     for size in sizes:
-        both = by_name(results, "rows", size, **{"pass": BOTH})
-        for name, row in both.items():
-            is_peer = name in CANDIDATES and CANDIDATES[name].same_loss and name != OURS
-            if not is_peer or row["median"] >= both[OURS]["median"]:
-                continue
-            where = faster if row["p80"] < both[OURS]["p20"] else equal
-            times = both[OURS]["median"] / row["median"]
-            where.setdefault(name, []).append(f"M = {size.rows} ({times:.2f} x its time)")
-    for name, places in faster.items():
-        yield f"cjepa_kernels is slower than {in_sentence(name)} at {', '.join(places)}."
-    for name, places in equal.items():
+        for name, row in by_name(results, "rows", size, **{"pass": BOTH}).items():
+            if is_peer(name):
+                paired = ratio_in(row)
+                verdict = None if paired is None else paired.verdict()
+                found.setdefault(verdict, {}).setdefault(name, []).append((size, row))
+    if None in found:
+        yield from _unpaired(results, found.pop(None))
+    for name, places in found.get("slower", {}).items():
+        where = ", ".join(map(_times_as_long, places))
+        yield f"cjepa_kernels is slower than {in_sentence(name)} at {where}."
+    for name, places in found.get("equal", {}).items():
+        where = ", ".join(f"M = {size.rows}" for size, _ in places)
+        within = f"within {100 * (MARGIN - 1):.0f} %"
+        yield f"cjepa_kernels is as fast as {in_sentence(name)}, {within}, at {where}."
+    for name, places in found.get("unclear", {}).items():
+        where = ", ".join(map(_unclear, places))
         yield (
-            f"Within the spread of the times cjepa_kernels is as fast as {in_sentence(name)} at "
-            f"{', '.join(places)}."
+            f"Too noisy to tell whether cjepa_kernels is faster or slower than {in_sentence(name)} "
+            f"at {where}."
         )
-    if not faster and not equal and sizes:
-        yield "No other candidate of the same loss was faster at any size."
+    if faster := sum(map(len, found.get("faster", {}).values())):
+        others = sum(len(places) for of in found.values() for places in of.values()) - faster
+        which = "the other" if others else "all" if faster > 1 else "the only"
+        count = f" {faster} comparisons" if faster > 1 else " comparison"
+        yield (
+            f"In {which}{count} with another candidate of the same loss cjepa_kernels is faster."
+        )
+
+
+def _times_as_long(place: Place) -> str:
+    """Where we are slower, and how much: the ratio the other way round, and its interval."""
+    size, row = place
+    paired = Ratio(**row["over_ours"])
+    assert paired.low is not None  # else it is unclear
+    assert paired.high is not None
+    return (
+        f"M = {size.rows} ({times(1 / paired.value)} x its time, {LEVEL} interval "
+        f"{times(1 / paired.high)} to {times(1 / paired.low)})"
+    )
+
+
+def _unclear(place: Place) -> str:
+    size, row = place
+    paired = Ratio(**row["over_ours"])
+    if paired.low is None or paired.high is None:
+        return f"M = {size.rows} ({paired.rounds} rounds; {MIN_ROUNDS} are needed)"
+    return (
+        f"M = {size.rows} (our time is {times(1 / paired.high)} to {times(1 / paired.low)} x its "
+        f"time, {LEVEL} interval)"
+    )
+
+
+def _unpaired(results: Results, found: dict[str, list[Place]]) -> Iterator[str]:
+    """What a record says that was made before ratios of rounds were kept: medians, no verdict."""
+    yield (
+        "This record keeps no ratios of single rounds, so it cannot say which differences between "
+        "the medians are more than noise."
+    )
+    any_faster = False
+    for name, places in found.items():
+        where = []
+        for size, row in places:
+            ours = by_name(results, "rows", size, **{"pass": BOTH})[OURS]["median"]
+            if row["median"] < ours:
+                where.append(f"M = {size.rows} ({ours / row['median']:.2f} x its median)")
+        if where:
+            any_faster = True
+            yield (
+                f"The median of cjepa_kernels is above that of {in_sentence(name)} at "
+                f"{', '.join(where)}."
+            )
+    if not any_faster:
+        yield "No other candidate of the same loss has a lower median at any size."
 
 
 def _errors(results: Results) -> Iterator[str]:

@@ -27,6 +27,9 @@ def atomic_path(
 
     Yields:
         The temporary name to write to. It is removed if the block raises.
+
+    Raises:
+        OSError: The file cannot be written; the error names ``path``.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +42,11 @@ def atomic_path(
         os.replace(temporary, target)
         if os.name == "posix":
             _sync(target.parent)
+    except OSError as error:
+        # A full disk names no file, and the temporary name would tell the user nothing.
+        if error.errno is None or error.filename not in (None, temporary, str(temporary)):
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

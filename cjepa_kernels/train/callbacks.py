@@ -22,6 +22,7 @@ from cjepa_kernels.train.atomic import atomic_write
 from cjepa_kernels.train.data import Dataset
 from cjepa_kernels.train.evaluate import effective_rank, evaluate, standard_deviation
 from cjepa_kernels.train.module import CJEPAModule, feature_extractor
+from cjepa_kernels.train.reported_error import ReportedError
 
 Row = dict[str, float]
 
@@ -29,7 +30,7 @@ _COLLAPSE_IMAGES = 512
 _PROGRESS_INTERVAL = 0.5  # seconds
 
 
-class DivergenceError(RuntimeError):
+class DivergenceError(ReportedError):
     """The loss is no longer finite."""
 
 

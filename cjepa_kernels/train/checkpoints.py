@@ -49,11 +49,17 @@ class AtomicCheckpointIO(CheckpointIO):
         path: str | os.PathLike[str],
         storage_options: Any | None = None,
     ) -> None:
-        file = Path(path)
-        is_last = file.name == LAST_CHECKPOINT.name
-        previous = file.with_name(PREVIOUS_CHECKPOINT.name) if is_last else None
-        with atomic_path(file, keep_as=previous) as temporary:
-            torch.save(checkpoint, temporary)
+        target = Path(path)
+        is_last = target.name == LAST_CHECKPOINT.name
+        previous = target.with_name(PREVIOUS_CHECKPOINT.name) if is_last else None
+        with atomic_path(target, keep_as=previous) as temporary, temporary.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:
+                # PyTorch reports a position in the file; what the operating system said is behind.
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
     def load_checkpoint(
         self,

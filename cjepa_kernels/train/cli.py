@@ -10,8 +10,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,14 +24,12 @@ import cjepa_kernels
 from cjepa_kernels.bench.cli import bench
 from cjepa_kernels.bench.machine import installed_version
 from cjepa_kernels.extras import require
-from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.train.command_errors import Program
 from cjepa_kernels.train.interruption import resumable
-from cjepa_kernels.train.worker_pool import JobError
+from cjepa_kernels.train.outputs import check_directory, check_file, write_file
 
 # What the training program needs beyond this file.
 _NEEDED = ("lightning", "sklearn", "datasets", "pydantic", "yaml", "matplotlib")
-_USER_ERRORS = (ValueError, TypeError, FileNotFoundError, ImportError, JobError)
-_USER_ERROR_CODE = 2
 _PACKAGES = ("torch", "lightning", "scikit-learn", "datasets", "numpy")
 _PROBE_ROWS = (
     ("linear probe, %", "linear"),
@@ -47,7 +44,7 @@ _PROBE_ROWS = (
 )
 
 app = typer.Typer(
-    no_args_is_help=True,
+    cls=Program,
     pretty_exceptions_enable=False,
     help="Train and compare hierarchical JEPAs with a contrastive term (C-JEPA).",
 )
@@ -64,7 +61,9 @@ def _print_version(asked: bool) -> None:
 def options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Say it and end."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Train and compare hierarchical JEPAs with a contrastive term (C-JEPA)."""
@@ -98,37 +97,37 @@ def train(
     config: Config, overrides: Overrides = None, out: Out = None, debug: Debug = False
 ) -> None:
     """Train one encoder and evaluate it; a killed run resumes when started again."""
-    with _training(debug):
-        from cjepa_kernels.train import runner
-        from cjepa_kernels.train.config import config_to_dict, load_config
+    _require_training()
+    from cjepa_kernels.train import runner
+    from cjepa_kernels.train.config import config_to_dict, load_config
 
-        experiment = load_config(config, overrides or ())
-
-        run_dir = out or _default_directory(config, config_to_dict(experiment), "")
-        console = Console()
-        with resumable(run_dir):
-            result = runner.train(
-                experiment,
-                run_dir,
-                on_summary=lambda summary: summary.print(console),
-                progress_bar=sys.stderr.isatty(),
-                epoch_lines=True,
-            )
-        if not result.evaluation:
-            return  # a rank other than the first one
-        if not result.trained:
-            console.print(
-                f"This run was finished before, on {result.finished}; nothing was trained. Another "
-                "directory (--out) trains it again.",
-                soft_wrap=True,
-            )
-        console.print(_probe_table(result.evaluation, f"{config.stem}, seed {experiment.seed}"))
-        for finding in result.findings:
-            console.print(
-                f"[yellow]{escape(str(finding['rule']))}[/] (epoch {finding['epoch']}): "
-                f"{escape(str(finding['message']))} ({escape(str(finding['evidence']))})"
-            )
-        console.print(f"{result.seconds:.0f} s; results in {run_dir}", soft_wrap=True)
+    experiment = load_config(config, overrides or ())
+    run_dir = out or _default_directory(config, config_to_dict(experiment), "")
+    check_directory("--out", run_dir)
+    console = Console()
+    with resumable(run_dir):
+        result = runner.train(
+            experiment,
+            run_dir,
+            on_summary=lambda summary: summary.print(console),
+            progress_bar=sys.stderr.isatty(),
+            epoch_lines=True,
+        )
+    if not result.evaluation:
+        return  # a rank other than the first one
+    if not result.trained:
+        console.print(
+            f"This run was finished before, on {result.finished}; nothing was trained. Another "
+            "directory (--out) trains it again.",
+            soft_wrap=True,
+        )
+    console.print(_probe_table(result.evaluation, f"{config.stem}, seed {experiment.seed}"))
+    for finding in result.findings:
+        console.print(
+            f"[yellow]{escape(str(finding['rule']))}[/] (epoch {finding['epoch']}): "
+            f"{escape(str(finding['message']))} ({escape(str(finding['evidence']))})"
+        )
+    console.print(f"{result.seconds:.0f} s; results in {run_dir}", soft_wrap=True)
 
 
 @app.command()
@@ -139,24 +138,22 @@ def tune(
     debug: Debug = False,
 ) -> None:
     """Choose how the Triton kernels are compiled for one size by timing them on this GPU."""
-    with _clear_errors(debug):
-        import torch
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")
+    if not torch.cuda.is_available():
+        raise ValueError("tune needs an NVIDIA GPU, and PyTorch finds no CUDA device here")
+    from cjepa_kernels.triton import configs
+    from cjepa_kernels.triton import tune as tuning
 
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-        if dtype not in dtypes:
-            raise ValueError(f"dtype must be one of {list(dtypes)}, got {dtype!r}")
-        if not torch.cuda.is_available():
-            raise RuntimeError("there is no CUDA device to tune for")
-        from cjepa_kernels.triton import configs
-        from cjepa_kernels.triton import tune as tuning
-
-        console = Console()
-        entries = tuning.entries_for(rows, features, dtypes[dtype])
-        measure = tuning.measure_step(rows, features, dtypes[dtype])
-        found = tuning.tune(entries, measure, console.print)
-        others = [e for e in configs.read(configs.cache_file()) if not tuning.replaces(found, e)]
-        configs.write(configs.cache_file(), [*found, *others])
-        console.print(f"kept in {configs.cache_file()}", soft_wrap=True)
+    check_file("CJEPA_TRITON_CONFIGS", configs.cache_file())
+    console = Console()
+    entries = tuning.entries_for(rows, features, dtypes[dtype])
+    measure = tuning.measure_step(rows, features, dtypes[dtype])
+    found = tuning.tune(entries, measure, console.print)
+    others = [e for e in configs.read(configs.cache_file()) if not tuning.replaces(found, e)]
+    configs.write(configs.cache_file(), [*found, *others])
+    console.print(f"kept in {configs.cache_file()}", soft_wrap=True)
 
 
 @app.command()
@@ -174,23 +171,24 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Compare C-JEPA, JEPA alone and the contrastive term alone on the same seeds."""
-    with _training(debug):
-        from cjepa_kernels.train.compare import compare as run_comparison
-        from cjepa_kernels.train.config import config_to_dict, load_config
+    _require_training()
+    from cjepa_kernels.train.compare import compare as run_comparison
+    from cjepa_kernels.train.config import config_to_dict, load_config
 
-        experiment = load_config(config, overrides or ())
-        seed_list = _parse_seeds(seeds)
-        task = {**config_to_dict(experiment), "seeds": seed_list, "transfer": transfer}
-        out_dir = out or _default_directory(config, task, "-compare")
-        with resumable(out_dir):
-            run_comparison(
-                experiment,
-                seeds=seed_list,
-                out_dir=out_dir,
-                workers=workers,
-                transfer=transfer,
-                console=Console(),
-            )
+    experiment = load_config(config, overrides or ())
+    seed_list = _parse_seeds(seeds)
+    task = {**config_to_dict(experiment), "seeds": seed_list, "transfer": transfer}
+    out_dir = out or _default_directory(config, task, "-compare")
+    check_directory("--out", out_dir)
+    with resumable(out_dir):
+        run_comparison(
+            experiment,
+            seeds=seed_list,
+            out_dir=out_dir,
+            workers=workers,
+            transfer=transfer,
+            console=Console(),
+        )
 
 
 @app.command()
@@ -205,46 +203,47 @@ def probe(
     debug: Debug = False,
 ) -> None:
     """Probe the target encoder of a checkpoint, on its experiment's data or on others."""
-    with _training(debug):
-        from cjepa_kernels.train import runner
-        from cjepa_kernels.train.config import apply_overrides, config_to_dict
-        from cjepa_kernels.train.data import load_dataset, resolve_pretrain_classes
-        from cjepa_kernels.train.evaluate import evaluate
+    _require_training()
+    from cjepa_kernels.train import runner
+    from cjepa_kernels.train.config import apply_overrides, config_to_dict
+    from cjepa_kernels.train.data import load_dataset, resolve_pretrain_classes
+    from cjepa_kernels.train.evaluate import evaluate
 
-        _check_probe_overrides(overrides or ())
-        extract, experiment = runner.load_encoder(checkpoint)
-        experiment = apply_overrides(experiment, overrides or ())
-        if experiment.trainer.threads is not None:
-            torch.set_num_threads(experiment.trainer.threads)
-        dataset = load_dataset(experiment.data)
-        numbers = evaluate(
-            extract,
-            dataset,
-            experiment.evaluation,
-            pretrain_classes=resolve_pretrain_classes(experiment.data, dataset),
-        )
-        Console().print(_probe_table(numbers, f"{checkpoint} on {dataset.name}"))
-        if json_file is not None:
-            content = {
-                "checkpoint": str(checkpoint),
-                "data": config_to_dict(experiment)["data"],
-                "evaluation": numbers,
-            }
-            atomic_write(json_file, json.dumps(content, indent=1) + "\n")
+    _check_probe_overrides(overrides or ())
+    if json_file is not None:
+        check_file("--json", json_file)
+    extract, experiment = runner.load_encoder(checkpoint)
+    experiment = apply_overrides(experiment, overrides or ())
+    if experiment.trainer.threads is not None:
+        torch.set_num_threads(experiment.trainer.threads)
+    dataset = load_dataset(experiment.data)
+    numbers = evaluate(
+        extract,
+        dataset,
+        experiment.evaluation,
+        pretrain_classes=resolve_pretrain_classes(experiment.data, dataset),
+    )
+    Console().print(_probe_table(numbers, f"{checkpoint} on {dataset.name}"))
+    if json_file is not None:
+        content = {
+            "checkpoint": str(checkpoint),
+            "data": config_to_dict(experiment)["data"],
+            "evaluation": numbers,
+        }
+        write_file(json_file, json.dumps(content, indent=1) + "\n")
 
 
 @app.command()
 def info(debug: Debug = False) -> None:
     """Show versions, devices, back ends and the compiled module."""
-    with _clear_errors(debug):
-        console = Console()
-        console.print(_version_table())
-        table = Table("back end", "available", "devices", "what it is, or why it is missing")
-        for name, status in cjepa_kernels.backends().items():
-            available = "[green]yes[/]" if status.available else "no"
-            table.add_row(name, available, ", ".join(status.devices), escape(status.reason))
-        console.print(table)
-        console.print(_compiled_module())
+    console = Console()
+    console.print(_version_table())
+    table = Table("back end", "available", "devices", "what it is, or why it is missing")
+    for name, status in cjepa_kernels.backends().items():
+        available = "[green]yes[/]" if status.available else "no"
+        table.add_row(name, available, ", ".join(status.devices), escape(status.reason))
+    console.print(table)
+    console.print(_compiled_module())
 
 
 def _version_table() -> Table:
@@ -310,34 +309,9 @@ def _parse_seeds(text: str) -> Sequence[int]:
         raise ValueError(f"--seeds: expected integers such as 0,1,2, got {text!r}") from None
 
 
-@contextmanager
-def _training(debug: bool) -> Iterator[None]:
-    """What a command of the training program runs in: its extra is there, errors are clear."""
-    with _clear_errors(debug):
-        for module in _NEEDED:
-            require(module, extra="train")
-        from cjepa_kernels.train.callbacks import DivergenceError
-
-        try:
-            yield
-        except DivergenceError as error:
-            if debug:
-                raise
-            raise ValueError(str(error)) from None
-
-
-@contextmanager
-def _clear_errors(debug: bool) -> Iterator[None]:
-    """End a user's error with one clear message and exit code 2."""
-    try:
-        yield
-    except _USER_ERRORS as error:
-        if debug:
-            raise
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]error:[/] [red]{escape(str(error))}[/]", highlight=False
-        )
-        raise typer.Exit(_USER_ERROR_CODE) from None
+def _require_training() -> None:
+    for module in _NEEDED:
+        require(module, extra="train")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence, Set
 from datetime import datetime, timezone
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 
+from cjepa_kernels.suggestions import nearest
 from cjepa_kernels.train import checksummed_json, runner
 from cjepa_kernels.train.atomic import atomic_write
 from cjepa_kernels.train.compare_progress import progress_display
@@ -70,10 +70,7 @@ def arm_config(
         ValueError: If the arm is unknown or the result is no valid experiment.
     """
     if arm not in ARMS:
-        close = get_close_matches(str(arm), ARMS, n=1, cutoff=0.0)
-        raise ValueError(
-            f"arms must be among {', '.join(ARMS)}, got {arm!r}; the nearest is {close[0]!r}"
-        )
+        raise ValueError(f"arms: no arm {arm!r}{nearest(arm, ARMS)}")
     values = config_to_dict(config)
     values["seed"] = seed
     values["loss"] = {**values["loss"], **ARMS[arm]}

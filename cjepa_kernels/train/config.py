@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import types
 import typing
@@ -20,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from cjepa_kernels.suggestions import nearest
 from cjepa_kernels.yaml_reader import parse_yaml, read_yaml
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -237,6 +237,19 @@ class ExperimentConfig(_Section):
     logging: LoggingConfig = LoggingConfig()
 
 
+class ConfigurationError(ValueError):
+    """A configuration with mistakes.
+
+    Args:
+        origin: What the message calls the configuration.
+        problems: One line for each mistake, with the dotted key first.
+    """
+
+    def __init__(self, origin: str, problems: Sequence[str]) -> None:
+        super().__init__("\n  ".join([f"{origin} is not valid:", *problems]))
+        self.problems = tuple(problems)
+
+
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read an experiment from a YAML file.
 
@@ -285,8 +298,7 @@ def config_from_dict(
     try:
         return ExperimentConfig.model_validate(merged)
     except ValidationError as error:
-        lines = [_describe(problem) for problem in error.errors()]
-        raise ValueError("\n  ".join([f"{origin} is not valid:", *lines])) from None
+        raise ConfigurationError(origin, [_describe(p) for p in error.errors()]) from None
 
 
 def apply_overrides(config: ExperimentConfig, overrides: Sequence[str]) -> ExperimentConfig:
@@ -375,8 +387,7 @@ def _describe(problem: Mapping[str, Any]) -> str:
     key = ".".join(location) or "configuration"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        return f"{key}: unknown key; the nearest known key is {close[0]!r}"
+        return f"{key}: unknown key{nearest(location[-1], known)}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "value_error" and ", got " in message:
         return f"{key}: {message}"

@@ -17,6 +17,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, cast
 
+from cjepa_kernels.train.reported_error import ReportedError
+
 ReportProgress = Callable[[int, int], None]  # (step, total steps)
 
 _GOODBYE_SECONDS = 10.0  # for a worker to end by itself
@@ -58,7 +60,7 @@ class Event:
     total_steps: int = 0
 
 
-class JobError(RuntimeError):
+class JobError(ReportedError):
     """A job failed by a defect or its process died."""
 
 

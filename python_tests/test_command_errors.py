@@ -1,0 +1,248 @@
+"""Errors of the command line: one line for each, status 2, and nothing half done."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lightning")
+pytest.importorskip("typer")
+
+import torch
+from typer.testing import CliRunner, Result
+
+from cjepa_kernels.bench import cli as bench_cli
+from cjepa_kernels.train import runner
+from cjepa_kernels.train.atomic import atomic_path, atomic_write
+from cjepa_kernels.train.checkpoints import AtomicCheckpointIO
+from cjepa_kernels.train.cli import app
+from cjepa_kernels.train.command_errors import describe
+from cjepa_kernels.train.config import ConfigurationError
+from cjepa_kernels.train.outputs import check_directory, check_file, write_file
+
+EXPERIMENT = "data: {source: digits, train_size: 64, test_size: 40}\n"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with an experiment and a file that is in the way."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.yaml").write_text(EXPERIMENT)
+    (tmp_path / "file").write_text("in the way")
+    return tmp_path
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def error_lines(result: Result) -> list[str]:
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+    lines = result.stderr.splitlines()
+    assert all(line.startswith("error: ") for line in lines), lines
+    return [line.removeprefix("error: ") for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("trian", "no command 'trian', did you mean 'train'?"),
+        ("frobnicate", "no command 'frobnicate'; known: bench, compare, "),
+        ("--wrong", "no such option: --wrong"),
+        ("train", "missing option '--config' (see "),
+        ("train --config", "option '--config' requires an argument"),
+        ("tune --rows many", "invalid value for '--rows'"),
+        ("tune --dtype fp64", "--dtype: expected one of bf16, fp16, fp32, got 'fp64'"),
+        ("tune", "tune needs an NVIDIA GPU"),
+        ("train --config absent.yaml", "no configuration file 'absent.yaml'"),
+        ("train --config .", "no configuration file '.'"),
+        ("train --config small.yaml seed", "override 'seed': expected key=value"),
+        ("train --config small.yaml --out file", "--out: expected a directory to write to, got"),
+        ("train --config small.yaml --out file/x", "file' is a file"),
+        ("compare --config small.yaml --out file/x/y", "file' is a file"),
+        ("train --config small.yaml --out /proc/x/y", "'/proc/x/y': No such file or directory"),
+        ("probe x --json .", "--json: expected a file to write to, got '.': it is a directory"),
+        ("probe x --json file/x", "--json: expected a file to write to, got 'file/x': "),
+        ("probe absent", "no checkpoint 'absent'"),
+        ("bench --out file", "--out: expected a directory to write to, got 'file'"),
+        ("bench --out /proc/x", "'/proc/x': No such file or directory"),
+        ("bench --sizes x", "--sizes: "),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    command: str, message: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(runner, "load_dataset", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr(bench_cli, "run", lambda *_: pytest.fail("work was begun"))
+    result = run(*command.split())
+    (line,) = error_lines(result)
+    assert message in line
+    assert result.exit_code == 2
+    assert sorted(path.name for path in here.iterdir()) == ["file", "small.yaml"]
+
+
+def test_each_mistake_of_a_configuration_has_its_line(here: Path) -> None:
+    result = run("train", "--config", "small.yaml", "seed=-1", "trainer.epochs=0", "lo=1")
+    assert [line.partition(":")[0] for line in error_lines(result)] == [
+        "seed",
+        "trainer.epochs",
+        "lo",
+    ]
+    assert result.exit_code == 2
+
+
+def test_debug_shows_the_traceback_and_keeps_the_status(here: Path) -> None:
+    result = run("train", "--config", "small.yaml", "seed=-1", "--debug")
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: seed: ")
+    assert result.exit_code == 2
+
+
+def test_a_defect_is_one_line_that_keeps_its_traceback(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr("tempfile.tempdir", str(here))
+    monkeypatch.setattr(runner, "load_encoder", fail)
+    result = run("probe", "x")
+    (line,) = error_lines(result)
+    assert line.startswith("IndexError: list index out of range: this is a defect")
+    assert result.exit_code == 1
+    (saved,) = here.glob("cjepa-error-*.txt")
+    assert str(saved) in line
+    assert "in fail" in saved.read_text()
+
+
+def test_without_arguments_the_help_is_shown() -> None:
+    result = run()
+    assert (result.exit_code, "Usage" in result.output) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "lines"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b"), ["/a/b: no space left on "]),
+        (OSError("no errno"), ["no errno"]),
+        (MemoryError(), ["out of memory"]),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 1 B"), ["out of memory: Def"]),
+        (torch.OutOfMemoryError("CUDA out of memory."), ["out of memory: CUDA out"]),
+        (ValueError("the keys:\n  a: 1\n  b: 2\n"), ["the keys: a: 1; b: 2"]),
+        (ConfigurationError("f", ["a: x", "b: y\nz"]), ["a: x", "b: y; z"]),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), ["broken pipe"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_lines_of_errors(error: Exception, lines: list[str]) -> None:
+    described = describe(error)
+    assert described is not None
+    assert len(described) == len(lines)
+    assert all(a.startswith(b) for a, b in zip(described, lines, strict=True)), described
+
+
+@pytest.mark.parametrize("error", [IndexError(), AssertionError(), RuntimeError("x"), KeyError(1)])
+def test_other_exceptions_are_defects(error: Exception) -> None:
+    assert describe(error) is None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_standard_output_that_takes_nothing() -> None:
+    """A full disk is an error; a reader that has gone, as in ``| head -1``, is none."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from cjepa_kernels.cli import main; main(['info'])"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    with open("/dev/full", "wb") as full:
+        to_full, to_nobody = (
+            subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+            for stdout in (full, writing)
+        )
+    os.close(writing)
+    assert to_full.communicate()[1] == "error: no space left on device\n"
+    assert to_full.returncode == 2
+    assert to_nobody.communicate()[1] == ""
+    assert to_nobody.returncode == 1
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file of this process gets larger than ``size`` bytes, as on a disk with so much room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "text"])
+def test_a_disk_that_gets_full_is_named_and_leaves_the_old_file(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+    file.write_text("old")
+    write = {
+        "checkpoint": lambda: AtomicCheckpointIO().save_checkpoint(
+            {"w": torch.ones(100_000)}, file
+        ),
+        "text": lambda: atomic_write(file, "x" * 100_000),
+    }[kind]
+    with full_disk(4096), pytest.raises(OSError, match=r"last\.ckpt") as info:
+        write()
+    assert info.value.errno == errno.EFBIG
+    assert "partial" not in str(info.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert file.read_text() == "old"
+
+
+def test_a_disk_that_gets_full_in_training_is_one_line(here: Path) -> None:
+    sizes = ["model.dim=16", "model.heads=2", "trainer.epochs=1", "logging.progress_bar=false"]
+    with full_disk(20_000):
+        result = run("train", "--config", "small.yaml", "--out", "run", *sizes)
+    assert error_lines(result) == ["run/checkpoints/last.ckpt: file too large"]
+    assert result.exit_code == 2
+
+
+def test_errors_of_other_files_keep_their_names(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent"), atomic_path(tmp_path / "file"):
+        (tmp_path / "absent").read_text()
+
+
+def test_outputs_are_tried_and_nothing_is_left(tmp_path: Path) -> None:
+    check_directory("--out", tmp_path / "new" / "deep")
+    check_file("--json", tmp_path / "new" / "a.json")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "x")
+    with pytest.raises(ValueError, match=r"--out: .*symbolic link to nothing"):
+        check_directory("--out", tmp_path / "dangling")
+    with pytest.raises(ValueError, match=r"--out: .*File name too long"):
+        check_directory("--out", tmp_path / ("n" * 300))
+    with pytest.raises(ValueError, match=r"--json: .*null byte"):
+        check_file("--json", tmp_path / "a\0b")
+    assert [path.name for path in tmp_path.iterdir()] == ["dangling"]
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+    real, link, pipe = tmp_path / "real.json", tmp_path / "link.json", tmp_path / "pipe"
+    real.write_text("old")
+    link.symlink_to(real)
+    check_file("--json", link)
+    write_file(link, json.dumps({"a": 1}))
+    assert link.is_symlink()
+    assert json.loads(real.read_text()) == {"a": 1}
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    check_file("--json", pipe)
+    write_file(pipe, "through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()
