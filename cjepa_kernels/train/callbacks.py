@@ -99,9 +99,13 @@ class MetricHistory(Callback):
             row |= self._evaluate(pl_module, int(row["epoch"]))
         self.rows.append(row)
         if trainer.is_global_zero:
-            atomic_write(self.path, to_csv(self.rows))
+            self.write()
             for logger in trainer.loggers:
                 logger.log_metrics(row, step=int(row["step"]))
+
+    def write(self) -> None:
+        """Replace ``metrics.csv``."""
+        atomic_write(self.path, to_csv(self.rows))
 
     def _row(self, trainer: L.Trainer, module: CJEPAModule, means: list[float]) -> Row:
         step = module.global_step
@@ -160,7 +164,7 @@ class AdvisorHook(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            self._write()
+            self.write()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row = self.history.rows[-1]
@@ -179,9 +183,10 @@ class AdvisorHook(Callback):
             self.lines.append(
                 f"epoch {epoch}: finding {finding.rule}: {finding.message} ({finding.evidence})"
             )
-        self._write()
+        self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Replace ``log.txt``."""
         atomic_write(self.path, "".join(f"{line}\n" for line in (*self.data_lines, *self.lines)))
 
     def state_dict(self) -> dict[str, Any]:

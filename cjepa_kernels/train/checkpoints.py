@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import zipfile
@@ -100,9 +101,10 @@ def read_checkpoint(file: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
             # PyTorch leaves these attributes at 0. With one flipped bit it takes a record for a
             # directory, and returns memory that it has not written.
             altered = [info.filename for info in archive.infolist() if info.external_attr]
-    except OSError:
-        raise
     except Exception as error:
+        # A damaged position in the file becomes an invalid argument of the operating system.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise DamagedCheckpointError(
             f"{file} is damaged, or is not a checkpoint ({_first_line(error)})"
         ) from error

@@ -176,6 +176,9 @@ def train(
         )
         if not trainer.is_global_zero:
             return result
+        # Again, if no epoch was left to train: these files may be damaged, the checkpoint is not.
+        history.write()
+        advice.write()
         evaluation = evaluate(
             feature_extractor(module.target_encoder, trainer.strategy.root_device),
             dataset,
