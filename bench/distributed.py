@@ -43,7 +43,7 @@ from distributed_formulas import lightly_of_group
 from measurement import print_table, write_results
 from torch import Tensor
 
-from cjepa_kernels import backends, cross_logsumexp, functional, nt_xent
+from cjepa_kernels import backends, cross_logsumexp, functional, nt_xent, pair_similarity
 from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.distributed import Counts, counting
 
@@ -83,7 +83,7 @@ def strips(z_i: Tensor, z_j: Tensor) -> Tensor:
     """Own rows against all rows, rows of the rectangle alone; a sum over own anchors."""
     own = torch.cat([z_i, z_j])
     out = cross_logsumexp(own, Gather.apply(own), temperature=TEMPERATURE)
-    positive = torch.cosine_similarity(z_i, z_j).repeat(2)
+    positive = pair_similarity(z_i, z_j).repeat(2)
     return (out.row_lse - positive / TEMPERATURE).mean()
 
 

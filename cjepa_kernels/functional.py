@@ -9,12 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cjepa_kernels import ops, reference
-from cjepa_kernels.backends import HAS_NATIVE, Backend, check_backend
+from cjepa_kernels import ops, reference, triton
+from cjepa_kernels.backends import HAS_NATIVE, HAS_TRITON, Backend, check_backend
 from cjepa_kernels.distributed import STRATEGIES, Options, Strategy
 from cjepa_kernels.distributed import nt_xent as of_group
 from cjepa_kernels.environment import read_mebibytes
-from cjepa_kernels.reference import FLOATING, REDUCTIONS, CrossLogSumExp, Reduction
+from cjepa_kernels.reference import (
+    FLOATING,
+    LARGEST,
+    REDUCTIONS,
+    SMALLEST,
+    CrossLogSumExp,
+    Reduction,
+)
 
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 KEPT_BYTES = int(read_mebibytes("CJEPA_KEPT_MIB", 256) * 2**20)
@@ -56,9 +63,10 @@ def nt_xent(
 
     Args:
         z_i: (B, D), or (B, N, D) which counts as B*N pairs. fp64, fp32, bf16 or fp16.
-        z_j: Same shape, dtype and device; ``z_j[k]`` is the positive of ``z_i[k]``.
-        temperature: Positive float, or a 0-dim tensor, which then gets a gradient (a tensor that
-            is not positive gives NaN: nobody may read it on the host).
+        z_j: Same shape and device; ``z_j[k]`` is the positive of ``z_i[k]``. Two dtypes become
+            the one that ``torch.promote_types`` gives; gradients have each input's own.
+        temperature: Float from 1e-30 to 1e30, or a 0-dim tensor, which then gets a gradient (a
+            tensor outside of that range gives NaN: nobody may read it on the host).
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         eps: Smallest norm that is divided by; a row below it gets a zero gradient.
         reduction: ``mean`` over the 2B anchors, ``sum``, or ``none``.
@@ -100,7 +108,7 @@ def nt_xent(
     check_backend(backend)
     check_temperature(temperature)
     check_reduction(reduction)
-    check_positive("eps", eps)
+    check_in_range("eps", eps)
     check_strategy(strategy)
     check_bool("use_cosine_similarity", use_cosine_similarity)
     if group is not None and not isinstance(group, dist.ProcessGroup):
@@ -114,6 +122,7 @@ def nt_xent(
             raise ValueError("mask must be None with a group: it names pairs of one rank only")
         _check_mask(mask, z_i)
     _check_temperature_device(temperature, "z_i", z_i)
+    z_i, z_j = _promote(z_i, z_j)
     if group is None:
         return _nt_xent(z_i, z_j, temperature, use_cosine_similarity, eps, reduction, mask, backend)
     if backend == "reference" and strategy == "ring":
@@ -154,6 +163,7 @@ def _nt_xent_of_group(
         needs_gradient=torch.is_grad_enabled()
         and any(t is not None and t.requires_grad for t in (z_i, z_j, tensor)),
     )
+    z_i, z_j, tensor = (ops.saveable(x) for x in (z_i, z_j, tensor))
     return NTXentOutput(*of_group.nt_xent(z_i, z_j, tensor, options, group))
 
 
@@ -171,12 +181,12 @@ def _nt_xent(
     if backend == "reference":
         with torch.autocast(z_i.device.type, enabled=False):
             terms = reference.nt_xent(
-                z_i,
-                z_j,
-                temperature=temperature,
+                ops.saveable(z_i),
+                ops.saveable(z_j),
+                temperature=ops.saveable(temperature),
                 use_cosine_similarity=use_cosine_similarity,
                 eps=eps,
-                mask=mask,
+                mask=ops.saveable(mask),
             )
         return NTXentOutput(reference.reduce(terms.loss, reduction), *terms[1:])
     tensor, number = _split_temperature(temperature)
@@ -208,9 +218,10 @@ def cross_logsumexp(
 
     Args:
         x: (M, D), M >= 1. fp64, fp32, bf16 or fp16.
-        y: (N, D), N >= 1; same D, dtype and device.
-        temperature: Positive float, or a 0-dim tensor, which then gets a gradient (a tensor that
-            is not positive gives NaN: nobody may read it on the host).
+        y: (N, D), N >= 1; same D and device. Two dtypes become the one that
+            ``torch.promote_types`` gives; gradients have each input's own.
+        temperature: Float from 1e-30 to 1e30, or a 0-dim tensor, which then gets a gradient (a
+            tensor outside of that range gives NaN: nobody may read it on the host).
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         eps: Smallest norm that is divided by; a row below it gets a zero gradient.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
@@ -232,23 +243,24 @@ def cross_logsumexp(
 
         >>> image, text = torch.eye(4), torch.eye(4)
         >>> out = cross_logsumexp(image, text, temperature=0.5)
-        >>> positive = torch.cosine_similarity(image, text) / 0.5
-        >>> loss = ((out.row_lse - positive).mean() + (out.column_lse - positive).mean()) / 2
-        >>> round(loss.item(), 4)
+        >>> positive = pair_similarity(image, text) / 0.5
+        >>> losses = torch.stack([out.row_lse, out.column_lse]) - positive
+        >>> round(losses.clamp(min=0).mean().item(), 4)  # below 0 only by rounding
         0.3408
     """
     check_backend(backend)
     check_temperature(temperature)
-    check_positive("eps", eps)
+    check_in_range("eps", eps)
     check_bool("use_cosine_similarity", use_cosine_similarity)
     _check_rectangle(x, y)
     _check_temperature_device(temperature, "x", x)
+    x, y = _promote(x, y)
     if backend == "reference":
         with torch.autocast(x.device.type, enabled=False):
             return reference.cross_logsumexp(
-                x,
-                y,
-                temperature=temperature,
+                ops.saveable(x),
+                ops.saveable(y),
+                temperature=ops.saveable(temperature),
                 use_cosine_similarity=use_cosine_similarity,
                 eps=eps,
             )
@@ -258,6 +270,74 @@ def cross_logsumexp(
         *(x, y, *_split_temperature(temperature), use_cosine_similarity, eps, _product_dtype(x)),
     )
     return CrossLogSumExp(*outputs[:4])
+
+
+def pair_similarity(
+    x: Tensor,
+    y: Tensor,
+    *,
+    use_cosine_similarity: bool = True,
+    eps: float = 1e-8,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Similarity of row k of ``x`` and row k of ``y``, rounded as :func:`cross_logsumexp` does.
+
+    That is the positive of InfoNCE. In half precision, under autocast and where a GPU may multiply
+    in tf32, the log-sum-exp is over products of rounded rows, added up in fp32. A positive from
+    rows that are not rounded, or one that is itself rounded to bf16, may lie above the log-sum-exp
+    and give a negative loss.
+
+    Args:
+        x: (B, D), B >= 1. fp64, fp32, bf16 or fp16.
+        y: Same shape and device. Two dtypes become the one that ``torch.promote_types`` gives.
+        use_cosine_similarity: Cosine similarity, else the plain dot product.
+        eps: Smallest norm that is divided by; a row below it gets a zero gradient.
+        backend: The one that :func:`cross_logsumexp` is given: each has a rounding of its own.
+
+    Returns:
+        (B,) similarities, not divided by a temperature; fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError: A tensor of the wrong kind or dtype.
+        ValueError: A wrong shape, device or value; the message names it.
+        RuntimeError: A back end that was asked for by name and is missing.
+
+    Source: InfoNCE, arXiv 1807.03748, equation 4 (the numerator).
+
+    Example:
+        >>> image, text = torch.eye(4), 2 * torch.eye(4)
+        >>> pair_similarity(image, text)
+        tensor([1., 1., 1., 1.])
+    """
+    check_backend(backend)
+    check_in_range("eps", eps)
+    check_bool("use_cosine_similarity", use_cosine_similarity)
+    _check_rectangle(x, y)
+    if x.shape != y.shape:
+        raise ValueError(f"x and y must have as many rows as each other, got {len(x)} and {len(y)}")
+    x, y = _promote(x, y)
+    rounded: torch.dtype | None = None
+    tf32 = False
+    if backend != "reference":
+        rounded = _product_dtype(x) or x.dtype
+        on_triton = choose_overload(backend, x.device) == ".triton" or (
+            backend in ("auto", "triton") and x.device.type == "cuda" and HAS_TRITON
+        )
+        tf32 = on_triton and rounded == torch.float32 and triton.rounds_to_tf32(x)
+    with torch.autocast(x.device.type, enabled=False):
+        rows = [reference.embed_rows(ops.saveable(z), use_cosine_similarity, eps) for z in (x, y)]
+        if rounded is not None:
+            # The gradient is that of rows that are not rounded, as in the back ends.
+            rows = [z + (_round_rows(z.detach(), rounded, tf32) - z.detach()) for z in rows]
+        return (rows[0] * rows[1]).sum(dim=1)
+
+
+def _round_rows(rows: Tensor, dtype: torch.dtype, tf32: bool) -> Tensor:
+    """Operands of the product: rounded, but held in the dtype of sums."""
+    if tf32:  # to 10 bits of mantissa, as triton.common.round_to_tf32
+        bits = (rows.view(torch.int32) + 0x1000) & ~0x1FFF
+        return torch.where(rows == rows, bits.view(torch.float32), rows)
+    return rows.to(dtype).to(rows.dtype)
 
 
 def choose_overload(backend: Backend, device: torch.device) -> str:
@@ -310,6 +390,13 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
+def check_in_range(name: str, value: float) -> None:
+    """Raise unless ``value`` is a positive number that fp32 has, and its inverse too."""
+    check_positive(name, value)
+    if not SMALLEST <= value <= LARGEST:
+        raise ValueError(f"{name} must lie between {SMALLEST} and {LARGEST}, got {value}")
+
+
 def check_bool(name: str, value: bool) -> None:
     """Raise unless ``value`` is True or False."""
     if not isinstance(value, bool):
@@ -330,6 +417,10 @@ def check_temperature(temperature: float | Tensor) -> None:
         raise TypeError(f"temperature must be a float or a 0-dim tensor, got {temperature!r}")
     if not 0 < temperature < math.inf:
         raise ValueError(f"Temperature must be positive, and finite, got {temperature}")
+    if not SMALLEST <= temperature <= LARGEST:
+        raise ValueError(
+            f"temperature must lie between {SMALLEST} and {LARGEST}, got {temperature}"
+        )
 
 
 def check_reduction(reduction: str) -> None:
@@ -365,7 +456,7 @@ def _check_views(z_i: Tensor, z_j: Tensor, *, allow_empty: bool) -> None:
         raise ValueError(
             f"z_i and z_j must hold at least one pair and one feature, got {tuple(z_i.shape)}"
         )
-    _check_same_kind("z_i and z_j", z_i, z_j)
+    _check_same_device("z_i and z_j", z_i, z_j)
 
 
 def _check_rectangle(x: Tensor, y: Tensor) -> None:
@@ -381,12 +472,18 @@ def _check_rectangle(x: Tensor, y: Tensor) -> None:
         raise ValueError(
             f"x and y must have the same D, got {x.shape[1]} and {y.shape[1]} features"
         )
-    _check_same_kind("x and y", x, y)
+    _check_same_device("x and y", x, y)
 
 
-def _check_same_kind(names: str, a: Tensor, b: Tensor) -> None:
-    if a.dtype != b.dtype:
-        raise TypeError(f"{names} must have the same dtype, got {a.dtype} and {b.dtype}")
+def _promote(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that ``torch.cat`` of them has."""
+    if a.dtype == b.dtype:
+        return a, b
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
+
+
+def _check_same_device(names: str, a: Tensor, b: Tensor) -> None:
     if a.device != b.device:
         raise ValueError(f"{names} must be on the same device, got {a.device} and {b.device}")
 

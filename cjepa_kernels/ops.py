@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cjepa_kernels import chunked, chunked_cross_logsumexp, chunked_prediction_loss, triton
@@ -21,9 +22,10 @@ from cjepa_kernels.registration import (
     operator,
     register,
     register_plain,
+    saveable,
 )
 
-__all__ = ["NAMESPACE", "OVERLOADS", "call", "kept_size", "operator"]
+__all__ = ["NAMESPACE", "OVERLOADS", "call", "kept_size", "operator", "saveable"]
 
 # z_i, z_j: (B, D), any strides. mask: (B, B) bool. temperature_tensor: (), overrides temperature.
 # product_dtype: dtype that the operands of z z^T are rounded to; None is the input's.
@@ -240,10 +242,7 @@ def _setup_prediction_loss(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor
     ctx.targets_too = any(t.requires_grad for t in targets)
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
-    saved = [*predictions, *targets, *masks, *output[3:]]
-    # Tensors made under inference_mode cannot be saved so; nobody can change them in place either.
-    ctx.inference = {k: x for k, x in enumerate(saved) if x.is_inference()}
-    ctx.save_for_backward(*(None if x.is_inference() else x for x in saved))
+    ctx.save_for_backward(*predictions, *targets, *masks, *output[3:])
 
 
 def _prediction_loss_gradients(
@@ -254,8 +253,7 @@ def _prediction_loss_gradients(
     loss, unweighted, of_levels = upstream[:3]
     if loss is None and unweighted is None and of_levels is None:
         return (none, none, *rest)
-    saved = [ctx.inference.get(k, x) for k, x in enumerate(ctx.saved_tensors)]
-    *tensors, statistics, scales = saved
+    *tensors, statistics, scales = ctx.saved_tensors
     predictions, targets = tensors[:levels], tensors[levels : 2 * levels]
     masks = tensors[2 * levels :]
     grad_predictions, grad_targets = backward(
@@ -288,6 +286,7 @@ def _fake_pad_tokens(rows: Tensor, tokens: int) -> Tensor:
 
 
 register_plain("pad_tokens", PAD_TOKENS, _pad_tokens, _fake_pad_tokens)
+register_plain("copy", "(Tensor x) -> Tensor", Tensor.clone, torch.empty_like)
 register(
     Definition(
         name="nt_xent",

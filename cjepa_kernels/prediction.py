@@ -13,13 +13,12 @@ from cjepa_kernels.backends import Backend, check_backend
 from cjepa_kernels.functional import (
     check_bool,
     check_floating_tensor,
-    check_positive,
+    check_in_range,
     check_reduction,
     choose_overload,
 )
 from cjepa_kernels.reference import PredictionLossType, Reduction
 
-SMALLEST, LARGEST = 1e-30, 1e30
 LOSS_TYPES: tuple[str, ...] = get_args(PredictionLossType)
 
 
@@ -49,10 +48,7 @@ class PredictionOptions(NamedTuple):
         check_bool("normalize_embeddings", self.normalize_embeddings)
         check_reduction(self.reduction)
         for name in ("smoothl1_beta", "huber_delta", "eps"):
-            value = getattr(self, name)
-            check_positive(name, value)
-            if not SMALLEST <= value <= LARGEST:  # fp32 has neither their squares nor inverses
-                raise ValueError(f"{name} must lie between {SMALLEST} and {LARGEST}, got {value}")
+            check_in_range(name, getattr(self, name))
         check_backend(self.backend)
         return self
 
@@ -149,6 +145,9 @@ def hierarchical_prediction_loss(
     device = predictions[0].device
     if options.backend == "reference":
         with torch.autocast(device.type, enabled=False):
+            predictions, targets, masks = (
+                ops.saveable(list(tensors)) for tensors in (predictions, targets, masks)
+            )
             return _reference(predictions, targets, masks, weights, options)
     reduction = options.reduction
     loss, unweighted, levels, _, _ = ops.call(

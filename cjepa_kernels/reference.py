@@ -19,6 +19,7 @@ Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of inputs
 LAYER_EPS = 1e-5  # that of F.layer_norm
+SMALLEST, LARGEST = 1e-30, 1e30  # of temperatures, eps, thresholds: fp32 holds their inverses too
 PredictionLossType = Literal["smoothl1", "mse", "huber"]
 
 
@@ -87,9 +88,10 @@ def embed_rows(z: Tensor, use_cosine_similarity: bool, eps: float) -> Tensor:
 
 
 def positive_temperature(temperature: float | Tensor) -> float | Tensor:
-    """NaN in place of a tensor temperature that is not positive, without reading it on the host."""
+    """NaN in place of a tensor temperature out of range, without reading it on the host."""
     if isinstance(temperature, Tensor):
-        return torch.where(temperature > 0, temperature, float("nan"))
+        valid = (temperature >= SMALLEST) & (temperature <= LARGEST)
+        return torch.where(valid, temperature, float("nan"))
     return temperature
 
 
@@ -120,7 +122,7 @@ def nt_xent(
     Args:
         z_i: (B, D) embeddings of the first view.
         z_j: (B, D) embeddings of the second view, row k being the positive of ``z_i[k]``.
-        temperature: Float or 0-dim tensor; a tensor that is not positive gives NaN.
+        temperature: Float or 0-dim tensor; a tensor outside of 1e-30 to 1e30 gives NaN.
         use_cosine_similarity: Cosine of the rows if true, else their dot product.
         eps: Smallest norm that is divided by.
         mask: (B, B) bool, True takes the pair of samples out of the negatives, both ways.
@@ -198,7 +200,7 @@ def cross_logsumexp(
     Args:
         x: (M, D), one row of S each.
         y: (N, D), one column of S each.
-        temperature: Float or 0-dim tensor; a tensor that is not positive gives NaN.
+        temperature: Float or 0-dim tensor; a tensor outside of 1e-30 to 1e30 gives NaN.
         use_cosine_similarity: Cosine of the rows if true, else their dot product.
         eps: Smallest norm that is divided by.
 

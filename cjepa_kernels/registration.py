@@ -72,9 +72,29 @@ def call(name: str, overload: str, *args: Any) -> tuple[Tensor, ...]:
     The registered autograd is Python code under every call, most of a small batch's time. It
     serves torch.compile, torch.export and those who call the operator itself.
     """
+    args = tuple(saveable(arg) for arg in args)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return operator(name, overload)(*args)  # type: ignore[no-any-return]
     return _functions[name, overload](*args)  # type: ignore[no-any-return]
+
+
+def saveable(arg: Any) -> Any:
+    """What autograd can save for a backward, in place of a tensor made under inference_mode.
+
+    A copy, as the plain formulas keep one: nothing would notice that a bank was written to, under
+    inference_mode again, before the backward. torch.compile cannot ask what a tensor is, and
+    computes again in the backward what it takes for cheap, from the tensor that cannot be saved:
+    there every tensor without a gradient goes through an operator. Lists do not: they hold the
+    sides of the prediction loss, which is bound by memory, and a copy of each would be most of it.
+    """
+    if not torch.is_grad_enabled():
+        return arg
+    if torch.compiler.is_compiling():
+        is_constant = isinstance(arg, Tensor) and not arg.requires_grad
+        return _operators["copy", ""](arg) if is_constant else arg
+    if isinstance(arg, list):
+        return [saveable(x) for x in arg]
+    return arg.clone() if isinstance(arg, Tensor) and arg.is_inference() else arg
 
 
 def register(definition: Definition) -> None:

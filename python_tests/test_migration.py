@@ -19,7 +19,7 @@ from ranks import Ranks
 from tolerances import ALIGNED_LOSS, FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor, nn
 
-from cjepa_kernels import nt_xent
+from cjepa_kernels import cross_logsumexp, nt_xent, pair_similarity
 from cjepa_kernels.bench.candidates import BOTH, OURS
 from cjepa_kernels.bench.report import by_name, mebibytes, milliseconds, sizes_of
 
@@ -194,6 +194,110 @@ def test_where_gradients_vanish_in_fp16(temperature: float) -> None:
     assert zeros[torch.float16] >= (0.9 if temperature == 0.05 else 1)
     assert zeros[torch.bfloat16] < 0.01
     assert zeros[torch.float32] < 0.01
+
+
+def contrasted(
+    samples: int, features: int, noise: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    image = torch.randn(samples, features)
+    return image.to(dtype), (image + noise * torch.randn(samples, features)).to(dtype)
+
+
+def direction_losses(image: Tensor, text: Tensor, rounded: torch.dtype) -> Tensor:
+    """(2, B) losses of both directions at a scale of 100, in fp64 from unit rows rounded alike."""
+    rows = [F.normalize(z.float(), dim=1).to(rounded).double() for z in (image, text)]
+    logits = 100 * rows[0] @ rows[1].T
+    return torch.stack([logits.logsumexp(dim) - logits.diagonal() for dim in (1, 0)])
+
+
+@pytest.mark.usefixtures("projects")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "autocast"])
+def test_clip_in_half_precision(dtype: Any) -> None:
+    """Aligned pairs at a scale of 100 have a loss of 0, and no loss is negative."""
+    page = run_page("open_clip")
+    autocast = dtype == "autocast"
+    scale = torch.tensor(100.0)
+    for samples, features, noise in ((1, 8, 0.0), (64, 32, 0.0), (512, 256, 0.05), (96, 16, 1.0)):
+        inputs = contrasted(samples, features, noise, torch.float32 if autocast else dtype)
+        image, text = (z.requires_grad_() for z in inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses = [page["clip_loss"](image, text, scale)]
+            losses += [page["clip_loss_of_all_ranks"](image, text, scale)]
+            losses += [page["info_nce"](*pair, 0.01) for pair in ((image, text), (text, image))]
+        rounded = torch.bfloat16 if autocast else dtype
+        expected = direction_losses(image.detach(), text.detach(), rounded).mean(dim=1)
+        means = [expected.mean(), expected.mean(), *expected]
+        for loss, mean in zip(losses, means, strict=True):
+            assert loss >= 0
+            # A feature between two numbers of the dtype may be rounded either way: a logit by 0.1.
+            bound = 1e-4 + 0.1 / samples * (rounded != torch.float32)
+            assert abs(loss - mean) <= bound + 1e-3 * mean
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = cross_logsumexp(image, text, temperature=0.01)
+            positive = pair_similarity(image, text) / 0.01
+        of_pairs = (torch.stack([out.row_lse, out.column_lse]) - positive).clamp(min=0)
+        error = (of_pairs - direction_losses(image.detach(), text.detach(), rounded)).abs()
+        assert error.max() <= (1e-4 if rounded == torch.float32 else 0.15)
+        assert error.median() <= 1e-4
+        (gradient,) = torch.autograd.grad(losses[0], image)
+        assert gradient.dtype == image.dtype
+        assert gradient.isfinite().all()
+
+
+def test_a_cosine_in_bf16_is_off_by_a_hundredth() -> None:
+    """What the page warns of."""
+    image, text = contrasted(256, 1024, 0.05, torch.bfloat16)
+    rows = [F.normalize(z.float(), dim=1).bfloat16().double() for z in (image, text)]
+    exact = (rows[0] * rows[1]).sum(dim=1)
+    assert 0.003 < (F.cosine_similarity(image, text) - exact).abs().max() < 0.015
+    assert (pair_similarity(image, text) - exact).abs().median() < 1e-6
+
+
+@pytest.mark.usefixtures("projects")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_the_retrieval_accuracy_is_that_of_the_similarities(
+    dtype: torch.dtype, autocast: bool
+) -> None:
+    accuracy_of = run_page("open_clip")["retrieval_accuracy"]
+
+    def accuracy(image: Tensor, text: Tensor) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return float(accuracy_of(image, text))
+
+    for samples, features, noise in ((64, 32, 0.0), (200, 16, 1.0), (200, 8, 3.0)):
+        image, text = contrasted(samples, features, noise, dtype)
+        s = F.normalize(image.double(), dim=1) @ F.normalize(text.double(), dim=1).T
+        others = s.masked_fill(torch.eye(samples, dtype=torch.bool), -torch.inf)
+        margin = (s.diagonal() - others.amax(dim=1)).abs().amin()
+        assert margin > 1e-6 or noise == 0
+        expected = (s.diagonal() > others.amax(dim=1)).double().mean()
+        assert accuracy(image, text) == pytest.approx(expected.item(), abs=0.006)
+        assert expected == 1 if noise == 0 else expected < 1
+    image, text = contrasted(64, 32, 0.0, dtype)
+    same = image[:1].repeat(64, 1)
+    assert accuracy(same, same) == 0  # every other text is as near
+    text[1] = text[0]
+    image[1] = image[0]
+    assert accuracy(image, text) == pytest.approx(62 / 64)
+    assert accuracy(image[:1], text[:1]) == 1
+
+
+@pytest.mark.usefixtures("projects")
+def test_extra_keys_are_negatives() -> None:
+    """Sixteen queries, forty keys."""
+    info_nce = run_page("open_clip")["info_nce"]
+    query, key = torch.randn(16, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / 0.07
+    expected = F.cross_entropy(logits, torch.arange(16))
+    loss = info_nce(query, key)
+    assert relative_error(loss, expected) <= FLOOR_VALUE[torch.float32]
+    for actual, of_formula in zip(
+        torch.autograd.grad(loss, (query, key)),
+        torch.autograd.grad(expected, (query, key)),
+        strict=True,
+    ):
+        assert relative_error(actual, of_formula) <= FLOOR_GRADIENT[torch.float32]
 
 
 MEASURED = {"lightly": "lightly", "pytorch-metric-learning": "metric_learning"}

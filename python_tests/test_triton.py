@@ -20,7 +20,7 @@ from cjepa_kernels import backends, cross_logsumexp, nt_xent
 if not backends()["triton"].available:
     pytest.skip(backends()["triton"].reason, allow_module_level=True)
 
-from cjepa_kernels.triton import configs, launch
+from cjepa_kernels.triton import allows_tf32, configs, launch
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET", "0") == "1" else "cuda"
 HALF = [torch.bfloat16, torch.float16]
@@ -240,9 +240,9 @@ def test_tf32_follows_pytorchs_setting() -> None:
         assert operands.of(torch.float32, None).planes == 3
         if hasattr(matmul, "fp32_precision"):  # PyTorch's newer setting of the same
             matmul.fp32_precision = "tf32"
-            assert launch.allows_tf32()
+            assert allows_tf32()
             matmul.fp32_precision = "ieee"
-            assert not launch.allows_tf32()
+            assert not allows_tf32()
     finally:
         matmul.allow_tf32 = before
 

@@ -16,19 +16,14 @@ from cjepa_kernels.distributed.exchange import Exchange
 def resolve_group(distributed: bool | dist.ProcessGroup) -> dist.ProcessGroup | None:
     """The process group of ``distributed=True`` (all ranks), of a group (itself), or None.
 
+    ``True`` is None too, one process, where ``init_process_group`` was not called.
+
     Raises:
         TypeError: Neither a bool nor a process group.
-        RuntimeError: ``True`` without an initialised ``torch.distributed``.
     """
     if isinstance(distributed, bool):
-        if not distributed:
-            return None
-        if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError(
-                "distributed=True needs torch.distributed: call init_process_group first, or "
-                "start the program with torchrun"
-            )
-        return dist.group.WORLD
+        together = distributed and dist.is_available() and dist.is_initialized()
+        return dist.group.WORLD if together else None
     if not (dist.is_available() and isinstance(distributed, dist.ProcessGroup)):
         raise TypeError(
             f"distributed must be a bool or a process group, got {type(distributed).__name__}"

@@ -13,7 +13,7 @@ from cjepa_kernels.backends import Backend, check_backend
 from cjepa_kernels.distributed import Strategy, resolve_group
 from cjepa_kernels.functional import (
     check_bool,
-    check_positive,
+    check_in_range,
     check_reduction,
     check_strategy,
     check_temperature,
@@ -26,7 +26,7 @@ class NTXentLoss(nn.Module):
     """Normalised temperature-scaled cross entropy of two views, with monitoring metrics.
 
     Args:
-        temperature: Positive float. Lower separates hard negatives more sharply.
+        temperature: Float from 1e-30 to 1e30. Lower separates hard negatives more sharply.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         reduction: ``mean`` over the 2B anchors, ``sum`` or ``none``.
         eps: Smallest norm that is divided by.
@@ -37,7 +37,8 @@ class NTXentLoss(nn.Module):
             divided by the temperature. This builds the matrix that the loss otherwise avoids;
             with ``distributed`` it covers this rank's pairs.
         distributed: Take the negatives from all ranks (True), or from those of a process group,
-            as described for ``group`` in :func:`cjepa_kernels.nt_xent`. A learnable temperature
+            as described for ``group`` in :func:`cjepa_kernels.nt_xent`. Without a call of
+            ``init_process_group``, True means one process. A learnable temperature
             needs its gradient averaged over the ranks, like every parameter: have the loss be a
             part of the module that DDP wraps.
         strategy: How the ranks work together: ``auto``, ``all_gather`` or ``ring``.
@@ -72,7 +73,7 @@ class NTXentLoss(nn.Module):
         _check_float_temperature(temperature)
         check_bool("use_cosine_similarity", use_cosine_similarity)
         check_reduction(reduction)
-        check_positive("eps", eps)
+        check_in_range("eps", eps)
         check_backend(backend)
         check_strategy(strategy)
         if not isinstance(distributed, bool):

@@ -47,6 +47,32 @@ def _is_for_chunks(x: Tensor) -> bool:
     return x.dtype == torch.float64 or _is_old(x.device)
 
 
+def allows_tf32() -> bool:
+    """Whether PyTorch's products of fp32 may take tf32, by whichever of its settings was used.
+
+    Reading the old setting after the new one was set is an error.
+    """
+    matmul = torch.backends.cuda.matmul
+    for setting in (matmul, torch.backends):
+        precision = getattr(setting, "fp32_precision", "none")
+        if precision in ("ieee", "tf32"):
+            return bool(precision == "tf32")
+    try:
+        return bool(matmul.allow_tf32)
+    except RuntimeError:
+        return False
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler: it cannot trace
+# the settings, and takes what they are when it compiles.
+allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def rounds_to_tf32(x: Tensor) -> bool:
+    """Whether the kernels would round operands of fp32 to tf32."""
+    return not _is_for_chunks(x) and allows_tf32()
+
+
 def nt_xent(z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """As ``ops.NT_XENT``."""
     if _is_for_chunks(z_i):

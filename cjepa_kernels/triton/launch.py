@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cjepa_kernels.environment import read_mebibytes
-from cjepa_kernels.triton import configs
+from cjepa_kernels.triton import allows_tf32, configs
 from cjepa_kernels.triton.configs import Config, Kernel, choose
 from cjepa_kernels.triton.pack import PLANES, Packed, Upstream, pack
 
@@ -19,22 +19,6 @@ SMALL = 16  # blocks: up to here one launch takes all tiles, each with its mask
 GROUP = 8
 ROWS = 32  # that a program of the reduction takes: few, so that a small batch has enough programs
 SLOTS = 64  # partial sums that are read at a time
-
-
-def allows_tf32() -> bool:
-    """Whether PyTorch's products of fp32 may take tf32, by whichever of its settings was used.
-
-    Reading the old setting after the new one was set is an error.
-    """
-    matmul = torch.backends.cuda.matmul
-    for setting in (matmul, torch.backends):
-        precision = getattr(setting, "fp32_precision", "none")
-        if precision in ("ieee", "tf32"):
-            return bool(precision == "tf32")
-    try:
-        return bool(matmul.allow_tf32)
-    except RuntimeError:
-        return False
 
 
 @dataclass(frozen=True)
