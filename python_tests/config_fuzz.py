@@ -35,7 +35,14 @@ MOST_SECONDS = 2.0
 IMAGES = (4, 1, 8, 8)  # as in the documented experiment: 16 patches of 2 x 2
 # What makes a step slow is not built: it only has to be within the documented bounds.
 SLOW = {"model.dim", "model.depth", "model.predictor_dim", "model.predictor_depth"}
-WHOLE = {"data.image_size", "data.train_size", "data.test_size"}  # null by default
+COUNTS_OR_FRACTIONS = {"masking.visible", "masking.predicted"}  # integers in the range, or floats
+WHOLE = {
+    "data.image_size",
+    "data.train_size",
+    "data.test_size",
+    "data.bit_depth",
+}  # null by default
+WHOLE |= COUNTS_OR_FRACTIONS
 TEXTS = {"data.source", "data.image_column", "data.label_column"}  # any text is a name
 KINDS: dict[str, Any] = {
     "text": "abc",
@@ -180,6 +187,8 @@ def is_documented(key: str, value: Any) -> bool:
             and (not bounds(key) or any(low <= item <= high for low, high in bounds(key)))
             for item in value
         )
+    if isinstance(value, float) and key in COUNTS_OR_FRACTIONS:
+        return 0 < value < 1
     if isinstance(value, int | float):
         return any(low <= value <= high for low, high in bounds(key))
     return False

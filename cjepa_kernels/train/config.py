@@ -13,6 +13,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -70,6 +71,7 @@ class DataConfig(_Section):
     image_column: str | None = Field(default=None, min_length=1)
     label_column: str | None = Field(default=None, min_length=1)
     image_size: int | None = Field(default=None, ge=1, le=MOST_PIXELS)
+    bit_depth: int | None = Field(default=None, ge=8, le=16)
     train_size: int | None = Field(default=None, ge=2, le=MOST_ITEMS)
     test_size: int | None = Field(default=None, ge=1, le=MOST_ITEMS)
     pretrain_classes: list[int] | Literal["half"] | None = None
@@ -128,11 +130,28 @@ class ViewsConfig(_Section):
         return None if bounds is None else _ascending(bounds, 0.01, 1.0)
 
 
-class MaskingConfig(_Section):
-    """Multi-block masks with fixed numbers of visible and predicted patches."""
+def _count_or_fraction(value: Any) -> int | float:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_PATCHES:
+        return value
+    if isinstance(value, float) and 0.0 < value < 1.0:
+        return value
+    raise ValueError(
+        f"expected an integer from 1 to {MOST_PATCHES} (a number of patches) or a float strictly "
+        "between 0 and 1 (a fraction of the patches)"
+    )
 
-    visible: int = Field(default=10, ge=1, le=MOST_PATCHES)
-    predicted: int = Field(default=4, ge=1, le=MOST_PATCHES)
+
+CountOrFraction = Annotated[int | float, PlainValidator(_count_or_fraction)]
+
+
+class MaskingConfig(_Section):
+    """Multi-block masks with fixed numbers of visible and predicted patches.
+
+    An integer is a number of patches, a float between 0 and 1 a fraction of the patches.
+    """
+
+    visible: CountOrFraction = 0.625
+    predicted: CountOrFraction = 0.25
     blocks: int = Field(default=4, ge=1, le=MOST_BLOCKS)
     block_scale: Range = (0.15, 0.2)
     block_ratio: Range = (2.0 / 3.0, 1.5)
