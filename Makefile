@@ -13,7 +13,7 @@ BENCH_OUT ?= runs/bench
 INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cross_logsumexp_calls.py \
   distributed.py ops.py prediction_loss.py triton.py triton_interpreter.py)
 
-.PHONY: help demo test coverage gpu-check gpu-count ctest ctest-aarch64 headers-check sanitize lint format \
+.PHONY: help demo test coverage config-check gpu-check gpu-count ctest ctest-aarch64 headers-check sanitize lint format \
   bench bench-quick bench-targets bench-record bench-compare bench-loss bench-distributed memory micro plot \
   docs docs-serve examples release-check clean
 .DELETE_ON_ERROR:
@@ -32,6 +32,7 @@ help:
 	@echo "make bench-loss  time of the whole C-JEPA loss and the share of each part"
 	@echo "make bench-distributed  work, time and memory of two processes that share a batch"
 	@echo "make micro  time of each operator;  make plot draws what make bench-targets recorded"
+	@echo "make config-check  every key of the configuration with every kind of bad value"
 	@echo "make gpu-check  tests and benchmarks of the Triton kernels on a machine with a GPU"
 	@echo "make gpu-count  instructions of the Triton kernels, counted in their machine code"
 	@echo "make docs   the documentation as a site, in site/;  make docs-serve shows it while you write"
@@ -158,6 +159,10 @@ memory: $(VENV)/.dev
 # On a machine with a GPU, PyTorch and Triton, and no network: python3 is the one that has them.
 gpu-check:
 	$(PYTHON) bench/gpu_check.py
+
+# Every key of the configuration with every kind of bad value, and with its documented bounds.
+config-check: $(VENV)/.train
+	$(BIN)/python python_tests/config_fuzz.py
 
 # Instructions of the Triton kernels in their machine code; needs no GPU.
 gpu-count: $(VENV)/.dev
