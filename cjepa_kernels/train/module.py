@@ -211,7 +211,7 @@ def build_loss(
         ValueError: If the ``loss`` section is invalid or does not fit the ``masking`` section.
     """
     # Several devices train as one does with the whole batch, unless the experiment says otherwise.
-    loss = create_loss_from_config({"gather_distributed": True, **config.loss})
+    loss = create_loss_from_config({"loss": {"gather_distributed": True, **config.loss}})
     if not isinstance(loss, ContrastiveJEPALoss):
         raise ValueError(
             "loss.type: the training program needs 'cjepa', or use_contrastive: true; for the "

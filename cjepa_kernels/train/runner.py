@@ -308,7 +308,7 @@ def _check_loss(config: ExperimentConfig, image_shape: tuple[int, int, int] | No
     try:
         build_loss(config, image_shape)
     except RuntimeError as error:
-        raise ValueError(f"loss.backend: {error}") from error
+        raise ValueError(str(error)) from error  # loss.backend is missing here
     if config.loss.get("contrastive_on_context", True) is False:
         raise ValueError(
             "loss.contrastive_on_context: expected true, because the target encoder's features "
