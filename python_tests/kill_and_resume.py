@@ -107,7 +107,9 @@ def kill_and_resume(
             disturbed = False
             shutil.rmtree(run_dir)
         else:
-            assert process.exitcode == 2, f"exit code {process.exitcode}: {log.read_text()}"
+            assert process.exitcode == 2, (
+                f"exit code {process.exitcode}, {trial}: {log.read_text()}"
+            )
             trial.errors[_follow(log.read_text(), run_dir)] += 1
     return trial
 
@@ -117,6 +119,9 @@ def _damage(run_dir: Path, chance: random.Random) -> list[str]:
     files = sorted(path for path in run_dir.rglob("*") if path.is_file() and path.stat().st_size)
     if not files:
         return []
+    checkpoints = [path for path in files if path.suffix == ".ckpt"]
+    if checkpoints and chance.random() < 0.5:
+        files = checkpoints
     file = chance.choice(files)
     content = bytearray(file.read_bytes())
     place = chance.randrange(len(content))
