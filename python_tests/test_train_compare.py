@@ -332,7 +332,7 @@ def test_json_round_trip_with_numbers_that_are_not_finite(tmp_path: Path) -> Non
     ("text", "message"),
     [
         ("{", "comparison.json"),
-        ("[]", "got 'list'"),
+        ("[]", "got list"),
         (json.dumps({"format": 99}), "got 99"),
         (json.dumps({"format": 1}), "incomplete: 'dataset'"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from cjepa_kernels.train import checksummed_json
 from cjepa_kernels.train.atomic import atomic_write
 
 FORMAT = 1  # version of the JSON layout
@@ -129,7 +129,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """Everything as JSON; numbers that are not finite become null."""
-        return json.dumps(_finite({"format": FORMAT} | asdict(self)), indent=1, allow_nan=False)
+        return checksummed_json.encode(_finite({"format": FORMAT} | asdict(self)))
 
     @staticmethod
     def from_json(text: str) -> Comparison:
@@ -141,10 +141,13 @@ class Comparison:
         Raises:
             ValueError: If it is no JSON, or no comparison of this format.
         """
-        values = json.loads(text)
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            got = values.get("format") if isinstance(values, dict) else type(values).__name__
+        values, verified = checksummed_json.decode(text)
+        if values.get("format") != FORMAT:
+            got = values.get("format")
             raise ValueError(f"a comparison of format {FORMAT} was expected, got {got!r}")
+        unknown = values.keys() - {"format", *Comparison.__dataclass_fields__}
+        if unknown and not verified:
+            raise ValueError(f"its checksum is missing, but it has {sorted(unknown)[0]!r}")
         try:
             return Comparison(
                 dataset=values["dataset"],
@@ -231,7 +234,7 @@ def paired_differences(
 
 def save_comparison(comparison: Comparison, path: Path) -> None:
     """Write a comparison as JSON; the file is replaced as a whole or not at all."""
-    atomic_write(path, comparison.to_json() + "\n")
+    atomic_write(path, comparison.to_json())
 
 
 def load_comparison(path: Path) -> Comparison:
