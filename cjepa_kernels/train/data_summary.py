@@ -87,6 +87,22 @@ class DataSummary:
         """
         return {**dataclasses.asdict(self), "classes": list(self.classes)}
 
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> DataSummary:
+        """Read what :meth:`to_dict` returned.
+
+        Args:
+            values: A mapping with a key for each field.
+        """
+        return DataSummary(
+            **{
+                **values,
+                "classes": tuple(values["classes"]),
+                "image_size": ImageSize(**values["image_size"]),
+                "patches": PatchCounts(**values["patches"]),
+            }
+        )
+
     def _named_counts(self) -> str:
         counts = self.class_counts
         shown = [
