@@ -12,7 +12,7 @@ NEEDED = ("typer", "rich")  # by every command; each asks for the rest itself
 USAGE = f"""cjepa_kernels {__version__}. Usage: cjepa COMMAND [OPTIONS]
 
   bench    compare the loss with other formulas on this machine (extra [bench])
-  train, compare, probe, tune, info
+  data, train, compare, probe, tune, info
            train hierarchical JEPAs with a contrastive term, and look at what they learned
            (extra [train])
 

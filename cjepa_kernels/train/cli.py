@@ -122,6 +122,41 @@ def train(
 
 
 @app.command()
+def data(
+    config: Config,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Decode every image and name each damaged one.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what is understood of the data, before anything is trained."""
+    _require_training()
+    from cjepa_kernels.train.config import load_config
+    from cjepa_kernels.train.data_summary import count_patches, inspect_data
+
+    errors = Console(stderr=True, soft_wrap=True)
+    experiment = load_config(config, overrides or ())
+    inspected = inspect_data(
+        experiment,
+        verify=verify,
+        show_progress=sys.stderr.isatty(),
+        on_damage=lambda message: errors.print(message, markup=False, highlight=False),
+    )
+    if as_json:
+        typer.echo(json.dumps(inspected.to_dict(), indent=1))
+    else:
+        inspected.summary.print(Console())
+        if inspected.damage == ():
+            typer.echo("Every image can be decoded.")
+    if inspected.damage:
+        every = inspected.summary.train + inspected.summary.test
+        raise ValueError(f"{len(inspected.damage):,} of {every:,} images cannot be decoded")
+    count_patches(experiment, inspected.dataset)  # the summary has no patches if they do not fit
+
+
+@app.command()
 def tune(
     rows: Annotated[int, typer.Option(min=2, help="M = 2B, the rows of both views.")] = 65536,
     features: Annotated[int, typer.Option(min=1, help="D.")] = 256,

@@ -6,6 +6,7 @@ import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -47,6 +49,7 @@ class DataConfig(_Section):
     image_column: str | None = None
     label_column: str | None = None
     image_size: int | None = Field(default=None, ge=1)
+    bit_depth: int | None = Field(default=None, ge=8, le=16)
     train_size: int | None = Field(default=None, ge=2)
     test_size: int | None = Field(default=None, ge=1)
     pretrain_classes: list[int] | Literal["half"] | None = None
@@ -99,11 +102,31 @@ class ViewsConfig(_Section):
         return bounds
 
 
-class MaskingConfig(_Section):
-    """Multi-block masks with fixed numbers of visible and predicted patches."""
+def _count_or_fraction(value: Any) -> int | float:
+    if isinstance(value, str):  # YAML reads 5e-1 as text
+        with suppress(ValueError):
+            value = float(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
+        return value
+    if isinstance(value, float) and 0.0 < value < 1.0:
+        return value
+    raise ValueError(
+        "expected an integer >= 1 (a number of patches) or a float strictly between 0 and 1 (a "
+        "fraction of the patches)"
+    )
 
-    visible: int = Field(default=10, ge=1)
-    predicted: int = Field(default=4, ge=1)
+
+CountOrFraction = Annotated[int | float, PlainValidator(_count_or_fraction)]
+
+
+class MaskingConfig(_Section):
+    """Multi-block masks with fixed numbers of visible and predicted patches.
+
+    An integer is a number of patches, a float between 0 and 1 a fraction of the patches.
+    """
+
+    visible: CountOrFraction = 0.625
+    predicted: CountOrFraction = 0.25
     blocks: int = Field(default=4, ge=1)
     block_scale: Range = (0.15, 0.2)
     block_ratio: Range = (2.0 / 3.0, 1.5)

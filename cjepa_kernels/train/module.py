@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, create_loss_from_config
 from cjepa_kernels.tokens import cls_tokens
 from cjepa_kernels.train.config import ExperimentConfig, config_to_dict
-from cjepa_kernels.train.masking import PatchMasks, check_counts, multi_block_masks
+from cjepa_kernels.train.masking import PatchMasks, multi_block_masks, patch_counts
 from cjepa_kernels.train.views import two_views
 from cjepa_kernels.train.vit import (
     Predictor,
@@ -224,14 +224,16 @@ def build_loss(
             )
     levels = hierarchy_levels(loss)
     needed = 2 ** (levels - 1)
-    if config.masking.predicted < needed:
-        raise ValueError(
-            f"masking.predicted: {levels} hierarchy levels need at least "
-            f"{needed} predicted patches, got {config.masking.predicted}"
-        )
+    predicted = config.masking.predicted
     if image_shape is not None:
         rows, columns = patch_grid(config.model.patch_size, image_shape)
-        check_counts(config.masking, rows * columns)
+        predicted = patch_counts(config.masking, rows * columns).predicted
+    # A fraction is known to be too small once the number of patches is.
+    if isinstance(predicted, int) and predicted < needed:
+        raise ValueError(
+            f"masking.predicted: {levels} hierarchy levels need at least "
+            f"{needed} predicted patches, got {predicted}"
+        )
     return loss
 
 
