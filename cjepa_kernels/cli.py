@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from cjepa_kernels._version import __version__
+from cjepa_kernels.environment import check_environment
 from cjepa_kernels.extras import require
 
 NEEDED = ("typer", "rich")  # by every command; each asks for the rest itself
@@ -27,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: What follows the program's name. Default: those of this process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        check_environment()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     try:
         for module in NEEDED:
             require(module, extra="bench" if arguments[:1] == ["bench"] else "train")

@@ -10,10 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cjepa_kernels import ops, reference, triton
-from cjepa_kernels.backends import HAS_NATIVE, HAS_TRITON, Backend, check_backend
+from cjepa_kernels.backends import (
+    HAS_NATIVE,
+    HAS_TRITON,
+    Backend,
+    check_backend,
+    warn_without_native,
+)
 from cjepa_kernels.distributed import STRATEGIES, Options, Strategy
 from cjepa_kernels.distributed import nt_xent as of_group
-from cjepa_kernels.environment import read_mebibytes
+from cjepa_kernels.environment import read_when_imported
 from cjepa_kernels.reference import (
     FLOATING,
     LARGEST,
@@ -24,8 +30,9 @@ from cjepa_kernels.reference import (
 )
 
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-KEPT_BYTES = int(read_mebibytes("CJEPA_KEPT_MIB", 256) * 2**20)
-read_mebibytes("CJEPA_CACHE_MIB", 256)  # for the compiled module, which cannot say what is wrong
+KEPT_BYTES = int(read_when_imported("CJEPA_KEPT_MIB", 256) * 2**20)
+for _variable in ("CJEPA_CACHE_MIB", "CJEPA_WORKSPACE_MIB"):  # others read them, much later
+    read_when_imported(_variable, 256)
 
 
 class NTXentOutput(NamedTuple):
@@ -347,7 +354,11 @@ def choose_overload(backend: Backend, device: torch.device) -> str:
     """
     if backend == "triton" and device.type != "cuda":
         return ".triton"  # in its interpreter
-    return ".chunked" if backend == "chunked" or (device.type == "cpu" and not HAS_NATIVE) else ""
+    if device.type == "cpu" and not HAS_NATIVE:
+        if backend == "auto":
+            warn_without_native()
+        return ".chunked"
+    return ".chunked" if backend == "chunked" else ""
 
 
 def _split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:

@@ -478,7 +478,7 @@ def test_sizes_survive_the_json(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "comparison.json"),
-        ("[]", "got 'list'"),
+        ("[]", "got list"),
         (json.dumps({"format": 99}), "got 99"),
         (json.dumps({"format": 1}), "incomplete: 'dataset'"),
     ],

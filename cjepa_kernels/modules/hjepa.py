@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from cjepa_kernels.backends import Backend
@@ -97,7 +98,11 @@ class HJEPALoss(nn.Module):
         )
 
     def forward(
-        self, predictions: Levels, targets: Levels, masks: Levels | None = None
+        self,
+        predictions: Levels,
+        targets: Levels,
+        masks: Levels | None = None,
+        context_features: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Loss of every level and their weighted sum.
 
@@ -105,7 +110,10 @@ class HJEPALoss(nn.Module):
             predictions: One (B, N_l, D) or (B, D) tensor per level; a single tensor counts as
                 one level.
             targets: Same shapes.
-            masks: Optional, one (B, N_l) bool tensor per level, True keeps the patch.
+            masks: Optional, one (B, N_l) or (B, N_l, 1) tensor per level; True, or 1, keeps the
+                patch. Numbers other than 0 and 1 are refused. That check waits for the device, so
+                bool masks are better on a GPU; a compiled graph asserts it on the device instead.
+            context_features: Ignored; H-JEPA's trainer passes it to every loss.
 
         Returns:
             ``loss`` = sum of weight x level, ``loss_h0``, ``loss_h1``…, and ``loss_unweighted``,
@@ -114,8 +122,13 @@ class HJEPALoss(nn.Module):
         """
         levels = _as_levels("predictions", predictions)
         target_levels = _as_levels("targets", targets)
-        mask_levels = [None] * len(levels) if masks is None else _as_levels("masks", masks)
-        self._check(levels, target_levels, mask_levels)
+        given_masks = [None] * len(levels) if masks is None else _as_levels("masks", masks)
+        self._check_counts(levels, target_levels, given_masks)
+        mask_levels = [
+            _as_bool(f"masks[{level}]", mask, prediction)
+            for level, (mask, prediction) in enumerate(zip(given_masks, levels, strict=True))
+        ]
+        check_levels(levels, target_levels, mask_levels)
 
         if self.detach_targets:
             target_levels = [target.detach() for target in target_levels]
@@ -125,7 +138,7 @@ class HJEPALoss(nn.Module):
         parts = {f"loss_h{index}": level for index, level in enumerate(out.levels)}
         return {**parts, "loss": out.loss, "loss_unweighted": out.unweighted}
 
-    def _check(
+    def _check_counts(
         self,
         predictions: Sequence[Tensor],
         targets: Sequence[Tensor],
@@ -137,7 +150,6 @@ class HJEPALoss(nn.Module):
                     f"{name} must have one tensor per level, num_hierarchies="
                     f"{self.num_hierarchies}, got {len(levels)}"
                 )
-        check_levels(predictions, targets, masks)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -167,6 +179,23 @@ def _as_levels(name: str, levels: Levels) -> list[Any]:
             f"{name} must be a tensor or a sequence of tensors, got {type(levels).__name__}"
         )
     return list(levels)
+
+
+def _as_bool(name: str, mask: Any, prediction: Any) -> Any:
+    """A mask of numbers or with a last axis of 1, as H-JEPA takes them, as (B, N_l) bool."""
+    if not isinstance(mask, Tensor):
+        return mask  # None, or refused with everything else that is no tensor
+    if isinstance(prediction, Tensor) and mask.ndim == prediction.ndim and mask.shape[-1] == 1:
+        mask = mask.squeeze(-1)
+    if mask.dtype == torch.bool or mask.is_meta:
+        return mask.bool()
+    fits = ((mask == 0) | (mask == 1)).all()
+    message = f"{name} must hold 0 and 1 alone: it chooses patches and does not weigh them"
+    if torch.compiler.is_compiling():
+        torch._assert_async(fits, message)
+    elif not fits:
+        raise ValueError(message)
+    return mask != 0
 
 
 def _per_level(weights: float | Sequence[float], levels: int) -> list[float]:

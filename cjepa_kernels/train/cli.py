@@ -25,6 +25,7 @@ from cjepa_kernels.bench.cli import bench
 from cjepa_kernels.bench.machine import installed_version
 from cjepa_kernels.extras import require
 from cjepa_kernels.train.command_errors import Program
+from cjepa_kernels.train.interruption import resumable
 from cjepa_kernels.train.outputs import check_directory, check_file, write_file
 
 # What the training program needs beyond this file.
@@ -104,14 +105,22 @@ def train(
     run_dir = out or _default_directory(config, config_to_dict(experiment), "")
     check_directory("--out", run_dir)
     console = Console()
-    result = runner.train(
-        experiment,
-        run_dir,
-        on_summary=lambda summary: summary.print(console),
-        progress_bar=sys.stderr.isatty(),
-    )
+    with resumable(run_dir):
+        result = runner.train(
+            experiment,
+            run_dir,
+            on_summary=lambda summary: summary.print(console),
+            progress_bar=sys.stderr.isatty(),
+            epoch_lines=True,
+        )
     if not result.evaluation:
         return  # a rank other than the first one
+    if not result.trained:
+        console.print(
+            f"This run was finished before, on {result.finished}; nothing was trained. Another "
+            "directory (--out) trains it again.",
+            soft_wrap=True,
+        )
     console.print(_probe_table(result.evaluation, f"{config.stem}, seed {experiment.seed}"))
     for finding in result.findings:
         console.print(
@@ -206,14 +215,15 @@ def compare(
     task = {**config_to_dict(experiment), "seeds": seed_list, "transfer": transfer}
     out_dir = out or _default_directory(config, task, "-compare")
     check_directory("--out", out_dir)
-    run_comparison(
-        experiment,
-        seeds=seed_list,
-        out_dir=out_dir,
-        workers=workers,
-        transfer=transfer,
-        console=Console(),
-    )
+    with resumable(out_dir):
+        run_comparison(
+            experiment,
+            seeds=seed_list,
+            out_dir=out_dir,
+            workers=workers,
+            transfer=transfer,
+            console=Console(),
+        )
 
 
 @app.command()

@@ -91,7 +91,7 @@ def describe(error: Exception) -> list[str] | None:
         isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
     ):
         return [f"out of memory: {_on_one_line(str(error))}".removesuffix(": ")]
-    if isinstance(error, ValueError) and (problems := getattr(error, "problems", None)):
+    if problems := getattr(error, "problems", None):
         return [_on_one_line(problem) for problem in problems]
     if isinstance(error, ReportedError | ValueError | TypeError | ImportError):
         return [_on_one_line(str(error))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from cjepa_kernels.train import checksummed_json
 from cjepa_kernels.train.atomic import atomic_write
 from cjepa_kernels.train.data_summary import DataSummary
 from cjepa_kernels.train.evaluate import ProbeSizes
@@ -159,7 +159,7 @@ class Comparison:
         """Everything as JSON; numbers that are not finite become null."""
         content = {"format": FORMAT} | asdict(self)
         content["data"] = None if self.data is None else self.data.to_dict()
-        return json.dumps(_finite(content), indent=1, allow_nan=False)
+        return checksummed_json.encode(_finite(content))
 
     @staticmethod
     def from_json(text: str) -> Comparison:
@@ -171,10 +171,13 @@ class Comparison:
         Raises:
             ValueError: If it is no JSON, or no comparison of this format.
         """
-        values = json.loads(text)
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            got = values.get("format") if isinstance(values, dict) else type(values).__name__
+        values, verified = checksummed_json.decode(text)
+        if values.get("format") != FORMAT:
+            got = values.get("format")
             raise ValueError(f"a comparison of format {FORMAT} was expected, got {got!r}")
+        unknown = values.keys() - {"format", *Comparison.__dataclass_fields__}
+        if unknown and not verified:
+            raise ValueError(f"its checksum is missing, but it has {sorted(unknown)[0]!r}")
         try:
             return Comparison(
                 dataset=values["dataset"],
@@ -265,7 +268,7 @@ def paired_differences(
 
 def save_comparison(comparison: Comparison, path: Path) -> None:
     """Write a comparison as JSON; the file is replaced as a whole or not at all."""
-    atomic_write(path, comparison.to_json() + "\n")
+    atomic_write(path, comparison.to_json())
 
 
 def load_comparison(path: Path) -> Comparison:

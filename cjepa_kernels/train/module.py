@@ -58,6 +58,7 @@ class CJEPAModule(L.LightningModule):
         channel_mean: (C,) fp32, mean of each channel on the scale [0, 1].
         channel_std: (C,) fp32, standard deviation of each channel.
         total_steps: Optimiser steps of the whole run, for the schedules.
+        data: Fingerprint of the images and labels, for the checkpoints.
 
     Raises:
         ValueError: If the masks, the patches or the loss do not fit the images.
@@ -70,11 +71,14 @@ class CJEPAModule(L.LightningModule):
         channel_mean: Tensor,
         channel_std: Tensor,
         total_steps: int,
+        *,
+        data: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.image_shape = image_shape
         self.total_steps = total_steps
+        self.data = data
         self.loss = build_loss(config, image_shape)
         self.gathers = bool(self.loss.contrastive.distributed)
         self.loss.contrastive.distributed = False  # until there are several processes
@@ -188,6 +192,7 @@ class CJEPAModule(L.LightningModule):
         """Make the checkpoint self-contained."""
         checkpoint["experiment"] = config_to_dict(self.config)
         checkpoint["image_shape"] = list(self.image_shape)
+        checkpoint["data"] = self.data
 
 
 def build_loss(
@@ -206,7 +211,7 @@ def build_loss(
         ValueError: If the ``loss`` section is invalid or does not fit the ``masking`` section.
     """
     # Several devices train as one does with the whole batch, unless the experiment says otherwise.
-    loss = create_loss_from_config({"gather_distributed": True, **config.loss})
+    loss = create_loss_from_config({"loss": {"gather_distributed": True, **config.loss}})
     if not isinstance(loss, ContrastiveJEPALoss):
         raise ValueError(
             "loss.type: the training program needs 'cjepa', or use_contrastive: true; for the "
@@ -273,13 +278,20 @@ def feature_extractor(
         batch_size: Images per forward.
 
     Returns:
-        A function from uint8 images (n, C, H, W) to the CLS tokens (n, D) and the means of the
-        patch tokens (n, D), both fp32 on the CPU.
+        A function from uint8 images (n, C, H, W), with pixels of 0 to 255, to the CLS tokens
+        (n, D) and the means of the patch tokens (n, D), both fp32 on the CPU. Images of another
+        dtype are a TypeError, because their scale is not known.
     """
     encoder = encoder.to(device)
 
     @torch.inference_mode()
     def extract(images: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            raise TypeError(
+                "images: expected a uint8 tensor (N, C, H, W) with pixels of 0 to 255, got "
+                f"{getattr(images, 'dtype', type(images).__name__)}; pixels in [0, 1] become one "
+                "by (255 * images).round().to(torch.uint8)"
+            )
         was_training = encoder.training
         encoder.eval()
         cls, mean = [], []
