@@ -15,7 +15,7 @@ INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cros
 
 .PHONY: help demo test coverage config-check gpu-check gpu-count ctest ctest-aarch64 headers-check sanitize lint format \
   bench bench-quick bench-targets bench-record bench-compare bench-loss bench-distributed memory micro plot \
-  docs docs-serve examples release-check clean
+  docs docs-serve examples kill-test release-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -37,6 +37,7 @@ help:
 	@echo "make gpu-count  instructions of the Triton kernels, counted in their machine code"
 	@echo "make docs   the documentation as a site, in site/;  make docs-serve shows it while you write"
 	@echo "make examples runs every script in examples/"
+	@echo "make kill-test  kills training runs at random, damages their files, and compares the end; minutes"
 	@echo "make release-check  builds wheel and sdist, and tries both in new environments"
 	@echo "make clean  removes .venv and everything that was built, trained or measured"
 
@@ -185,6 +186,9 @@ docs-serve: $(VENV)/.docs
 
 examples: $(VENV)/.train
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+kill-test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python python_tests/kill_and_resume.py --kills 20
 
 # dist/ holds both; each is installed beside PyTorch alone, the sdist compiling again.
 RELEASE := build/release

@@ -107,7 +107,9 @@ def kill_and_resume(
             disturbed = False
             shutil.rmtree(run_dir)
         else:
-            assert process.exitcode == 2, f"exit code {process.exitcode}: {log.read_text()}"
+            assert process.exitcode == 2, (
+                f"exit code {process.exitcode}, {trial}: {log.read_text()}"
+            )
             trial.errors[_follow(log.read_text(), run_dir)] += 1
     return trial
 

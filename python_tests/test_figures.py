@@ -153,7 +153,6 @@ def test_prose_is_what_a_reader_does_not_see_as_code(text: str, seen: bool) -> N
 
 NO_MEASUREMENT = {  # tables with numbers
     "docs/distributed.md": "| | all-gather | ring | | what travels, forward |",
-    "docs/training.md": "| exit status | what happened |",
     "docs/faq.md": "| loss | shown value | gradient after DDP's average |",
 }
 CONDITIONS = {  # of the README that belong to no measurement

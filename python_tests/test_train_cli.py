@@ -103,8 +103,9 @@ def test_user_error_is_one_message_and_code_2(
 ) -> None:
     result = run("train", "--config", experiment, *arguments)
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
+    line = result.stderr.splitlines()[-1]  # after the lines of the epochs
+    assert line.startswith("error: ")
+    assert message in line
     assert "Traceback" not in result.output
 
 

@@ -250,9 +250,8 @@ def test_invalid_arguments(arguments: dict[str, Any], message: str, tmp_path: Pa
     ],
 )
 def test_experiments_that_do_not_compare(override: str, message: str, tmp_path: Path) -> None:
-    config = apply_overrides(SMALL, [override])
     with pytest.raises(ValueError, match=re.escape(message)):
-        compare(config, seeds=[0], out_dir=tmp_path, workers=2)
+        compare(apply_overrides(SMALL, [override]), seeds=[0], out_dir=tmp_path, workers=2)
     assert not list(tmp_path.iterdir())
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -89,9 +91,13 @@ SUMMARY = DataSummary(
     },
     label_column=None,
     image_column=None,
+    ignored_columns=("id",),
+    labels_from="folders",
     image_size=ImageSize(6, 6, 1),
     test_from="a folder",
     patches=PatchCounts(9, 4, 2),
+    notes=("two images were left out.",),
+    warnings=(),
 )
 SIZES = ProbeSizes(
     train_images=30, test_images=12, fewest_labels=8, most_labels=10, draws=4, neighbours=7
@@ -225,6 +231,12 @@ def test_sizes_are_those_of_the_sets(page: tuple[str, PageChecker]) -> None:
     assert "k-NN: 7 nearest training features" in text
     assert "fitted on 30 training images (few-label: 8 to 10 labels per class)" in text
     assert "tested on 12 test images, of which one is 8.3 points" in text
+
+
+def test_the_summary_of_the_data_survives_json() -> None:
+    for summary in (SUMMARY, replace(SUMMARY, patches=None)):
+        saved = json.loads(json.dumps(summary.to_dict()))
+        assert DataSummary.from_dict(saved) == summary
 
 
 def test_every_arm_is_in_every_table_and_figure(page: tuple[str, PageChecker]) -> None:

@@ -114,12 +114,14 @@ class DataSummary:
         Args:
             values: A mapping with a key for each field.
         """
+        patches = values["patches"]
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return DataSummary(
             **{
                 **values,
-                "classes": tuple(values["classes"]),
+                **lists,
                 "image_size": ImageSize(**values["image_size"]),
-                "patches": PatchCounts(**values["patches"]),
+                "patches": None if patches is None else PatchCounts(**patches),
             }
         )
 
