@@ -93,7 +93,7 @@ def test_probe_refuses_what_it_would_ignore(override: str, experiment: Path) -> 
         pytest.param(["loss.contrastive_wight=2"], "contrastive_weight", id="loss-key"),
         pytest.param(["trainer.batch_size=65"], "trainer.batch_size", id="batch"),
         pytest.param(["data.source=parquet:absent"], "'absent'", id="data"),
-        pytest.param(["data.source=dgits"], "nearest is 'digits'", id="misspelt"),
+        pytest.param(["data.source=dgits"], "did you mean 'digits'", id="misspelt"),
         pytest.param(["trainer.precision=16-mixed"], "trainer.precision", id="precision"),
         pytest.param(["optimizer.learning_rate=1e3", "trainer.epochs=3"], "loss is", id="nan"),
     ],

@@ -186,7 +186,7 @@ def test_misspelt_source_is_not_looked_up(
     source: str, nearest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("looked it up"))
-    with pytest.raises(ValueError, match=rf"{source}.*nearest is '{nearest}'"):
+    with pytest.raises(ValueError, match=rf"{source}.*did you mean '{nearest}'"):
         load(source)
 
 
@@ -214,7 +214,9 @@ def test_file_that_is_no_parquet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        pytest.param({"image_column": "pictures"}, r"image_column.*'picture'$", id="image"),
+        pytest.param(
+            {"image_column": "pictures"}, r"image_column.*did you mean 'picture'", id="image"
+        ),
         pytest.param({"label_column": "label"}, r"label_column.*'label'", id="label"),
         pytest.param(
             {"label_column": "picture"},

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import pyarrow as pa
+
+from cjepa_kernels.suggestions import closest, listed
 
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 _PANDAS_INDEX = "__index_level_"
@@ -134,13 +135,13 @@ def _named(columns: Sequence[Column], wanted: str, key: str) -> Column:
     for column in columns:
         if column.name == wanted:
             return column
-    close = get_close_matches(wanted, [column.name for column in columns], n=1, cutoff=0.0)
-    hint = f"; the nearest is {close[0]!r}" if close else ""
+    meant = closest(wanted, [column.name for column in columns])
+    hint = "" if meant is None else f"; did you mean {meant!r}?"
     raise ValueError(f"data.{key}: no column {wanted!r} among {_listed(columns)}{hint}")
 
 
 def _listed(columns: Sequence[Column]) -> str:
-    return ", ".join(str(column) for column in columns)
+    return listed([str(column) for column in columns])
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:

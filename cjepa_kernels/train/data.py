@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from cjepa_kernels.suggestions import closest
 from cjepa_kernels.train.columns import (
     LABEL_NAMES,
     choose_image_column,
@@ -381,9 +381,9 @@ def _check_spelling(source: str) -> None:
     """Refuse what is nearly a known kind of source: the hub would be tried for half a minute."""
     kind = source.partition(":")[0]
     known = {"digits": "digits", "parquet": "parquet:PATH", "imagefolder": "imagefolder:PATH"}
-    close = difflib.get_close_matches(kind.lower(), known, n=1, cutoff=0.7)
-    if close and "/" not in kind:
-        raise ValueError(f"data.source: no source {source!r}; the nearest is {known[close[0]]!r}")
+    meant = None if "/" in kind else closest(kind, known)
+    if meant is not None:
+        raise ValueError(f"data.source: no source {source!r}, did you mean {known[meant]!r}?")
 
 
 def _folder_source(config: DataConfig, root: Path) -> _Source:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from stat import S_ISREG
 
 from PIL import Image
 
+from cjepa_kernels.suggestions import closest
 from cjepa_kernels.train.image_decoding import EncodedImage
 from cjepa_kernels.train.split_names import (
     SPLIT_NAMES,
@@ -243,9 +243,8 @@ def nearest_class(name: str, known: Sequence[str]) -> str:
     Returns:
         A clause for an error message, or nothing.
     """
-    close = get_close_matches(name.lower(), [other.lower() for other in known], n=1, cutoff=0.8)
-    spelt = [other for other in known if close and other.lower() == close[0]]
-    return f" (the nearest training class is {spelt[0]!r})" if spelt else ""
+    meant = closest(name, known)
+    return "" if meant is None else f" (the nearest training class is {meant!r})"
 
 
 def _notes(left_out: Counter[str], nested: Sequence[str]) -> list[str]:

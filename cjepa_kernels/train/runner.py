@@ -235,10 +235,13 @@ def load_encoder(checkpoint: Path) -> tuple[FeatureExtractor, ExperimentConfig]:
             for name, value in stored["state_dict"].items()
             if name.startswith(prefix)
         }
-        encoder = VisionTransformer(
-            config.model, (channels, height, width), torch.zeros(channels), torch.ones(channels)
-        )
-        encoder.load_state_dict(weights)
+        # Without memory of its own, since nobody knows yet whether the file has so many weights.
+        with torch.device("meta"):
+            encoder = VisionTransformer(
+                config.model, (channels, height, width), torch.zeros(channels), torch.ones(channels)
+            )
+        encoder.load_state_dict(weights, assign=True)
+        encoder.float()
     except Exception as error:
         # A sound file of another program fails somewhere here, in a way that names nothing.
         raise ValueError(f"{file} is not a checkpoint of this program: {error}") from error
