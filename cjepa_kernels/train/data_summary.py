@@ -84,7 +84,8 @@ class DataSummary:
                 f"({_share(patches.visible, patches.total)}), {patches.predicted} are predicted "
                 f"({_share(patches.predicted, patches.total)})."
             )
-        return [*lines, *(f"Warning: {warning}" for warning in self.warnings)]
+        lines += [f"Warning: {warning}" for warning in self.warnings]
+        return [_printable(line) for line in lines]
 
     def print(self, console: Console) -> None:
         """Print the sentences.
@@ -279,6 +280,14 @@ def _mask_warnings(config: ExperimentConfig, patches: PatchCounts | None) -> lis
                 "which the shipped experiments use, grows with the image."
             )
     return warnings
+
+
+def _printable(line: str) -> str:
+    """Keep what a file or a class may be called, such as a line break, from breaking a line."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in line
+    )
 
 
 def _share(count: int, total: int) -> str:
