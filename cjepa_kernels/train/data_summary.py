@@ -108,6 +108,24 @@ class DataSummary:
             for key, value in dataclasses.asdict(self).items()
         }
 
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> DataSummary:
+        """Read what :meth:`to_dict` returned.
+
+        Args:
+            values: A mapping with a key for each field.
+        """
+        patches = values["patches"]
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return DataSummary(
+            **{
+                **values,
+                **lists,
+                "image_size": ImageSize(**values["image_size"]),
+                "patches": None if patches is None else PatchCounts(**patches),
+            }
+        )
+
     def _named_counts(self) -> str:
         counts = self.class_counts
         shown = [
