@@ -11,7 +11,7 @@ DEMO_OUT ?= runs/demo
 SEEDS ?= 0,1,2
 BENCH_OUT ?= runs/bench
 INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cross_logsumexp_calls.py \
-  distributed.py ops.py prediction_loss.py triton.py triton_interpreter.py)
+  distributed.py limits.py ops.py prediction_loss.py triton.py triton_interpreter.py)
 
 .PHONY: help demo test coverage gpu-check gpu-count ctest sanitize lint format \
   bench bench-quick bench-targets bench-record bench-compare bench-loss bench-distributed memory micro plot \
