@@ -13,15 +13,17 @@ BENCH_OUT ?= runs/bench
 INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cross_logsumexp_calls.py \
   distributed.py limits.py ops.py prediction_loss.py triton.py triton_interpreter.py)
 
-.PHONY: help demo test coverage gpu-check gpu-count ctest sanitize lint format \
+.PHONY: help demo test coverage config-check gpu-check gpu-count ctest ctest-aarch64 headers-check sanitize lint format \
   bench bench-quick bench-targets bench-record bench-compare bench-loss bench-distributed memory micro plot \
-  docs docs-serve examples release-check clean
+  docs docs-serve examples kill-test release-check clean
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -3
 	@echo "make ctest  C++ tests of the CPU kernel;  make sanitize runs them under sanitizers"
 	@echo "make coverage  the tests once more, and which lines they reach"
+	@echo "make ctest-aarch64  those of the tile core for ARM, under QEMU"
+	@echo "make headers-check  whether csrc compiles against the oldest and the newest PyTorch's headers"
 	@echo "make lint   checks of style and types;  make format rewrites"
 	@echo "make bench-quick  the loss beside other formulas, about a minute;  make bench all of it, ten minutes"
 	@echo "make bench-compare BASE=REV  whether HEAD is slower than a revision"
@@ -30,10 +32,12 @@ help:
 	@echo "make bench-loss  time of the whole C-JEPA loss and the share of each part"
 	@echo "make bench-distributed  work, time and memory of two processes that share a batch"
 	@echo "make micro  time of each operator;  make plot draws what make bench-targets recorded"
+	@echo "make config-check  every key of the configuration with every kind of bad value"
 	@echo "make gpu-check  tests and benchmarks of the Triton kernels on a machine with a GPU"
 	@echo "make gpu-count  instructions of the Triton kernels, counted in their machine code"
 	@echo "make docs   the documentation as a site, in site/;  make docs-serve shows it while you write"
 	@echo "make examples runs every script in examples/"
+	@echo "make kill-test  kills training runs at random, damages their files, and compares the end; minutes"
 	@echo "make release-check  builds wheel and sdist, and tries both in new environments"
 	@echo "make clean  removes .venv and everything that was built, trained or measured"
 
@@ -89,6 +93,26 @@ ctest: $(VENV)/.base
 	mkdir -p build
 	$(call run_cpp_tests,ctest,)
 
+# The tile core alone: the rest needs a PyTorch for that machine. Static, so that no library of it is needed.
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+QEMU_AARCH64 ?= $(shell command -v qemu-aarch64-static || command -v qemu-aarch64)
+ctest-aarch64: $(VENV)/.base
+	@command -v $(AARCH64_CXX) >/dev/null && test -n "$(QEMU_AARCH64)" || { \
+	  echo "A cross compiler and QEMU are needed; on Debian: apt-get install g++-aarch64-linux-gnu qemu-user-static"; exit 1; }
+	mkdir -p build
+	$(BIN)/cmake -G Ninja -S . -B build/aarch64 -DCJEPA_TESTS=ON -DCJEPA_WERROR=ON \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(AARCH64_CXX) \
+	  -DCMAKE_CROSSCOMPILING_EMULATOR=$(QEMU_AARCH64) -DCMAKE_EXE_LINKER_FLAGS=-static \
+	  -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >build/aarch64.log || { cat build/aarch64.log; exit 1; }
+	$(BIN)/cmake --build build/aarch64 --target tile_core_test
+	$(BIN)/ctest --test-dir build/aarch64 -R '^tile_core' --output-on-failure --no-tests=error
+
+# Downloads wheels of some 500 MB, once.
+OLDEST_TORCH := $(shell sed -n 's/^dependencies = \["torch>=\(.*\)"\]/\1/p' pyproject.toml)
+headers-check: $(VENV)/.base
+	$(BIN)/python csrc/check_headers.py $(OLDEST_TORCH) latest
+
 sanitize: $(VENV)/.base
 	mkdir -p build
 	$(call run_cpp_tests,asan,address$(comma)undefined)
@@ -137,6 +161,10 @@ memory: $(VENV)/.dev
 gpu-check:
 	$(PYTHON) bench/gpu_check.py
 
+# Every key of the configuration with every kind of bad value, and with its documented bounds.
+config-check: $(VENV)/.train
+	$(BIN)/python python_tests/config_fuzz.py
+
 # Instructions of the Triton kernels in their machine code; needs no GPU.
 gpu-count: $(VENV)/.dev
 	$(BIN)/python bench/gpu_count.py
@@ -158,6 +186,9 @@ docs-serve: $(VENV)/.docs
 
 examples: $(VENV)/.train
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+kill-test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python python_tests/kill_and_resume.py --kills 20
 
 # dist/ holds both; each is installed beside PyTorch alone, the sdist compiling again.
 RELEASE := build/release

@@ -1,26 +1,110 @@
 """Builds the compiled module with CMake and Ninja; everything else is in pyproject.toml.
 
 The module needs PyTorch's headers, so an installation that is to have it uses the PyTorch that is
-installed already: ``pip install --no-build-isolation``. Without PyTorch or a compiler at hand the
-installation goes on and is pure Python: ``cjepa_kernels.backends()`` says so.
-``CJEPA_REQUIRE_NATIVE=1`` makes a failed build an error, ``CJEPA_NO_NATIVE=1`` skips it, and
-``CJEPA_WERROR=1`` treats the compiler's warnings as errors. ``CJEPA_BUILD_DIR`` is where CMake
-builds and may be kept, so that the C++ tests find the same object files there.
+installed already: ``pip install --no-build-isolation``. With PyTorch, the build tools and a
+compiler at hand a failed build fails the installation. Without one of them the installation goes on
+in pure Python: ``cjepa_kernels.backends()`` says so, and so does a warning at the first use on a
+CPU.
+
+Variables of the environment: ``CJEPA_NO_NATIVE=1`` skips the build, ``CJEPA_REQUIRE_NATIVE=1``
+makes a missing compiler an error too, ``CJEPA_WERROR=1`` treats the compiler's warnings as errors,
+and ``CJEPA_BUILD_DIR`` is where CMake builds and may be kept, so that the C++ tests find the same
+object files there.
 """
 
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH = (2, 11)
+COMPILERS = ("c++", "g++", "clang++")  # where CXX names none; CMake looks for these as well
+LINES_OF_ERROR = 20
 
 
 def flag(name: str) -> bool:
     return os.environ.get(name, "0") not in ("", "0")
+
+
+def search_path() -> str:
+    """A build environment's own cmake and ninja stand beside its Python, not on PATH."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def missing_tools() -> list[str]:
+    """What the build needs and this machine does not have; a compiler that CXX names counts."""
+    missing = []
+    if importlib.util.find_spec("torch") is None:
+        missing.append("PyTorch (build isolation hides it: pip install --no-build-isolation)")
+    if importlib.util.find_spec("pybind11") is None:
+        missing.append("pybind11")
+    for program in ("cmake", "ninja"):
+        if shutil.which(program, path=search_path()) is None:
+            missing.append(program)
+    if not os.environ.get("CXX", "").strip() and not any(map(shutil.which, COMPILERS)):
+        missing.append(f"C++20 compiler ({', '.join(COMPILERS)}, or the one that CXX names)")
+    return missing
+
+
+def check_torch() -> None:
+    """An older PyTorch lacks the headers, which the compiler's errors would not say."""
+    version = importlib.metadata.version("torch")
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and (int(found[1]), int(found[2])) < OLDEST_TORCH:
+        needed = ".".join(map(str, OLDEST_TORCH))
+        raise SystemExit(failure([f"PyTorch {version} is installed, and {needed} is needed"]))
+
+
+def errors_in(output: Sequence[str]) -> list[str]:
+    """From the first line with an error on, else the last lines."""
+    for position, line in enumerate(output):
+        if re.search(r"\berror\b|CMake Error|undefined reference", line, re.IGNORECASE):
+            return list(output[position : position + LINES_OF_ERROR])
+    return list(output[-LINES_OF_ERROR:])
+
+
+def failure(lines: Sequence[str]) -> str:
+    """The last lines of an installation that failed."""
+    return "\n".join(
+        [
+            "error: the compiled module cjepa_kernels._C could not be built:",
+            *(f"  {line}" for line in lines),
+            "CJEPA_NO_NATIVE=1 in the environment installs without it, in pure Python, which is "
+            "slower on CPUs",
+        ]
+    )
+
+
+def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Run a step of the build, and end the installation with its errors if it fails."""
+    output = []
+    try:
+        with subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                output.append(line.rstrip())
+    except OSError as error:
+        raise SystemExit(failure([str(error)])) from error
+    if process.returncode != 0:
+        raise SystemExit(failure(errors_in(output)))
 
 
 class CMakeBuild(build_ext):
@@ -29,16 +113,21 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if flag("CJEPA_NO_NATIVE"):
             return
-        try:
+        missing = missing_tools()
+        if not missing:
+            check_torch()
             self.build_with_cmake(ext)
-        except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            if flag("CJEPA_REQUIRE_NATIVE"):
-                raise
-            print(f"warning: {ext.name} was not built, installing without it: {error}")
+        elif flag("CJEPA_REQUIRE_NATIVE"):
+            raise SystemExit(failure([f"there is no {name}" for name in missing]))
+        else:
+            print(
+                f"warning: {ext.name} is not built, and the installation is pure Python, which is "
+                f"slower on CPUs: there is no {', and no '.join(missing)}",
+                file=sys.stderr,
+            )
 
     def build_with_cmake(self, ext: Extension) -> None:
         import pybind11
-        import torch  # noqa: F401  (its headers; CMake asks Python where they are)
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(os.environ.get("CJEPA_BUILD_DIR", f"{self.build_temp}/cmake")).resolve()
@@ -57,11 +146,9 @@ class CMakeBuild(build_ext):
             f"-DCJEPA_VERSION={self.distribution.get_version()}",
             f"-DCJEPA_WERROR={'ON' if flag('CJEPA_WERROR') else 'OFF'}",
         ]
-        # A build environment's own cmake and ninja stand beside its Python, not on PATH.
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-        environment = {**os.environ, "PATH": path}
-        subprocess.run(configure, check=True, env=environment)
-        subprocess.run(["cmake", "--build", str(build)], check=True, env=environment)
+        environment = {**os.environ, "PATH": search_path()}
+        run(configure, environment)
+        run(["cmake", "--build", str(build)], environment)
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if Path(path).exists()]

@@ -6,15 +6,21 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
+
+from cjepa_kernels.environment import check_environment, note_problem
 
 Backend = Literal["auto", "reference", "chunked", "native", "triton"]
 NAMES: tuple[str, ...] = get_args(Backend)
+_NOT_THE_CALLER = tuple(os.path.dirname(str(path)) + os.sep for path in (__file__, torch.__file__))
 SCHEMA_VERSION = 4  # of the operators' schemas in ops.py; the compiled module carries its own
 
 
@@ -42,12 +48,18 @@ def _find_compiled() -> tuple[ModuleType | None, str]:
     """The module, if there is one for these operators, and what to say of it."""
     try:
         module = importlib.import_module("cjepa_kernels._C")
-    except ImportError:
+    except ModuleNotFoundError:
         return None, (
             "cjepa_kernels._C is not built: reinstall with a C++20 compiler and "
             "pip install --no-build-isolation"
         )
-    info = module.build_info()
+    except ImportError as error:  # the module is there
+        return None, f"cjepa_kernels._C cannot be loaded ({error}): reinstall with this PyTorch"
+    try:
+        info = module.build_info()
+    except RuntimeError as error:  # CJEPA_INSTRUCTION_SET names one that this CPU lacks
+        note_problem(str(error))
+        return None, str(error)
     if info.get("schema") != SCHEMA_VERSION:
         return None, (
             f"cjepa_kernels._C was built for another revision (its operators are of version "
@@ -126,13 +138,45 @@ def backends() -> dict[str, BackendStatus]:
     return dict(_find_backends())
 
 
+_warned = False
+
+
+def warn_without_native() -> None:
+    """Say once that ``backend="auto"`` does without the compiled kernels, and how to get them.
+
+    Silent for ``CJEPA_NO_NATIVE=1``, the choice of an installation without them, and in all ranks
+    of a process group but the first.
+    """
+    global _warned
+    if _warned or os.environ.get("CJEPA_NO_NATIVE", "0") not in ("", "0"):
+        return
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+        return
+    _warned = True
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLER):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f'backend="auto" takes the slower back end "chunked" on the CPU: {_NATIVE_REASON}. '
+        'backend="chunked", or CJEPA_NO_NATIVE=1 in the environment, silences this warning',
+        UserWarning,
+        stacklevel=level,  # the caller's line, not one of ours
+    )
+
+
+# torch.compile runs the function while it traces, and breaks no graph at the warning. This is what
+# torch.compiler.assume_constant_result does, after importing the whole compiler.
+warn_without_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def check_backend(backend: str) -> None:
     """Raise unless ``backend`` is a known name that is available here.
 
     Raises:
-        ValueError: Unknown name.
+        ValueError: Unknown name, or a variable of the environment with a value that it cannot have.
         RuntimeError: Known, asked for by name, and missing on this machine.
     """
+    check_environment()
     if backend not in NAMES:
         raise ValueError(f"backend must be one of {list(NAMES)}, got {backend!r}")
     if backend == "auto":

@@ -6,13 +6,14 @@ import sys
 from collections.abc import Sequence
 
 from cjepa_kernels._version import __version__
+from cjepa_kernels.environment import check_environment
 from cjepa_kernels.extras import require
 
 NEEDED = ("typer", "rich")  # by every command; each asks for the rest itself
 USAGE = f"""cjepa_kernels {__version__}. Usage: cjepa COMMAND [OPTIONS]
 
   bench    compare the loss with other formulas on this machine (extra [bench])
-  train, compare, probe, tune, info
+  data, train, compare, probe, tune, info
            train hierarchical JEPAs with a contrastive term, and look at what they learned
            (extra [train])
 
@@ -27,6 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: What follows the program's name. Default: those of this process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        check_environment()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     try:
         for module in NEEDED:
             require(module, extra="bench" if arguments[:1] == ["bench"] else "train")

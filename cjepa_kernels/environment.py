@@ -3,19 +3,62 @@
 from __future__ import annotations
 
 import os
+import re
+
+_problems: list[str] = []
+
+_MOST = 2**40  # MiB: more than any address space, and in bytes no more than C++'s size_t holds
+# Decimal, since csrc/cpu/memory.cpp reads the same text: no underscores, inf or other scripts.
+_NUMBER = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
 
 def read_mebibytes(variable: str, default: float) -> float:
     """Number of MiB that an environment variable gives.
 
+    Args:
+        variable: Its name.
+        default: The number where it is unset or blank.
+
+    Returns:
+        A number from 0 to 2**40.
+
     Raises:
-        ValueError: The variable is set and no number, or negative.
+        ValueError: The variable is something else.
     """
-    value = os.environ.get(variable, str(default))
-    try:
-        number = float(value)
-    except ValueError:
-        number = -1.0
-    if not number >= 0:
-        raise ValueError(f"{variable} must be a number of MiB, 0 or more, got {value!r}")
+    value = os.environ.get(variable, "")
+    text = value.strip(" \t\n\v\f\r")
+    if not text:
+        return default
+    number = float(text) if _NUMBER.fullmatch(text) else -1.0
+    if not 0 <= number <= _MOST:
+        raise ValueError(f"{variable} must be a number of MiB from 0 to 2**40, got {value[:80]!r}")
     return number
+
+
+def read_when_imported(variable: str, default: float) -> float:
+    """The same, but a mistake is kept for :func:`check_environment`.
+
+    An exception here would leave the command line with a traceback, since its entry point imports
+    the package before anything of ours can catch it.
+    """
+    try:
+        return read_mebibytes(variable, default)
+    except ValueError as error:
+        note_problem(str(error))
+        return default
+
+
+def note_problem(message: str) -> None:
+    """Keep a mistake in a variable that was read when the package was imported."""
+    if message not in _problems:
+        _problems.append(message)
+
+
+def check_environment() -> None:
+    """Raise if a variable that was read when the package was imported was wrong.
+
+    Raises:
+        ValueError: With all such mistakes.
+    """
+    if _problems:
+        raise ValueError("; ".join(_problems))

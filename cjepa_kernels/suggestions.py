@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 MOST_EDITS = 2
 MOST_NAMES = 24  # that an error lists
@@ -26,14 +26,34 @@ def nearest(name: object, known: Iterable[str]) -> str:
         '; known: eps, jepa_weight'
     """
     names = sorted(known)
+    if (meant := closest(name, names)) is not None:
+        return f", did you mean {meant!r}?"
+    return f"; known: {listed(names)}" if names else ""
+
+
+def closest(name: object, known: Iterable[str]) -> str | None:
+    """The name that was meant, if one is at most two typing errors away; case does not count.
+
+    Args:
+        name: The unknown name.
+        known: The names that exist.
+    """
     word = str(name)
-    distance, closest = min(((edits(word.lower(), n.lower()), n) for n in names), default=(3, ""))
+    found = min(((edits(word.lower(), other.lower()), other) for other in known), default=None)
     # In a short word, two edits replace most of it: that is another word, not a typing error.
-    if distance <= MOST_EDITS and 2 * distance < max(len(word), len(closest)):
-        return f", did you mean {closest!r}?"
+    if found and found[0] <= MOST_EDITS and 2 * found[0] < max(len(word), len(found[1])):
+        return found[1]
+    return None
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names with commas between them, shortened if they are many.
+
+    Args:
+        names: The names, in their order.
+    """
     more = len(names) - MOST_NAMES
-    rest = f" and {more} more" if more > 0 else ""
-    return f"; known: {', '.join(names[:MOST_NAMES])}{rest}" if names else ""
+    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def edits(a: str, b: str) -> int:

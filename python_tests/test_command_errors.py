@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from cjepa_kernels.train.atomic import atomic_path, atomic_write
 from cjepa_kernels.train.checkpoints import AtomicCheckpointIO
 from cjepa_kernels.train.cli import app
 from cjepa_kernels.train.command_errors import describe
-from cjepa_kernels.train.config import ConfigurationError
+from cjepa_kernels.train.config import ConfigurationError, ExperimentConfig, config_to_dict
 from cjepa_kernels.train.outputs import check_directory, check_file, write_file
 
 EXPERIMENT = "data: {source: digits, train_size: 64, test_size: 40}\n"
@@ -126,6 +127,44 @@ def test_a_defect_is_one_line_that_keeps_its_traceback(
     assert "in fail" in saved.read_text()
 
 
+@pytest.mark.parametrize(
+    ("model", "shape", "message"),
+    [
+        ({"depth": 10**9}, (1, 8, 8), "model.depth: expected less than or equal to 256"),
+        ({"dim": 8192, "depth": 256}, (1, 8, 8), "at most 1,000,000,000 parameters"),
+        ({"dim": 1024, "depth": 64}, (1, 8, 8), "Missing key(s) in state_dict"),
+        ({}, (10**9, 8, 8), "Missing key(s) in state_dict"),
+        ({}, (1, 10**9, 10**9), "expected at most 16,384 patches an image"),
+    ],
+    ids=["depth", "parameters", "large", "channels", "pixels"],
+)
+def test_a_checkpoint_of_an_enormous_model_is_refused_at_once(
+    model: dict[str, int], shape: tuple[int, int, int], message: str, here: Path
+) -> None:
+    experiment = {**config_to_dict(ExperimentConfig())}
+    experiment["model"] |= model
+    torch.save({"experiment": experiment, "image_shape": list(shape), "state_dict": {}}, "x.ckpt")
+    begin = time.monotonic()
+    (line,) = error_lines(run("probe", "x.ckpt"))
+    assert line.startswith("x.ckpt is not a checkpoint of this program: ")
+    assert message in line
+    assert time.monotonic() - begin < 10  # it takes 0.1 s; the memory of the model takes far more
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_a_warning_is_one_line_without_a_place_in_the_source(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise ValueError("no data")
+
+    monkeypatch.setattr(runner, "load_dataset", load)
+    result = run("train", "--config", "small.yaml", "loss.vicreg_weight=0.5", "loss.type=cjepa")
+    warning, error = result.stderr.splitlines()
+    assert warning.startswith("warning: loss.vicreg_weight: ignored with type 'cjepa'")
+    assert error == "error: no data"
+
+
 def test_without_arguments_the_help_is_shown() -> None:
     result = run()
     assert (result.exit_code, "Usage" in result.output) == (0, True)
@@ -209,7 +248,9 @@ def test_a_disk_that_gets_full_in_training_is_one_line(here: Path) -> None:
     sizes = ["model.dim=16", "model.heads=2", "trainer.epochs=1", "logging.progress_bar=false"]
     with full_disk(20_000):
         result = run("train", "--config", "small.yaml", "--out", "run", *sizes)
-    assert error_lines(result) == ["run/checkpoints/last.ckpt: file too large"]
+    last = result.stderr.splitlines()[-1]  # after the line of the epoch
+    assert last == "error: run/checkpoints/last.ckpt: file too large"
+    assert "Traceback" not in result.output
     assert result.exit_code == 2
 
 

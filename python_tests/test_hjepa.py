@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cjepa_kernels import HJEPALoss
+from cjepa_kernels import HJEPALoss, create_loss_from_config
 
 FORMULAS = {
     "smoothl1": lambda d, delta: torch.where(d.abs() < 1, 0.5 * d * d, d.abs() - 0.5),
@@ -85,6 +85,50 @@ def test_masks_keep_rows(reduction: Any) -> None:
         else:
             torch.testing.assert_close(level, means[-1])
     torch.testing.assert_close(out["loss"], torch.stack(means).sum())
+
+
+@pytest.mark.parametrize("last_axis", [False, True], ids=["(B,N)", "(B,N,1)"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.float32, torch.float16, torch.int64, torch.uint8], ids=str
+)
+def test_masks_in_the_forms_of_hjepa(dtype: torch.dtype, last_axis: bool) -> None:
+    predictions, targets = levels()
+    masks = [torch.rand(p.shape[:-1]) < 0.5 for p in predictions]
+    expected = HJEPALoss()(predictions, targets, masks)["loss"]
+    given = [mask.to(dtype)[..., None] if last_axis else mask.to(dtype) for mask in masks]
+    assert torch.equal(HJEPALoss()(predictions, targets, given)["loss"], expected)
+    some = [given[0], None, given[2]]  # a level without a mask among others
+    by_hand = [masks[0], torch.ones_like(masks[1]), masks[2]]
+    torch.testing.assert_close(
+        HJEPALoss()(predictions, targets, some)["loss"],
+        HJEPALoss()(predictions, targets, by_hand)["loss"],
+    )
+
+
+def test_a_mask_of_numbers_is_checked_in_a_compiled_graph_too() -> None:
+    predictions, targets = levels(torch.float32)
+    masks = [(torch.rand(p.shape[:-1]) < 0.5).float() for p in predictions]
+    loss_fn = HJEPALoss()
+    compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(predictions, targets, masks)["loss"], loss_fn(predictions, targets, masks)["loss"]
+    )
+    masks[1] = masks[1] * 0.5
+    with pytest.raises(RuntimeError, match=r"masks\[1\] must hold 0 and 1 alone"):
+        compiled(predictions, targets, masks)
+
+
+def test_a_trainer_that_passes_context_features_to_every_loss() -> None:
+    """The calls of H-JEPA's trainer: all by name, features that this loss has no use for."""
+    predictions, targets = levels()
+    outputs = {"predictions": predictions, "targets": targets, "context_features": torch.ones(3, 5)}
+    for loss_fn in (HJEPALoss(), create_loss_from_config({"type": "mse"})):
+        plain = loss_fn(predictions, targets)
+        named = loss_fn(**outputs)
+        fourth = loss_fn(predictions, targets, None, None)
+        assert torch.equal(named["loss"], plain["loss"])
+        assert torch.equal(fourth["loss"], plain["loss"])
+        named.update(context_std=0.5)  # it adds its own metrics to what it got
 
 
 def test_a_mask_of_true_equals_no_mask() -> None:
@@ -205,7 +249,11 @@ GOOD = [torch.randn(2, 3, 4)]
         ([torch.randn(4)], [torch.randn(4)], None, ValueError, r"\(B, N, D\) or \(B, D\)"),
         ([torch.randn(0, 4)], [torch.randn(0, 4)], None, ValueError, "not empty"),
         (GOOD, [GOOD[0].long()], None, TypeError, r"targets\[0\] must be of fp64"),
-        (GOOD, GOOD, [torch.ones(2, 3)], TypeError, r"masks\[0\] must be a bool tensor"),
+        (GOOD, GOOD, [[True]], TypeError, r"masks\[0\] must be a bool tensor, got list"),
+        (GOOD, GOOD, [torch.full((2, 3), 0.5)], ValueError, r"masks\[0\] must hold 0 and 1 alone"),
+        (GOOD, GOOD, [torch.full((2, 3, 1), 2)], ValueError, r"masks\[0\] must hold 0 and 1 alone"),
+        (GOOD, GOOD, [torch.full((2, 3), torch.nan)], ValueError, "must hold 0 and 1 alone"),
+        (GOOD, GOOD, [torch.ones(2, 3, 4)], ValueError, r"masks\[0\] must be \(2, 3\)"),
         (GOOD, GOOD, [torch.ones(2, 4) > 0], ValueError, r"masks\[0\] must be \(2, 3\)"),
         (3.0, GOOD, None, TypeError, "predictions must be a tensor or a sequence"),
         ([None], GOOD, None, TypeError, r"predictions\[0\] must be a tensor, got NoneType"),

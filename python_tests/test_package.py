@@ -154,6 +154,21 @@ def test_build_info() -> None:
     assert info["instruction_set"] in info["instruction_sets"]
 
 
+def test_the_compiled_module_holds_no_path_of_this_machine() -> None:
+    """Neither in messages of its checks and of PyTorch's headers, nor as a place of libraries."""
+    module = compiled_module()
+    if module is None:
+        pytest.skip("cjepa_kernels._C was not built: no compiler here")
+    content = Path(module.__file__ or "").read_bytes()
+    assert b"csrc/cpu/operators.cpp" in content, "a check of ours, with the path inside the project"
+    torch_folder = str(Path(torch.__file__).parent)
+    for path in (str(ROOT), torch_folder, sys.prefix, sys.base_prefix, str(Path.home())):
+        if len(path) > len("/usr"):
+            assert path.encode() not in content, path
+    for piece in (b"site-packages", b"/tmp/"):
+        assert piece not in content
+
+
 def test_without_the_compiled_module_everything_else_works() -> None:
     code = """
 import sys

@@ -93,9 +93,9 @@ def test_probe_refuses_what_it_would_ignore(override: str, experiment: Path) -> 
         pytest.param(["loss.contrastive_wight=2"], "contrastive_weight", id="loss-key"),
         pytest.param(["trainer.batch_size=65"], "trainer.batch_size", id="batch"),
         pytest.param(["data.source=parquet:absent"], "'absent'", id="data"),
-        pytest.param(["data.source=dgits"], "nearest is 'digits'", id="misspelt"),
+        pytest.param(["data.source=dgits"], "did you mean 'digits'", id="misspelt"),
         pytest.param(["trainer.precision=16-mixed"], "trainer.precision", id="precision"),
-        pytest.param(["optimizer.learning_rate=1e30", "trainer.epochs=3"], "loss is", id="nan"),
+        pytest.param(["optimizer.learning_rate=1e3", "trainer.epochs=3"], "loss is", id="nan"),
     ],
 )
 def test_user_error_is_one_message_and_code_2(
@@ -103,8 +103,9 @@ def test_user_error_is_one_message_and_code_2(
 ) -> None:
     result = run("train", "--config", experiment, *arguments)
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: ")
-    assert message in result.stderr
+    line = result.stderr.splitlines()[-1]  # after the lines of the epochs
+    assert line.startswith("error: ")
+    assert message in line
     assert "Traceback" not in result.output
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("pydantic")
 
-from cjepa_kernels.train.config import MaskingConfig
-from cjepa_kernels.train.masking import PatchMasks, multi_block_masks
+from cjepa_kernels.train.config import MaskingConfig, config_from_dict, load_config
+from cjepa_kernels.train.masking import PatchCounts, PatchMasks, multi_block_masks, patch_counts
+from cjepa_kernels.train.module import build_loss
+
+RECORDED_MASKS = "c3a6580f6d7515d7"
 
 
 def draw(
@@ -74,3 +82,70 @@ def test_predicted_patches_come_from_one_block() -> None:
 def test_more_patches_than_there_are() -> None:
     with pytest.raises(ValueError, match=r"masking\.visible.*at most the 16 .*13 \+ 4"):
         draw(torch.arange(2), config=MaskingConfig(visible=13, predicted=4))
+
+
+@pytest.mark.parametrize(
+    ("value", "patches", "count"),
+    [
+        (0.625, 16, 10),
+        (0.25, 16, 4),
+        (0.625, 256, 160),
+        (0.625, 196, 123),  # 122.5
+        (0.25, 10, 3),  # 2.5
+        (0.001, 16, 1),
+        (0.999, 16, 16),
+        (10, 256, 10),
+        (1, 16, 1),
+    ],
+)
+def test_fractions_are_rounded_to_the_nearest_count(value: float, patches: int, count: int) -> None:
+    config = MaskingConfig(visible=value, predicted=1)
+    if count + 1 <= patches:
+        assert patch_counts(config, patches) == PatchCounts(patches, count, 1)
+    else:
+        with pytest.raises(ValueError, match=rf"got {count} \({value} of them\) \+ 1"):
+            patch_counts(config, patches)
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 0.0, 1.0, 10.0, -0.5, math.nan, math.inf, True, "x", None, [1]]
+)
+@pytest.mark.parametrize("key", ["visible", "predicted"])
+def test_what_is_neither_a_count_nor_a_fraction(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"masking\.{key}: ") as raised:
+        config_from_dict({"masking": {key: value}})
+    assert str(raised.value).count(f"masking.{key}") == 1
+
+
+def test_numbers_that_yaml_reads_as_text() -> None:
+    config = config_from_dict({}, ["masking.visible=5e-1", "masking.predicted=3"]).masking
+    assert (config.visible, config.predicted) == (0.5, 3)
+    assert isinstance(config.predicted, int)
+
+
+@pytest.mark.parametrize("name", ["cjepa", "cifar10"])
+def test_shipped_masks_are_those_of_the_counts(name: str) -> None:
+    config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.yaml").masking
+    assert (config.visible, config.predicted) == (0.625, 0.25)
+    assert (MaskingConfig().visible, MaskingConfig().predicted) == (0.625, 0.25)
+    samples = torch.arange(200)
+    by_fraction = draw(samples, config=config, seed=3, epoch=2, view=1)
+    by_count = draw(
+        samples,
+        config=config.model_copy(update={"visible": 10, "predicted": 4}),
+        seed=3,
+        epoch=2,
+        view=1,
+    )
+    assert torch.equal(by_fraction.visible, by_count.visible)
+    assert torch.equal(by_fraction.predicted, by_count.predicted)
+    content = by_fraction.visible.numpy().tobytes() + by_fraction.predicted.numpy().tobytes()
+    # The masks with which the recorded results were made.
+    assert hashlib.sha256(content).hexdigest()[:16] == RECORDED_MASKS
+
+
+def test_too_few_levels_for_a_fraction() -> None:
+    config = config_from_dict({"masking": {"predicted": 0.1}})
+    with pytest.raises(ValueError, match=r"masking\.predicted: 3 .* at least 4 .* got 2"):
+        build_loss(config, (1, 8, 8))
+    assert build_loss(config, (1, 32, 32)) is not None

@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("lightning")
 
+from kill_and_resume import cjepa
 from train_experiments import tiny, weights
 
 from cjepa_kernels.backends import BackendStatus
@@ -27,6 +28,7 @@ from cjepa_kernels.train.checkpoints import AtomicCheckpointIO
 from cjepa_kernels.train.config import DataConfig, ExperimentConfig, config_to_dict
 from cjepa_kernels.train.data import load_dataset
 from cjepa_kernels.train.run_directory import RunResult, load_result
+from cjepa_kernels.train.vit import VisionTransformer
 
 COMMAND = [sys.executable, "-m", "cjepa_kernels.train.cli", "train"]
 
@@ -36,31 +38,24 @@ NO_GPU = pytest.mark.skipif(
 )
 
 
-def start(config: ExperimentConfig, run_dir: Path, tmp_path: Path) -> subprocess.Popen[bytes]:
-    file = tmp_path / "experiment.json"
-    file.write_text(json.dumps(config_to_dict(config)))
-    return subprocess.Popen(
-        [*COMMAND, "--config", str(file), "--out", str(run_dir)], stdout=subprocess.DEVNULL
-    )
-
-
 def test_killed_run_resumes_to_identical_numbers(tmp_path: Path) -> None:
     config = tiny("trainer.epochs=12", "evaluation.every_n_epochs=5")
     whole = runner.train(config, tmp_path / "whole", progress_bar=False)
 
     killed_dir = tmp_path / "killed"
-    process = start(config, killed_dir, tmp_path)
+    file = tmp_path / "experiment.json"
+    file.write_text(json.dumps(config_to_dict(config)))
+    process = cjepa("train", "--config", file, "--out", killed_dir, log=tmp_path / "log")
     try:
         deadline = time.monotonic() + 120
         while not (killed_dir / "checkpoints" / "last.ckpt").is_file():
-            assert process.poll() is None, "the run ended before its first checkpoint"
+            assert process.is_alive(), "the run ended before its first checkpoint"
             assert time.monotonic() < deadline, "no checkpoint within two minutes"
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
     finally:
         process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (killed_dir / "result.json").exists()
     epochs_before = len((killed_dir / "metrics.csv").read_text().splitlines()) - 1
     assert 1 <= epochs_before < 12
@@ -145,7 +140,7 @@ def test_another_configuration_in_the_directory_names_the_keys(tmp_path: Path) -
         pytest.param(["masking.predicted=3"], r"masking\.predicted.*at least 4.*3", id="levels"),
         pytest.param(["model.patch_size=3"], r"model\.patch_size.*8 x 8.*3", id="patch"),
         pytest.param(["loss.contrastive_wieght=1"], "contrastive_weight", id="loss-key"),
-        pytest.param(["loss.contrastive_temperature=-1"], "must be positive", id="temperature"),
+        pytest.param(["loss.contrastive_temperature=-1"], "must lie between", id="temperature"),
         pytest.param(
             ["loss.contrastive_weight=0", "loss.jepa_weight=0"], "must not both be 0", id="no-loss"
         ),
@@ -275,7 +270,7 @@ def test_resumed_run_purges_later_tensorboard_steps(
 
 
 def test_divergence_is_reported(tmp_path: Path) -> None:
-    config = tiny("optimizer.learning_rate=1e30", "optimizer.gradient_clip=null")
+    config = tiny("optimizer.learning_rate=1e3", "optimizer.gradient_clip=null")
     with pytest.raises(DivergenceError, match=r"optimizer\.learning_rate"):
         runner.train(config, tmp_path, progress_bar=False)
     assert not (tmp_path / "result.json").exists()
@@ -299,13 +294,42 @@ def test_encoder_of_a_checkpoint_is_the_evaluated_one(tmp_path: Path) -> None:
         extract(dataset.test.images.expand(-1, 3, -1, -1))
 
 
+def test_encoder_takes_the_pixels_that_are_stored_and_nothing_else(tmp_path: Path) -> None:
+    config = tiny("trainer.epochs=1")
+    runner.train(config, tmp_path, progress_bar=False)
+    extract, _ = runner.load_encoder(tmp_path)
+    images = load_dataset(config.data).test.images[:8]
+    cls, mean = extract(images)
+
+    encoder = VisionTransformer(config.model, (1, 8, 8), torch.zeros(1), torch.ones(1)).eval()
+    prefix = "target_encoder."
+    encoder.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in weights(tmp_path).items() if k.startswith(prefix)}
+    )
+    with torch.no_grad():
+        tokens = encoder(images.float() / 255)
+    assert torch.equal(cls, tokens[:, 0])
+    assert torch.equal(mean, tokens[:, 1:].mean(dim=1))
+
+    wrong = [images.float() / 255, images.float(), images.half(), images.long(), images > 0]
+    for pixels in (*wrong, images.numpy()):
+        with pytest.raises(TypeError, match=rf"^images: expected a uint8 .*got .*{pixels.dtype}"):
+            extract(pixels)  # type: ignore[arg-type]
+    converted = (255 * (images.float() / 255)).round().to(torch.uint8)  # as the message says
+    assert torch.equal(extract(converted)[0], cls)
+    with pytest.raises(ValueError, match=r"images.*\(1, 8, 8\).*\(8, 8\)"):
+        extract(images[0])
+    with pytest.raises(TypeError, match="expected a uint8 tensor"):
+        runner.untrained_encoder(config)(images.float() / 255)
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"], ids=["empty", "text"])
 def test_file_that_is_no_checkpoint(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "some.ckpt"
     with pytest.raises(FileNotFoundError, match=r"some\.ckpt"):
         runner.load_encoder(file)
     file.write_bytes(content)
-    with pytest.raises(ValueError, match=r"some\.ckpt is not a checkpoint"):
+    with pytest.raises(ValueError, match=r"some\.ckpt .*is not a checkpoint"):
         runner.load_encoder(file)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from cjepa_kernels.backends import Backend
-from cjepa_kernels.functional import check_bool
+from cjepa_kernels.functional import as_float, check_bool, is_number
 from cjepa_kernels.prediction import (
     PredictionOptions,
     check_levels,
@@ -97,7 +99,11 @@ class HJEPALoss(nn.Module):
         )
 
     def forward(
-        self, predictions: Levels, targets: Levels, masks: Levels | None = None
+        self,
+        predictions: Levels,
+        targets: Levels,
+        masks: Levels | None = None,
+        context_features: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Loss of every level and their weighted sum.
 
@@ -105,7 +111,10 @@ class HJEPALoss(nn.Module):
             predictions: One (B, N_l, D) or (B, D) tensor per level; a single tensor counts as
                 one level.
             targets: Same shapes.
-            masks: Optional, one (B, N_l) bool tensor per level, True keeps the patch.
+            masks: Optional, one (B, N_l) or (B, N_l, 1) tensor per level; True, or 1, keeps the
+                patch. Numbers other than 0 and 1 are refused. That check waits for the device, so
+                bool masks are better on a GPU; a compiled graph asserts it on the device instead.
+            context_features: Ignored; H-JEPA's trainer passes it to every loss.
 
         Returns:
             ``loss`` = sum of weight x level, ``loss_h0``, ``loss_h1``…, and ``loss_unweighted``,
@@ -114,8 +123,13 @@ class HJEPALoss(nn.Module):
         """
         levels = _as_levels("predictions", predictions)
         target_levels = _as_levels("targets", targets)
-        mask_levels = [None] * len(levels) if masks is None else _as_levels("masks", masks)
-        self._check(levels, target_levels, mask_levels)
+        given_masks = [None] * len(levels) if masks is None else _as_levels("masks", masks)
+        self._check_counts(levels, target_levels, given_masks)
+        mask_levels = [
+            _as_bool(f"masks[{level}]", mask, prediction)
+            for level, (mask, prediction) in enumerate(zip(given_masks, levels, strict=True))
+        ]
+        check_levels(levels, target_levels, mask_levels)
 
         if self.detach_targets:
             target_levels = [target.detach() for target in target_levels]
@@ -125,7 +139,7 @@ class HJEPALoss(nn.Module):
         parts = {f"loss_h{index}": level for index, level in enumerate(out.levels)}
         return {**parts, "loss": out.loss, "loss_unweighted": out.unweighted}
 
-    def _check(
+    def _check_counts(
         self,
         predictions: Sequence[Tensor],
         targets: Sequence[Tensor],
@@ -137,7 +151,6 @@ class HJEPALoss(nn.Module):
                     f"{name} must have one tensor per level, num_hierarchies="
                     f"{self.num_hierarchies}, got {len(levels)}"
                 )
-        check_levels(predictions, targets, masks)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -169,18 +182,35 @@ def _as_levels(name: str, levels: Levels) -> list[Any]:
     return list(levels)
 
 
+def _as_bool(name: str, mask: Any, prediction: Any) -> Any:
+    """A mask of numbers or with a last axis of 1, as H-JEPA takes them, as (B, N_l) bool."""
+    if not isinstance(mask, Tensor):
+        return mask  # None, or refused with everything else that is no tensor
+    if isinstance(prediction, Tensor) and mask.ndim == prediction.ndim and mask.shape[-1] == 1:
+        mask = mask.squeeze(-1)
+    if mask.dtype == torch.bool or mask.is_meta:
+        return mask.bool()
+    fits = ((mask == 0) | (mask == 1)).all()
+    message = f"{name} must hold 0 and 1 alone: it chooses patches and does not weigh them"
+    if torch.compiler.is_compiling():
+        torch._assert_async(fits, message)
+    elif not fits:
+        raise ValueError(message)
+    return mask != 0
+
+
 def _per_level(weights: float | Sequence[float], levels: int) -> list[float]:
-    if not isinstance(weights, (int, float, Sequence)) or isinstance(weights, str):
+    if not isinstance(weights, (Real, Sequence)) or isinstance(weights, str):
         raise TypeError(f"hierarchy_weights must be a number or a sequence, got {weights!r}")
-    values = [weights] * levels if isinstance(weights, (int, float)) else list(weights)
+    values = [weights] * levels if isinstance(weights, Real) else list(weights)
     if len(values) != levels:
         raise ValueError(
             f"hierarchy_weights must have one weight per level, num_hierarchies={levels}, "
             f"got {len(values)}: {values}"
         )
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_number(value):
             raise TypeError(f"hierarchy_weights must be numbers, got {value!r}")
-        if not 0 <= value < float("inf"):
+        if not 0 <= as_float(value) < float("inf"):
             raise ValueError(f"hierarchy_weights must be finite and not negative, got {values}")
-    return [float(value) for value in values]
+    return [as_float(value) for value in values]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,15 @@ _TEMPORARY_NAME = re.compile(rf"\..+\.[0-9a-f]{{12}}{re.escape(_TEMPORARY_SUFFIX
 
 
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(
+    path: str | os.PathLike[str], *, keep_as: str | os.PathLike[str] | None = None
+) -> Iterator[Path]:
     """Give a temporary name in the same directory that replaces ``path`` once it is complete.
 
     Args:
         path: File to create or replace. Missing parent directories are created.
+        keep_as: Name in the same directory under which the file that is replaced is kept. It is
+            there before ``path`` is replaced, so that ``path`` exists at every moment.
 
     Yields:
         The temporary name to write to. It is removed if the block raises.
@@ -28,10 +33,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(6)}{_TEMPORARY_SUFFIX}"
+    temporary = _temporary_name(target)
     try:
         yield temporary
         _sync(temporary)
+        if keep_as is not None and target.exists():
+            _keep(target, Path(keep_as))
         os.replace(temporary, target)
         if os.name == "posix":
             _sync(target.parent)
@@ -64,6 +71,24 @@ def remove_partial_files(directory: str | os.PathLike[str]) -> None:
     for leftover in Path(directory).rglob(f".*{_TEMPORARY_SUFFIX}"):
         if _TEMPORARY_NAME.fullmatch(leftover.name):
             leftover.unlink(missing_ok=True)
+
+
+def _temporary_name(target: Path) -> Path:
+    return target.parent / f".{target.name}.{secrets.token_hex(6)}{_TEMPORARY_SUFFIX}"
+
+
+def _keep(target: Path, kept: Path) -> None:
+    """Give a file a second name, or copy it where the file system has one name for each file."""
+    temporary = _temporary_name(kept)
+    try:
+        try:
+            os.link(target, temporary)
+        except OSError:
+            shutil.copyfile(target, temporary)
+            _sync(temporary)
+        os.replace(temporary, kept)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

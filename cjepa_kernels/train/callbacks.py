@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from cjepa_kernels.train.advisor import METRICS as ADVISOR_METRICS
@@ -97,9 +99,13 @@ class MetricHistory(Callback):
             row |= self._evaluate(pl_module, int(row["epoch"]))
         self.rows.append(row)
         if trainer.is_global_zero:
-            atomic_write(self.path, to_csv(self.rows))
+            self.write()
             for logger in trainer.loggers:
                 logger.log_metrics(row, step=int(row["step"]))
+
+    def write(self) -> None:
+        """Replace ``metrics.csv``."""
+        atomic_write(self.path, to_csv(self.rows))
 
     def _row(self, trainer: L.Trainer, module: CJEPAModule, means: list[float]) -> Row:
         step = module.global_step
@@ -158,7 +164,7 @@ class AdvisorHook(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            self._write()
+            self.write()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row = self.history.rows[-1]
@@ -177,9 +183,10 @@ class AdvisorHook(Callback):
             self.lines.append(
                 f"epoch {epoch}: finding {finding.rule}: {finding.message} ({finding.evidence})"
             )
-        self._write()
+        self.write()
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """Replace ``log.txt``."""
         atomic_write(self.path, "".join(f"{line}\n" for line in (*self.data_lines, *self.lines)))
 
     def state_dict(self) -> dict[str, Any]:
@@ -252,29 +259,24 @@ class ProgressHook(Callback):
             )
 
 
-class EpochProgressBar(RichProgressBar):
-    """Rich's progress bar with the metrics of the last epoch.
+class SignalHandlers(Callback):
+    """Keeps the handlers of SIGTERM and SIGUSR1 that there were before the training.
 
-    Args:
-        history: Where the metrics come from.
+    Lightning's own would end a terminated run with exit status 0, wait for other ranks that may be
+    waiting themselves, and under SLURM save a checkpoint in the middle of an epoch, from which a
+    run does not go on to the same numbers.
     """
 
-    def __init__(self, history: MetricHistory) -> None:
-        super().__init__(leave=False)
-        self.history = history
+    def __init__(self) -> None:
+        names = ("SIGTERM", "SIGUSR1")
+        kinds = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self._handlers = {kind: signal.getsignal(kind) for kind in kinds}
 
-    def get_metrics(
-        self, trainer: L.Trainer, pl_module: L.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        if not self.history.rows:
-            return {}
-        row = self.history.rows[-1]
-        return {
-            "loss": round(row["loss"], 4),
-            "jepa": round(row["jepa_loss"], 4),
-            "contrastive": round(row["contrastive_loss"], 4),
-            "accuracy": round(row["contrastive_accuracy"], 3),
-        }
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for kind, handler in self._handlers.items():
+                if handler is not None:
+                    signal.signal(kind, handler)
 
 
 def to_csv(rows: list[Row]) -> str:

@@ -25,6 +25,7 @@ from cjepa_kernels.bench.cli import bench
 from cjepa_kernels.bench.machine import installed_version
 from cjepa_kernels.extras import require
 from cjepa_kernels.train.command_errors import Program
+from cjepa_kernels.train.interruption import resumable
 from cjepa_kernels.train.outputs import check_directory, check_file, write_file
 
 # What the training program needs beyond this file.
@@ -104,14 +105,22 @@ def train(
     run_dir = out or _default_directory(config, config_to_dict(experiment), "")
     check_directory("--out", run_dir)
     console = Console()
-    result = runner.train(
-        experiment,
-        run_dir,
-        on_summary=lambda summary: summary.print(console),
-        progress_bar=sys.stderr.isatty(),
-    )
+    with resumable(run_dir):
+        result = runner.train(
+            experiment,
+            run_dir,
+            on_summary=lambda summary: summary.print(console),
+            progress_bar=sys.stderr.isatty(),
+            epoch_lines=True,
+        )
     if not result.evaluation:
         return  # a rank other than the first one
+    if not result.trained:
+        console.print(
+            f"This run was finished before, on {result.finished}; nothing was trained. Another "
+            "directory (--out) trains it again.",
+            soft_wrap=True,
+        )
     console.print(_probe_table(result.evaluation, f"{config.stem}, seed {experiment.seed}"))
     for finding in result.findings:
         console.print(
@@ -119,6 +128,41 @@ def train(
             f"{escape(str(finding['message']))} ({escape(str(finding['evidence']))})"
         )
     console.print(f"{result.seconds:.0f} s; results in {run_dir}", soft_wrap=True)
+
+
+@app.command()
+def data(
+    config: Config,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Decode every image and name each damaged one.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what is understood of the data, before anything is trained."""
+    _require_training()
+    from cjepa_kernels.train.config import load_config
+    from cjepa_kernels.train.data_summary import count_patches, inspect_data
+
+    errors = Console(stderr=True, soft_wrap=True)
+    experiment = load_config(config, overrides or ())
+    inspected = inspect_data(
+        experiment,
+        verify=verify,
+        show_progress=sys.stderr.isatty(),
+        on_damage=lambda message: errors.print(message, markup=False, highlight=False),
+    )
+    if as_json:
+        typer.echo(json.dumps(inspected.to_dict(), indent=1))
+    else:
+        inspected.summary.print(Console())
+        if inspected.damage == ():
+            typer.echo("Every image can be decoded.")
+    if inspected.damage:
+        every = inspected.summary.train + inspected.summary.test
+        raise ValueError(f"{len(inspected.damage):,} of {every:,} images cannot be decoded")
+    count_patches(experiment, inspected.dataset)  # the summary has no patches if they do not fit
 
 
 @app.command()
@@ -171,14 +215,15 @@ def compare(
     task = {**config_to_dict(experiment), "seeds": seed_list, "transfer": transfer}
     out_dir = out or _default_directory(config, task, "-compare")
     check_directory("--out", out_dir)
-    run_comparison(
-        experiment,
-        seeds=seed_list,
-        out_dir=out_dir,
-        workers=workers,
-        transfer=transfer,
-        console=Console(),
-    )
+    with resumable(out_dir):
+        run_comparison(
+            experiment,
+            seeds=seed_list,
+            out_dir=out_dir,
+            workers=workers,
+            transfer=transfer,
+            console=Console(),
+        )
 
 
 @app.command()
@@ -213,11 +258,14 @@ def probe(
         experiment.evaluation,
         pretrain_classes=resolve_pretrain_classes(experiment.data, dataset),
     )
-    Console().print(_probe_table(numbers, f"{checkpoint} on {dataset.name}"))
+    images = len(dataset.test.labels)
+    title = f"{checkpoint} on {dataset.name}, {images:,} test images"
+    Console().print(_probe_table(numbers, title))
     if json_file is not None:
         content = {
             "checkpoint": str(checkpoint),
             "data": config_to_dict(experiment)["data"],
+            "test_images": images,
             "evaluation": numbers,
         }
         write_file(json_file, json.dumps(content, indent=1) + "\n")

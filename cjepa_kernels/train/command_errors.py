@@ -12,9 +12,11 @@ import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 import typer
@@ -45,7 +47,7 @@ class Program(TyperGroup):
             with suppress(AttributeError, ValueError):
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
         options["standalone_mode"] = False  # exceptions come out instead of being printed
-        with one_line_errors(debug):
+        with one_line_errors(debug), _plain_warnings():
             status = super().main(arguments, *positional, **{"obj": debug, **options})
             sys.stdout.flush()  # a full disk shows here, and not after the exit status is set
         sys.exit(status if isinstance(status, int) else 0)
@@ -81,6 +83,31 @@ def one_line_errors(debug: bool) -> Iterator[None]:
         _end(error, debug)
 
 
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print what this package warns of as one line, without a place in its source."""
+    before = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, UserWarning) and "cjepa_kernels" in Path(filename).parts:
+            print(f"warning: {_on_one_line(str(message))}", file=file or sys.stderr)
+        else:
+            before(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
 def describe(error: Exception) -> list[str] | None:
     """The lines that a user should read; None for a defect of this program."""
     if isinstance(error, _ClickException):
@@ -91,7 +118,7 @@ def describe(error: Exception) -> list[str] | None:
         isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
     ):
         return [f"out of memory: {_on_one_line(str(error))}".removesuffix(": ")]
-    if isinstance(error, ValueError) and (problems := getattr(error, "problems", None)):
+    if problems := getattr(error, "problems", None):
         return [_on_one_line(problem) for problem in problems]
     if isinstance(error, ReportedError | ValueError | TypeError | ImportError):
         return [_on_one_line(str(error))]

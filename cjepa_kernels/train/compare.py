@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 
 from cjepa_kernels.suggestions import nearest
-from cjepa_kernels.train import runner
+from cjepa_kernels.train import checksummed_json, runner
 from cjepa_kernels.train.atomic import atomic_write
 from cjepa_kernels.train.compare_progress import progress_display
 from cjepa_kernels.train.comparison import (
@@ -26,16 +25,30 @@ from cjepa_kernels.train.comparison import (
     ArmRun,
     Comparison,
     comparison_markdown,
+    notes_of,
     paired_differences,
     rich_tables,
     save_comparison,
+    text_tables,
 )
 from cjepa_kernels.train.config import ExperimentConfig, config_from_dict, config_to_dict
 from cjepa_kernels.train.data import Dataset, load_dataset, resolve_pretrain_classes
+from cjepa_kernels.train.data_fingerprint import check_fingerprint, fingerprint
 from cjepa_kernels.train.data_summary import summarize
-from cjepa_kernels.train.evaluate import check_dataset, evaluate, evaluate_pixels
+from cjepa_kernels.train.directory_lock import DirectoryLock
+from cjepa_kernels.train.evaluate import (
+    check_dataset,
+    evaluate,
+    evaluate_pixels,
+    probe_sizes,
+)
 from cjepa_kernels.train.report import write_report
-from cjepa_kernels.train.run_directory import RunResult, check_run_directory
+from cjepa_kernels.train.run_directory import (
+    RESULT,
+    RunResult,
+    check_run_directory,
+    load_result,
+)
 from cjepa_kernels.train.worker_pool import Job, ReportProgress, run_jobs
 
 ARMS: dict[str, dict[str, float]] = {
@@ -106,9 +119,32 @@ def compare(
             if ``out_dir`` holds runs of a different configuration.
         JobError: If a run fails otherwise; the message names it.
     """
-    console = console or Console()
     arms, seeds, out_dir = tuple(arms), tuple(seeds), Path(out_dir)
     _check_arguments(config, arms, seeds, workers)
+    with DirectoryLock(out_dir) as lock:
+        return _compare(
+            config,
+            seeds=seeds,
+            out_dir=out_dir,
+            arms=arms,
+            workers=min(2, os.cpu_count() or 1) if workers is None else workers,
+            transfer=transfer,
+            console=console or Console(),
+            lock=lock,
+        )
+
+
+def _compare(
+    config: ExperimentConfig,
+    *,
+    seeds: tuple[int, ...],
+    out_dir: Path,
+    arms: tuple[str, ...],
+    workers: int,
+    transfer: bool,
+    console: Console,
+    lock: DirectoryLock,
+) -> Comparison:
     configs = {
         (arm, seed): arm_config(config, arm, seed, transfer=transfer)
         for seed in seeds
@@ -116,29 +152,45 @@ def compare(
     }
     base = {seed: arm_config(config, "cjepa", seed, transfer=transfer) for seed in seeds}
     dataset = load_dataset(base[seeds[0]].data)
+    data = fingerprint(dataset)
+    finished: dict[str, RunResult] = {}
     for (arm, seed), run_config in configs.items():
-        check_run_directory(run_config, out_dir / "runs" / _run_name(arm, seed))
+        run_dir = out_dir / "runs" / _run_name(arm, seed)
+        check_run_directory(run_config, run_dir)
         runner.check_against_data(run_config, dataset)
-    check_dataset(dataset, resolve_pretrain_classes(base[seeds[0]].data, dataset))
-    summarize(base[seeds[0]], dataset).print(console)
+        if (run_dir / RESULT).is_file():
+            finished[run_dir.name] = _finished_run(run_dir, data, out_dir)
+    pretrain_classes = resolve_pretrain_classes(base[seeds[0]].data, dataset)
+    check_dataset(dataset, pretrain_classes)
+    summary = summarize(base[seeds[0]], dataset)
+    summary.print(console)
+    if finished:
+        last = max(result.finished for result in finished.values())
+        console.print(
+            f"{len(finished)} of {len(configs)} runs were finished before, the last one on {last}; "
+            "they are not trained again.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
+    lock.acquire()
     jobs = [
         Job(_run_name(arm, seed), _train_job, (run_config, out_dir / "runs" / _run_name(arm, seed)))
         for (arm, seed), run_config in configs.items()
+        if _run_name(arm, seed) not in finished
     ]
-    jobs.append(Job("pixels", _pixels_job, (base[seeds[0]], out_dir / "baselines" / "pixels.json")))
+    pixels = out_dir / "baselines" / "pixels.json"
+    jobs.append(Job("pixels", _pixels_job, (base[seeds[0]], pixels, data)))
     jobs += [
         Job(
             _run_name("untrained", seed),
             _untrained_job,
-            (base[seed], out_dir / "baselines" / f"{_run_name('untrained', seed)}.json"),
+            (base[seed], out_dir / "baselines" / f"{_run_name('untrained', seed)}.json", data),
         )
         for seed in seeds
     ]
-    if workers is None:
-        workers = min(2, os.cpu_count() or 1)
     with progress_display(console, len(jobs)) as on_event:
-        results = run_jobs(jobs, workers, on_event, out_dir / "logs")
+        results = finished | run_jobs(jobs, workers, on_event, out_dir / "logs")
 
     runs = []
     for arm, seed in configs:
@@ -171,7 +223,14 @@ def compare(
             for first, second in PAIRS
             if first in arms and second in arms
         },
-        environment=_recorded_environment(config, out_dir, [job.name for job in jobs]),
+        environment=_recorded_environment(config, out_dir, list(results)),
+        data=summary,
+        probes={"all": probe_sizes(dataset, config.evaluation)}
+        | (
+            {"transfer": probe_sizes(dataset, config.evaluation, pretrain_classes)}
+            if pretrain_classes is not None
+            else {}
+        ),
     )
     _publish(comparison, dataset, configs, out_dir, console)
     return comparison
@@ -210,6 +269,18 @@ def _check_arguments(
             )
 
 
+def _finished_run(run_dir: Path, data: str, out_dir: Path) -> RunResult:
+    result = load_result(run_dir)
+    check_fingerprint(
+        result.data,
+        data,
+        origin=str(run_dir / RESULT),
+        remedy=f"choose another directory, or remove {str(out_dir)!r} to train on the data as they "
+        "are",
+    )
+    return result
+
+
 def _run_name(arm: str, seed: int) -> str:
     return f"{arm}-seed{seed}"
 
@@ -224,9 +295,9 @@ def _train_job(config: ExperimentConfig, run_dir: Path, report: ReportProgress) 
 
 
 def _untrained_job(
-    config: ExperimentConfig, path: Path, report: ReportProgress
+    config: ExperimentConfig, path: Path, data: str, report: ReportProgress
 ) -> dict[str, float]:
-    known = _known_evaluation(path, config)
+    known = _known_evaluation(path, config, data)
     if known is not None:
         return known
     dataset = load_dataset(config.data, show_progress=False)
@@ -237,11 +308,13 @@ def _untrained_job(
             config.evaluation,
             pretrain_classes=resolve_pretrain_classes(config.data, dataset),
         )
-    return _keep_evaluation(path, config, result)
+    return _keep_evaluation(path, config, data, result)
 
 
-def _pixels_job(config: ExperimentConfig, path: Path, report: ReportProgress) -> dict[str, float]:
-    known = _known_evaluation(path, config)
+def _pixels_job(
+    config: ExperimentConfig, path: Path, data: str, report: ReportProgress
+) -> dict[str, float]:
+    known = _known_evaluation(path, config, data)
     if known is not None:
         return known
     dataset = load_dataset(config.data, show_progress=False)
@@ -251,27 +324,34 @@ def _pixels_job(config: ExperimentConfig, path: Path, report: ReportProgress) ->
             config.evaluation,
             pretrain_classes=resolve_pretrain_classes(config.data, dataset),
         )
-    return _keep_evaluation(path, config, result)
+    return _keep_evaluation(path, config, data, result)
 
 
-def _known_evaluation(path: Path, config: ExperimentConfig) -> dict[str, float] | None:
-    if not path.is_file():
+def _known_evaluation(path: Path, config: ExperimentConfig, data: str) -> dict[str, float] | None:
+    saved = _verified(path)
+    if saved is None or (saved.get("config"), saved.get("data")) != (config_to_dict(config), data):
         return None
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if saved["config"] == config_to_dict(config):
-            return dict(saved["evaluation"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        pass  # damaged: it is computed anew
-    return None
+    return dict(saved["evaluation"])
 
 
 def _keep_evaluation(
-    path: Path, config: ExperimentConfig, evaluation: dict[str, float]
+    path: Path, config: ExperimentConfig, data: str, evaluation: dict[str, float]
 ) -> dict[str, float]:
-    document = {"config": config_to_dict(config), "evaluation": evaluation}
-    atomic_write(path, json.dumps(document, indent=1) + "\n")
+    document = {"config": config_to_dict(config), "data": data, "evaluation": evaluation}
+    atomic_write(path, checksummed_json.encode(document))
     return evaluation
+
+
+def _verified(path: Path, first_format: Set[str] = frozenset()) -> dict[str, Any] | None:
+    """A document that can be made again; None if it is absent or damaged.
+
+    ``first_format`` has the keys of such a document as earlier versions wrote it, without checksum.
+    """
+    try:
+        document, verified = checksummed_json.decode(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return document if verified or document.keys() == first_format else None
 
 
 def _publish(
@@ -299,6 +379,8 @@ def _publish(
         write_report(comparison, dataset, extractors, report)
     for table in rich_tables(comparison):
         console.print(table)
+    for note in notes_of(text_tables(comparison)):
+        console.print(note, style="dim", highlight=False)
     console.print(f"Report: {report}", soft_wrap=True)
 
 
@@ -311,15 +393,11 @@ def _recorded_environment(
     a call with other seeds or arms makes a new one.
     """
     path = out_dir / "environment.json"
-    try:
-        recorded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if recorded["jobs"] == list(jobs):
-            return dict(recorded["environment"])
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
-        pass  # absent or damaged: it is written anew
+    recorded = _verified(path, {"jobs", "environment"})
+    if recorded is not None and set(recorded["jobs"]) == set(jobs):
+        return dict(recorded["environment"])
     made = environment(config)
-    document = {"jobs": list(jobs), "environment": made}
-    atomic_write(path, json.dumps(document, indent=1) + "\n")
+    atomic_write(path, checksummed_json.encode({"jobs": list(jobs), "environment": made}))
     return made
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,17 +13,34 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from cjepa_kernels.config import check_loss_section, shortened
 from cjepa_kernels.suggestions import nearest
 from cjepa_kernels.yaml_reader import parse_yaml, read_yaml
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, le=0.999999)]
 Range = tuple[float, float]
+# Bounds of values that have no natural one. They lie far beyond what anybody trains with, and keep
+# a slip of the keyboard from taking all memory or an endless time before it shows.
+MOST_PIXELS = 4096  # of an image's side
+MOST_PATCHES = 128 * 128  # of an image; attention takes a time that grows with their square
+MOST_BLOCKS = 64
+MOST_WIDTH = 8192
+MOST_DEPTH = 256
+MOST_PARAMETERS = 10**9  # of the encoder and the predictor together
+MOST_ITEMS = 10**9  # of whatever is counted in images
+MOST_EPOCHS = 10**6
+MOST_BATCH = 10**6
+MOST_DEVICES = 1024
+MOST_THREADS = 256
+MOST_DRAWS = 1000
 
 
 class _Section(BaseModel):
@@ -31,12 +48,19 @@ class _Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_number_from_a_bool(cls, value: Any, info: ValidationInfo) -> Any:
-        # YAML's `yes` and `on` are booleans, which Python would silently take for 1.
-        if isinstance(value, bool) and info.field_name is not None:
+    def _types_are_as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        # YAML's `yes` and `on` are booleans, which Python would silently take for 1; a quoted
+        # number is a text; and a text would be taken for a boolean.
+        if info.field_name is not None:
             annotation = cls.model_fields[info.field_name].annotation
-            if annotation is not bool and bool not in typing.get_args(annotation):
-                raise ValueError("a boolean is not expected here")
+            kinds = _kinds(annotation)
+            if kinds == {bool} and not isinstance(value, bool):
+                raise ValueError("expected true or false")
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(item, bool) and bool not in kinds:
+                    raise ValueError("a boolean is not expected here")
+                if isinstance(item, str) and str not in kinds:
+                    raise ValueError(f"expected {'a number' if float in kinds else 'an integer'}")
         return value
 
 
@@ -44,11 +68,12 @@ class DataConfig(_Section):
     """Images and labels, and how many of them."""
 
     source: str = "digits"
-    image_column: str | None = None
-    label_column: str | None = None
-    image_size: int | None = Field(default=None, ge=1)
-    train_size: int | None = Field(default=None, ge=2)
-    test_size: int | None = Field(default=None, ge=1)
+    image_column: str | None = Field(default=None, min_length=1)
+    label_column: str | None = Field(default=None, min_length=1)
+    image_size: int | None = Field(default=None, ge=1, le=MOST_PIXELS)
+    bit_depth: int | None = Field(default=None, ge=8, le=16)
+    train_size: int | None = Field(default=None, ge=2, le=MOST_ITEMS)
+    test_size: int | None = Field(default=None, ge=1, le=MOST_ITEMS)
     pretrain_classes: list[int] | Literal["half"] | None = None
 
     @field_validator("source")
@@ -58,6 +83,14 @@ class DataConfig(_Section):
         if not source.strip() or (separator and kind in ("parquet", "imagefolder") and not path):
             raise ValueError("expected 'digits', 'parquet:PATH', 'imagefolder:PATH' or a name")
         return source
+
+    @field_validator("pretrain_classes", mode="before")
+    @classmethod
+    def _classes_are_numbers(cls, classes: Any) -> Any:
+        numbers = isinstance(classes, list) and all(type(item) is int for item in classes)
+        if classes is not None and classes != "half" and not numbers:
+            raise ValueError("expected 'half' or a list of class indices")
+        return classes
 
     @field_validator("pretrain_classes")
     @classmethod
@@ -84,49 +117,68 @@ class ViewsConfig(_Section):
     contrast: Fraction = 0.0
     saturation: Fraction = 0.0
     grayscale: Fraction = 0.0
-    noise: float = Field(default=0.025, ge=0.0)
+    noise: Fraction = 0.025
 
-    @field_validator("scale", "crop_area", "crop_ratio")
+    @field_validator("scale", "crop_ratio")
     @classmethod
-    def _ranges_ascend(cls, bounds: Range | None) -> Range | None:
-        return _ascending(bounds)
+    def _ranges_ascend(cls, bounds: Range) -> Range:
+        return _ascending(bounds, 0.1, 10.0)
 
     @field_validator("crop_area")
     @classmethod
     def _crops_are_inside(cls, bounds: Range | None) -> Range | None:
-        if bounds is not None and bounds[1] > 1.0:
-            raise ValueError("expected fractions of the image's area, at most 1")
-        return bounds
+        return None if bounds is None else _ascending(bounds, 0.01, 1.0)
+
+
+def _count_or_fraction(value: Any) -> int | float:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_PATCHES:
+        return value
+    if isinstance(value, float) and 0.0 < value < 1.0:
+        return value
+    raise ValueError(
+        f"expected an integer from 1 to {MOST_PATCHES} (a number of patches) or a float strictly "
+        "between 0 and 1 (a fraction of the patches)"
+    )
+
+
+CountOrFraction = Annotated[int | float, PlainValidator(_count_or_fraction)]
 
 
 class MaskingConfig(_Section):
-    """Multi-block masks with fixed numbers of visible and predicted patches."""
+    """Multi-block masks with fixed numbers of visible and predicted patches.
 
-    visible: int = Field(default=10, ge=1)
-    predicted: int = Field(default=4, ge=1)
-    blocks: int = Field(default=4, ge=1)
+    An integer is a number of patches, a float between 0 and 1 a fraction of the patches.
+    """
+
+    visible: CountOrFraction = 0.625
+    predicted: CountOrFraction = 0.25
+    blocks: int = Field(default=4, ge=1, le=MOST_BLOCKS)
     block_scale: Range = (0.15, 0.2)
     block_ratio: Range = (2.0 / 3.0, 1.5)
 
-    @field_validator("block_scale", "block_ratio")
+    @field_validator("block_scale")
+    @classmethod
+    def _blocks_are_inside(cls, bounds: Range) -> Range:
+        return _ascending(bounds, 0.001, 1.0)
+
+    @field_validator("block_ratio")
     @classmethod
     def _ranges_ascend(cls, bounds: Range) -> Range:
-        _ascending(bounds)
-        return bounds
+        return _ascending(bounds, 0.1, 10.0)
 
 
 class ModelConfig(_Section):
     """Vision transformer and predictor."""
 
-    patch_size: int = Field(default=2, ge=1)
-    dim: int = Field(default=64, ge=4)
-    depth: int = Field(default=2, ge=1)
-    heads: int = Field(default=4, ge=1)
-    mlp_ratio: float = Field(default=4.0, gt=0.0)
-    position_scale: float = Field(default=0.5, gt=0.0)
-    predictor_dim: int = Field(default=32, ge=4)
-    predictor_depth: int = Field(default=1, ge=1)
-    predictor_heads: int = Field(default=4, ge=1)
+    patch_size: int = Field(default=2, ge=1, le=MOST_PIXELS)
+    dim: int = Field(default=64, ge=4, le=MOST_WIDTH)
+    depth: int = Field(default=2, ge=1, le=MOST_DEPTH)
+    heads: int = Field(default=4, ge=1, le=MOST_WIDTH)
+    mlp_ratio: float = Field(default=4.0, ge=0.25, le=16.0)
+    position_scale: float = Field(default=0.5, ge=0.001, le=100.0)
+    predictor_dim: int = Field(default=32, ge=4, le=MOST_WIDTH)
+    predictor_depth: int = Field(default=1, ge=1, le=MOST_DEPTH)
+    predictor_heads: int = Field(default=4, ge=1, le=MOST_WIDTH)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> ModelConfig:
@@ -141,20 +193,28 @@ class ModelConfig(_Section):
                     f"{dim} must be a multiple of 4 for sine-cosine positions, "
                     f"got {getattr(self, dim)}"
                 )
+        if (parameters := self._parameters()) > MOST_PARAMETERS:
+            raise ValueError(
+                "expected dim, depth, mlp_ratio and those of the predictor to give at most "
+                f"{MOST_PARAMETERS:,} parameters, got about {parameters:,}"
+            )
         return self
+
+    def _parameters(self) -> int:
+        """Parameters of the blocks of encoder and predictor; the rest is small beside them."""
+        sizes = ((self.dim, self.depth), (self.predictor_dim, self.predictor_depth))
+        return sum(depth * round((4 + 2 * self.mlp_ratio) * dim**2) for dim, depth in sizes)
 
 
 class OptimizerConfig(_Section):
     """AdamW, its schedule, and the momentum of the target encoder."""
 
-    learning_rate: float = Field(default=2e-3, gt=0.0)
-    min_learning_rate: float = Field(default=1e-5, ge=0.0)
-    betas: tuple[
-        Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]
-    ] = (0.9, 0.95)
-    weight_decay: float = Field(default=0.05, ge=0.0)
-    gradient_clip: float | None = Field(default=3.0, gt=0.0)
-    warmup_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
+    learning_rate: float = Field(default=2e-3, ge=1e-12, le=1e3)
+    min_learning_rate: float = Field(default=1e-5, ge=0.0, le=1e3)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.05, ge=0.0, le=100.0)
+    gradient_clip: float | None = Field(default=3.0, ge=1e-6, le=1e6)
+    warmup_fraction: float = Field(default=0.1, ge=0.0, le=0.99)
     ema_start: Fraction = 0.99
     ema_end: Fraction = 1.0
 
@@ -171,13 +231,13 @@ class OptimizerConfig(_Section):
 class TrainerConfig(_Section):
     """The loop: epochs, batches, devices, precision."""
 
-    epochs: int = Field(default=40, ge=1)
-    batch_size: int = Field(default=64, ge=1)
+    epochs: int = Field(default=40, ge=1, le=MOST_EPOCHS)
+    batch_size: int = Field(default=64, ge=1, le=MOST_BATCH)
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "cpu"
-    devices: int = Field(default=1, ge=1)
+    devices: int = Field(default=1, ge=1, le=MOST_DEVICES)
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    threads: int | None = Field(default=1, ge=1)
-    keep_every_n_epochs: int = Field(default=0, ge=0)
+    threads: int | None = Field(default=1, ge=1, le=MOST_THREADS)
+    keep_every_n_epochs: int = Field(default=0, ge=0, le=MOST_EPOCHS)
 
     @model_validator(mode="after")
     def _devices_share_the_batch(self) -> TrainerConfig:
@@ -192,13 +252,13 @@ class TrainerConfig(_Section):
 class EvaluationConfig(_Section):
     """Probes of the frozen encoder."""
 
-    every_n_epochs: int = Field(default=0, ge=0)
-    few_labels: int = Field(default=10, ge=1)
-    few_label_draws: int = Field(default=10, ge=1)
-    knn_k: int = Field(default=10, ge=1)
-    probe_l2: float | None = Field(default=None, gt=0.0)
+    every_n_epochs: int = Field(default=0, ge=0, le=MOST_EPOCHS)
+    few_labels: int = Field(default=10, ge=1, le=MOST_ITEMS)
+    few_label_draws: int = Field(default=10, ge=1, le=MOST_DRAWS)
+    knn_k: int = Field(default=10, ge=1, le=MOST_ITEMS)
+    probe_l2: float | None = Field(default=None, ge=1e-6, le=1e6)
     robustness: bool = True
-    max_train_images: int | None = Field(default=10000, ge=1)
+    max_train_images: int | None = Field(default=10000, ge=1, le=MOST_ITEMS)
 
 
 class LoggingConfig(_Section):
@@ -223,7 +283,7 @@ _DEFAULT_LOSS: dict[str, Any] = {
 
 
 class ExperimentConfig(_Section):
-    """A complete experiment. The ``loss`` section is checked by the loss factory."""
+    """A complete experiment. :func:`config_from_dict` has the loss factory check ``loss``."""
 
     seed: int = Field(default=0, ge=0, le=2**63 - 1)
     data: DataConfig = DataConfig()
@@ -295,10 +355,19 @@ def config_from_dict(
     merged = _copy(values)
     for override in overrides:
         _apply_override(merged, override)
+    problems: list[str] = []
+    if isinstance(loss := merged.get("loss"), Mapping):
+        try:
+            merged["loss"] = check_loss_section({"loss": loss})
+        except (TypeError, ValueError) as error:
+            problems += getattr(error, "problems", [str(error)])
     try:
-        return ExperimentConfig.model_validate(merged)
+        config = ExperimentConfig.model_validate(merged)
     except ValidationError as error:
-        raise ConfigurationError(origin, [_describe(p) for p in error.errors()]) from None
+        problems = [*_described(error.errors()), *problems]
+    if problems:
+        raise ConfigurationError(origin, problems)
+    return config
 
 
 def apply_overrides(config: ExperimentConfig, overrides: Sequence[str]) -> ExperimentConfig:
@@ -350,9 +419,17 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "")
     return lines
 
 
-def _ascending(bounds: Range | None) -> Range | None:
-    if bounds is not None and not 0.0 < bounds[0] <= bounds[1]:
-        raise ValueError("expected [low, high] with 0 < low <= high")
+def _kinds(annotation: Any) -> set[type]:
+    """The types in an annotation: {float} for a pair of floats, {str} for a choice of words."""
+    if typing.get_origin(annotation) is Literal:
+        return {type(value) for value in typing.get_args(annotation)}
+    inner = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+    return set().union(*map(_kinds, inner)) if inner else {annotation}
+
+
+def _ascending(bounds: Range, least: float, most: float) -> Range:
+    if not least <= bounds[0] <= bounds[1] <= most:
+        raise ValueError(f"expected [low, high] with {least:g} <= low <= high <= {most:g}")
     return bounds
 
 
@@ -365,37 +442,52 @@ def _copy(values: Mapping[str, Any]) -> dict[str, Any]:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     path = key.strip().split(".")
+    shown = _shown(override)
     if not separator or not all(path):
-        raise ValueError(f"override {override!r}: expected key=value, as in trainer.epochs=5")
+        raise ValueError(f"override {shown}: expected key=value, as in trainer.epochs=5")
+    if len(path) > 2:
+        raise ValueError(f"override {shown}: expected section.key=value, got {len(path)} names")
     try:
         value = parse_yaml(text)
     except ValueError as error:
-        shown = override if len(override) <= 80 else f"{override[:79]}…"
-        raise ValueError(f"override {shown!r}: the value is not valid YAML: {error}") from error
+        raise ValueError(f"override {shown}: the value is not valid YAML: {error}") from error
     section = values
     for position, name in enumerate(path[:-1]):
         nested = section.setdefault(name, {})
         if not isinstance(nested, dict):
             parent = ".".join(path[: position + 1])
-            raise ValueError(f"override {override!r}: {parent} is a value, not a section")
+            raise ValueError(f"override {shown}: {parent} is a value, not a section")
         section = nested
     section[path[-1]] = value
 
 
-def _describe(problem: Mapping[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"] if not _is_union_branch(part)]
+def _described(problems: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A line for each key: of the items of a list the first one with a mistake stands for all."""
+    lines: dict[str, str] = {}
+    for problem in problems:
+        location = [shortened(str(part)) for part in problem["loc"][:2]]
+        lines.setdefault(".".join(location) or "configuration", _describe(problem, location))
+    return list(lines.values())
+
+
+def _describe(problem: Mapping[str, Any], location: Sequence[str]) -> str:
     key = ".".join(location) or "configuration"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         return f"{key}: unknown key{nearest(location[-1], known)}"
+    if problem["type"] in ("missing", "too_long"):  # of a pair of numbers: no key is required
+        return f"{key}: expected two numbers, got {_shown(problem['input'])}"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "value_error" and ", got " in message:
         return f"{key}: {message}"
-    return f"{key}: {message[:1].lower()}{message[1:]}, got {problem['input']!r}"
+    if problem["type"] in ("model_type", "dict_type"):
+        message = "expected a section of keys and values"
+    message = message.replace("Input should be ", "expected ").replace("Input should", "it should")
+    return f"{key}: {message[:1].lower()}{message[1:]}, got {_shown(problem['input'])}"
 
 
-def _is_union_branch(part: object) -> bool:
-    return isinstance(part, str) and ("[" in part or part == "none")
+def _shown(value: object) -> str:
+    return shortened(repr(value))
 
 
 def _known_keys(path: Sequence[str]) -> list[str]:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
@@ -17,13 +14,16 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from cjepa_kernels.train.config import DataConfig
-from cjepa_kernels.train.image_decoding import EncodedImages, ImageLayout
+from cjepa_kernels.train.data_source import Source, find_source
+from cjepa_kernels.train.image_decoding import EncodedImages, ImageLayout, treatment_lines
+from cjepa_kernels.train.image_folder import nearest_class
+from cjepa_kernels.train.split_names import listed
 
 # Splits and subsets are part of the task, not of a run: every seed of an experiment shares them.
 _SPLIT_SEED = 0
 _DIGITS_TEST_IMAGES = 450
 _TEST_FRACTION = 0.2
-_TEST_SPLITS = ("test", "validation", "valid", "val")
+_DIVIDED = "drawn at random with equal shares of every class, the same in every run"
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,18 @@ class LabeledImages:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a source was understood."""
+
+    image_column: str | None = None
+    label_column: str | None = None
+    ignored_columns: tuple[str, ...] = ()
+    labels_from: str = "the source"
+    test_from: str = "the source"
+    notes: tuple[str, ...] = ()  # sentences
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A training and a test set over the same classes."""
 
@@ -42,12 +54,61 @@ class Dataset:
     train: LabeledImages
     test: LabeledImages
     class_names: tuple[str, ...]
+    reading: Reading = Reading()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of every image."""
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
+
+    @property
+    def labels(self) -> Mapping[str, Tensor]:
+        """(N,) int64 of ``"train"`` and ``"test"``."""
+        return {"train": self.train.labels, "test": self.test.labels}
+
+
+@dataclass(frozen=True)
+class EncodedDataset:
+    """A data set of which labels and headers are read, and no image is decoded."""
+
+    name: str
+    labels: Mapping[str, Tensor]  # (N,) int64 of "train" and "test"
+    parts: Mapping[str, EncodedImages]  # of "train" and "test"
+    class_names: tuple[str, ...]
+    layout: ImageLayout
+    reading: Reading
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image once it is decoded."""
+        width, height = self.layout.size
+        return (1 if self.layout.mode == "L" else 3), height, width
+
+    def decode(self, *, show_progress: bool = True) -> Dataset:
+        """Decode the images.
+
+        Args:
+            show_progress: Whether decoding a large set shows a progress bar on stderr.
+
+        Returns:
+            The two sets, on the CPU.
+
+        Raises:
+            ValueError: If an image is damaged.
+        """
+        names = {"train": "training", "test": "test"}
+        images = {
+            part: self.layout.decode(encoded, names[part], show_progress)
+            for part, encoded in self.parts.items()
+        }
+        return Dataset(
+            name=self.name,
+            train=LabeledImages(images["train"], self.labels["train"]),
+            test=LabeledImages(images["test"], self.labels["test"]),
+            class_names=self.class_names,
+            reading=self.reading,
+        )
 
 
 def load_dataset(config: DataConfig, *, show_progress: bool = True) -> Dataset:
@@ -64,39 +125,70 @@ def load_dataset(config: DataConfig, *, show_progress: bool = True) -> Dataset:
         FileNotFoundError: If a path or a named dataset does not exist.
         ValueError: If a column, a label or an image does not fit the configuration.
     """
+    opened = open_dataset(config)
+    if isinstance(opened, Dataset):
+        return opened
+    return opened.decode(show_progress=show_progress)
+
+
+def open_dataset(
+    config: DataConfig, *, on_damage: Callable[[str], None] | None = None
+) -> Dataset | EncodedDataset:
+    """Find the images of an experiment, their labels and their sizes, before any is decoded.
+
+    Args:
+        config: Source, columns, image size and subset sizes.
+        on_damage: Called with the message of an image that cannot be opened, which then counts
+            for nothing but its class. Default: the message is raised.
+
+    Returns:
+        The two sets. The digits need no decoding.
+
+    Raises:
+        FileNotFoundError: If a path or a named dataset does not exist.
+        ValueError: If a column, a label or an image does not fit the configuration.
+    """
     if config.source == "digits":
         return _load_digits(config)
-    splits = _open_splits(config.source)
-    first = splits["train"]
-    image_column = _find_column(
-        first, config.image_column, "image_column", datasets.Image, _is_encoded_image
-    )
-    label_column = _find_column(
-        first, config.label_column, "label_column", datasets.ClassLabel, _is_integer
-    )
-    _check_feature(first, image_column, "image_column", "encoded images", _holds_images)
-    _check_feature(first, label_column, "label_column", "integers or strings", _holds_labels)
-    labels, class_names = _read_labels(splits, label_column)
-    rows = _split_rows(labels, config)
+    found = find_source(config)
+    class_names, labels = _number_classes(found)
+    rows = _split_rows(labels, class_names, config)
+    of_part = {part: part if part in labels else "train" for part in ("train", "test")}
     parts = {
-        name: _encoded_images(splits[source], image_column, rows[name].tolist())
-        for name, source in (("train", "train"), ("test", "test" if "test" in splits else "train"))
+        part: EncodedImages(found.images[split], rows[part].tolist())
+        for part, split in of_part.items()
     }
-    layout = ImageLayout.of(parts.values(), config.image_size)
-    return Dataset(
-        name=config.source,
-        train=LabeledImages(
-            layout.decode(parts["train"], "training", show_progress), labels["train"][rows["train"]]
-        ),
-        test=LabeledImages(
-            layout.decode(parts["test"], "test", show_progress),
-            labels["test" if "test" in labels else "train"][rows["test"]],
-        ),
-        class_names=class_names,
+    chosen = {part: labels[split][rows[part]] for part, split in of_part.items()}
+    layout = ImageLayout.of(parts.values(), config.image_size, config.bit_depth, on_damage)
+    every = len(labels["train"])
+    divided = _test_images(every)
+    available = (
+        {part: len(values) for part, values in labels.items()}
+        if "test" in labels
+        else {"train": every - divided, "test": divided}
     )
+    reading = Reading(
+        image_column=found.image_column,
+        label_column=found.label_column,
+        ignored_columns=found.ignored_columns,
+        labels_from=found.labels_from,
+        test_from=(
+            found.test_from
+            or f"{divided:,} of the {every:,} images of the source, {_DIVIDED}: the "
+            "source has no test split"
+        ),
+        notes=(
+            *found.notes,
+            *_subset_notes(config, available),
+            *treatment_lines(layout),
+        ),
+    )
+    return EncodedDataset(config.source, chosen, parts, class_names, layout, reading)
 
 
-def resolve_pretrain_classes(config: DataConfig, dataset: Dataset) -> tuple[int, ...] | None:
+def resolve_pretrain_classes(
+    config: DataConfig, dataset: Dataset | EncodedDataset
+) -> tuple[int, ...] | None:
     """Turn ``data.pretrain_classes`` into class indices.
 
     Args:
@@ -127,7 +219,7 @@ def resolve_pretrain_classes(config: DataConfig, dataset: Dataset) -> tuple[int,
     return tuple(classes)
 
 
-def pretrain_indices(config: DataConfig, dataset: Dataset) -> Tensor:
+def pretrain_indices(config: DataConfig, dataset: Dataset | EncodedDataset) -> Tensor:
     """Select the training images that pretraining may see.
 
     Args:
@@ -141,7 +233,7 @@ def pretrain_indices(config: DataConfig, dataset: Dataset) -> Tensor:
         ValueError: If ``data.pretrain_classes`` does not fit the dataset.
     """
     classes = resolve_pretrain_classes(config, dataset)
-    labels = dataset.train.labels
+    labels = dataset.labels["train"]
     if classes is None:
         return torch.arange(len(labels))
     return torch.isin(labels, torch.tensor(classes)).nonzero().flatten()
@@ -178,9 +270,13 @@ def balanced_subset(labels: Tensor, size: int | None, *, key: str) -> Tensor:
 def _load_digits(config: DataConfig) -> Dataset:
     if config.image_size not in (None, 8):
         raise ValueError(f"data.image_size: digits are 8 x 8 pixels, got {config.image_size}")
-    for key in ("image_column", "label_column"):
+    for key, what in (
+        ("image_column", "columns"),
+        ("label_column", "columns"),
+        ("bit_depth", "encoded images"),
+    ):
         if getattr(config, key) is not None:
-            raise ValueError(f"data.{key}: digits have no columns, got {getattr(config, key)!r}")
+            raise ValueError(f"data.{key}: digits have no {what}, got {getattr(config, key)!r}")
     bunch = load_digits()
     images = torch.from_numpy(np.rint(bunch.images * (255.0 / 16.0)).astype(np.uint8))[:, None]
     labels = torch.from_numpy(bunch.target.astype(np.int64))
@@ -197,194 +293,77 @@ def _load_digits(config: DataConfig) -> Dataset:
         )
         parts[name] = LabeledImages(images[rows[kept]], labels[rows[kept]])
     return Dataset(
-        "digits", parts["train"], parts["test"], tuple(str(digit) for digit in range(10))
+        name="digits",
+        train=parts["train"],
+        test=parts["test"],
+        class_names=tuple(str(digit) for digit in range(10)),
+        reading=Reading(
+            labels_from="scikit-learn",
+            test_from=f"{_DIGITS_TEST_IMAGES} of the 1,797 images of scikit-learn, {_DIVIDED}",
+            notes=tuple(_subset_notes(config, {"train": len(train), "test": len(test)})),
+        ),
     )
 
 
-def _encoded_images(split: datasets.Dataset, column: str, rows: list[int]) -> EncodedImages:
-    encoded = split.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-    return EncodedImages(encoded.select(rows), column, str(split.split), rows)
-
-
-def _open_splits(source: str) -> dict[str, datasets.Dataset]:
-    """Open a source with the ``datasets`` library; keys "train" and, if there is one, "test"."""
-    kind, _, location = source.partition(":")
-    with _quiet_datasets():
-        if kind == "parquet" and location:
-            loaded = _read("parquet", source, data_files=_parquet_files(location))
-        elif kind == "imagefolder" and location:
-            if not Path(location).is_dir():
-                raise FileNotFoundError(f"data.source: no directory {location!r}")
-            loaded = _read("imagefolder", source, data_dir=location)
-        else:
-            _check_spelling(source)
-            loaded = _read(source, source)
-    test = next((name for name in _TEST_SPLITS if name in loaded), None)
-    if "train" not in loaded:
-        raise ValueError(f"data.source: {source!r} has no split 'train', only {sorted(loaded)}")
-    splits = {"train": loaded["train"]}
-    if test is not None:
-        splits["test"] = loaded[test]
-    for name, split in splits.items():
-        if len(split) == 0:
-            raise ValueError(f"data.source: the split {name!r} of {source!r} is empty")
-    return splits
-
-
-def _check_spelling(source: str) -> None:
-    """Refuse what is nearly a known kind of source: the hub would be tried for half a minute."""
-    kind = source.partition(":")[0]
-    known = {"digits": "digits", "parquet": "parquet:PATH", "imagefolder": "imagefolder:PATH"}
-    close = difflib.get_close_matches(kind.lower(), known, n=1, cutoff=0.7)
-    if close and "/" not in kind and not Path(source).exists():
-        raise ValueError(f"data.source: no source {source!r}; the nearest is {known[close[0]]!r}")
-
-
-def _read(name: str, source: str, **options: Any) -> datasets.DatasetDict:
-    # A name on the hub is `name` or `owner/name`; anything else can only be a path.
-    is_path = name.startswith((".", "~", "/")) or name.count("/") > 1
-    if is_path and not Path(name).exists():
-        raise FileNotFoundError(f"data.source: no file or directory {name!r}")
-    try:
-        loaded = datasets.load_dataset(name, **options)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"data.source: nothing found for {source!r} ({error}); expected 'digits', "
-            "'parquet:PATH', 'imagefolder:PATH', a local dataset directory, or the name of a "
-            "dataset that is cached or reachable"
-        ) from error
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"data.source: cannot read {source!r}: {cause}") from error
-    if not isinstance(loaded, datasets.DatasetDict):
-        raise ValueError(f"data.source: {source!r} does not hold the splits of a dataset")
-    return loaded
-
-
-def _parquet_files(location: str) -> dict[str, list[str]]:
-    path = Path(location)
-    if path.is_file():
-        return {"train": [str(path)]}
-    if not path.is_dir():
-        raise FileNotFoundError(f"data.source: no file or directory {location!r}")
-    files = {
-        split: sorted(str(file) for file in path.glob(f"{split}*.parquet"))
-        for split in ("train", *_TEST_SPLITS)
-    }
-    if not files["train"]:
-        raise FileNotFoundError(
-            f"data.source: expected train.parquet (and test.parquet) in {location!r}, "
-            f"found {sorted(file.name for file in path.iterdir())[:10]}"
-        )
-    return {split: found for split, found in files.items() if found}
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
-
-
-def _is_encoded_image(feature: Any) -> bool:
-    return isinstance(feature, dict) and "bytes" in feature
-
-
-def _is_integer(feature: Any) -> bool:
-    return isinstance(feature, datasets.Value) and "int" in feature.dtype
-
-
-def _find_column(
-    split: datasets.Dataset,
-    wanted: str | None,
-    key: str,
-    feature_type: type,
-    otherwise: Callable[[Any], bool],
-) -> str:
-    """Find a column by name, else by its feature type, else by what a plain file would hold."""
-    features = split.features
-    if wanted is not None:
-        if wanted not in features:
-            close = difflib.get_close_matches(wanted, list(features), n=1, cutoff=0.0)
-            hint = f"; the nearest is {close[0]!r}" if close else ""
-            raise ValueError(f"data.{key}: no column {wanted!r} among {list(features)}{hint}")
-        return wanted
-    typed = [name for name, feature in features.items() if isinstance(feature, feature_type)]
-    found = typed or [name for name, feature in features.items() if otherwise(feature)]
-    if len(found) != 1:
+def _number_classes(found: Source) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """Number the classes; a test image of a class that training does not know is refused."""
+    in_training = set(found.labels["train"])
+    in_test = dict.fromkeys(found.labels.get("test", ()))
+    unknown = [label for label in in_test if label not in in_training]
+    if unknown:
+        known = _as_text(in_training)
+        names = [f"{label!r}{nearest_class(str(label), known)}" for label in unknown]
         raise ValueError(
-            f"data.{key}: expected exactly one {feature_type.__name__} column, found {found} among "
-            f"{list(features)}; name it with data.{key}"
+            f"{found.label_key}: test images of classes without a training image: {listed(names)}; "
+            f"the training classes are {listed(sorted(in_training))}"
         )
-    return str(found[0])
-
-
-def _holds_images(feature: Any) -> bool:
-    return isinstance(feature, datasets.Image) or _is_encoded_image(feature)
-
-
-def _holds_labels(feature: Any) -> bool:
-    if isinstance(feature, datasets.ClassLabel):
-        return True
-    return isinstance(feature, datasets.Value) and (
-        "int" in feature.dtype or "string" in feature.dtype
-    )
-
-
-def _check_feature(
-    split: datasets.Dataset, column: str, key: str, expected: str, holds: Callable[[Any], bool]
-) -> None:
-    if not holds(split.features[column]):
-        raise ValueError(
-            f"data.{key}: expected {expected} in column {column!r}, got {split.features[column]}"
-        )
-
-
-def _read_labels(
-    splits: dict[str, datasets.Dataset], column: str
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    feature = splits["train"].features[column]
-    values = {}
-    for name, split in splits.items():
-        if column not in split.features:
-            raise ValueError(
-                f"data.label_column: the split {name!r} has no column {column!r}, only "
-                f"{list(split.features)}"
-            )
-        values[name] = list(split[column])
-        if any(value is None or value == -1 for value in values[name]):
-            raise ValueError(f"data.label_column: {column!r} of split {name!r} has missing labels")
-    if isinstance(feature, datasets.ClassLabel):
-        names = tuple(feature.names)
-        index: dict[Any, int] = {label: label for label in range(len(names))}
-    else:
-        distinct = sorted({value for part in values.values() for value in part})
-        names = tuple(str(value) for value in distinct)
-        index = {value: position for position, value in enumerate(distinct)}
+    order = sorted(in_training) if found.class_names is None else list(found.class_names)
+    index = {label: position for position, label in enumerate(order)}
     labels = {
-        name: torch.tensor([index[value] for value in part], dtype=torch.int64)
-        for name, part in values.items()
+        part: torch.tensor([index[label] for label in values], dtype=torch.int64)
+        for part, values in found.labels.items()
     }
-    return labels, names
+    return tuple(_as_text(order)), labels
 
 
-def _split_rows(labels: dict[str, Tensor], config: DataConfig) -> dict[str, Tensor]:
+def _as_text(labels: Sequence[Any] | set[Any]) -> list[str]:
+    return [str(label) for label in labels]
+
+
+def _subset_notes(config: DataConfig, available: Mapping[str, int]) -> list[str]:
+    notes = []
+    for part in ("train", "test"):
+        size = getattr(config, f"{part}_size")
+        if size is not None:
+            what = "training" if part == "train" else "test"
+            notes.append(
+                f"{size:,} of the {available[part]:,} {what} images are used, drawn at random with "
+                f"classes as equal in number as possible (data.{part}_size)."
+            )
+    return notes
+
+
+def _test_images(count: int) -> int:
+    """Size of the test set of a source without one."""
+    return int(np.ceil(_TEST_FRACTION * count))
+
+
+def _split_rows(
+    labels: dict[str, Tensor], class_names: Sequence[str], config: DataConfig
+) -> dict[str, Tensor]:
     """Rows of the training and of the test set; a source without a test split is divided."""
     if "test" in labels:
         rows = {name: torch.arange(len(part)) for name, part in labels.items()}
     else:
         every = np.arange(len(labels["train"]))
-        counts = torch.bincount(labels["train"])
-        test_images = int(np.ceil(_TEST_FRACTION * len(every)))
-        if int(counts[counts > 0].min()) < 2 or test_images < int((counts > 0).sum()):
+        counts = Counter(labels["train"].tolist())
+        smallest, images = min(counts.items(), key=lambda item: item[1])
+        test_images = _test_images(len(every))
+        if images < 2 or test_images < len(counts):
             raise ValueError(
-                f"data.source: too few images ({len(every)}) to divide into a training and a test "
-                "set that both hold every class; provide a test split"
+                f"data.source: too few images ({len(every)} of {len(counts)} classes, "
+                f"{images} of class {class_names[smallest]!r}) to divide into a training and a "
+                "test set that both hold every class; provide a test split"
             )
         train, test = train_test_split(
             every, test_size=test_images, stratify=labels["train"].numpy(), random_state=_SPLIT_SEED

@@ -3,49 +3,91 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
-import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 _PROGRESS_FROM_IMAGES = 5000
-_SIXTEEN_BITS = 2**16 - 1
+_LFS_POINTER = b"version https://git-lfs"
+_GREY_MODES = ("1", "L", "LA", "La")
+_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+_MODE_NAMES = {
+    "1": "black and white",
+    "L": "grey",
+    "P": "palette",
+    "RGB": "RGB",
+    "CMYK": "CMYK",
+    "YCbCr": "YCbCr",
+    "LAB": "LAB",
+    "HSV": "HSV",
+}
+# What turns an image as it is stored into the image as it is meant, by EXIF orientation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class EncodedImage(NamedTuple):
+    """An image before decoding."""
+
+    key: str  # the configuration key that errors name
+    place: str  # where the image is, for errors
+    content: bytes | Path | None  # the file's bytes, or where they are
+
+
+class ImageSource(Protocol):
+    """Images that can be read by their rows."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: Sequence[int]) -> Iterator[EncodedImage]:
+        """Yield some of the images, by ascending rows."""
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Images before decoding, and where in the source each one is."""
+    """Some images of a source."""
 
-    records: datasets.Dataset
-    column: str
-    split: str  # of the source
-    rows: Sequence[int]  # (N,) row of each record in that split
+    source: ImageSource
+    rows: Sequence[int]  # (N,) ascending
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __iter__(self) -> Iterator[tuple[str, Image.Image]]:
-        """Yield each image, opened, with the place that errors name."""
-        for row, record in zip(self.rows, self.records, strict=True):
-            place, value = f"row {row} of split {self.split!r}", record[self.column]
-            if value is None or (value["bytes"] is None and value["path"] is None):
-                raise ValueError(f"data.image_column: {place} has no image, it is null")
-            if value["path"] is not None:
-                place += f" ({value['path']})"
-            try:
-                if value["bytes"] is not None:
-                    yield place, Image.open(io.BytesIO(value["bytes"]))
-                else:
-                    with Image.open(value["path"]) as image:
-                        yield place, image
-            except OSError as error:
-                raise ValueError(f"data.image_column: {place} is not an image: {error}") from error
+    def __iter__(self) -> Iterator[EncodedImage]:
+        return self.source.read(self.rows)
+
+
+@dataclass
+class Treatment:
+    """What has to be done to images so that they are alike, counted."""
+
+    images: int = 0
+    modes: Counter[str] = field(default_factory=Counter)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # width, height
+    turned: int = 0
+    transparent: int = 0
+    several_frames: int = 0
+    wide: int = 0
+    largest_wide_value: int = 0
+    wide_colour: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,46 +97,72 @@ class ImageLayout:
     mode: str  # "L" or "RGB"
     size: tuple[int, int]  # width, height
     resize: bool
+    bit_depth: int  # of images with more than 8 bits: the largest value becomes white
+    treatment: Treatment
 
     @classmethod
-    def of(cls, parts: Iterable[EncodedImages], image_size: int | None) -> ImageLayout:
+    def of(
+        cls,
+        parts: Iterable[EncodedImages],
+        image_size: int | None,
+        bit_depth: int | None = None,
+        on_damage: Callable[[str], None] | None = None,
+    ) -> ImageLayout:
         """Find the layout of some images.
 
         Reads the headers alone, so that a set which does not fit fails before it is decoded.
+        Images with more than 8 bits are decoded, because only their values say how many bits are
+        in use.
 
         Args:
             parts: Images to decode.
             image_size: Side to resize to, or None to keep the images as they are.
+            bit_depth: Bits in use of images with more than 8 bits, or None to find it out.
+            on_damage: Called with the message of an image that cannot be opened, which is then
+                left out. Default: the message is raised.
 
         Returns:
             The layout: grey only if every image is.
 
         Raises:
-            ValueError: If a row is no image or holds floating-point pixels, or sizes differ
+            ValueError: If a row is no image or holds pixels of unknown range, or sizes differ
                 without ``image_size``.
         """
-        modes, sizes = set(), set()
-        for part in parts:
-            for place, image in part:
-                if image.mode == "F":
-                    raise ValueError(
-                        f"data.image_column: {place} has floating-point pixels (mode 'F') of "
-                        "unknown range; convert the images to 8 or 16 bits"
-                    )
-                modes.add(image.mode)
-                sizes.add(image.size)
-        if image_size is None and len(sizes) > 1:
-            examples = ", ".join(f"{w} x {h}" for w, h in sorted(sizes)[:3])
+        found = Treatment()
+        largest_colour = None
+        with _quiet_pillow():
+            for image in (image for part in parts for image in part):
+                try:
+                    colour = _inspect(image, found)
+                except ValueError as error:
+                    if on_damage is None:
+                        raise
+                    on_damage(str(error))
+                    continue
+                if colour is not None:
+                    largest_colour = max(colour, largest_colour or 0)
+        if not found.images:
+            raise ValueError("data.source: none of the images can be opened")
+        if image_size is None and len(found.sizes) > 1:
+            examples = ", ".join(f"{w} x {h}" for w, h in sorted(found.sizes)[:3])
             raise ValueError(
-                f"data.image_size: the images have {len(sizes)} different sizes ({examples}, ...); "
-                "set data.image_size to resize them all to one square"
+                f"data.image_size: the images have {len(found.sizes)} different sizes ({examples}"
+                f"{', ...' if len(found.sizes) > 3 else ''}); set data.image_size to resize them "
+                "all to one square"
             )
-        size = sizes.pop() if image_size is None else (image_size, image_size)
-        grey = all(mode in ("1", "L", "LA") or _is_wide(mode) for mode in modes)
-        return cls("L" if grey else "RGB", size, image_size is not None)
+        _check_colour_depth(largest_colour, bit_depth)
+        size = next(iter(found.sizes)) if image_size is None else (image_size, image_size)
+        grey = all(mode in _GREY_MODES or _is_wide(mode) for mode in found.modes)
+        return cls(
+            mode="L" if grey else "RGB",
+            size=size,
+            resize=image_size is not None,
+            bit_depth=bit_depth or max(8, found.largest_wide_value.bit_length()),
+            treatment=found,
+        )
 
     def decode(self, part: EncodedImages, name: str, show_progress: bool) -> Tensor:
-        """Decode images; 16-bit pixels are rescaled to 8 bits.
+        """Decode images.
 
         Args:
             part: Images to decode.
@@ -105,45 +173,313 @@ class ImageLayout:
             (N, C, H, W) uint8.
 
         Raises:
-            ValueError: If an image is damaged or has more than 16 bits.
+            ValueError: If an image is damaged or does not fit the layout, or the memory does not
+                suffice.
         """
         width, height = self.size
         channels = 1 if self.mode == "L" else 3
-        decoded = np.empty((len(part), height, width, channels), dtype=np.uint8)
-        images: Iterable[tuple[str, Image.Image]] = part
-        if show_progress and len(part) >= _PROGRESS_FROM_IMAGES:
-            images = track(
-                images,
-                f"decoding {name} images",
-                total=len(part),
-                console=Console(stderr=True),
-                transient=True,
-            )
-        for row, (place, image) in enumerate(images):
-            try:
-                image.load()
-            except (OSError, SyntaxError, ValueError) as error:
-                raise ValueError(f"data.image_column: {place} is damaged: {error}") from error
-            if _is_wide(image.mode):
-                image = _to_eight_bits(image, place)
-            converted = image.convert(self.mode)
-            if self.resize and converted.size != self.size:
-                # Crops the centre to a square first, so that nothing is distorted.
-                converted = ImageOps.fit(converted, self.size, Image.Resampling.BICUBIC)
-            decoded[row] = np.asarray(converted).reshape(height, width, channels)
+        try:
+            decoded = np.empty((len(part), height, width, channels), dtype=np.uint8)
+        except MemoryError as error:
+            raise ValueError(
+                f"data.image_size: {len(part)} images of {width} x {height} pixels do not fit "
+                f"into memory: {error}; choose a smaller data.image_size or data.{name}_size"
+            ) from error
+        with _quiet_pillow():
+            for row, image in enumerate(_tracked(part, name, show_progress)):
+                decoded[row] = np.asarray(self._decode(image)).reshape(height, width, channels)
         return torch.from_numpy(decoded).permute(0, 3, 1, 2).contiguous()
+
+    def find_damage(
+        self, part: EncodedImages, name: str, show_progress: bool, on_damage: Callable[[str], None]
+    ) -> None:
+        """Decode every image and keep none.
+
+        Args:
+            part: Images to decode.
+            name: What the progress bar calls them.
+            show_progress: Whether a large part shows a progress bar on stderr.
+            on_damage: Called with the message of each image that cannot be decoded.
+        """
+        with _quiet_pillow():
+            for image in _tracked(part, name, show_progress):
+                try:
+                    self._decode(image)
+                except ValueError as error:
+                    on_damage(str(error))
+
+    def _decode(self, encoded: EncodedImage) -> Image.Image:
+        where = f"{encoded.key}: {encoded.place}"
+        with open_image(encoded) as image:
+            # Pillow turns TIFF itself.
+            upright = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image))
+            _load(image, where)
+            narrow = self._to_eight_bits(image, where) if _is_wide(image.mode) else image
+            try:
+                converted = narrow.convert(self.mode)
+            except ValueError as error:
+                raise ValueError(
+                    f"{where} has pixels of mode {image.mode!r}, which Pillow cannot convert to "
+                    f"{self.mode!r}: {error}"
+                ) from error
+        if upright is not None:
+            converted = converted.transpose(upright)
+        if self.resize and converted.size != self.size:
+            # Crops the centre to a square first, so that nothing is distorted.
+            converted = ImageOps.fit(converted, self.size, Image.Resampling.BICUBIC)
+        if converted.size != self.size:
+            raise ValueError(
+                f"{where} has {converted.size[0]} x {converted.size[1]} pixels once it is decoded, "
+                f"its header says {self.size[0]} x {self.size[1]}"
+            )
+        return converted
+
+    def _to_eight_bits(self, image: Image.Image, where: str) -> Image.Image:
+        """Rescale; Pillow's own conversion clips at 255."""
+        pixels, largest = _wide_pixels(image, where), 2**self.bit_depth - 1
+        if pixels.max() > largest:
+            raise ValueError(
+                f"data.bit_depth: expected values of at most {largest}, which {self.bit_depth} "
+                f"bits hold, {where.partition(': ')[2]} has {pixels.max()}"
+            )
+        return Image.fromarray(np.rint(pixels / (largest / 255)).astype(np.uint8))
+
+
+@contextmanager
+def open_image(encoded: EncodedImage) -> Iterator[Image.Image]:
+    """Open an image; only its header is read.
+
+    Args:
+        encoded: The image.
+
+    Yields:
+        Pillow's image.
+
+    Raises:
+        ValueError: If there is no image that Pillow can read; the message says where.
+    """
+    where, content = f"{encoded.key}: {encoded.place}", encoded.content
+    if content is None:
+        raise ValueError(f"{where} has no image, it is null")
+    try:
+        if isinstance(content, bytes):
+            image = Image.open(io.BytesIO(content))
+        else:
+            image = Image.open(content)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{where} is not an image{_instead(content)}") from error
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}" if error.strerror else f"is damaged: {error}"
+        raise ValueError(f"{where} {what}") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{where} is refused: {error}; remove the file or make it smaller"
+        ) from error
+    except Exception as error:
+        # Pillow's readers fail on damaged headers with whatever their parsing raises.
+        raise ValueError(f"{where} is damaged: {error}") from error
+    with image:
+        yield image
+
+
+def treatment_lines(layout: ImageLayout) -> list[str]:
+    """Say how images that differ are made alike.
+
+    Args:
+        layout: The layout.
+
+    Returns:
+        Sentences, none if all images are alike.
+    """
+    found, (width, height) = layout.treatment, layout.size
+    lines = []
+    others = found.images - found.sizes[layout.size]
+    if others:
+        sizes = sorted(size for size in found.sizes if size != layout.size)
+        span = " to ".join(f"{w} x {h}" for w, h in dict.fromkeys((sizes[0], sizes[-1])))
+        cropped = sum(count for (w, h), count in found.sizes.items() if w != h)
+        crop = f", {cropped:,} of them after cutting out their central square" if cropped else ""
+        lines.append(
+            f"{_images(others)} of another size ({span}) {_are(others)} resized to "
+            f"{width} x {height} pixels{crop}."
+        )
+    alike = {"L": ("L",), "RGB": ("RGB",)}[layout.mode]
+    converted = Counter[str]()
+    for mode, count in found.modes.items():
+        base = mode.rstrip("Aa") if mode in _ALPHA_MODES else mode
+        if base not in alike and not (_is_wide(mode) and layout.mode == "L"):
+            converted[_MODE_NAMES.get(base, "grey of 16 bits" if _is_wide(mode) else base)] += count
+    if converted:
+        target = "grey" if layout.mode == "L" else "colour (RGB)"
+        what = ", ".join(f"{count:,} {name}" for name, count in sorted(converted.items()))
+        lines.append(f"Images that are converted to {target}: {what}.")
+    if found.turned:
+        lines.append(
+            f"{_images(found.turned)} {_are(found.turned)} turned upright as their EXIF "
+            "orientation says."
+        )
+    if found.transparent:
+        lines.append(
+            f"{_images(found.transparent)} may be transparent: the transparency is dropped, the "
+            "colours below it are kept."
+        )
+    if found.several_frames:
+        lines.append(
+            f"{_images(found.several_frames)} with several frames or pages: the first one is taken."
+        )
+    if found.wide:
+        lines.append(
+            f"{_images(found.wide)} of more than 8 bits: the largest value is "
+            f"{found.largest_wide_value}, {layout.bit_depth} bits are taken to be in use "
+            f"(data.bit_depth), and 0..{2**layout.bit_depth - 1} becomes 0..255."
+        )
+    if found.wide_colour:
+        lines.append(
+            f"{_images(found.wide_colour)} of 16 bits per colour: the upper 8 bits are kept."
+        )
+    return lines
+
+
+def _inspect(encoded: EncodedImage, found: Treatment) -> int | None:
+    """Count what is special about an image; return the largest high byte of 16-bit colours."""
+    where = f"{encoded.key}: {encoded.place}"
+    with open_image(encoded) as image:
+        if image.mode == "F":
+            raise ValueError(
+                f"{where} has floating-point pixels (mode 'F') of unknown range; convert the "
+                "images to 8 or 16 bits"
+            )
+        orientation = _orientation(image)
+        width, height = image.size
+        if orientation > 4 and image.format != "TIFF":
+            width, height = height, width
+        mode, frames = image.mode, _has_several_frames(image)
+        transparent = mode in _ALPHA_MODES or "transparency" in image.info
+        wide_value = colour_value = None
+        if _is_wide(mode):
+            _load(image, where)
+            wide_value = int(_wide_pixels(image, where).max())
+        elif _is_wide_colour(image):
+            _load(image, where)
+            pixels = np.atleast_3d(np.asarray(image))  # (H, W, C)
+            colours = pixels.shape[2] - (mode in _ALPHA_MODES)
+            colour_value = int(pixels[..., :colours].max())
+    found.wide_colour += colour_value is not None
+    found.images += 1
+    found.modes[mode] += 1
+    found.sizes[width, height] += 1
+    found.turned += orientation > 1
+    found.transparent += transparent
+    found.several_frames += frames
+    if wide_value is not None:
+        found.wide += 1
+        found.largest_wide_value = max(found.largest_wide_value, wide_value)
+    return colour_value
+
+
+def _check_colour_depth(largest_high_byte: int | None, bit_depth: int | None) -> None:
+    """Refuse 16-bit colours of which Pillow would keep a few bits only."""
+    if largest_high_byte is None or bit_depth == 16:
+        return
+    used = 8 + largest_high_byte.bit_length()
+    if bit_depth is not None or used < 16:
+        raise ValueError(
+            "data.bit_depth: of colour images with 16 bits Pillow keeps only the upper 8, and "
+            f"{bit_depth or used} bits are in use; convert the images to 8 bits, or set "
+            "data.bit_depth to 16 if they are only dark"
+        )
+
+
+def _load(image: Image.Image, where: str) -> None:
+    try:
+        image.load()
+    except Exception as error:
+        # As in opening: a damaged file can make a reader fail in any way.
+        raise ValueError(f"{where} is damaged: {error}") from error
 
 
 def _is_wide(mode: str) -> bool:
     return mode == "I" or mode.startswith("I;16")
 
 
-def _to_eight_bits(image: Image.Image, place: str) -> Image.Image:
-    """Rescale; Pillow's own conversion clips at 255."""
+def _is_wide_colour(image: Image.Image) -> bool:
+    return any(
+        ";16" in str(argument)
+        for tile in getattr(image, "tile", ())
+        for argument in (tile.args if isinstance(tile.args, tuple) else (tile.args,))
+    )
+
+
+def _wide_pixels(image: Image.Image, where: str) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     pixels = np.asarray(image).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > _SIXTEEN_BITS:
+    if pixels.min() < 0 or pixels.max() > 2**16 - 1:
         raise ValueError(
-            f"data.image_column: {place} has 32-bit pixels (mode {image.mode!r}), expected values "
-            f"0..{_SIXTEEN_BITS}, got {pixels.min()}..{pixels.max()}"
+            f"{where} has 32-bit pixels (mode {image.mode!r}), expected values 0..{2**16 - 1}, got "
+            f"{pixels.min()}..{pixels.max()}"
         )
-    return Image.fromarray(np.rint(pixels / (_SIXTEEN_BITS / 255)).astype(np.uint8))
+    return pixels
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 if there is none; must be asked before the image is loaded."""
+    exif_keys = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
+    if image.format == "PNG" and not any(key in image.info for key in exif_keys):
+        return 1  # Pillow would decode the image to look behind its pixels
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return value if value in _UPRIGHT else 1
+    except Exception:
+        return 1  # metadata that cannot be read say nothing, as in other programs
+
+
+def _has_several_frames(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:
+        return False  # the first frame is what counts, and decoding says whether it is damaged
+
+
+def _instead(content: bytes | Path) -> str:
+    try:
+        if isinstance(content, bytes):
+            start, size = content[:32], len(content)
+        else:
+            size = content.stat().st_size
+            with content.open("rb") as file:
+                start = file.read(32)
+    except OSError:
+        return ""
+    if size == 0:
+        return ": it is empty"
+    if start.startswith(_LFS_POINTER):
+        return ": it is a pointer of Git LFS; fetch the files with `git lfs pull`"
+    return " that Pillow can read"
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Silence Pillow's warnings, which name no file; what cannot be decoded is an error."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def _tracked(part: EncodedImages, name: str, show_progress: bool) -> Iterable[EncodedImage]:
+    if not show_progress or len(part) < _PROGRESS_FROM_IMAGES:
+        return part
+    return track(
+        part,
+        f"decoding {name} images",
+        total=len(part),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image" + ("" if count == 1 else "s")
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"

@@ -16,6 +16,15 @@ _PER_BLOCK = 4
 
 
 @dataclass(frozen=True)
+class PatchCounts:
+    """How many patches an image has, and how many of them one mask takes."""
+
+    total: int
+    visible: int
+    predicted: int
+
+
+@dataclass(frozen=True)
 class PatchMasks:
     """Which patches the context encoder sees and which ones the predictor predicts."""
 
@@ -40,7 +49,7 @@ def multi_block_masks(
     Args:
         samples: (B,) int64, indices of the images in the whole training set.
         grid: Rows and columns of patches.
-        config: Counts and block shapes.
+        config: Counts or fractions, and block shapes.
         seed: The experiment's seed.
         epoch: Number of the epoch, from 0.
         view: 0 or 1. The two views' masks are independent: a shared mask is a shortcut by which
@@ -58,7 +67,7 @@ def multi_block_masks(
     """
     rows, columns = grid
     patches = rows * columns
-    check_counts(config, patches)
+    counts = patch_counts(config, patches)
     draws = uniform(
         stream_key(seed, _STREAM, epoch, view), samples, _PER_BLOCK * config.blocks + patches
     )
@@ -76,26 +85,47 @@ def multi_block_masks(
     blocked = (inside_rows[..., :, None] & inside_columns[..., None, :]).any(1).flatten(1)
     order = (2.0 * blocked + tie_break).argsort(dim=1, stable=True)
     return PatchMasks(
-        visible=order[:, : config.visible].sort(dim=1).values,
-        predicted=order[:, patches - config.predicted :].sort(dim=1).values,
+        visible=order[:, : counts.visible].sort(dim=1).values,
+        predicted=order[:, patches - counts.predicted :].sort(dim=1).values,
     )
 
 
-def check_counts(config: MaskingConfig, patches: int) -> None:
-    """Refuse masks that ask for more patches than the images have.
+def patch_counts(config: MaskingConfig, patches: int) -> PatchCounts:
+    """Turn the counts and fractions of a configuration into numbers of patches.
 
     Args:
-        config: Counts and block shapes.
+        config: Counts, or fractions of the patches, which are rounded to the nearest number (a
+            half upwards) and are at least 1.
         patches: Number of patches of an image.
+
+    Returns:
+        The numbers.
 
     Raises:
         ValueError: If visible and predicted patches cannot be disjoint.
     """
-    if config.visible + config.predicted > patches:
+    counts = PatchCounts(
+        total=patches,
+        visible=_count(config.visible, patches),
+        predicted=_count(config.predicted, patches),
+    )
+    if counts.visible + counts.predicted > patches:
         raise ValueError(
             "masking.visible + masking.predicted: expected at most the "
-            f"{patches} patches of an image, got {config.visible} + {config.predicted}"
+            f"{patches} patches of an image, got {_written(config.visible, counts.visible)} + "
+            f"{_written(config.predicted, counts.predicted)}"
         )
+    return counts
+
+
+def _count(value: int | float, patches: int) -> int:
+    if isinstance(value, int):
+        return value
+    return max(1, math.floor(value * patches + 0.5))
+
+
+def _written(value: int | float, count: int) -> str:
+    return str(value) if isinstance(value, int) else f"{count} ({value} of them)"
 
 
 def _interval(start: Tensor, length: Tensor, size: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, create_loss_from_config
 from cjepa_kernels.tokens import cls_tokens
 from cjepa_kernels.train.config import ExperimentConfig, config_to_dict
-from cjepa_kernels.train.masking import PatchMasks, check_counts, multi_block_masks
+from cjepa_kernels.train.masking import PatchMasks, multi_block_masks, patch_counts
 from cjepa_kernels.train.views import two_views
 from cjepa_kernels.train.vit import (
     Predictor,
@@ -58,6 +58,7 @@ class CJEPAModule(L.LightningModule):
         channel_mean: (C,) fp32, mean of each channel on the scale [0, 1].
         channel_std: (C,) fp32, standard deviation of each channel.
         total_steps: Optimiser steps of the whole run, for the schedules.
+        data: Fingerprint of the images and labels, for the checkpoints.
 
     Raises:
         ValueError: If the masks, the patches or the loss do not fit the images.
@@ -70,11 +71,14 @@ class CJEPAModule(L.LightningModule):
         channel_mean: Tensor,
         channel_std: Tensor,
         total_steps: int,
+        *,
+        data: str | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.image_shape = image_shape
         self.total_steps = total_steps
+        self.data = data
         self.loss = build_loss(config, image_shape)
         self.gathers = bool(self.loss.contrastive.distributed)
         self.loss.contrastive.distributed = False  # until there are several processes
@@ -188,6 +192,7 @@ class CJEPAModule(L.LightningModule):
         """Make the checkpoint self-contained."""
         checkpoint["experiment"] = config_to_dict(self.config)
         checkpoint["image_shape"] = list(self.image_shape)
+        checkpoint["data"] = self.data
 
 
 def build_loss(
@@ -206,7 +211,7 @@ def build_loss(
         ValueError: If the ``loss`` section is invalid or does not fit the ``masking`` section.
     """
     # Several devices train as one does with the whole batch, unless the experiment says otherwise.
-    loss = create_loss_from_config({"gather_distributed": True, **config.loss})
+    loss = create_loss_from_config({"loss": {"gather_distributed": True, **config.loss}})
     if not isinstance(loss, ContrastiveJEPALoss):
         raise ValueError(
             "loss.type: the training program needs 'cjepa', or use_contrastive: true; for the "
@@ -224,14 +229,16 @@ def build_loss(
             )
     levels = hierarchy_levels(loss)
     needed = 2 ** (levels - 1)
-    if config.masking.predicted < needed:
-        raise ValueError(
-            f"masking.predicted: {levels} hierarchy levels need at least "
-            f"{needed} predicted patches, got {config.masking.predicted}"
-        )
+    predicted = config.masking.predicted
     if image_shape is not None:
         rows, columns = patch_grid(config.model.patch_size, image_shape)
-        check_counts(config.masking, rows * columns)
+        predicted = patch_counts(config.masking, rows * columns).predicted
+    # A fraction is known to be too small once the number of patches is.
+    if isinstance(predicted, int) and predicted < needed:
+        raise ValueError(
+            f"masking.predicted: {levels} hierarchy levels need at least "
+            f"{needed} predicted patches, got {predicted}"
+        )
     return loss
 
 
@@ -271,13 +278,20 @@ def feature_extractor(
         batch_size: Images per forward.
 
     Returns:
-        A function from uint8 images (n, C, H, W) to the CLS tokens (n, D) and the means of the
-        patch tokens (n, D), both fp32 on the CPU.
+        A function from uint8 images (n, C, H, W), with pixels of 0 to 255, to the CLS tokens
+        (n, D) and the means of the patch tokens (n, D), both fp32 on the CPU. Images of another
+        dtype are a TypeError, because their scale is not known.
     """
     encoder = encoder.to(device)
 
     @torch.inference_mode()
     def extract(images: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            raise TypeError(
+                "images: expected a uint8 tensor (N, C, H, W) with pixels of 0 to 255, got "
+                f"{getattr(images, 'dtype', type(images).__name__)}; pixels in [0, 1] become one "
+                "by (255 * images).round().to(torch.uint8)"
+            )
         was_training = encoder.training
         encoder.eval()
         cls, mean = [], []

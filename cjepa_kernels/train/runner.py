@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from cjepa_kernels.train.advisor import Advisor
@@ -23,13 +25,20 @@ from cjepa_kernels.train.atomic import atomic_write, remove_partial_files
 from cjepa_kernels.train.batches import PretrainData
 from cjepa_kernels.train.callbacks import (
     AdvisorHook,
-    EpochProgressBar,
     MetricHistory,
     Progress,
     ProgressHook,
+    SignalHandlers,
     Stopwatch,
 )
-from cjepa_kernels.train.checkpoints import AtomicCheckpointIO, EpochCheckpoint
+from cjepa_kernels.train.checkpoints import (
+    LAST_CHECKPOINT,
+    AtomicCheckpointIO,
+    DamagedCheckpointError,
+    EpochCheckpoint,
+    read_checkpoint,
+    remedy,
+)
 from cjepa_kernels.train.config import (
     ExperimentConfig,
     config_from_dict,
@@ -42,25 +51,32 @@ from cjepa_kernels.train.data import (
     pretrain_indices,
     resolve_pretrain_classes,
 )
+from cjepa_kernels.train.data_fingerprint import check_fingerprint, fingerprint
 from cjepa_kernels.train.data_summary import DataSummary, summarize
+from cjepa_kernels.train.directory_lock import DirectoryLock
 from cjepa_kernels.train.evaluate import (
     FeatureExtractor,
     check_dataset,
     check_probe_images,
     evaluate,
 )
+from cjepa_kernels.train.interruption import kept_ctrl_c
 from cjepa_kernels.train.module import (
     CJEPAModule,
     build_loss,
     feature_extractor,
 )
 from cjepa_kernels.train.run_directory import (
-    LAST_CHECKPOINT,
+    RESULT,
     RunResult,
+    check_checkpoint,
+    check_last_checkpoint,
     check_run_directory,
     encode_result,
     load_result,
+    now,
 )
+from cjepa_kernels.train.training_progress import EpochLines, RunProgressBar
 from cjepa_kernels.train.vit import VisionTransformer
 
 
@@ -71,20 +87,24 @@ def train(
     on_progress: Callable[[Progress], None] | None = None,
     on_summary: Callable[[DataSummary], None] | None = None,
     progress_bar: bool = True,
+    epoch_lines: bool = False,
 ) -> RunResult:
     """Train and evaluate one encoder, or take up where a killed process stopped.
 
-    The directory gets ``config.yaml``, ``checkpoints/last.ckpt`` (replaced at each epoch's end),
-    ``metrics.csv``, ``log.txt``, ``tensorboard/`` and, at the end, ``result.json``. On the CPU, a
-    run that was killed and started again ends with the numbers of an uninterrupted one.
+    The directory gets ``config.yaml``, ``checkpoints/last.ckpt`` (replaced at each epoch's end;
+    the one before stays as ``previous.ckpt``), ``metrics.csv``, ``log.txt``, ``tensorboard/`` and,
+    at the end, ``result.json``. On the CPU, a run that was killed and started again ends with the
+    numbers of an uninterrupted one.
 
     Args:
         config: The experiment.
-        run_dir: Directory of this run alone. With a finished result of the same configuration
-            nothing is trained.
+        run_dir: Directory of this run alone. With a finished result of the same configuration and
+            the same data nothing is trained, and the result says so.
         on_progress: Called with the progress, a few times a second at most.
         on_summary: Called once before training with what was understood of the data.
         progress_bar: Whether to draw a progress bar.
+        epoch_lines: Whether to print a line per epoch to the standard error, where no progress bar
+            is drawn.
 
     Returns:
         Metrics of every epoch, the final evaluation, the advisor's findings. Of several ranks,
@@ -93,41 +113,54 @@ def train(
     Raises:
         FileNotFoundError: If the data are missing.
         ValueError: If the configuration does not fit the data, or the directory holds a run of
-            another configuration.
+            another configuration, was trained on other data, is damaged or in use.
         DivergenceError: If the loss stops being finite.
     """
     run_dir = Path(run_dir)
     _check_loss(config)
     check_run_directory(config, run_dir)
-    finished = run_dir / "result.json"
-    if finished.is_file():
-        return load_result(run_dir)
+    finished = run_dir / RESULT
     show_bar = progress_bar and config.logging.progress_bar
-    with _threads(config.trainer.threads):
+    # A finished run is only read, perhaps from a place that cannot be written.
+    first_rank = _is_first_rank(config)
+    with (
+        _threads(config.trainer.threads),
+        DirectoryLock(run_dir, wanted=first_rank and not finished.is_file()) as lock,
+    ):
+        known = load_result(run_dir) if finished.is_file() else None
         dataset = load_dataset(config.data, show_progress=show_bar)
         samples = check_against_data(config, dataset)
         summary = summarize(config, dataset)
-        module = _build_module(config, dataset, samples)
+        data = fingerprint(dataset)
+        if known is not None:
+            check_fingerprint(known.data, data, origin=str(finished), remedy=_afresh(run_dir))
+            return known
+        module = _build_module(config, dataset, samples, data)
+        lock.acquire()
+        check_run_directory(config, run_dir)  # what another process wrote since then
         last = run_dir / LAST_CHECKPOINT
-        steps_before = _completed_steps(last) if last.is_file() else 0
-        atomic_write(
-            run_dir / "config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False)
-        )
+        steps_before = _completed_steps(run_dir, config, data)
+        if first_rank:
+            atomic_write(
+                run_dir / "config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False)
+            )
         stopwatch = Stopwatch()
         history = MetricHistory(run_dir / "metrics.csv", dataset, samples)
         advice = AdvisorHook(
             _advisor(config, module), history, run_dir / "log.txt", summary.lines()
         )
-        callbacks: list[Callback] = [stopwatch, history, advice]
+        callbacks: list[Callback] = [SignalHandlers(), stopwatch, history, advice]
         if on_progress is not None:
             callbacks.append(ProgressHook(on_progress, history))
         if show_bar:
-            callbacks.append(EpochProgressBar(history))
+            callbacks.append(RunProgressBar(history))
+        elif epoch_lines:
+            callbacks.append(EpochLines(history))
         callbacks.append(
-            EpochCheckpoint(run_dir / "checkpoints", config.trainer.keep_every_n_epochs)
+            EpochCheckpoint(run_dir / LAST_CHECKPOINT.parent, config.trainer.keep_every_n_epochs)
         )
-        with _quiet_lightning():
-            trainer = _trainer(config, run_dir, callbacks, show_bar, steps_before)
+        with _quiet_lightning(), kept_ctrl_c():
+            trainer = _trainer(config, run_dir, callbacks, steps_before)
             if trainer.is_global_zero:
                 remove_partial_files(run_dir)
                 if on_summary is not None:
@@ -138,17 +171,32 @@ def train(
                 ckpt_path=str(last) if last.is_file() else None,
                 weights_only=True,
             )
+        result = RunResult(
+            run_dir, history.rows, {}, advice.findings, stopwatch.seconds, data, now()
+        )
         if not trainer.is_global_zero:
-            return RunResult(run_dir, history.rows, {}, advice.findings, stopwatch.seconds)
+            return result
+        # Again, if no epoch was left to train: these files may be damaged, the checkpoint is not.
+        history.write()
+        advice.write()
         evaluation = evaluate(
             feature_extractor(module.target_encoder, trainer.strategy.root_device),
             dataset,
             config.evaluation,
             pretrain_classes=resolve_pretrain_classes(config.data, dataset),
         )
-    result = RunResult(run_dir, history.rows, evaluation, advice.findings, stopwatch.seconds)
-    atomic_write(finished, encode_result(result))
+        result = replace(result, evaluation=evaluation, seconds=stopwatch.seconds, finished=now())
+        atomic_write(finished, encode_result(result))
     return result
+
+
+def _afresh(run_dir: Path) -> str:
+    return f"choose another directory, or remove {str(run_dir)!r} to train on the data as they are"
+
+
+def _is_first_rank(config: ExperimentConfig) -> bool:
+    # Lightning has the rank from the environment before there is a process group.
+    return config.trainer.devices == 1 or getattr(rank_zero_only, "rank", 0) == 0
 
 
 def load_encoder(checkpoint: Path) -> tuple[FeatureExtractor, ExperimentConfig]:
@@ -158,12 +206,14 @@ def load_encoder(checkpoint: Path) -> tuple[FeatureExtractor, ExperimentConfig]:
         checkpoint: A ``.ckpt`` file, or the directory of a run, of which the last one is taken.
 
     Returns:
-        The feature extractor, on the CPU, and the experiment that it comes from. Images of another
-        shape than the experiment's are a ValueError.
+        The feature extractor, on the CPU, and the experiment that it comes from. The extractor
+        takes uint8 images (N, C, H, W) with pixels of 0 to 255, as they are stored, and returns
+        the CLS tokens (N, D) and the means of the patch tokens (N, D), fp32. Another dtype is a
+        TypeError; another C, H or W than the experiment's is a ValueError.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not a checkpoint of this program.
+        ValueError: If the file is damaged, or is not a checkpoint of this program.
     """
     file = Path(checkpoint)
     if file.is_dir():
@@ -171,7 +221,12 @@ def load_encoder(checkpoint: Path) -> tuple[FeatureExtractor, ExperimentConfig]:
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint {str(file)!r}")
     try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
+        stored = read_checkpoint(file)
+    except DamagedCheckpointError as error:
+        if file.name != LAST_CHECKPOINT.name:
+            raise
+        raise ValueError(f"{error}: {remedy(file.parent.parent)}") from error
+    try:
         config = config_from_dict(stored["experiment"], origin=f"the experiment in {file}")
         channels, height, width = stored["image_shape"]
         prefix = "target_encoder."
@@ -180,12 +235,15 @@ def load_encoder(checkpoint: Path) -> tuple[FeatureExtractor, ExperimentConfig]:
             for name, value in stored["state_dict"].items()
             if name.startswith(prefix)
         }
-        encoder = VisionTransformer(
-            config.model, (channels, height, width), torch.zeros(channels), torch.ones(channels)
-        )
-        encoder.load_state_dict(weights)
+        # Without memory of its own, since nobody knows yet whether the file has so many weights.
+        with torch.device("meta"):
+            encoder = VisionTransformer(
+                config.model, (channels, height, width), torch.zeros(channels), torch.ones(channels)
+            )
+        encoder.load_state_dict(weights, assign=True)
+        encoder.float()
     except Exception as error:
-        # A file of any other kind fails somewhere in unpickling, in a way that names nothing.
+        # A sound file of another program fails somewhere here, in a way that names nothing.
         raise ValueError(f"{file} is not a checkpoint of this program: {error}") from error
     return _checked(feature_extractor(encoder, "cpu"), (channels, height, width)), config
 
@@ -211,7 +269,7 @@ def untrained_encoder(config: ExperimentConfig, dataset: Dataset | None = None) 
 
 def _checked(extract: FeatureExtractor, image_shape: Sequence[int]) -> FeatureExtractor:
     def checked(images: Tensor) -> tuple[Tensor, Tensor]:
-        if tuple(images.shape[1:]) != tuple(image_shape):
+        if isinstance(images, Tensor) and tuple(images.shape[1:]) != tuple(image_shape):
             raise ValueError(
                 f"images: the encoder was trained on shape {tuple(image_shape)}, "
                 f"got {tuple(images.shape[1:])}"
@@ -253,7 +311,7 @@ def _check_loss(config: ExperimentConfig, image_shape: tuple[int, int, int] | No
     try:
         build_loss(config, image_shape)
     except RuntimeError as error:
-        raise ValueError(f"loss.backend: {error}") from error
+        raise ValueError(str(error)) from error  # loss.backend is missing here
     if config.loss.get("contrastive_on_context", True) is False:
         raise ValueError(
             "loss.contrastive_on_context: expected true, because the target encoder's features "
@@ -279,22 +337,28 @@ def _check_devices(config: ExperimentConfig) -> None:
         )
 
 
-def _completed_steps(checkpoint: Path) -> int:
-    stored = AtomicCheckpointIO().load_checkpoint(checkpoint, weights_only=True)
+def _completed_steps(run_dir: Path, config: ExperimentConfig, data: str) -> int:
+    """Optimiser steps in the last checkpoint, once it is known to be this run's; 0 without one."""
+    file = run_dir / LAST_CHECKPOINT
+    check_last_checkpoint(run_dir)
+    if not file.exists():
+        return 0
     try:
-        return int(stored["global_step"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{checkpoint} is not a checkpoint of this program: remove it to start the run again"
-        ) from error
+        stored = read_checkpoint(file)
+    except DamagedCheckpointError as error:
+        raise ValueError(f"{error}: {remedy(run_dir)}") from error
+    check_checkpoint(stored, config, file)
+    check_fingerprint(stored.get("data"), data, origin=str(file), remedy=_afresh(run_dir))
+    return int(stored["global_step"])
 
 
-def _build_module(config: ExperimentConfig, dataset: Dataset, samples: Tensor) -> CJEPAModule:
+def _build_module(
+    config: ExperimentConfig, dataset: Dataset, samples: Tensor, data: str | None = None
+) -> CJEPAModule:
     mean, std = channel_statistics(dataset.train.images, samples)
     steps_per_epoch = len(samples) // config.trainer.batch_size
-    return CJEPAModule(
-        config, dataset.image_shape, mean, std, steps_per_epoch * config.trainer.epochs
-    )
+    total_steps = steps_per_epoch * config.trainer.epochs
+    return CJEPAModule(config, dataset.image_shape, mean, std, total_steps, data=data)
 
 
 def _advisor(config: ExperimentConfig, module: CJEPAModule) -> Advisor:
@@ -312,7 +376,6 @@ def _trainer(
     config: ExperimentConfig,
     run_dir: Path,
     callbacks: list[Callback],
-    progress_bar: bool,
     steps_before: int,
 ) -> L.Trainer:
     loggers: list[Logger] = []
@@ -330,7 +393,7 @@ def _trainer(
         logger=loggers,
         plugins=[AtomicCheckpointIO()],
         use_distributed_sampler=False,
-        enable_progress_bar=progress_bar,
+        enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )

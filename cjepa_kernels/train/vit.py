@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cjepa_kernels.train.config import ModelConfig
+from cjepa_kernels.train.config import MOST_PATCHES, ModelConfig
 
 _POSITION_BASE = 100.0
 _TOKEN_STD = 0.02
@@ -195,7 +195,7 @@ def patch_grid(patch_size: int, image_shape: tuple[int, int, int]) -> tuple[int,
         Rows and columns of patches.
 
     Raises:
-        ValueError: If the patch size does not divide height and width.
+        ValueError: If the patch size does not divide height and width, or gives too many patches.
     """
     _, height, width = image_shape
     if height % patch_size or width % patch_size:
@@ -203,7 +203,13 @@ def patch_grid(patch_size: int, image_shape: tuple[int, int, int]) -> tuple[int,
             f"model.patch_size: expected a divisor of the images' {height} x {width} pixels, "
             f"got {patch_size}"
         )
-    return height // patch_size, width // patch_size
+    rows, columns = height // patch_size, width // patch_size
+    if rows * columns > MOST_PATCHES:
+        raise ValueError(
+            f"model.patch_size: expected at most {MOST_PATCHES:,} patches an image, got "
+            f"{rows} x {columns} of {patch_size} pixels"
+        )
+    return rows, columns
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

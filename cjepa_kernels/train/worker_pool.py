@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import traceback
@@ -116,9 +117,14 @@ def _run_here(jobs: Sequence[Job], on_event: Callable[[Event], None]) -> dict[st
         try:
             results[job.name] = job.function(*job.arguments, report)
         except Exception as error:
-            raise _failure(job.name, type(error).__name__, str(error)) from error
+            raise _failure(job.name, _kind(error), str(error)) from error
         on_event(Event("finished", job.name))
     return results
+
+
+def _kind(error: Exception) -> str:
+    kinds = [name for name, kind in _USER_ERRORS.items() if isinstance(error, kind)]
+    return kinds[0] if kinds else type(error).__name__
 
 
 def _failure(job: str, kind: str, message: str) -> Exception:
@@ -137,7 +143,8 @@ def _worker_processes(workers: int, log_directory: Path) -> Iterator[dict[Connec
         for i in range(workers):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there, log_directory / f"worker-{i}.log"))
-            process.start()
+            with _ctrl_c_is_ours():
+                process.start()
             there.close()  # so that the end of the process is the end of the connection
             processes[here] = process
         yield processes
@@ -151,7 +158,25 @@ def _worker_processes(workers: int, log_directory: Path) -> Iterator[dict[Connec
             link.close()
             process.terminate()
         for process in processes.values():
+            process.join(timeout=_GOODBYE_SECONDS)
+            process.kill()  # files are complete or absent at every moment
             process.join()
+
+
+@contextmanager
+def _ctrl_c_is_ours() -> Iterator[None]:
+    """Start a process that does not see Ctrl-C, which a terminal sends to all of a program.
+
+    Blocked signals are inherited from the first moment on. This process ends the others.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _distribute(
@@ -218,7 +243,7 @@ def _work(link: Connection, log: Path) -> None:
         try:
             result = job.function(*job.arguments, report)
         except Exception as error:
-            link.send(("failed", (type(error).__name__, str(error), traceback.format_exc())))
+            link.send(("failed", (_kind(error), str(error), traceback.format_exc())))
             return
         link.send(("finished", result))
 

@@ -86,6 +86,7 @@ class Gradients:
         dtype = x.z.dtype if x.planes == 1 else torch.float32
         bytes_of_tile = TILE * TILE * dtype.itemsize
         largest = max(1, math.isqrt(launch.workspace_bytes() // bytes_of_tile))
+        largest = min(largest, 2 * max(row_blocks, column_blocks))  # more changes nothing below
         across = x.padded_features // self._product_columns(x)
         side = launch.square_side(largest, across, x.z.device)
         height, width = min(side, row_blocks), min(side, column_blocks)

@@ -3,8 +3,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <locale>
 #include <mutex>
 #include <new>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -18,15 +23,31 @@ namespace {
 constexpr size_t kAlignment = 64;
 constexpr size_t kSmall = size_t{64} << 10;  // below this the C++ library's own cache serves
 
-size_t mebibytes(const char* variable, double otherwise) {
-  const char* value = std::getenv(variable);
-  const double number = value == nullptr ? otherwise : std::atof(value);  // checked in Python
-  return number > 0 ? static_cast<size_t>(number * (1 << 20)) : 0;
+// As in cjepa_kernels/environment.py, which has read the variable before unless it was set since.
+// A stream can be told not to expect the decimal comma of the process's locale.
+size_t read_mebibytes(const char* variable, double otherwise) {
+  constexpr double kMost = double{1 << 30} * (1 << 10);  // MiB: in bytes a size_t holds it
+  const char* const value = std::getenv(variable);
+  std::istringstream text(value == nullptr ? "" : value);
+  text.imbue(std::locale::classic());
+  double number = otherwise;
+  if (!(text >> std::ws).eof()) {
+    text >> number;
+    const bool whole = !text.fail() && (text >> std::ws).eof();
+    if (!whole || !(number >= 0 && number <= kMost)) {
+      throw std::runtime_error(std::string(variable) +
+                               " must be a number of MiB from 0 to 2**40, got '" + value + "'");
+    }
+  }
+  return static_cast<size_t>(number * (1 << 20));
 }
 
 // Tests fill new memory with NaNs.
 bool poisoned() {
-  static const bool set = std::getenv("CJEPA_POISON_MEMORY") != nullptr;
+  static const bool set = [] {
+    const char* const value = std::getenv("CJEPA_POISON_MEMORY");
+    return value != nullptr && *value != '\0' && std::string_view(value) != "0";
+  }();
   return set;
 }
 
@@ -79,7 +100,7 @@ class Cache {
   std::mutex mutex_;
   std::deque<Block> free_;
   size_t total_ = 0;
-  const size_t limit_ = mebibytes("CJEPA_CACHE_MIB", 256);
+  const size_t limit_ = read_mebibytes("CJEPA_CACHE_MIB", 256);
 };
 
 Cache& cache() {

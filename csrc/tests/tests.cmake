@@ -21,6 +21,10 @@ if(CJEPA_SANITIZE)
   endif()
 endif()
 
+if(CMAKE_CROSSCOMPILING_EMULATOR)  # the programs are of another machine
+  set(launcher ${CMAKE_CROSSCOMPILING_EMULATOR})
+endif()
+
 # A name, a program, what it finds in its environment. A test whose instruction set this machine
 # lacks says so by its exit code.
 function(cjepa_add_test name program)

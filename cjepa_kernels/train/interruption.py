@@ -1,0 +1,78 @@
+"""Ctrl-C and SIGTERM: a run ends with a line that says how it goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a program like Ctrl-C, with another exit status."""
+
+
+@contextmanager
+def resumable(directory: Path) -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into one line and the usual exit status, 130 or 143.
+
+    Args:
+        directory: Where the interrupted run or comparison keeps its checkpoints.
+    """
+    with _raised_on_sigterm():
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank speaks for all
+                print(_how_to_go_on(directory), file=sys.stderr)
+            signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+            raise SystemExit(128 + signum) from None
+
+
+@contextmanager
+def kept_ctrl_c() -> Iterator[None]:
+    """Undo what Lightning makes of Ctrl-C: SystemExit, and a process deaf to it from then on."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):
+            raise ended.__context__ from None
+        raise
+    finally:
+        if in_main_thread and handler is not None:
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _raised_on_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if handler is None else handler)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+def _how_to_go_on(directory: Path) -> str:
+    if not any(directory.rglob("last.ckpt")):
+        return (
+            "interrupted before the end of the first epoch, so nothing is kept; the same command "
+            "starts again"
+        )
+    return (
+        f"interrupted; {directory} keeps everything up to the end of the last complete epoch, and "
+        "the same command goes on from there"
+    )
