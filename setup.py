@@ -53,7 +53,7 @@ def missing_tools() -> list[str]:
         if shutil.which(program, path=search_path()) is None:
             missing.append(program)
     if not os.environ.get("CXX", "").strip() and not any(map(shutil.which, COMPILERS)):
-        missing.append(f"a C++20 compiler ({', '.join(COMPILERS)}, or the one that CXX names)")
+        missing.append(f"C++20 compiler ({', '.join(COMPILERS)}, or the one that CXX names)")
     return missing
 
 

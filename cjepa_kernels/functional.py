@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
+from typing import NamedTuple, SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,7 @@ from cjepa_kernels.reference import (
     CrossLogSumExp,
     Reduction,
 )
+from cjepa_kernels.registration import refuse_transforms
 
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 KEPT_BYTES = int(read_when_imported("CJEPA_KEPT_MIB", 256) * 2**20)
@@ -72,8 +75,9 @@ def nt_xent(
         z_i: (B, D), or (B, N, D) which counts as B*N pairs. fp64, fp32, bf16 or fp16.
         z_j: Same shape and device; ``z_j[k]`` is the positive of ``z_i[k]``. Two dtypes become
             the one that ``torch.promote_types`` gives; gradients have each input's own.
-        temperature: Float from 1e-30 to 1e30, or a 0-dim tensor, which then gets a gradient (a
-            tensor outside of that range gives NaN: nobody may read it on the host).
+        temperature: Float from 1e-30 to 1e30, or a tensor of shape () or (1,), which then gets a
+            gradient of its shape. A tensor outside of that range gives NaN, because the host never
+            reads it.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         eps: Smallest norm that is divided by; a row below it gets a zero gradient.
         reduction: ``mean`` over the 2B anchors, ``sum``, or ``none``.
@@ -129,6 +133,7 @@ def nt_xent(
             raise ValueError("mask must be None with a group: it names pairs of one rank only")
         _check_mask(mask, z_i)
     _check_temperature_device(temperature, "z_i", z_i)
+    temperature, eps = _one_number(temperature), as_float(eps)
     z_i, z_j = _promote(z_i, z_j)
     if group is None:
         return _nt_xent(z_i, z_j, temperature, use_cosine_similarity, eps, reduction, mask, backend)
@@ -157,6 +162,7 @@ def _nt_xent_of_group(
     tensor, number = _split_temperature(temperature)
     overload = of_group.REFERENCE
     if backend != "reference":
+        refuse_transforms("nt_xent", (z_i, z_j, tensor))
         overload = choose_overload(backend, z_i.device)
     options = Options(
         temperature=number,
@@ -186,7 +192,7 @@ def _nt_xent(
 ) -> NTXentOutput:
     """One process, checked arguments."""
     if backend == "reference":
-        with torch.autocast(z_i.device.type, enabled=False):
+        with without_autocast(z_i.device):
             terms = reference.nt_xent(
                 ops.saveable(z_i),
                 ops.saveable(z_j),
@@ -227,8 +233,9 @@ def cross_logsumexp(
         x: (M, D), M >= 1. fp64, fp32, bf16 or fp16.
         y: (N, D), N >= 1; same D and device. Two dtypes become the one that
             ``torch.promote_types`` gives; gradients have each input's own.
-        temperature: Float from 1e-30 to 1e30, or a 0-dim tensor, which then gets a gradient (a
-            tensor outside of that range gives NaN: nobody may read it on the host).
+        temperature: Float from 1e-30 to 1e30, or a tensor of shape () or (1,), which then gets a
+            gradient of its shape. A tensor outside of that range gives NaN, because the host never
+            reads it.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         eps: Smallest norm that is divided by; a row below it gets a zero gradient.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
@@ -261,9 +268,10 @@ def cross_logsumexp(
     check_bool("use_cosine_similarity", use_cosine_similarity)
     _check_rectangle(x, y)
     _check_temperature_device(temperature, "x", x)
+    temperature, eps = _one_number(temperature), as_float(eps)
     x, y = _promote(x, y)
     if backend == "reference":
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return reference.cross_logsumexp(
                 ops.saveable(x),
                 ops.saveable(y),
@@ -331,7 +339,8 @@ def pair_similarity(
             backend in ("auto", "triton") and x.device.type == "cuda" and HAS_TRITON
         )
         tf32 = on_triton and rounded == torch.float32 and triton.rounds_to_tf32(x)
-    with torch.autocast(x.device.type, enabled=False):
+    eps = as_float(eps)
+    with without_autocast(x.device):
         rows = [reference.embed_rows(ops.saveable(z), use_cosine_similarity, eps) for z in (x, y)]
         if rounded is not None:
             # The gradient is that of rows that are not rounded, as in the back ends.
@@ -361,16 +370,32 @@ def choose_overload(backend: Backend, device: torch.device) -> str:
     return ".chunked" if backend == "chunked" else ""
 
 
+def _one_number(temperature: float | Tensor) -> float | Tensor:
+    """A checked temperature as the back ends take it: a float, or a 0-dim tensor."""
+    if not isinstance(temperature, Tensor):
+        return as_float(temperature)
+    return temperature.reshape(()) if temperature.ndim else temperature
+
+
 def _split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     """The operators' two arguments: a tensor, which counts if given, and a number."""
     if isinstance(temperature, Tensor):
         return temperature, 1.0
-    return None, float(temperature)
+    return None, temperature
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off, on a device that has it: "meta" has none."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _product_dtype(z: Tensor) -> torch.dtype | None:
     """What autocast wants the operands rounded to; None outside of it."""
-    if z.dtype != torch.float64 and torch.is_autocast_enabled(z.device.type):
+    if z.dtype == torch.float64 or not torch.amp.is_autocast_available(z.device.type):
+        return None
+    if torch.is_autocast_enabled(z.device.type):
         return torch.get_autocast_dtype(z.device.type)
     return None
 
@@ -393,18 +418,39 @@ def check_strategy(strategy: str) -> None:
         raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
 
 
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number: of Python or, as ``np.float32(0.1)``, of NumPy."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float, Real))
+
+
+def as_float(value: SupportsFloat) -> float:
+    """A number of any kind; an int beyond every float is infinite.
+
+    A float stays the same object: for torch.compile another one is a result, which it recompiles
+    for wherever it leaves a graph.
+    """
+    if type(value) is float:
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def check_positive(name: str, value: float) -> None:
     """Raise unless ``value`` is a finite positive number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 < value < math.inf:  # a comparison: torch.compile traces it for symbolic floats
+    if not 0 < as_float(value) < math.inf:  # torch.compile traces it for symbolic floats
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_in_range(name: str, value: float) -> None:
     """Raise unless ``value`` is a positive number that fp32 has, and its inverse too."""
     check_positive(name, value)
-    if not SMALLEST <= value <= LARGEST:
+    if not SMALLEST <= as_float(value) <= LARGEST:
         raise ValueError(f"{name} must lie between {SMALLEST} and {LARGEST}, got {value}")
 
 
@@ -415,20 +461,22 @@ def check_bool(name: str, value: bool) -> None:
 
 
 def check_temperature(temperature: float | Tensor) -> None:
-    """Raise unless ``temperature`` is a positive finite float or a 0-dim floating tensor."""
+    """Raise unless ``temperature`` is a positive finite float, or a () or (1,) floating tensor."""
     if isinstance(temperature, Tensor):
-        if temperature.ndim != 0 or temperature.dtype not in FLOATING:
+        if temperature.shape not in ((), (1,)) or temperature.dtype not in FLOATING:
             raise ValueError(
-                "temperature must be a float or a 0-dim floating-point tensor (fp64, fp32, bf16 or "
-                "fp16), got a tensor of "
+                "temperature must be a float, or a floating-point tensor (fp64, fp32, bf16 or "
+                "fp16) of shape () or (1,), got a tensor of "
                 f"shape {tuple(temperature.shape)} and dtype {temperature.dtype}"
             )
         return
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a float or a 0-dim tensor, got {temperature!r}")
-    if not 0 < temperature < math.inf:
+    if not is_number(temperature):
+        raise TypeError(
+            f"temperature must be a float or a tensor of shape () or (1,), got {temperature!r}"
+        )
+    if not 0 < as_float(temperature) < math.inf:
         raise ValueError(f"Temperature must be positive, and finite, got {temperature}")
-    if not SMALLEST <= temperature <= LARGEST:
+    if not SMALLEST <= as_float(temperature) <= LARGEST:
         raise ValueError(
             f"temperature must lie between {SMALLEST} and {LARGEST}, got {temperature}"
         )

@@ -11,11 +11,13 @@ from torch import Tensor
 from cjepa_kernels import ops, reference
 from cjepa_kernels.backends import Backend, check_backend
 from cjepa_kernels.functional import (
+    as_float,
     check_bool,
     check_floating_tensor,
     check_in_range,
     check_reduction,
     choose_overload,
+    without_autocast,
 )
 from cjepa_kernels.reference import PredictionLossType, Reduction
 
@@ -37,7 +39,7 @@ class PredictionOptions(NamedTuple):
     @property
     def threshold(self) -> float:
         """Where the penalty turns linear."""
-        return self.huber_delta if self.loss_type == "huber" else self.smoothl1_beta
+        return as_float(self.huber_delta if self.loss_type == "huber" else self.smoothl1_beta)
 
     def check(self) -> PredictionOptions:
         """Raise unless every option is one that the prediction loss knows."""
@@ -143,8 +145,9 @@ def hierarchical_prediction_loss(
 ) -> HierarchicalLoss:
     """All levels in one call of the operator; arguments are checked (:func:`check_levels`)."""
     device = predictions[0].device
+    weights = tuple(as_float(weight) for weight in weights)
     if options.backend == "reference":
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device):
             predictions, targets, masks = (
                 ops.saveable(list(tensors)) for tensors in (predictions, targets, masks)
             )
@@ -156,11 +159,11 @@ def hierarchical_prediction_loss(
         list(predictions),
         list(targets),
         _as_tensors(masks),
-        tuple(weights),
+        weights,
         options.loss_type,
         options.target_norm or ("l2" if options.normalize_embeddings else "none"),
         options.threshold,
-        options.eps,
+        as_float(options.eps),
         reduction,
     )
     # Single views: results of unbind() and split() cannot be changed in place.
@@ -198,7 +201,7 @@ def _reference(
             mask=mask,
             reduction=options.reduction,
             threshold=options.threshold,
-            eps=options.eps,
+            eps=as_float(options.eps),
         )
         levels.append(level)
         if options.reduction != "none":

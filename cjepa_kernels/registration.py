@@ -4,16 +4,23 @@
 CPU, the Triton kernels are registered for CUDA, and ``CompositeExplicitAutograd`` is the chunked
 path that serves every other device. The overloads ``<name>.chunked`` and ``<name>.triton`` have one
 path alone, for those who ask for it by name.
+
+``<name>_dynamic`` is the same operator with each number as a tensor on the CPU: torch.compile
+recompiles for every value of a number in a schema, and for no value of a tensor. It reads the
+numbers when it runs and calls ``<name>`` with them, so that results, and what a kernel chooses by a
+number, are those of the call with a number.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cjepa_kernels.backends import HAS_TRITON
 
@@ -27,6 +34,7 @@ AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "Autoca
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _operators: dict[tuple[str, str], Any] = {}  # by name and overload, like the next
 _functions: dict[tuple[str, str], Callable[..., Any]] = {}
+_numbers: dict[str, tuple[int, ...]] = {}  # by name: the positions of its numbers
 
 
 Implementation = Callable[..., tuple[Any, ...]]
@@ -72,10 +80,61 @@ def call(name: str, overload: str, *args: Any) -> tuple[Tensor, ...]:
     The registered autograd is Python code under every call, most of a small batch's time. It
     serves torch.compile, torch.export and those who call the operator itself.
     """
+    refuse_transforms(name, args)
     args = tuple(saveable(arg) for arg in args)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
+        return _call_compiled(name, overload, args)
+    if not torch.is_grad_enabled():
         return operator(name, overload)(*args)  # type: ignore[no-any-return]
     return _functions[name, overload](*args)  # type: ignore[no-any-return]
+
+
+def is_transformed() -> bool:
+    """Whether torch.func transforms what runs now, or forward-mode derivatives may be taken."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_transforms(name: str, args: Sequence[Any]) -> None:
+    """Raise under torch.func, and where an argument has a tangent, which would be lost."""
+    if not is_transformed():
+        return
+    if torch._C._are_functorch_transforms_active():
+        what = "cannot be transformed by torch.func (vmap, grad, jvp, hessian, ...)"
+    elif any(isinstance(x, Tensor) and has_tangent(x) for x in _flatten(args)[1]):
+        what = "has no forward-mode derivative"
+    else:
+        return
+    raise RuntimeError(f'{name} {what} in this back end; use backend="reference"')
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether ``x`` is dual: a value with its derivative."""
+    tangent = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
+    return tangent is not None
+
+
+def _call_compiled(name: str, overload: str, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """A number that changed between calls is symbolic, and goes in as a tensor."""
+    # Not at the top: the module imports SymPy. While a compiler runs it has been imported.
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    def is_static(value: Any) -> bool:
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        return all(has_static_value(number) for number in values)
+
+    numbers = _numbers[name]
+    if all(is_static(args[k]) for k in numbers):
+        return operator(name, overload)(*args)  # type: ignore[no-any-return]
+    tensors = [_as_tensor(arg) if k in numbers else arg for k, arg in enumerate(args)]
+    return operator(f"{name}_dynamic", overload)(*tensors)  # type: ignore[no-any-return]
+
+
+def _as_tensor(value: float | tuple[float, ...] | list[float]) -> Tensor:
+    """A number as (), several as (L,): fp64 on the CPU."""
+    if isinstance(value, (tuple, list)):
+        return torch.stack([_as_tensor(number) for number in value])
+    # A product, since the compiler turns a symbolic factor into a tensor, but not a fill value.
+    return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
 def saveable(arg: Any) -> Any:
@@ -98,9 +157,23 @@ def saveable(arg: Any) -> Any:
 
 
 def register(definition: Definition) -> None:
-    """Define the operator and its backward, in every overload."""
+    """Define the operator and its backward, in every overload and with numbers as tensors."""
+    names = (definition.name, f"{definition.name}_backward")
+    dynamic = replace(
+        definition,
+        name=f"{definition.name}_dynamic",
+        schema=_numbers_as_tensors(definition.schema),
+        schema_backward=_numbers_as_tensors(definition.schema_backward),
+    )
     for overload in OVERLOADS:
-        _register(definition, overload)
+        implementations = definition.triton if overload == ".triton" else definition.chunked
+        gradients = _register(definition, overload, implementations)
+        _functions[definition.name, overload] = _make_function(definition, overload, gradients)
+        if overload == "" and HAS_TRITON:
+            for name, implementation in zip(names, definition.triton, strict=True):
+                _library.impl(name, implementation, "CUDA")
+        _register(dynamic, overload, [_read_numbers(operator(name, overload)) for name in names])
+    _numbers[definition.name] = _number_positions(operator(definition.name))
 
 
 def register_plain(
@@ -113,19 +186,38 @@ def register_plain(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
-def _register(definition: Definition, overload: str) -> None:
+def _numbers_as_tensors(schema: str) -> str:
+    arguments, results = schema.split("->")
+    return re.sub(r"\bfloat(\[\])? ", "Tensor ", arguments) + "->" + results
+
+
+def _number_positions(operator: Any) -> tuple[int, ...]:
+    """Which arguments are floats or lists of floats."""
+    types = [str(argument.type) for argument in operator._schema.arguments]
+    return tuple(k for k, of in enumerate(types) if of in ("float", "List[float]"))
+
+
+def _read_numbers(operator: Any) -> Implementation:
+    numbers = _number_positions(operator)
+
+    def call_with_numbers(*args: Any) -> Any:
+        return operator(*(arg.tolist() if k in numbers else arg for k, arg in enumerate(args)))
+
+    return call_with_numbers
+
+
+def _register(
+    definition: Definition, overload: str, implementations: Sequence[Implementation]
+) -> Callable[..., tuple[Any, ...]]:
+    """Define one overload of an operator and of its backward; returns its gradients."""
     forward, backward = f"{definition.name}{overload}", f"{definition.name}_backward{overload}"
     _library.define(forward + definition.schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.define(backward + definition.schema_backward, tags=(torch.Tag.pt2_compliant_tag,))
     for name in (definition.name, f"{definition.name}_backward"):
         packet = getattr(torch.ops.cjepa_kernels, name)
         _operators[name, overload] = getattr(packet, overload.lstrip(".") or "default")
-    implementations = definition.triton if overload == ".triton" else definition.chunked
     for schema, implementation in zip((forward, backward), implementations, strict=True):
         _library.impl(schema, implementation, "CompositeExplicitAutograd")
-    if overload == "" and HAS_TRITON:
-        for schema, implementation in zip((forward, backward), definition.triton, strict=True):
-            _library.impl(schema, implementation, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{forward}", definition.fake, lib=_library)
     torch.library.register_fake(f"{NAMESPACE}::{backward}", definition.fake_backward, lib=_library)
     gradients = _make_gradients(definition, overload)
@@ -141,22 +233,33 @@ def _register(definition: Definition, overload: str) -> None:
     takes_autocast = "product_dtype" in definition.schema
     for device_type, key in AUTOCAST_DEVICES.items() if takes_autocast else ():
         _library.impl(forward, _make_autocast(definition.name, overload, device_type), key)
-    _functions[definition.name, overload] = _make_function(definition, overload, gradients)
+    return gradients
 
 
 def _make_gradients(definition: Definition, overload: str) -> Callable[..., tuple[Any, ...]]:
     backward = operator(f"{definition.name}_backward", overload)
+    has_lists = "Tensor[]" in definition.schema  # vmap knows no way to run these one by one
 
     def quick_backward(*args: Any) -> Any:
         with _below_autograd():
             return backward(*args)
 
     def gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        if has_lists and any(x is not None and _is_batched(x) for x in upstream):
+            raise RuntimeError(
+                f"{definition.name} takes one gradient at a time in this back end, not a batch of "
+                '(is_grads_batched, vectorize); use backend="reference"'
+            )
         # Who wants a second derivative meets the autograd that says that there is none.
         run = backward if torch.is_grad_enabled() else quick_backward
         return definition.gradients(ctx, run, *upstream)
 
     return gradients
+
+
+def _is_batched(x: Tensor) -> bool:
+    functorch: Any = torch._C._functorch
+    return bool(functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x))
 
 
 def _make_no_double_backward(name: str) -> Callable[..., None]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels import ops
+from cjepa_kernels.registration import is_transformed
 
 
 def cls_tokens(features: Tensor) -> Tensor:
@@ -24,7 +25,8 @@ def cls_tokens(features: Tensor) -> Tensor:
     Returns:
         (B, D).
     """
-    if not (features.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+    needs_gradient = features.requires_grad and torch.is_grad_enabled()
+    if not needs_gradient or torch.compiler.is_compiling() or is_transformed():
         return features[:, 0]
     return _ClsTokens.apply(features)  # type: ignore[no-any-return,no-untyped-call]
 

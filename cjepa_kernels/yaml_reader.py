@@ -72,8 +72,10 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"expected at most {MAX_BYTES // 2**10} KiB")
     try:
         return yaml.load(text, Loader=_loader())
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # "\UFFFFFFFF" gives the last two
+    except yaml.YAMLError as error:
         raise ValueError(_in_one_line(error, text)) from error
+    except (ValueError, OverflowError) as error:  # PyYAML lets these through
+        raise ValueError(f"an escape such as \\UFFFFFFFF is out of range ({error})") from error
 
 
 def _decode(data: bytes) -> str:

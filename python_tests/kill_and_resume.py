@@ -119,6 +119,9 @@ def _damage(run_dir: Path, chance: random.Random) -> list[str]:
     files = sorted(path for path in run_dir.rglob("*") if path.is_file() and path.stat().st_size)
     if not files:
         return []
+    checkpoints = [path for path in files if path.suffix == ".ckpt"]
+    if checkpoints and chance.random() < 0.5:
+        files = checkpoints
     file = chance.choice(files)
     content = bytearray(file.read_bytes())
     place = chance.randrange(len(content))

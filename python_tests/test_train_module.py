@@ -338,8 +338,8 @@ def test_channel_statistics_are_those_of_the_pretraining_images(
 ) -> None:
     built: list[CJEPAModule] = []
 
-    def build(*arguments: Any) -> CJEPAModule:
-        built.append(CJEPAModule(*arguments))
+    def build(*arguments: Any, **options: Any) -> CJEPAModule:
+        built.append(CJEPAModule(*arguments, **options))
         return built[-1]
 
     config = tiny(f"data.pretrain_classes={classes}")

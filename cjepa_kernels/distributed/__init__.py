@@ -7,6 +7,14 @@ exchange     what ranks send each other        blocks       parts of S, by the o
 
 from cjepa_kernels.distributed.blocks import STRATEGIES, Options, Strategy
 from cjepa_kernels.distributed.exchange import Counts, counting
-from cjepa_kernels.distributed.group import resolve_group
+from cjepa_kernels.distributed.group import SharedGroup, resolve_group
 
-__all__ = ["STRATEGIES", "Counts", "Options", "Strategy", "counting", "resolve_group"]
+__all__ = [
+    "STRATEGIES",
+    "Counts",
+    "Options",
+    "SharedGroup",
+    "Strategy",
+    "counting",
+    "resolve_group",
+]

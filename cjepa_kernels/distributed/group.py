@@ -31,6 +31,29 @@ def resolve_group(distributed: bool | dist.ProcessGroup) -> dist.ProcessGroup | 
     return distributed
 
 
+class SharedGroup:
+    """A process group as a module holds it, so that the module can be copied and pickled.
+
+    A group belongs to the processes of one run: a deep copy shares it, and a pickle can only name
+    the default group, which every run has, as ``True``.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedGroup:
+        return self
+
+    def __reduce__(self) -> tuple[type[bool], tuple[bool]]:
+        if dist.is_initialized() and self.group is dist.group.WORLD:
+            return bool, (True,)
+        raise TypeError(
+            "a loss whose distributed is a process group other than the default one cannot be "
+            "pickled, because the group exists in this run only: save its state_dict, or set "
+            "distributed to True or False before"
+        )
+
+
 @dataclass(frozen=True)
 class GlobalBatch:
     """The pairs of all ranks, in the order of the ranks.

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from cjepa_kernels.backends import Backend
 from cjepa_kernels.distributed import Strategy
-from cjepa_kernels.functional import check_bool, check_floating_tensor
+from cjepa_kernels.functional import as_float, check_bool, check_floating_tensor, is_number
 from cjepa_kernels.modules.hjepa import Levels
 from cjepa_kernels.modules.nt_xent import NTXentLoss
 from cjepa_kernels.reference import Reduction
@@ -80,13 +80,13 @@ class ContrastiveJEPALoss(nn.Module):
             ("jepa_weight", jepa_weight),
             ("contrastive_weight", contrastive_weight),
         ):
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            if not is_number(weight):
                 raise TypeError(f"{name} must be a number, got {weight!r}")
-            if not (weight >= 0 and math.isfinite(weight)):
+            if not 0 <= as_float(weight) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {weight}")
         self.jepa_loss = jepa_loss
-        self.jepa_weight = jepa_weight
-        self.contrastive_weight = contrastive_weight
+        self.jepa_weight = as_float(jepa_weight)
+        self.contrastive_weight = as_float(contrastive_weight)
         check_bool("contrastive_on_context", contrastive_on_context)
         self.contrastive_on_context = contrastive_on_context
         self.contrastive = NTXentLoss(
@@ -148,10 +148,10 @@ class ContrastiveJEPALoss(nn.Module):
 
         terms = []
         if self.jepa_weight:
-            terms.append(self.jepa_weight * jepa["loss"])
+            terms.append(as_float(self.jepa_weight) * jepa["loss"])
         if self.contrastive_weight:
             self._warn_without_gradient(features_i, features_j)
-            terms.append(self.contrastive_weight * contrastive["loss"])
+            terms.append(as_float(self.contrastive_weight) * contrastive["loss"])
         # A weight of 0 leaves its term out: 0 x NaN would still be NaN.
         loss = sum(terms[1:], terms[0]) if terms else 0.0 * jepa["loss"]
         return {
@@ -258,6 +258,6 @@ class ContrastiveJEPALoss(nn.Module):
         """Settings as ``name=value``, for ``print(module)``."""
         return (
             f"jepa_weight={self.jepa_weight}, contrastive_weight={self.contrastive_weight}, "
-            f"temperature={float(torch.as_tensor(self.contrastive.temperature).detach()):.6g}, "
+            f"temperature={self.contrastive.describe_temperature()}, "
             f"contrastive_on_context={self.contrastive_on_context}"
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from cjepa_kernels.backends import Backend
-from cjepa_kernels.functional import check_bool
+from cjepa_kernels.functional import as_float, check_bool, is_number
 from cjepa_kernels.prediction import (
     PredictionOptions,
     check_levels,
@@ -199,17 +200,17 @@ def _as_bool(name: str, mask: Any, prediction: Any) -> Any:
 
 
 def _per_level(weights: float | Sequence[float], levels: int) -> list[float]:
-    if not isinstance(weights, (int, float, Sequence)) or isinstance(weights, str):
+    if not isinstance(weights, (Real, Sequence)) or isinstance(weights, str):
         raise TypeError(f"hierarchy_weights must be a number or a sequence, got {weights!r}")
-    values = [weights] * levels if isinstance(weights, (int, float)) else list(weights)
+    values = [weights] * levels if isinstance(weights, Real) else list(weights)
     if len(values) != levels:
         raise ValueError(
             f"hierarchy_weights must have one weight per level, num_hierarchies={levels}, "
             f"got {len(values)}: {values}"
         )
     for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not is_number(value):
             raise TypeError(f"hierarchy_weights must be numbers, got {value!r}")
-        if not 0 <= value < float("inf"):
+        if not 0 <= as_float(value) < float("inf"):
             raise ValueError(f"hierarchy_weights must be finite and not negative, got {values}")
-    return [float(value) for value in values]
+    return [as_float(value) for value in values]

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.utils import parametrize
 
 from cjepa_kernels import reference
 from cjepa_kernels.backends import Backend, check_backend
-from cjepa_kernels.distributed import Strategy, resolve_group
+from cjepa_kernels.distributed import SharedGroup, Strategy, resolve_group
 from cjepa_kernels.functional import (
+    as_float,
     check_bool,
     check_in_range,
     check_reduction,
@@ -31,7 +35,10 @@ class NTXentLoss(nn.Module):
         reduction: ``mean`` over the 2B anchors, ``sum`` or ``none``.
         eps: Smallest norm that is divided by.
         learnable_temperature: Train log(temperature) as the parameter ``log_temperature``,
-            starting at ``temperature``: it stays positive whatever the optimiser does.
+            starting at ``temperature``: it stays positive whatever the optimiser does. Keep it out
+            of weight decay, which pulls the temperature towards 1.
+        temperature_shape: Shape of ``log_temperature``, () or (1,). FSDP cannot shard a 0-dim
+            parameter and needs (1,). State dicts of either shape load into either.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
         return_logits: Add ``logits`` (2B, 2B + 1) to the result, the positive in column 0,
             divided by the temperature. This builds the matrix that the loss otherwise avoids;
@@ -40,7 +47,8 @@ class NTXentLoss(nn.Module):
             as described for ``group`` in :func:`cjepa_kernels.nt_xent`. Without a call of
             ``init_process_group``, True means one process. A learnable temperature
             needs its gradient averaged over the ranks, like every parameter: have the loss be a
-            part of the module that DDP wraps.
+            part of the module that DDP wraps. A copy by ``copy.deepcopy`` shares the group. Pickle
+            stores the default group as True and refuses any other.
         strategy: How the ranks work together: ``auto``, ``all_gather`` or ``ring``.
 
     Raises:
@@ -64,6 +72,7 @@ class NTXentLoss(nn.Module):
         eps: float = 1e-8,
         *,
         learnable_temperature: bool = False,
+        temperature_shape: Sequence[int] = (),
         backend: Backend = "auto",
         return_logits: bool = False,
         distributed: bool | ProcessGroup = False,
@@ -76,21 +85,38 @@ class NTXentLoss(nn.Module):
         check_in_range("eps", eps)
         check_backend(backend)
         check_strategy(strategy)
-        if not isinstance(distributed, bool):
-            resolve_group(distributed)
+        _check_temperature_shape(temperature_shape)
         self.use_cosine_similarity = use_cosine_similarity
         self.reduction = reduction
-        self.eps = eps
+        self.eps = as_float(eps)
         self.backend = backend
         self.return_logits = return_logits
+        self._distributed: bool | SharedGroup
         self.distributed = distributed
         self.strategy = strategy
+        self._temperature = as_float(temperature)  # of a learnable one, where it starts
         self.log_temperature: nn.Parameter | None
         if learnable_temperature:
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+            self.log_temperature = nn.Parameter(torch.empty(tuple(temperature_shape)))
+            self.reset_parameters()
         else:
             self.register_parameter("log_temperature", None)
-            self._temperature = float(temperature)
+
+    def reset_parameters(self) -> None:
+        """Set a learnable temperature back to where it started."""
+        if self.log_temperature is not None:
+            self._fill(self.log_temperature, self._temperature)
+
+    @property
+    def distributed(self) -> bool | ProcessGroup:
+        """Whether negatives come from all ranks, or the process group that they come from."""
+        value = self._distributed
+        return value.group if isinstance(value, SharedGroup) else value
+
+    @distributed.setter
+    def distributed(self, value: bool | ProcessGroup) -> None:
+        resolve_group(value)
+        self._distributed = value if isinstance(value, bool) else SharedGroup(value)
 
     @property
     def temperature(self) -> float | Tensor:
@@ -103,10 +129,18 @@ class NTXentLoss(nn.Module):
     def temperature(self, value: float) -> None:
         _check_float_temperature(value)
         if self.log_temperature is None:
-            self._temperature = float(value)
+            self._temperature = as_float(value)
         else:
-            with torch.no_grad():
-                self.log_temperature.fill_(math.log(value))
+            self._fill(self.log_temperature, value)
+
+    def _fill(self, parameter: nn.Parameter, temperature: float) -> None:
+        with torch.no_grad():
+            if parametrize.is_parametrized(self, "log_temperature"):
+                # What was read is computed: only an assignment reaches what it is computed from.
+                value: Any = torch.full_like(parameter, math.log(temperature))
+                self.log_temperature = value
+            else:
+                parameter.fill_(math.log(temperature))
 
     def forward(self, z_i: Tensor, z_j: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
         """Loss and metrics of a batch of pairs.
@@ -150,15 +184,36 @@ class NTXentLoss(nn.Module):
             )
         return result
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        stored, own = state_dict.get(f"{prefix}log_temperature"), self.log_temperature
+        if isinstance(stored, Tensor) and own is not None and stored.numel() == own.numel() == 1:
+            state_dict[f"{prefix}log_temperature"] = stored.reshape(own.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def describe_temperature(self) -> str:
+        """The temperature for ``print``, a word where no process can read it alone."""
+        if self.log_temperature is None:
+            return f"{self._temperature:.6g}"
+        log = self.log_temperature.detach()
+        if type(log) is not Tensor or log.is_meta or log.numel() != 1:  # a shard has 0 or 1 numbers
+            return "exp(log_temperature)"
+        return f"{log.exp().item():.6g}"
+
     def extra_repr(self) -> str:
         """Settings as ``name=value``, for ``print(module)``."""
-        temperature = float(torch.as_tensor(self.temperature).detach())
         learnable = "" if self.log_temperature is None else ", learnable_temperature=True"
         return (
-            f"temperature={temperature:.6g}{learnable}, "
+            f"temperature={self.describe_temperature()}{learnable}, "
             f"use_cosine_similarity={self.use_cosine_similarity}, reduction={self.reduction}, "
             f"backend={self.backend}"
         )
+
+
+def _check_temperature_shape(shape: Sequence[int]) -> None:
+    if not isinstance(shape, Sequence) or tuple(shape) not in ((), (1,)):
+        raise ValueError(f"temperature_shape must be () or (1,), got {shape!r}")
 
 
 def _check_float_temperature(temperature: float) -> None:
