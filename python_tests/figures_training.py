@@ -11,16 +11,20 @@ import torch
 from documents import ROOT
 from figures import record
 
+from cjepa_kernels.train import advisor
 from cjepa_kernels.train.comparison import (
+    ArmRun,
     Comparison,
     Summary,
     comparison_markdown,
     load_comparison,
     text_tables,
 )
-from cjepa_kernels.train.config import load_config
+from cjepa_kernels.train.config import config_from_dict, load_config
+from cjepa_kernels.train.data import load_dataset
 from cjepa_kernels.train.vit import VisionTransformer
 
+COMPARISONS = ("digits", "digits-transfer", "cifar10")
 GUIDE, README, RESULTS = "docs/training.md", "README.md", "docs/results"
 Texts = Iterator[tuple[str, str]]
 
@@ -30,13 +34,11 @@ def comparison(name: str) -> Comparison:
 
 
 def pages_of_comparisons() -> Texts:
-    for name in ("digits", "digits-transfer", "cifar10"):
+    for name in COMPARISONS:
         yield f"{RESULTS}/{name}.md", comparison_markdown(comparison(name))
     leads = {"digits": "Mean-pooled patch features:", "cifar10": "where both terms count:"}
     for name, lead in leads.items():
-        table = text_tables(comparison(name))[0]
-        lines = (table.columns, *table.rows, tuple(f"**{cell}**" for cell in table.difference))
-        yield README, "\n".join([lead, *(f"| {' | '.join(cells)} |" for cells in lines)])
+        yield README, f"{lead}\n\n{text_tables(comparison(name))[0].markdown()}"
 
 
 COUNTS = {3: "three", 4: "four", 5: "five"}
@@ -47,6 +49,9 @@ def settings() -> Texts:
     digits, transfer, cifar = map(comparison, ("digits", "digits-transfer", "cifar10"))
     epochs, short, seeds = epochs_of(digits), epochs_of(cifar), len(digits.seeds)
     assert epochs_of(transfer) == epochs
+    data = config_from_dict(digits.config, origin="digits.json").data
+    tested = len(load_dataset(data).test.labels)
+    yield README, f"Accuracy on {tested} test images, mean ± standard deviation over the seeds"
     yield README, f"budget, {seeds} seeds each, {epochs} epochs, frozen features"
     data, size = cifar.config["data"], cifar.config["trainer"]["batch_size"]
     images = f"{data['train_size']:,}"
@@ -139,51 +144,64 @@ def parameters() -> Texts:
     yield f"{RESULTS}/cifar10.md", f"86 million parameters, against {count}; hundreds"
 
 
+def recorded_runs() -> Iterator[tuple[str, ArmRun, float]]:
+    """Every run of the recorded comparisons: its record, itself, and its warm-up in epochs."""
+    for name in COMPARISONS:
+        content = comparison(name)
+        warmup = epochs_of(content) * content.config["optimizer"]["warmup_fraction"]
+        for run in content.runs:
+            yield name, run, warmup
+
+
+def smooth(history: list[dict[str, float]], warmup: float, key: str, since: int) -> list[float]:
+    """What the advisor judges, epoch by epoch: medians, from ``since`` epochs after warm-up on."""
+    values = [
+        row["contrastive_pos_sim"] - row["contrastive_neg_sim"] if key == "gap" else row[key]
+        for row in history
+    ][math.floor(warmup) :]
+    ends = range(max(since, advisor.WINDOW), len(values) + 1)
+    return [statistics.median(values[end - advisor.WINDOW : end]) for end in ends]
+
+
+def extremes(arms: tuple[str, ...], key: str, since: int, records: str = "") -> tuple[float, float]:
+    """Lowest and highest of these over the recorded comparisons."""
+    found = [
+        value
+        for name, run, warmup in recorded_runs()
+        if run.arm in arms and records in ("", name)
+        for value in smooth(run.history, warmup, key, since)
+    ]
+    return min(found), max(found)
+
+
+def up(value: float) -> str:
+    """Two digits, rounded up: no value is above."""
+    return f"{math.ceil(100 * value) / 100:.2f}"
+
+
+def down(value: float) -> str:
+    """Two digits, rounded down: no value is below."""
+    return f"{math.floor(100 * value) / 100:.2f}"
+
+
 def guide() -> Texts:
-    """What our own runs showed, in the table of findings."""
+    """What our own runs showed, in the table of findings, which the advisor's notes repeat."""
     digits, cifar = comparison("digits"), comparison("cifar10")
     pixels = digits.baselines["pixels"][0]["pixels/linear"]
     yield GUIDE, f"on digits raw pixels alone reach {pixels:.0f} %"
-
-    def histories(content: Comparison, key: str) -> list[list[float]]:
-        return [[epoch[key] for epoch in run.history] for run in content.arm_runs("cjepa")]
-
-    def ends(content: Comparison, key: str) -> list[float]:
-        return [values[-1] for values in histories(content, key)]
-
-    accuracy = [statistics.mean(ends(c, "contrastive_accuracy")) for c in (digits, cifar)]
-    tuning = {r["setting"]: r for r in record(f"{RESULTS}/tuning.json")["rows"]}
-    recipe, low = (
-        statistics.mean(tuning[name]["contrastive_accuracy"])
-        for name in ("weight 0.1, temperature 0.1", "temperature 0.07")
+    for note in advisor.NOTES.values():
+        yield GUIDE, note
+    for text in notes_of_advisor():
+        assert any(text in note for note in advisor.NOTES.values()), text
+    positive, negative = (
+        [[row[f"contrastive_{k}_sim"] for row in run.history] for run in digits.arm_runs("cjepa")]
+        for k in ("pos", "neg")
     )
-    yield (
-        GUIDE,
-        f"healthy runs ended at {accuracy[0]:.2f} (digits) and {accuracy[1]:.2f} (CIFAR-10); "
-        f"temperature 0.07 raised it by {low - recipe:.2f} and left",
-    )
-    early = [max(values) for values in histories(digits, "term_ratio")]
-    end, cifar_end = ends(digits, "term_ratio"), ends(cifar, "term_ratio")
-    heavy = statistics.mean(tuning["weight 0.2"]["term_ratio"])
-    yield (
-        GUIDE,
-        f"digits reached {min(early):.2f}–{max(early):.2f} early and ended at "
-        f"{statistics.mean(end):.1f}, CIFAR-10 ended at {min(cifar_end):.1f}–{max(cifar_end):.1f}, "
-        f"digits with weight 0.2 at {heavy:.2f}",
-    )
-    positive, negative = (histories(digits, f"contrastive_{k}_sim") for k in ("pos", "neg"))
     gap = [
         statistics.mean(p[i] - n[i] for p, n in zip(positive, negative, strict=True))
         for i in (0, 9, 39)
     ]
     yield GUIDE, "{:.2f}, {:.2f}, {:.2f} at epochs 1, 10, 40 on digits".format(*gap)
-    shared = record(f"{RESULTS}/tuning.json")["one mask for both views"]
-    apart = tuning["weight 0.1, temperature 0.1"]
-    yield (
-        GUIDE,
-        f"accuracy {shared['accuracy_at_epoch_7']:.2f} at epoch 7, few-label probe "
-        f"{shared['mean/few_label']:.1f} instead of {apart['mean/few_label'][0]:.1f}",
-    )
     spread = {
         arms: [
             run.evaluation["cls/std"]
@@ -196,8 +214,105 @@ def guide() -> Texts:
     with_term, alone = spread.values()
     yield (
         GUIDE,
-        f"CLS spread ended at {math.floor(100 * min(with_term)) / 100:.2f} or above with the "
-        f"contrastive term, at {min(alone):.1f} to {max(alone):.1f} with JEPA alone",
+        f"The spread of CLS ended at {down(min(with_term))} or above with the contrastive term, "
+        f"and at {min(alone):.1f} to {max(alone):.1f} with JEPA alone",
+    )
+    probes = ("mean/few_label", "mean/knn", "cls/few_label", "cls/knn")
+    runs = {run["setting"]: run for run in record(f"{RESULTS}/advisor.json")["runs"]}
+    table = [
+        "| setting | few-label, mean-pooled | k-NN, mean-pooled | few-label, CLS | k-NN, CLS |"
+    ]
+    for name, evaluation in (
+        ("the recipe, weight 0.1", digits.arm_runs("cjepa")[0].evaluation),
+        *((name, run["evaluation"]) for name, run in runs.items()),
+    ):
+        table.append(f"| {name} | {' | '.join(f'{evaluation[key]:.1f}' for key in probes)} |")
+    yield GUIDE, "\n".join(table)
+
+
+def notes_of_advisor() -> Iterator[str]:
+    """What the records say in the notes of the advisor."""
+    trained, alone = ("cjepa", "contrastive"), ("jepa",)
+    patience = advisor.PATIENCE
+    chance = math.log(2 * 64 - 1)
+    assert all(comparison(name).config["trainer"]["batch_size"] == 64 for name in COMPARISONS)
+    highest = extremes(trained, "contrastive_loss", patience)[1] / chance
+    lowest = extremes(alone, "contrastive_loss", patience)[0] / chance
+    assert highest < advisor.AT_CHANCE_LOSS < lowest
+    low_accuracy = extremes(trained, "contrastive_accuracy", patience)[0] * (2 * 64 - 1)
+    no_accuracy = extremes(alone, "contrastive_accuracy", patience)[1] * (2 * 64 - 1)
+    assert no_accuracy < advisor.AT_CHANCE_ACCURACY < low_accuracy
+    yield (
+        f"{patience} epochs after warm-up, runs that train the term were at {up(highest)} of the "
+        f"loss at chance or below, and JEPA alone, which does not train it, at {down(lowest)} or "
+        "above"
+    )
+    ends = [
+        run.history[-1]["contrastive_accuracy"]
+        for _, run, _ in recorded_runs()
+        if run.arm in trained
+    ]
+    yield f"runs that probed well ended at {down(min(ends))} to {up(max(ends))}"
+    best = extremes(trained, "contrastive_accuracy", 0)[1]
+    assert best < advisor.HIGH_ACCURACY
+    yield f"no run that probed well went beyond {up(best)}"
+    ratios = [
+        max(extremes(("cjepa",), "term_ratio", 0, name)[1] for name in names)
+        for names in (("digits", "digits-transfer"), ("cifar10",))
+    ]
+    runs = {run["setting"]: run for run in record(f"{RESULTS}/advisor.json")["runs"]}
+    heavy, fast = runs["weight 2"], runs["learning rate 0.1"]
+    most = max(smooth(heavy["history"], heavy["warmup_epochs"], "term_ratio", 0))
+    assert max(*ratios, most) < advisor.DOMINATING_RATIO
+    yield (
+        f"the recipes reached ratios of {ratios[0]:.1f} (digits) and {ratios[1]:.1f} (CIFAR-10), "
+        f"and weight 2 on digits a ratio of {most:.1f}"
+    )
+    collapsed = max(smooth(fast["history"], fast["warmup_epochs"], "term_ratio", 0))
+    assert collapsed > advisor.DOMINATING_RATIO
+    yield f"went beyond {advisor.DOMINATING_RATIO:g}"
+    window = patience + advisor.WINDOW
+
+    def gaps(arms: tuple[str, ...]) -> list[tuple[float, float]]:
+        """(gap, growth over the patience) wherever the rule judges them."""
+        found = []
+        for _, run, warmup in recorded_runs():
+            if run.arm in arms:
+                values = smooth(run.history, warmup, "gap", advisor.WINDOW)
+                found += [(now, now - values[i]) for i, now in enumerate(values[patience:])]
+        return found
+
+    narrow = min(gap for gap, _ in gaps(trained))
+    widest = max(gap for gap, _ in gaps(alone))
+    slowest = min(growth for gap, growth in gaps(trained) if gap < 0.5)
+    fastest = max(growth for _, growth in gaps(alone))
+    assert widest < advisor.SEPARATED_GAP < narrow
+    assert fastest < advisor.MIN_GAP_GROWTH < slowest
+    yield (
+        f"from {window} epochs after warm-up on, runs that train the term had a gap of "
+        f"{down(narrow)} or more; where it was below 0.5 it still grew by {down(slowest)} or more. "
+        f"JEPA alone had a gap of {up(widest)} at most, which grew by {up(fastest)} at most"
+    )
+    shared = record(f"{RESULTS}/tuning.json")["one mask for both views"]
+    tuned = {row["setting"]: row for row in record(f"{RESULTS}/tuning.json")["rows"]}
+    apart = tuned["weight 0.1, temperature 0.1"]["mean/few_label"][0]
+    assert shared["accuracy_at_epoch_7"] > advisor.SHORTCUT_ACCURACY
+    yield (
+        f"accuracy {shared['accuracy_at_epoch_7']:.2f} at epoch 7, few-label probe "
+        f"{shared['mean/few_label']:.1f} instead of {apart:.1f}"
+    )
+    everyone = (*trained, *alone)
+    similar = extremes(everyone, "contrastive_neg_sim", 0)[1]
+    narrowest = extremes(everyone, "cls_std", 0)[0]
+    assert similar < advisor.COLLAPSE_SIMILARITY
+    assert narrowest > advisor.COLLAPSE_STD
+    recipe = comparison("digits").arm_runs("cjepa")[0].evaluation
+    equal = max(smooth(fast["history"], fast["warmup_epochs"], "contrastive_neg_sim", 0))
+    yield (
+        f"the negative similarity of the recorded comparisons was {up(similar)} at most, and the "
+        f"spread of CLS {down(narrowest)} or more. A learning rate of 0.1 collapsed them: a "
+        f"negative similarity of {equal:.2f}, few-label probe "
+        f"{fast['evaluation']['mean/few_label']:.1f} instead of {recipe['mean/few_label']:.1f}"
     )
 
 

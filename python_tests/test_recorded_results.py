@@ -46,8 +46,20 @@ def test_tuning_moves_no_probe_by_more_than_two_points() -> None:
 
 def test_rules_of_the_advisor_are_those_of_the_guide() -> None:
     guide = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    assert f"accuracy < {advisor.LOW_ACCURACY}: try" in guide
-    assert f"accuracy > {advisor.HIGH_ACCURACY}: try" in guide
+    for rule in (
+        f"above {advisor.AT_CHANCE_LOSS} of log(2B − 1) and the accuracy below "
+        f"{advisor.AT_CHANCE_ACCURACY:g} / (2B − 1), both of chance, {advisor.PATIENCE} epochs",
+        f"accuracy > {advisor.HIGH_ACCURACY}:",
+        f"above {advisor.DOMINATING_RATIO:g} times the weighted JEPA term",
+        f"is below {advisor.SEPARATED_GAP} and grew by less than {advisor.MIN_GAP_GROWTH} over "
+        f"{advisor.PATIENCE} epochs",
+        f"It judges medians of {advisor.WINDOW} epochs",
+    ):
+        assert rule in guide
+    findings = guide[guide.index("| finding | rule |") :]
+    assert re.findall(r"^\| `(\w+)` \|", findings, re.MULTILINE)[: len(advisor.NOTES)] == list(
+        advisor.NOTES
+    )
 
 
 def test_the_whole_loss_misses_no_target() -> None:

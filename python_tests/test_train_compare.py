@@ -24,11 +24,14 @@ from cjepa_kernels.train.comparison import (
     comparison_markdown,
     load_comparison,
     paired_differences,
+    rich_tables,
     save_comparison,
     text_tables,
 )
 from cjepa_kernels.train.config import ExperimentConfig, apply_overrides
+from cjepa_kernels.train.evaluate import ProbeSizes
 from cjepa_kernels.train.run_directory import RunResult
+from cjepa_kernels.train.uncertainty import difference_margin, wilson
 from cjepa_kernels.train.worker_pool import JobError
 
 SMALL = apply_overrides(
@@ -98,6 +101,24 @@ def test_everything_is_measured(compared: tuple[Comparison, Path, str]) -> None:
     assert "pixels/transfer_linear" in comparison.baselines["pixels"][0]
 
 
+def test_sizes_are_those_of_the_data(compared: tuple[Comparison, Path, str]) -> None:
+    comparison, out, text = compared
+    assert comparison.data is not None
+    assert (comparison.data.train, comparison.data.test) == (160, 60)
+    every, transfer = comparison.probes["all"], comparison.probes["transfer"]
+    assert (every.train_images, every.test_images) == (160, 60)
+    assert (every.fewest_labels, every.most_labels) == (10, 10)
+    assert every.neighbours == transfer.neighbours == 10
+    assert (transfer.train_images, transfer.test_images) == (80, 30)
+    saved = json.loads((out / "comparison.json").read_text())["data"]
+    assert {"train", "test", "classes", "class_counts", "image_size", "test_from"} <= set(saved)
+    assert "(60 test images, 2 seeds)" in text
+    assert "(30 test images, 2 seeds)" in text
+    page = (out / "comparison.md").read_text()
+    for line in comparison.data.lines():
+        assert f"- {line}" in page
+
+
 def test_arms_share_their_start(compared: tuple[Comparison, Path, str]) -> None:
     # Before the first step the arms are one model on one batch, so their first epoch is close.
     comparison, _, _ = compared
@@ -125,6 +146,14 @@ def test_console_output(compared: tuple[Comparison, Path, str]) -> None:
     for title in ("Raw pixels", "Untrained encoder", "JEPA alone", "Contrastive alone"):
         assert title in text
     assert "[9/9] finished" in text
+    lines = text.splitlines()
+    assert lines[0] == "Data: digits."
+    assert lines[1] == "160 training images and 60 test images of 10 classes."
+    assert "10 are visible (62 %), 4 are predicted (25 %)" in text
+    for run in (out / "runs").iterdir():
+        assert (
+            (run / "log.txt").read_text(encoding="utf-8").startswith("Data: digits.\n160 training")
+        )
     assert f"Report: {out / 'report.html'}" in text
 
 
@@ -229,9 +258,8 @@ def test_invalid_arguments(arguments: dict[str, Any], message: str, tmp_path: Pa
     ],
 )
 def test_experiments_that_do_not_compare(override: str, message: str, tmp_path: Path) -> None:
-    config = apply_overrides(SMALL, [override])
     with pytest.raises(ValueError, match=re.escape(message)):
-        compare(config, seeds=[0], out_dir=tmp_path, workers=2)
+        compare(apply_overrides(SMALL, [override]), seeds=[0], out_dir=tmp_path, workers=2)
     assert not list(tmp_path.iterdir())
 
 
@@ -298,7 +326,133 @@ def test_rows_of_the_tables() -> None:
         ("JEPA alone", "70.0 ± 0.0"),
         ("C-JEPA", "81.0 ± 1.4"),
     ]
-    assert cls.difference == ("C-JEPA − JEPA alone", *["+11.0 ± 1.4"] * 4)
+    assert cls.differences == [("C-JEPA − JEPA alone", *["+11.0 ± 1.4"] * 4)]
+    assert mean.best == (None,) * 4  # the number of test images is not known
+    assert mean.title == "Mean-pooled patch features (2 seeds)"
+    assert mean.notes == [
+        "± is the sample standard deviation over 2 seeds.",
+        "This record does not hold the numbers of training and test images. Without them the "
+        "sampling error of the test set is unknown, so no cell is in bold.",
+    ]
+
+
+def sized(values: dict[str, tuple[float, ...]], images: int, fewest: int = 10) -> Comparison:
+    """A comparison of these accuracies, one per seed, on so many test images."""
+    seeds = tuple(range(len(next(iter(values.values())))))
+    keys = [f"{f}/{m}" for f in ("mean", "cls") for m in ("few_label", "knn", "linear")]
+    runs = [
+        ArmRun(arm, seed, "runs/x", [], dict.fromkeys(keys, of[seed]), [], 1.0)
+        for seed in seeds
+        for arm, of in values.items()
+    ]
+    by_arm = {arm: [run.evaluation for run in runs if run.arm == arm] for arm in values}
+    baseline = {f"{f}/{m}": 99.0 for f in ("mean", "cls", "pixels") for m in ("few_label", "knn")}
+    return Comparison(
+        dataset="blobs",
+        arms=tuple(values),
+        seeds=seeds,
+        transfer=False,
+        config={"seed": 0},
+        runs=runs,
+        baselines={"pixels": [baseline], "untrained": [baseline] * len(seeds)},
+        paired={
+            f"cjepa - {other}": paired_differences(by_arm["cjepa"], by_arm[other])
+            for other in values
+            if other != "cjepa"
+        },
+        environment={},
+        probes={
+            "all": ProbeSizes(
+                train_images=300,
+                test_images=images,
+                fewest_labels=fewest,
+                most_labels=10,
+                draws=10,
+                neighbours=10,
+            )
+        },
+    )
+
+
+def bold_cells(comparison: Comparison) -> set[str]:
+    return set(re.findall(r"\*\*([^*|]+)\*\*", text_tables(comparison)[0].markdown()))
+
+
+AHEAD = {"cjepa": (88.0, 88.2), "jepa": (70.0, 70.1), "contrastive": (94.0, 94.1)}
+
+
+def test_bold_is_the_arm_that_is_ahead_whichever_it_is() -> None:
+    assert bold_cells(sized(AHEAD, images=10_000)) == {"94.0 ± 0.1"}
+
+
+@pytest.mark.parametrize(
+    ("values", "images"),
+    [
+        (AHEAD, 40),
+        ({**AHEAD, "contrastive": (88.0, 100.0)}, 10_000),
+        ({arm: of[:1] for arm, of in AHEAD.items()}, 10_000),
+        ({"cjepa": (60.0, 60.0), "jepa": (40.0, 40.0), "contrastive": (20.0, 20.0)}, 5),
+        ({"cjepa": (60.0, 60.0)}, 10_000),
+    ],
+    ids=["few-images", "seeds-differ", "one-seed", "five-images", "one-arm"],
+)
+def test_nothing_is_bold_within_the_noise(
+    values: dict[str, tuple[float, ...]], images: int
+) -> None:
+    assert bold_cells(sized(values, images)) == set()
+
+
+def test_a_small_test_set_stands_beside_its_deviation() -> None:
+    values = {"cjepa": (60.0, 60.0), "jepa": (60.0, 60.0), "contrastive": (40.0, 40.0)}
+    comparison = sized(values, images=5, fewest=8)
+    table = text_tables(comparison)[0]
+    assert table.title == "Mean-pooled patch features (5 test images, 2 seeds)"
+    assert table.notes[:3] == [
+        "± is the sample standard deviation over 2 seeds.",
+        "The probes are fitted on 300 training images (few-label: 8 to 10 labels per class) and "
+        "tested on 5 test images, of which one is 20 points.",
+        "The sampling error of the test set comes on top: 60.0 % of 5 images has a 95 % interval "
+        "of 23.1 to 88.2 % (Wilson).",
+    ]
+    page = comparison_markdown(comparison)
+    console = Console(width=100)
+    with console.capture() as captured:
+        for shown in rich_tables(comparison):
+            console.print(shown)
+    for text in (page, captured.get()):
+        assert "5 test images, 2 seeds" in text
+    for note in table.notes:
+        assert f"- {note}" in page
+    (row,) = [line for line in page.splitlines() if "C-JEPA − Contrastive alone" in line][:1]
+    assert row == "| C-JEPA − Contrastive alone | +20.0 ± 0.0 | +20.0 ± 0.0 | +20.0 ± 0.0 | - |"
+
+
+def test_the_terminal_has_the_same_cells_in_bold() -> None:
+    console = Console(width=120, force_terminal=True, color_system="standard")
+    with console.capture() as captured:
+        console.print(rich_tables(sized(AHEAD, images=10_000))[0])
+    text = captured.get()
+    assert len(re.findall(r"\x1b\[1m *94\.0 ± 0\.1", text)) == 3
+    assert not re.search(r"\x1b\[1m *88\.1", text)
+
+
+def test_wilson_interval_by_hand() -> None:
+    assert wilson(60.0, 5) == pytest.approx((23.07, 88.24), abs=0.01)
+    assert wilson(100.0, 5) == pytest.approx((56.55, 100.0), abs=0.01)
+    assert wilson(0.0, 5) == pytest.approx((0.0, 43.45), abs=0.01)
+    assert wilson(50.0, 10_000) == pytest.approx((49.02, 50.98), abs=0.01)
+
+
+def test_margin_of_a_difference_by_hand() -> None:
+    first, second = (80.0, 82.0, 84.0), (70.0, 73.0, 73.0)
+    of_seeds = 4.302653 * 1.0 / math.sqrt(3)  # differences 10, 9, 11; t of 2 degrees of freedom
+    p, q = (0.82 * 100 + 1) / 102, (0.72 * 100 + 1) / 102
+    of_images = 100 * 1.959964 * math.sqrt((p * (1 - p) + q * (1 - q)) / 102)
+    expected = math.hypot(of_seeds, of_images)
+    assert difference_margin(first, second, 100) == pytest.approx(expected, rel=1e-5)
+    assert difference_margin((80.0,), (70.0,), 100) == math.inf
+    # Seeds that agree exactly say nothing about other images.
+    assert difference_margin((60.0, 60.0), (40.0, 40.0), 5) > 40
 
 
 def test_markdown_table_is_regular() -> None:
@@ -318,6 +472,13 @@ def test_json_round_trip_with_numbers_that_are_not_finite(tmp_path: Path) -> Non
     assert math.isnan(loaded.runs[0].history[0]["loss"])
     assert math.isnan(loaded.paired["cjepa - jepa"]["mean/knn"].std)
     assert loaded.to_json() == comparison.to_json()
+    assert (loaded.data, loaded.probes) == (None, {})
+
+
+def test_sizes_survive_the_json(tmp_path: Path) -> None:
+    path = tmp_path / "comparison.json"
+    save_comparison(sized(AHEAD, images=40), path)
+    assert load_comparison(path).probes == sized(AHEAD, images=40).probes
 
 
 @pytest.mark.parametrize(

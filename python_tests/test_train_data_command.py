@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def test_json_alone_on_stdout(tmp_path: Path) -> None:
     assert (content["label_column"], content["image_column"]) == ("label", "image")
     assert content["ignored_columns"] == ["id"]
     assert content["image_size"] == {"width": 4, "height": 4, "channels": 1}
-    assert content["test_from"].startswith("4 of the 20 images of the source, drawn at random")
+    assert content["test_from"].startswith("a random fifth of the source (4 of 20 images,")
     assert content["patches"] == {"total": 4, "visible": 3, "predicted": 1}
     assert content["damaged"] == []
 
@@ -139,3 +140,23 @@ def test_reading_twice_gives_the_same_summary(tmp_path: Path) -> None:
     decoded = summarize(config, load_dataset(config.data)).to_dict()
     assert content == json.loads(json.dumps(decoded))
     assert content["notes"] == ["10 images of another size (4 x 4) are resized to 8 x 8 pixels."]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of other systems have no such bytes")
+def test_names_that_cannot_be_printed(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    names = (b"a\nb", b"caf\xe9", "cafe\u0301".encode(), b"[bold]c\x1b[31m")
+    for name in names:
+        folder = os.path.join(os.fsencode(root), name)
+        os.makedirs(folder)
+        for row in range(5):
+            Path(os.fsdecode(os.path.join(folder, b"%d.png" % row))).write_bytes(grey(row))
+    config = config_from_dict({"data": {"source": f"imagefolder:{root}"}})
+    lines = summarize(config, load_dataset(config.data)).lines()
+    shown = set(lines[2].partition(": ")[2].removesuffix(".").split(", "))
+    readable = ("a\\nb", "caf\ufffd", "caf\xe9", "[bold]c\\x1b[31m")
+    assert shown == {f"{name} (4 + 1)" for name in readable}
+    assert all(line.isprintable() for line in lines)
+    result = invoke(f"data.source=imagefolder:{root}")
+    assert result.exit_code == 0
+    assert "[bold]c\\x1b[31m (4 + 1)" in result.stdout

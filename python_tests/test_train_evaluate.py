@@ -22,6 +22,7 @@ from cjepa_kernels.train.evaluate import (
     evaluate,
     evaluate_pixels,
     few_label_draws,
+    probe_sizes,
     standard_deviation,
 )
 
@@ -313,3 +314,27 @@ def test_corrupt_rejects(
 ) -> None:
     with pytest.raises(error, match=message):
         corruptions.corrupt(*arguments)
+
+
+def test_sizes_of_the_probes_are_those_that_the_probes_use() -> None:
+    """A class with eight images gives eight labels, however many are asked for."""
+    uneven = torch.tensor([0] * 8 + [1] * 12 + [2] * 9)
+    dataset = Dataset(
+        "uneven",
+        LabeledImages(torch.zeros(29, 1, 4, 4, dtype=torch.uint8), uneven),
+        LabeledImages(torch.zeros(5, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 0, 1, 1, 2])),
+        ("a", "b", "c"),
+    )
+    config = EvaluationConfig(few_labels=10, few_label_draws=3, knn_k=40)
+    sizes = probe_sizes(dataset, config)
+    draws = few_label_draws(uneven.numpy(), config.few_labels, config.few_label_draws)
+    used = {int(n) for draw in draws for n in np.bincount(uneven.numpy()[draw])}
+    assert (sizes.fewest_labels, sizes.most_labels) == (min(used), max(used)) == (8, 10)
+    assert (sizes.train_images, sizes.test_images, sizes.neighbours) == (29, 5, 29)
+    assert sizes.draws == len(draws)
+    transfer = probe_sizes(dataset, config, [1])
+    assert (transfer.train_images, transfer.test_images) == (17, 3)
+    assert (transfer.fewest_labels, transfer.most_labels, transfer.neighbours) == (8, 9, 17)
+    limited = probe_sizes(dataset, config.model_copy(update={"max_train_images": 6}))
+    assert limited.train_images == 6
+    assert limited.most_labels < 8

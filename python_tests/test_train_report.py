@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +20,8 @@ pytest.importorskip("lightning")
 from cjepa_kernels.train.advisor import NOTES
 from cjepa_kernels.train.comparison import ArmRun, Comparison, paired_differences
 from cjepa_kernels.train.data import Dataset, LabeledImages
+from cjepa_kernels.train.data_summary import DataSummary, ImageSize, PatchCounts
+from cjepa_kernels.train.evaluate import ProbeSizes
 from cjepa_kernels.train.report import nearest_neighbours, write_report
 from cjepa_kernels.train.report_figures import project
 
@@ -77,7 +81,30 @@ def extract(pixels: Tensor) -> tuple[Tensor, Tensor]:
     return flat, flat.sqrt()
 
 
-def comparison(*, robust: bool = True, findings: bool = True) -> Comparison:
+SUMMARY = DataSummary(
+    source="blobs",
+    train=30,
+    test=12,
+    classes=("a", HOSTILE, "c"),
+    class_counts={
+        name: dict.fromkeys(("a", HOSTILE, "c"), n) for name, n in (("train", 10), ("test", 4))
+    },
+    label_column=None,
+    image_column=None,
+    ignored_columns=("id",),
+    labels_from="folders",
+    image_size=ImageSize(6, 6, 1),
+    test_from="a folder",
+    patches=PatchCounts(9, 4, 2),
+    notes=("two images were left out.",),
+    warnings=(),
+)
+SIZES = ProbeSizes(
+    train_images=30, test_images=12, fewest_labels=8, most_labels=10, draws=4, neighbours=7
+)
+
+
+def comparison(*, robust: bool = True, findings: bool = True, sizes: bool = True) -> Comparison:
     random = np.random.RandomState(0)
 
     def evaluation() -> dict[str, float]:
@@ -90,11 +117,11 @@ def comparison(*, robust: bool = True, findings: bool = True) -> Comparison:
     keys = ("jepa_loss", "contrastive_loss", "contrastive_accuracy", "term_ratio")
     keys += ("contrastive_pos_sim", "contrastive_neg_sim", "cls_effective_rank")
     finding: dict[str, str | float] = {
-        "rule": "low_accuracy",
+        "rule": "contrastive_at_chance",
         "epoch": 3,
         "message": f"try {HOSTILE}",
         "evidence": "accuracy 0.21",
-        "note": NOTES["low_accuracy"],
+        "note": NOTES["contrastive_at_chance"],
     }
     runs = [
         ArmRun(
@@ -119,8 +146,13 @@ def comparison(*, robust: bool = True, findings: bool = True) -> Comparison:
         config={"seed": 0, "data": {"source": HOSTILE}, "trainer": {"epochs": 4}},
         runs=runs,
         baselines={"pixels": [pixels], "untrained": [evaluation(), evaluation()]},
-        paired={"cjepa - jepa": paired_differences(by_arm["cjepa"], by_arm["jepa"])},
+        paired={
+            f"cjepa - {other}": paired_differences(by_arm["cjepa"], by_arm[other])
+            for other in ("jepa", "contrastive")
+        },
         environment={"date": "2020-01-01", "versions": {"torch": "2"}, "commit": None},
+        data=SUMMARY if sizes else None,
+        probes={"all": SIZES} if sizes else {},
     )
 
 
@@ -159,7 +191,7 @@ def test_ids_are_unique_and_references_resolve(page: tuple[str, PageChecker]) ->
 
 def test_every_section_is_there(page: tuple[str, PageChecker]) -> None:
     _, checker = page
-    sections = {"results", "training", "robustness", "features", "neighbours", "advisor"}
+    sections = {"data", "results", "training", "robustness", "features", "neighbours", "advisor"}
     assert sections | {"details"} <= set(checker.ids)
     assert checker.tags["svg"] == checker.tags["figure"] == 4
     assert checker.tags["figcaption"] == 4
@@ -167,23 +199,83 @@ def test_every_section_is_there(page: tuple[str, PageChecker]) -> None:
 
 def test_numbers_are_those_of_the_comparison(page: tuple[str, PageChecker]) -> None:
     text, _ = page
-    paired = comparison().paired["cjepa - jepa"]["mean/few_label"]
-    assert f"<b>{paired.mean:+.1f}</b>" in text
-    assert paired.format(signed=True) in text
+    for pair in ("cjepa - jepa", "cjepa - contrastive"):
+        paired = comparison().paired[pair]["mean/few_label"]
+        assert f"<td>{paired.format(signed=True)}</td>" in text
+
+
+def text_of(checker: PageChecker) -> str:
+    return " ".join("".join(checker.text).split())
+
+
+def test_tiles_compare_with_both_other_arms(page: tuple[str, PageChecker]) -> None:
+    text, checker = page
+    tiles = re.findall(r'<div class="tile">(.*?)</div>', text)
+    assert len(tiles) == 4
+    for tile, key in zip(
+        tiles, ("mean/few_label", "mean/knn", "cls/few_label", "cls/knn"), strict=True
+    ):
+        for other, title in (("jepa", "JEPA alone"), ("contrastive", "Contrastive alone")):
+            value = comparison().paired[f"cjepa - {other}"][key].format(signed=True)
+            assert f"<b>{value}</b> against {title}" in tile
+    assert "of the 2 paired differences" in text_of(checker)
+
+
+def test_sizes_are_those_of_the_sets(page: tuple[str, PageChecker]) -> None:
+    text = text_of(page[1])
+    assert "accuracies of 12 test images" in text
+    assert "Mean-pooled patch features (12 test images, 2 seeds)" in text
+    assert "30 training images and 12 test images of 3 classes" in text
+    assert f"a (10 + 4), {HOSTILE} (10 + 4), c (10 + 4)" in text
+    assert "logistic regression on 8 to 10 labels per class, mean of 4 fixed draws" in text
+    assert "k-NN: 7 nearest training features" in text
+    assert "fitted on 30 training images (few-label: 8 to 10 labels per class)" in text
+    assert "tested on 12 test images, of which one is 8.3 points" in text
+
+
+def test_the_summary_of_the_data_survives_json() -> None:
+    for summary in (SUMMARY, replace(SUMMARY, patches=None)):
+        saved = json.loads(json.dumps(summary.to_dict()))
+        assert DataSummary.from_dict(saved) == summary
+
+
+def test_every_arm_is_in_every_table_and_figure(page: tuple[str, PageChecker]) -> None:
+    text, _ = page
+    sections = dict(re.findall(r'<section id="(\w+)">(.*?)</section>', text, re.DOTALL))
+    for name in ("results", "training", "robustness", "features", "neighbours"):
+        for title in ("JEPA alone", "Contrastive alone", "C-JEPA"):
+            assert title in sections[name], (name, title)
+
+
+def test_bold_is_the_best_arm_and_no_row(page: tuple[str, PageChecker]) -> None:
+    text, _ = page
+    assert "tr.main" not in text
+    assert "<td><b>" not in text  # 12 images prove nothing
+    assert "A column without bold has no arm that is ahead beyond the noise" in text
+
+
+def test_an_old_record_says_what_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_report(comparison(sizes=False), dataset(), {}, path)
+    text = text_of(read(path)[1])
+    assert "This record does not hold what was understood of the data." in text
+    assert "This record does not hold the numbers of training and test images." in text
+    assert "at most 10 labels per class" in text
+    assert "test images, 2 seeds" not in text
 
 
 def test_neighbours_are_marked(page: tuple[str, PageChecker]) -> None:
     _, checker = page
-    # Two encoders, three classes: one query and eight neighbours each, all described.
-    assert len(checker.images) == 2 * 3 * 9
+    # Three encoders, three classes: one query and eight neighbours each, all described.
+    assert len(checker.images) == 3 * 3 * 9
     assert all(image["alt"] for image in checker.images)
-    assert sum("query" in str(image.get("class")) for image in checker.images) == 6
+    assert sum("query" in str(image.get("class")) for image in checker.images) == 9
 
 
 def test_findings_carry_their_notes(page: tuple[str, PageChecker]) -> None:
     _, checker = page
     text = "".join(checker.text)
-    assert NOTES["low_accuracy"] in text
+    assert NOTES["contrastive_at_chance"] in text
     assert "seed 0, epoch 3: accuracy 0.21" in text
     assert "seed 1, epoch 3: accuracy 0.21" in text
 

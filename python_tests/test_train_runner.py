@@ -140,7 +140,7 @@ def test_another_configuration_in_the_directory_names_the_keys(tmp_path: Path) -
         pytest.param(["masking.predicted=3"], r"masking\.predicted.*at least 4.*3", id="levels"),
         pytest.param(["model.patch_size=3"], r"model\.patch_size.*8 x 8.*3", id="patch"),
         pytest.param(["loss.contrastive_wieght=1"], "contrastive_weight", id="loss-key"),
-        pytest.param(["loss.contrastive_temperature=-1"], "must be positive", id="temperature"),
+        pytest.param(["loss.contrastive_temperature=-1"], "must lie between", id="temperature"),
         pytest.param(
             ["loss.contrastive_weight=0", "loss.jepa_weight=0"], "must not both be 0", id="no-loss"
         ),

@@ -12,18 +12,20 @@ WINDOW = 3  # epochs whose median is judged, so that no rule fires on a single n
 PATIENCE = 8  # epochs after which a quantity that should have moved is expected to have moved
 EARLY = 10  # epochs after warm-up within which near-perfect accuracy is suspicious
 
-LOW_ACCURACY = 0.8
+# The thresholds lie between what recorded runs that probed well reached and what runs with a fault
+# reached; docs/training.md has the table, and a test derives its numbers from the records.
+AT_CHANCE_LOSS = 0.85  # fraction of the loss at chance, log(2B - 1)
+AT_CHANCE_ACCURACY = 12.0  # times the accuracy at chance, 1 / (2B - 1)
 HIGH_ACCURACY = 0.95
 SHORTCUT_ACCURACY = 0.98
-SHORTCUT_LOSS = 0.25  # fraction of the loss at chance, log(2B - 1)
-RISING = 0.02  # accuracy gained over WINDOW epochs that counts as still rising
-MIN_GAP_GROWTH = 0.01  # over PATIENCE epochs
-SEPARATED_GAP = 0.5  # a gap this wide may stand still
+SHORTCUT_LOSS = 0.25  # fraction of the loss at chance
+DOMINATING_RATIO = 25.0
+SEPARATED_GAP = 0.3  # a gap this wide may stand still
+MIN_GAP_GROWTH = 0.1  # over PATIENCE epochs
 COLLAPSE_SIMILARITY = 0.99
 COLLAPSE_STD = 0.05
 
-LOW_TEMPERATURE = 0.07
-RAISED_WEIGHT = 0.12
+TRIED_TEMPERATURES = (0.05, 0.2)  # between which every temperature tried probed alike
 
 METRICS = (
     "contrastive_loss",
@@ -34,38 +36,37 @@ METRICS = (
     "term_ratio",
 )
 
-NOTES: dict[str, str] = {  # docs/results/: digits.json, cifar10.json, tuning.json
-    "low_accuracy": (
-        "Low accuracy alone is no defect: with batches of 64, healthy runs ended at 0.41 (digits, "
-        "40 epochs) and 0.55 (CIFAR-10, 24 epochs), and probed well; on digits, temperature 0.07 "
-        "raised it by 0.01 and left the probes where they were. It depends on the batch and the "
-        "augmentation; watch whether the gap between positive and negative similarity grows."
+NOTES: dict[str, str] = {  # the third column of the table in docs/training.md
+    "contrastive_at_chance": (
+        "8 epochs after warm-up, runs that train the term were at 0.74 of the loss at chance or "
+        "below, and JEPA alone, which does not train it, at 0.93 or above. Accuracy alone says "
+        "little: runs that probed well ended at 0.24 to 0.56, and temperatures from 0.05 to 0.2 "
+        "left the probes where they were"
     ),
     "high_accuracy": (
-        "No healthy run here came near 0.95 with batches of 64. The one that did shared one mask "
-        "between the two views; a larger weight would have made that worse. On digits, weight 0.12 "
-        "instead of 0.1 changed no probe by more than the deviation between seeds."
+        "no run that probed well went beyond 0.56; the one that did shared one mask between the "
+        "views. A larger weight is no remedy: weight 0.12 changed no probe by more than the "
+        "deviation between seeds"
     ),
     "contrastive_dominates": (
-        "Healthy digits runs (weight 0.1) reached ratios of 1.15 to 1.27 early and ended at 0.8; "
-        "CIFAR-10 ended at 1.2 to 1.3, and digits with weight 0.2 at 1.65, and all of them probed "
-        "well: a ratio a little above 1 needs no change."
+        "the recipes reached ratios of 1.3 (digits) and 1.5 (CIFAR-10), and weight 2 on digits a "
+        "ratio of 20.7; all of them probed well. A learning rate of 0.1, with which the features "
+        "collapsed, went beyond 25"
     ),
     "gap_not_growing": (
-        "The gap is what grows in healthy runs (digits: 0.02 at epoch 1, 0.46 at epoch 10, 0.67 at "
-        "epoch 40), while the positive similarity alone falls (0.82 to 0.69). A plateau of a few "
-        "hundred steps at the start is normal; position embeddings that are not centred keep CLS "
-        "almost constant and the loss at log(2B - 1)."
+        "from 11 epochs after warm-up on, runs that train the term had a gap of 0.42 or more; "
+        "where it was below 0.5 it still grew by 0.11 or more. JEPA alone had a gap of 0.20 at "
+        "most, which grew by 0.09 at most. The positive similarity alone falls in runs that probed "
+        "well"
     ),
     "shared_mask_shortcut": (
-        "With one mask for both views (digits, seed 0), accuracy was 0.99 at epoch 7 and 1.00 at "
-        "the end with a loss of 0.08, while the few-label probe fell from 83.6 to 79.4 %; the "
-        "linear probe with all labels hid it."
+        "one mask for both views: accuracy 0.99 at epoch 7, few-label probe 79.4 instead of 83.6, "
+        "hidden by the full-label linear probe"
     ),
     "collapse": (
-        "In healthy runs the similarities were apart from the third epoch on, and the spread of "
-        "the directions of CLS ended at 0.95 or above (1 is isotropic, 0 is collapsed); with JEPA "
-        "alone it ended at 0.5 to 0.8."
+        "after warm-up the negative similarity of the recorded comparisons was 0.88 at most, and "
+        "the spread of CLS 0.23 or more. A learning rate of 0.1 collapsed them: a negative "
+        "similarity of 1.00, few-label probe 25.0 instead of 83.5"
     ),
 }
 
@@ -164,7 +165,7 @@ class Advisor:
             return []
         rules = [self._collapse]
         if self.contrastive_weight > 0:
-            rules += [self._shortcut, self._high_accuracy, self._low_accuracy]
+            rules += [self._shortcut, self._high_accuracy, self._at_chance]
             rules += [self._dominates, self._gap]
         found = []
         for rule in rules:
@@ -219,7 +220,7 @@ class Advisor:
         if self.contrastive_weight > 0:
             advice = (
                 "check that the position embeddings are centred and lower the learning rate"
-                if self._recent("contrastive_accuracy") < LOW_ACCURACY
+                if self._recent("contrastive_accuracy") < HIGH_ACCURACY
                 else "check the augmentation"
             )
         else:
@@ -251,60 +252,52 @@ class Advisor:
         accuracy = self._recent("contrastive_accuracy")
         if not accuracy > HIGH_ACCURACY or "shared_mask_shortcut" in self._fired:
             return None
-        if self.contrastive_weight < RAISED_WEIGHT:
-            advice = f"try contrastive_weight {RAISED_WEIGHT} (now {self.contrastive_weight:g})"
-        else:
-            advice = (
-                f"contrastive_weight is already {self.contrastive_weight:g}, so make the task "
-                "harder with stronger augmentation or larger batches"
-            )
         return self._finding(
             "high_accuracy",
             epoch,
-            "The contrastive task is almost solved. Make sure first that the two views draw their "
-            f"masks independently; then {advice}.",
+            "The contrastive task is almost solved, so the term has little left to teach. Make "
+            "sure that the two views draw their masks independently and are augmented; if they "
+            "do, make the task harder with stronger augmentation or larger batches.",
             f"contrastive accuracy {accuracy:.3f}, above {HIGH_ACCURACY}",
         )
 
-    def _low_accuracy(self, epoch: int) -> Finding | None:
-        accuracy = self._recent("contrastive_accuracy")
-        if not accuracy < LOW_ACCURACY:
+    def _at_chance(self, epoch: int) -> Finding | None:
+        accuracy, loss = self._recent("contrastive_accuracy"), self._recent("contrastive_loss")
+        others = 2 * self.batch_size - 1  # rows that an anchor chooses its positive from
+        if others < 2 or self._epochs < PATIENCE:
             return None
-        gained = math.nan
-        if len(self._rows) >= 2 * WINDOW:
-            gained = accuracy - self._recent("contrastive_accuracy", ago=WINDOW)
-        # Before there is a comparison, or while it still rises, low accuracy says nothing yet.
-        if not gained < RISING and self._epochs < PATIENCE:
+        chance = math.log(others)
+        if not (loss > AT_CHANCE_LOSS * chance and accuracy < AT_CHANCE_ACCURACY / others):
             return None
-        if self.temperature > LOW_TEMPERATURE:
-            advice = f"try temperature {LOW_TEMPERATURE} (now {self.temperature:g})"
-        else:
-            advice = (
-                f"temperature is already {self.temperature:g}, so try a smaller batch (fewer "
-                f"negatives; now {self.batch_size}), weaker augmentation, or more epochs"
-            )
-        evidence = f"contrastive accuracy {accuracy:.3f}, below {LOW_ACCURACY}"
-        if math.isfinite(gained):
-            evidence += f", {gained:+.3f} against {WINDOW} epochs before"
+        low, high = TRIED_TEMPERATURES
+        temperature = (
+            ""
+            if low <= self.temperature <= high
+            else f", and try a temperature between {low} and {high} (now {self.temperature:g})"
+        )
         return self._finding(
-            "low_accuracy",
+            "contrastive_at_chance",
             epoch,
-            f"Positives are often not the nearest: {advice}.",
-            evidence,
+            "The contrastive term hardly learns anything: check that the two views show the same "
+            "image, that the contrasted features carry a gradient and that the position "
+            f"embeddings are centred{temperature}.",
+            f"contrastive loss {loss:.2f} against {chance:.2f} at chance, accuracy {accuracy:.3f} "
+            f"against {1 / others:.3f} at chance, {self._epochs} epochs after warm-up",
         )
 
     def _dominates(self, epoch: int) -> Finding | None:
         ratio = self._recent("term_ratio")
-        if self.jepa_weight == 0 or not math.isfinite(ratio) or ratio <= 1:
+        if self.jepa_weight == 0 or not math.isfinite(ratio) or ratio <= DOMINATING_RATIO:
             return None
         suggested = self.contrastive_weight / ratio
         return self._finding(
             "contrastive_dominates",
             epoch,
-            "The weighted contrastive term is above the weighted JEPA term; it should not "
-            f"dominate: if it stays there, try contrastive_weight {suggested:.2g} "
-            f"(now {self.contrastive_weight:g}).",
-            f"ratio of the weighted terms {ratio:.2f}",
+            "The weighted contrastive term is further above the weighted JEPA term than in any "
+            "measured run that probed well. If the JEPA loss is not close to 0, which would mean "
+            f"that the features collapse, try contrastive_weight {suggested:.2g} (now "
+            f"{self.contrastive_weight:g}).",
+            f"ratio of the weighted terms {ratio:.2f}, above {DOMINATING_RATIO:g}",
         )
 
     def _gap(self, epoch: int) -> Finding | None:

@@ -258,11 +258,14 @@ def probe(
         experiment.evaluation,
         pretrain_classes=resolve_pretrain_classes(experiment.data, dataset),
     )
-    Console().print(_probe_table(numbers, f"{checkpoint} on {dataset.name}"))
+    images = len(dataset.test.labels)
+    title = f"{checkpoint} on {dataset.name}, {images:,} test images"
+    Console().print(_probe_table(numbers, title))
     if json_file is not None:
         content = {
             "checkpoint": str(checkpoint),
             "data": config_to_dict(experiment)["data"],
+            "test_images": images,
             "evaluation": numbers,
         }
         write_file(json_file, json.dumps(content, indent=1) + "\n")

@@ -25,16 +25,23 @@ from cjepa_kernels.train.comparison import (
     ArmRun,
     Comparison,
     comparison_markdown,
+    notes_of,
     paired_differences,
     rich_tables,
     save_comparison,
+    text_tables,
 )
 from cjepa_kernels.train.config import ExperimentConfig, config_from_dict, config_to_dict
 from cjepa_kernels.train.data import Dataset, load_dataset, resolve_pretrain_classes
 from cjepa_kernels.train.data_fingerprint import check_fingerprint, fingerprint
 from cjepa_kernels.train.data_summary import summarize
 from cjepa_kernels.train.directory_lock import DirectoryLock
-from cjepa_kernels.train.evaluate import check_dataset, evaluate, evaluate_pixels
+from cjepa_kernels.train.evaluate import (
+    check_dataset,
+    evaluate,
+    evaluate_pixels,
+    probe_sizes,
+)
 from cjepa_kernels.train.report import write_report
 from cjepa_kernels.train.run_directory import (
     RESULT,
@@ -153,8 +160,10 @@ def _compare(
         runner.check_against_data(run_config, dataset)
         if (run_dir / RESULT).is_file():
             finished[run_dir.name] = _finished_run(run_dir, data, out_dir)
-    check_dataset(dataset, resolve_pretrain_classes(base[seeds[0]].data, dataset))
-    summarize(base[seeds[0]], dataset).print(console)
+    pretrain_classes = resolve_pretrain_classes(base[seeds[0]].data, dataset)
+    check_dataset(dataset, pretrain_classes)
+    summary = summarize(base[seeds[0]], dataset)
+    summary.print(console)
     if finished:
         last = max(result.finished for result in finished.values())
         console.print(
@@ -215,6 +224,13 @@ def _compare(
             if first in arms and second in arms
         },
         environment=_recorded_environment(config, out_dir, list(results)),
+        data=summary,
+        probes={"all": probe_sizes(dataset, config.evaluation)}
+        | (
+            {"transfer": probe_sizes(dataset, config.evaluation, pretrain_classes)}
+            if pretrain_classes is not None
+            else {}
+        ),
     )
     _publish(comparison, dataset, configs, out_dir, console)
     return comparison
@@ -363,6 +379,8 @@ def _publish(
         write_report(comparison, dataset, extractors, report)
     for table in rich_tables(comparison):
         console.print(table)
+    for note in notes_of(text_tables(comparison)):
+        console.print(note, style="dim", highlight=False)
     console.print(f"Report: {report}", soft_wrap=True)
 
 

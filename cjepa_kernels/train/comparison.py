@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from cjepa_kernels.train import checksummed_json
 from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.train.data_summary import DataSummary
+from cjepa_kernels.train.evaluate import ProbeSizes
+from cjepa_kernels.train.uncertainty import CONFIDENCE, difference_margin, wilson
 
 FORMAT = 1  # version of the JSON layout
 
@@ -98,6 +102,9 @@ class Comparison:
         baselines: ``pixels``: one evaluation; ``untrained``: one evaluation per seed.
         paired: ``{"cjepa - jepa": {"mean/knn": Summary}}``: differences seed by seed.
         environment: Versions, device, threads, command, commit, date.
+        data: What was understood of the data; None in records of before it was kept.
+        probes: Sizes of the probes: ``"all"`` of all classes, and ``"transfer"`` of the classes
+            left out of pretraining; empty in records of before they were kept.
     """
 
     dataset: str
@@ -109,6 +116,8 @@ class Comparison:
     baselines: dict[str, list[dict[str, float]]]
     paired: dict[str, dict[str, Summary]]
     environment: dict[str, Any]
+    data: DataSummary | None = None
+    probes: dict[str, ProbeSizes] = field(default_factory=dict)
 
     def arm_runs(self, arm: str) -> list[ArmRun]:
         """The runs of one arm, in the order of the seeds."""
@@ -127,9 +136,30 @@ class Comparison:
         values = [evaluation[key] for evaluation in self.rows()[row] if key in evaluation]
         return Summary.of(values) if values else None
 
+    def best(self, features: str, metric: str) -> str | None:
+        """The trained arm that is ahead of every other one by more than the noise, or None.
+
+        None, too, in records that do not hold the number of test images, which is needed for it.
+        """
+        sizes = self.probes.get("transfer" if metric in TRANSFER_METRICS else "all")
+        cells = {arm: self.summary(arm, features, metric) for arm in self.arms}
+        found = {arm: cell for arm, cell in cells.items() if cell is not None}
+        if len(found) < 2 or sizes is None:
+            return None
+        first = max(found, key=lambda arm: found[arm].mean)
+        for arm, cell in found.items():
+            ahead = found[first].mean - cell.mean
+            if arm != first and not ahead > difference_margin(
+                found[first].values, cell.values, sizes.test_images
+            ):
+                return None
+        return first
+
     def to_json(self) -> str:
         """Everything as JSON; numbers that are not finite become null."""
-        return checksummed_json.encode(_finite({"format": FORMAT} | asdict(self)))
+        content = {"format": FORMAT} | asdict(self)
+        content["data"] = None if self.data is None else self.data.to_dict()
+        return checksummed_json.encode(_finite(content))
 
     @staticmethod
     def from_json(text: str) -> Comparison:
@@ -181,6 +211,10 @@ class Comparison:
                     for pair, differences in values["paired"].items()
                 },
                 environment=values["environment"],
+                data=DataSummary.from_dict(values["data"]) if values.get("data") else None,
+                probes={
+                    name: ProbeSizes(**sizes) for name, sizes in values.get("probes", {}).items()
+                },
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"the comparison is incomplete: {error}") from error
@@ -260,72 +294,165 @@ class TextTable:
     """A table of strings, ready for a console, Markdown or HTML.
 
     Attributes:
-        title: What the table shows.
+        title: What the table shows, and of how many test images and seeds.
         columns: Headings; the first is that of the row titles.
         rows: Title and cells of each row.
-        difference: The paired differences, the table's last row; empty without both arms.
+        differences: The paired differences, the table's last rows; empty without two arms.
+        best: For each column after the first, the row in bold, or None.
+        notes: What a reader has to know of these numbers.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[str, ...]]
-    difference: tuple[str, ...]
+    differences: list[tuple[str, ...]]
+    best: tuple[int | None, ...]
+    notes: list[str]
+
+    def is_best(self, row: int, column: int) -> bool:
+        """Whether a cell of ``rows`` is in bold."""
+        return column > 0 and self.best[column - 1] == row
+
+    def markdown(self) -> str:
+        """The table without title and notes."""
+        lines = [" | ".join(self.columns), "|".join(["---", *["---:"] * len(self.best)])]
+        for number, row in enumerate(self.rows):
+            cells = [
+                f"**{cell}**" if self.is_best(number, column) else cell
+                for column, cell in enumerate(row)
+            ]
+            lines.append(" | ".join(cells))
+        lines += [" | ".join(row) for row in self.differences]
+        return "\n".join(
+            f"|{line}|" if position == 1 else f"| {line} |" for position, line in enumerate(lines)
+        )
 
 
 def text_tables(comparison: Comparison) -> list[TextTable]:
     """The tables of a comparison: by features, and again for transfer if it was measured."""
     tables = []
-    groups: list[tuple[tuple[str, ...], str]] = [(MAIN_METRICS, "")]
+    groups: list[tuple[tuple[str, ...], str, str]] = [(MAIN_METRICS, "", "all")]
     if comparison.transfer:
-        groups.append((TRANSFER_METRICS, ", transfer to the classes left out"))
-    for metrics, suffix in groups:
+        groups.append((TRANSFER_METRICS, ", transfer to the classes left out", "transfer"))
+    for metrics, suffix, probes in groups:
+        sizes = comparison.probes.get(probes)
         for features, title in FEATURE_TITLES.items():
             rows = []
             for row in comparison.rows():
                 cells = [comparison.summary(row, features, metric) for metric in metrics]
                 texts = ["-" if cell is None else cell.format() for cell in cells]
                 rows.append((ARM_TITLES[row], *texts))
-            pair = comparison.paired.get("cjepa - jepa", {})
-            found = [pair.get(f"{features}/{metric}") for metric in metrics]
-            difference: tuple[str, ...] = ()
-            if pair:
+            differences = []
+            for pair, by_metric in comparison.paired.items():
+                found = [by_metric.get(f"{features}/{metric}") for metric in metrics]
                 texts = ["-" if cell is None else cell.format(signed=True) for cell in found]
-                difference = ("C-JEPA − JEPA alone", *texts)
-            columns = ("accuracy, %", *(METRIC_TITLES[metric] for metric in metrics))
+                differences.append((pair_title(pair), *texts))
+            names = list(comparison.rows())
+            best = [comparison.best(features, metric) for metric in metrics]
+            shown = comparison.summary(comparison.arms[0], features, metrics[0])
             tables.append(
-                TextTable(title[0].upper() + title[1:] + suffix, columns, rows, difference)
+                TextTable(
+                    title=title[0].upper() + title[1:] + suffix + _of(sizes, comparison),
+                    columns=("accuracy, %", *(METRIC_TITLES[metric] for metric in metrics)),
+                    rows=rows,
+                    differences=differences,
+                    best=tuple(None if arm is None else names.index(arm) for arm in best),
+                    notes=_notes(comparison, sizes, None if shown is None else shown.mean),
+                )
             )
     return tables
 
 
+def pair_title(pair: str) -> str:
+    """``"cjepa - jepa"`` for a reader."""
+    return " − ".join(ARM_TITLES[arm] for arm in pair.split(" - "))
+
+
+def _seeds(comparison: Comparison) -> str:
+    count = len(comparison.seeds)
+    return f"{count} seed{'s' * (count > 1)}"
+
+
+def _of(sizes: ProbeSizes | None, comparison: Comparison) -> str:
+    images = "" if sizes is None else f"{sizes.test_images:,} test images, "
+    return f" ({images}{_seeds(comparison)})"
+
+
+def labels_per_class(sizes: ProbeSizes) -> str:
+    """How many labels the few-label probe has, as in ``8 to 10 labels per class``."""
+    fewest, most = sizes.fewest_labels, sizes.most_labels
+    return f"{most if fewest == most else f'{fewest} to {most}'} labels per class"
+
+
+def _notes(comparison: Comparison, sizes: ProbeSizes | None, example: float | None) -> list[str]:
+    """Sizes of the sets, what ± is and is not, and what bold means."""
+    level = f"{100 * CONFIDENCE:.0f} %"
+    seeds = _seeds(comparison)
+    if len(comparison.seeds) > 1:
+        notes = [f"± is the sample standard deviation over {seeds}."]
+    else:
+        notes = ["A single seed has no deviation over seeds."]
+    if sizes is None:
+        return [
+            *notes,
+            "This record does not hold the numbers of training and test images. Without them the "
+            "sampling error of the test set is unknown, so no cell is in bold.",
+        ]
+    notes.append(
+        f"The probes are fitted on {sizes.train_images:,} training images (few-label: "
+        f"{labels_per_class(sizes)}) and tested on {sizes.test_images:,} test images, of which one "
+        f"is {100 / sizes.test_images:.2g} points."
+    )
+    if example is not None:
+        low, high = wilson(example, sizes.test_images)
+        notes.append(
+            f"The sampling error of the test set comes on top: {example:.1f} % of "
+            f"{sizes.test_images:,} images has a {level} interval of {low:.1f} to {high:.1f} % "
+            "(Wilson)."
+        )
+    notes.append(
+        f"Bold: the trained arm that is ahead of every other one by more than the {level} margin "
+        "of the seeds and of the test images together. A column without bold has no arm that is "
+        "ahead beyond the noise."
+    )
+    return notes
+
+
 def rich_tables(comparison: Comparison) -> list[Table]:
-    """The tables of a comparison for a Rich console."""
+    """The tables of a comparison for a Rich console; the notes stand below the last one."""
     tables = []
-    for text in text_tables(comparison):
+    texts = text_tables(comparison)
+    for text in texts:
         table = Table(title=text.title, title_justify="left", title_style="bold")
         for i, column in enumerate(text.columns):
             table.add_column(column, justify="right" if i else "left")
-        for row in text.rows:
-            last = row is text.rows[-1]
-            bold = row[0] == ARM_TITLES["cjepa"]
-            table.add_row(*row, end_section=last, style="bold" if bold else None)
-        if text.difference:
-            table.add_row(*text.difference, style="bold green")
+        for number, row in enumerate(text.rows):
+            cells = [
+                Text(cell, style="bold" if text.is_best(number, column) else "")
+                for column, cell in enumerate(row)
+            ]
+            table.add_row(*cells, end_section=number == len(text.rows) - 1)
+        for row in text.differences:
+            table.add_row(*row, style="green")
         tables.append(table)
     return tables
+
+
+def notes_of(tables: Sequence[TextTable]) -> list[str]:
+    """The notes of some tables, each once."""
+    return list(dict.fromkeys(note for table in tables for note in table.notes))
 
 
 def comparison_markdown(comparison: Comparison) -> str:
     """The tables and the environment as Markdown, for the documentation."""
     seeds = ", ".join(str(seed) for seed in comparison.seeds)
-    lines = [f"Dataset {comparison.dataset}; seeds {seeds}; mean ± standard deviation over seeds."]
-    for table in text_tables(comparison):
-        lines += ["", f"**{table.title}**", ""]
-        lines.append("| " + " | ".join(table.columns) + " |")
-        lines.append("|---|" + "---:|" * (len(table.columns) - 1))
-        lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-        if table.difference:
-            lines.append("| " + " | ".join(f"**{cell}**" for cell in table.difference) + " |")
+    lines = [f"Dataset {comparison.dataset}; seeds {seeds}."]
+    if comparison.data is not None:
+        lines += ["", *(f"- {line}" for line in comparison.data.lines())]
+    tables = text_tables(comparison)
+    for table in tables:
+        lines += ["", f"**{table.title}**", "", table.markdown()]
+    lines += ["", *(f"- {note}" for note in notes_of(tables))]
     environment = comparison.environment
     lines += ["", *(f"- {key}: {_plain(value)}" for key, value in environment.items())]
     return "\n".join(lines) + "\n"

@@ -5,48 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from cjepa_kernels.suggestions import closest
-from cjepa_kernels.train.columns import (
-    LABEL_NAMES,
-    choose_image_column,
-    choose_label_column,
-    columns_of,
-)
 from cjepa_kernels.train.config import DataConfig
-from cjepa_kernels.train.image_decoding import (
-    EncodedImages,
-    ImageLayout,
-    ImageSource,
-    treatment_lines,
-)
-from cjepa_kernels.train.image_folder import has_image_suffix, list_image_folder, nearest_class
-from cjepa_kernels.train.parquet_table import ParquetTable, find_parquet_files
-from cjepa_kernels.train.split_names import (
-    choose_splits,
-    expanded_path,
-    listed,
-    split_files,
-    splits_left_out,
-    walk_files,
-)
+from cjepa_kernels.train.data_source import Source, find_source
+from cjepa_kernels.train.image_decoding import EncodedImages, ImageLayout, treatment_lines
+from cjepa_kernels.train.image_folder import nearest_class
+from cjepa_kernels.train.split_names import listed
 
 # Splits and subsets are part of the task, not of a run: every seed of an experiment shares them.
 _SPLIT_SEED = 0
 _DIGITS_TEST_IMAGES = 450
 _TEST_FRACTION = 0.2
-_DIVIDED = "drawn at random with equal shares of every class, the same in every run"
-# Formats beside Parquet and images in which a local directory may hold a data set.
-_OTHER_FORMATS = {".arrow": "arrow", ".tar": "webdataset"}
+_DIVIDED = "with equal shares of every class, the same in every run"
 
 
 @dataclass(frozen=True)
@@ -173,7 +150,7 @@ def open_dataset(
     """
     if config.source == "digits":
         return _load_digits(config)
-    found = _find_source(config)
+    found = find_source(config)
     class_names, labels = _number_classes(found)
     rows = _split_rows(labels, class_names, config)
     of_part = {part: part if part in labels else "train" for part in ("train", "test")}
@@ -197,7 +174,7 @@ def open_dataset(
         labels_from=found.labels_from,
         test_from=(
             found.test_from
-            or f"{divided:,} of the {every:,} images of the source, {_DIVIDED}: the "
+            or f"a random fifth of the source ({divided:,} of {every:,} images, {_DIVIDED}): the "
             "source has no test split"
         ),
         notes=(
@@ -322,231 +299,16 @@ def _load_digits(config: DataConfig) -> Dataset:
         class_names=tuple(str(digit) for digit in range(10)),
         reading=Reading(
             labels_from="scikit-learn",
-            test_from=f"{_DIGITS_TEST_IMAGES} of the 1,797 images of scikit-learn, {_DIVIDED}",
+            test_from=(
+                f"a random quarter of scikit-learn's images ({_DIGITS_TEST_IMAGES} of "
+                f"{len(labels):,}, {_DIVIDED})"
+            ),
             notes=tuple(_subset_notes(config, {"train": len(train), "test": len(test)})),
         ),
     )
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Images and labels by split, ``"train"`` and perhaps ``"test"``."""
-
-    images: dict[str, ImageSource]
-    labels: dict[str, list[Any]]  # names of classes, or values that have no names
-    class_names: tuple[str, ...] | None  # all classes in their order; None: the values, sorted
-    labels_from: str
-    label_key: str  # the configuration key that errors about labels name
-    test_from: str | None  # None: the source has no test split
-    image_column: str | None = None
-    label_column: str | None = None
-    ignored_columns: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-class _Table(Protocol):
-    @property
-    def schema(self) -> pa.Schema: ...
-
-    def __len__(self) -> int: ...
-
-    def values(self, column: str) -> list[Any]: ...
-
-    def images(self, column: str) -> ImageSource: ...
-
-
-def _find_source(config: DataConfig) -> _Source:
-    kind, _, location = config.source.partition(":")
-    if kind == "parquet" and location:
-        return _parquet_source(config, expanded_path(location))
-    if kind == "imagefolder" and location:
-        return _folder_source(config, expanded_path(location))
-    path = expanded_path(config.source)
-    if path.is_dir():
-        return _directory_source(config, path)
-    if path.is_file() and path.suffix.lower() == ".parquet":
-        return _parquet_source(config, path)
-    # A name on the hub is `name` or `owner/name`; anything else can only be a path.
-    if path.is_file() or config.source.startswith((".", "~", "/")) or config.source.count("/") > 1:
-        raise FileNotFoundError(
-            f"data.source: no directory and no Parquet file {config.source!r}"
-            if path.is_file()
-            else f"data.source: no file or directory {config.source!r}"
-        )
-    _check_spelling(config.source)
-    return _named_source(config, config.source)
-
-
-def _check_spelling(source: str) -> None:
-    """Refuse what is nearly a known kind of source: the hub would be tried for half a minute."""
-    kind = source.partition(":")[0]
-    known = {"digits": "digits", "parquet": "parquet:PATH", "imagefolder": "imagefolder:PATH"}
-    meant = None if "/" in kind else closest(kind, known)
-    if meant is not None:
-        raise ValueError(f"data.source: no source {source!r}, did you mean {known[meant]!r}?")
-
-
-def _folder_source(config: DataConfig, root: Path) -> _Source:
-    for key in ("image_column", "label_column"):
-        if getattr(config, key) is not None:
-            raise ValueError(
-                f"data.{key}: a folder of images has no columns, got {getattr(config, key)!r}"
-            )
-    folder = list_image_folder(root)
-    test = folder.splits.get("test")
-    return _Source(
-        images={part: images for part, (_, images) in folder.splits.items()},
-        labels={part: list(images.classes) for part, (_, images) in folder.splits.items()},
-        class_names=folder.class_names,
-        labels_from="the names of the class folders",
-        label_key="data.source",
-        test_from=None if test is None else f"the folder {test[0]!r}",
-        notes=folder.notes,
-    )
-
-
-def _parquet_source(config: DataConfig, location: Path) -> _Source:
-    files = find_parquet_files(location)
-    chosen = choose_splits(files, repr(str(location)))
-    tables = {
-        part: (_split_and_files(name, names), ParquetTable.open(names))
-        for part, (name, names) in chosen.items()
-    }
-    return _table_source(config, tables, splits_left_out(files, chosen))
-
-
-def _named_source(config: DataConfig, name: str, **options: Any) -> _Source:
-    # `datasets` takes a second to import, and most sources do without it.
-    from cjepa_kernels.train.named_dataset import open_named
-
-    splits = open_named(name, config.source, **options)
-    chosen = choose_splits(splits, repr(config.source))
-    tables = {part: (f"the split {name!r}", table) for part, (name, table) in chosen.items()}
-    return _table_source(config, tables, splits_left_out(splits, chosen))
-
-
-def _directory_source(config: DataConfig, folder: Path) -> _Source:
-    """Find out what a directory holds; the names in it play no role, except those of splits."""
-    saved = ("dataset_dict.json", "state.json")
-    if any((folder / name).is_file() for name in saved) or _says_its_files(folder / "README.md"):
-        return _named_source(config, str(folder))
-    files = list(walk_files(folder, {}))
-    if any(file.suffix.lower() == ".parquet" for file in files):
-        return _parquet_source(config, folder)
-    if any(has_image_suffix(file) for file in files):
-        return _folder_source(config, folder)
-    for suffix, builder in _OTHER_FORMATS.items():
-        of_format = [file for file in files if file.suffix.lower() == suffix]
-        if of_format:
-            by_split = split_files(folder, of_format, suffix)
-            return _named_source(
-                config,
-                builder,
-                data_files={
-                    split: [_literal(file) for file in found] for split, found in by_split.items()
-                },
-            )
-    scripts = [file.name for file in files if file.suffix == ".py"]
-    hint = f"; the script {scripts[0]!r} is not run" if scripts else ""
-    raise ValueError(
-        f"data.source: {str(folder)!r} holds neither images nor Parquet files, found "
-        f"{listed(str(file.relative_to(folder)) for file in files)}{hint}"
-    )
-
-
-def _says_its_files(readme: Path) -> bool:
-    """Whether a README in the hub's format says which files belong to which split."""
-    try:
-        head = readme.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return head.startswith("---") and "data_files:" in head[3:].partition("\n---")[0]
-
-
-def _literal(file: Path) -> str:
-    """A path for ``datasets``, which takes every path for a pattern."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in str(file.absolute()))
-
-
-def _split_and_files(name: str, files: Sequence[Path]) -> str:
-    return f"the split {name!r} ({listed(file.name for file in files)})"
-
-
-def _table_source(
-    config: DataConfig, tables: Mapping[str, tuple[str, _Table]], notes: Sequence[str]
-) -> _Source:
-    for where, table in tables.values():
-        if len(table) == 0:
-            raise ValueError(f"data.source: {where} of {config.source!r} is empty")
-    columns = columns_of(tables["train"][1].schema)
-    image = choose_image_column(columns, config.image_column)
-    label = choose_label_column(columns, image, config.label_column)
-    labels = {}
-    for part, (where, table) in tables.items():
-        here = {column.name: column for column in columns_of(table.schema)}
-        if image.name not in here or not (
-            here[image.name].is_image_feature or here[image.name].holds_bytes
-        ):
-            raise ValueError(
-                f"data.image_column: {where} has no column {image.name!r} of images, only "
-                f"{listed(here.values())}"
-            )
-        if label.name not in here or not here[label.name].holds_labels:
-            raise ValueError(
-                f"data.label_column: {where} has no column {label.name!r} of labels, only "
-                f"{listed(here.values())}"
-            )
-        values = table.values(label.name)
-        labels[part] = _named_labels(values, here[label.name].class_names, label.name, where)
-    guessed = (
-        config.label_column is None
-        and label.class_names is None
-        and label.name.lower() not in LABEL_NAMES
-    )
-    distinct = set(labels["train"])
-    if guessed and len(distinct) == len(labels["train"]) > 1:
-        raise ValueError(
-            f"data.label_column: the column {label.name!r} holds another value in each of the "
-            f"{len(distinct):,} rows of {tables['train'][0]}, so it cannot be the labels; the "
-            f"columns are {listed(columns)}"
-        )
-    test = tables.get("test")
-    return _Source(
-        images={part: table.images(image.name) for part, (_, table) in tables.items()},
-        labels=labels,
-        class_names=label.class_names,
-        labels_from=f"the column {label.name!r} ({label.type})",
-        label_key="data.label_column",
-        test_from=None if test is None else test[0],
-        image_column=image.name,
-        label_column=label.name,
-        ignored_columns=tuple(column.name for column in columns if column not in (image, label)),
-        notes=tuple(notes),
-    )
-
-
-def _named_labels(
-    values: list[Any], class_names: tuple[str, ...] | None, column: str, where: str
-) -> list[Any]:
-    """Refuse missing labels; give numbers of a ClassLabel their names."""
-    missing = [row for row, value in enumerate(values) if value is None or value == -1]
-    if missing:
-        raise ValueError(
-            f"data.label_column: {column!r} of {where} has missing labels in {len(missing):,} of "
-            f"{len(values):,} rows, the first of them is row {missing[0]}"
-        )
-    if class_names is None:
-        return values
-    for row, value in enumerate(values):
-        if not 0 <= value < len(class_names):
-            raise ValueError(
-                f"data.label_column: {column!r} of {where} has {len(class_names)} classes, got the "
-                f"class {value} in row {row}"
-            )
-    return [class_names[value] for value in values]
-
-
-def _number_classes(found: _Source) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+def _number_classes(found: Source) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Number the classes; a test image of a class that training does not know is refused."""
     in_training = set(found.labels["train"])
     in_test = dict.fromkeys(found.labels.get("test", ()))

@@ -84,7 +84,8 @@ class DataSummary:
                 f"({_share(patches.visible, patches.total)}), {patches.predicted} are predicted "
                 f"({_share(patches.predicted, patches.total)})."
             )
-        return [*lines, *(f"Warning: {warning}" for warning in self.warnings)]
+        lines += [f"Warning: {warning}" for warning in self.warnings]
+        return [_printable(line) for line in lines]
 
     def print(self, console: Console) -> None:
         """Print the sentences.
@@ -106,6 +107,24 @@ class DataSummary:
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
         }
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> DataSummary:
+        """Read what :meth:`to_dict` returned.
+
+        Args:
+            values: A mapping with a key for each field.
+        """
+        patches = values["patches"]
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return DataSummary(
+            **{
+                **values,
+                **lists,
+                "image_size": ImageSize(**values["image_size"]),
+                "patches": None if patches is None else PatchCounts(**patches),
+            }
+        )
 
     def _named_counts(self) -> str:
         counts = self.class_counts
@@ -261,6 +280,14 @@ def _mask_warnings(config: ExperimentConfig, patches: PatchCounts | None) -> lis
                 "which the shipped experiments use, grows with the image."
             )
     return warnings
+
+
+def _printable(line: str) -> str:
+    """Keep what a file or a class may be called, such as a line break, from breaking a line."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in line
+    )
 
 
 def _share(count: int, total: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -268,6 +268,58 @@ def check_probe_images(
             "evaluation.max_train_images must keep images of at least 2 probed classes, "
             f"got {config.max_train_images}"
         )
+
+
+@dataclass(frozen=True)
+class ProbeSizes:
+    """How many images and labels the probes really have.
+
+    Attributes:
+        train_images: Images that the probes are fitted on.
+        test_images: Images that the accuracies are of.
+        fewest_labels: Labelled images of the class with fewest, in a draw of the few-label probe.
+        most_labels: Those of the class with most.
+        draws: Draws of the few-label probe.
+        neighbours: Neighbours of the k-NN probe.
+    """
+
+    train_images: int
+    test_images: int
+    fewest_labels: int
+    most_labels: int
+    draws: int
+    neighbours: int
+
+
+def probe_sizes(
+    dataset: Dataset, config: EvaluationConfig, pretrain_classes: Sequence[int] | None = None
+) -> ProbeSizes:
+    """The sizes of the probes of all classes, or of the classes left out of pretraining.
+
+    Args:
+        dataset: Images and labels.
+        config: The evaluation section of the experiment.
+        pretrain_classes: Classes that the transfer probes leave out. Default: none is.
+    """
+    # The labels stand in for the images, which are large and not looked at.
+    _, labels = _subset(
+        replace(dataset.train, images=dataset.train.labels), config.max_train_images
+    )
+    test_labels = dataset.test.labels.numpy()
+    seen = [] if pretrain_classes is None else list(pretrain_classes)
+    labels = labels[~np.isin(labels, seen)]
+    test_labels = test_labels[~np.isin(test_labels, seen)]
+    # A class of which the subset keeps no image is one of the classes all the same.
+    classes = np.setdiff1d(np.unique(dataset.train.labels.numpy()), seen)
+    counts = [min(config.few_labels, int((labels == label).sum())) for label in classes]
+    return ProbeSizes(
+        train_images=len(labels),
+        test_images=len(test_labels),
+        fewest_labels=min(counts, default=0),
+        most_labels=max(counts, default=0),
+        draws=config.few_label_draws,
+        neighbours=min(config.knn_k, len(labels)),
+    )
 
 
 def _evaluate(

@@ -361,8 +361,9 @@ def _inspect(encoded: EncodedImage, found: Treatment) -> int | None:
             wide_value = int(_wide_pixels(image, where).max())
         elif _is_wide_colour(image):
             _load(image, where)
-            alpha = len(image.getbands()) - (mode in _ALPHA_MODES)
-            colour_value = int(np.asarray(image)[..., :alpha].max())
+            pixels = np.atleast_3d(np.asarray(image))  # (H, W, C)
+            colours = pixels.shape[2] - (mode in _ALPHA_MODES)
+            colour_value = int(pixels[..., :colours].max())
     found.wide_colour += colour_value is not None
     found.images += 1
     found.modes[mode] += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from cjepa_kernels.train.comparison import (
     ARM_TITLES,
     METRIC_TITLES,
     Comparison,
+    TextTable,
+    labels_per_class,
+    notes_of,
+    pair_title,
     text_tables,
 )
 from cjepa_kernels.train.data import Dataset
@@ -34,8 +38,7 @@ _QUERIES = 10
 _NEIGHBOURS = 8
 _MAX_GALLERY = 10_000  # training images that neighbours are looked for in
 _MAX_SIDE = 64  # larger pictures are scaled down, to keep the file small
-_PROJECTED = ("untrained", "jepa", "cjepa")
-_RETRIEVED = ("jepa", "cjepa")
+_TRAINED = ("jepa", "contrastive", "cjepa")
 
 
 def write_report(
@@ -64,6 +67,7 @@ def write_report(
     title = f"C-JEPA compared on {comparison.dataset}"
     sections = [
         _headline(comparison, title),
+        _data(comparison),
         _results(comparison),
         _curves(comparison),
         _robustness(comparison),
@@ -86,13 +90,15 @@ def write_report(
 def _headline(comparison: Comparison, title: str) -> str:
     seeds = len(comparison.seeds)
     trainer = comparison.config.get("trainer", {})
+    sizes = comparison.probes.get("all")
+    tested = "" if sizes is None else f", accuracies of {sizes.test_images:,} test images"
     parts = [f"<h1>{escape(title)}</h1>"]
     parts.append(
         f'<p class="lead">{len(comparison.arms)} arms x {seeds} seed{"s" * (seeds > 1)}, '
-        f"{trainer.get('epochs', '?')} epochs each. The arms of a seed share initialisation, data "
-        "order, views, masks and budget; they differ in the weights of the loss terms alone.</p>"
+        f"{trainer.get('epochs', '?')} epochs each{tested}. The arms of a seed share "
+        "initialisation, data order, views, masks and budget; they differ in the weights of the "
+        "loss terms alone.</p>"
     )
-    pair = comparison.paired.get("cjepa - jepa", {})
     tiles = []
     for key, label in (
         ("mean/few_label", "few-label probe, mean-pooled"),
@@ -100,17 +106,32 @@ def _headline(comparison: Comparison, title: str) -> str:
         ("cls/few_label", "few-label probe, CLS"),
         ("cls/knn", "k-NN, CLS"),
     ):
-        if key in pair:
-            value = pair[key]
-            tiles.append(
-                f'<div class="tile"><b>{value.mean:+.1f}</b><span>points, {label}</span></div>'
-            )
+        against = [
+            f"<li><b>{by_metric[key].format(signed=True)}</b> "
+            f"against {escape(ARM_TITLES[pair.partition(' - ')[2]])}</li>"
+            for pair, by_metric in comparison.paired.items()
+            if pair.startswith("cjepa - ") and key in by_metric
+        ]
+        if against:
+            tiles.append(f'<div class="tile"><span>{label}</span><ul>{"".join(against)}</ul></div>')
     if tiles:
+        spread = "mean ± sample standard deviation" if seeds > 1 else "the one difference"
         parts.append(
-            f'<div class="tiles">{"".join(tiles)}</div>\n<p class="caption">C-JEPA minus JEPA '
-            f"alone: mean of the {seeds} paired difference{'s' * (seeds > 1)}.</p>"
+            f'<div class="tiles">{"".join(tiles)}</div>\n<p class="caption">C-JEPA minus each of '
+            f"the other arms, in points: {spread} of the {seeds} paired "
+            f"difference{'s' * (seeds > 1)}. How much of it the size of the test set leaves open "
+            'is said <a href="#results">below the tables</a>.</p>'
         )
     return "<header>\n" + "\n".join(parts) + "\n</header>"
+
+
+def _data(comparison: Comparison) -> str:
+    if comparison.data is None:
+        body = "<p>This record does not hold what was understood of the data.</p>"
+    else:
+        lines = "".join(f"<li>{escape(line)}</li>" for line in comparison.data.lines())
+        body = f"<ul>{lines}</ul>"
+    return _section("Data", body, "data")
 
 
 def _section(title: str, body: str, anchor: str) -> str:
@@ -121,45 +142,46 @@ def _figure(content: str, caption: str) -> str:
     return f"<figure>{content}<figcaption>{caption}</figcaption></figure>"
 
 
-def _table(
-    columns: tuple[str, ...], rows: list[tuple[str, ...]], *, caption: str = "", last: bool = False
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return _html_table(columns, [(row[0], [*map(escape, row[1:])], "") for row in rows])
+
+
+def _text_table(table: TextTable) -> str:
+    rows: list[tuple[str, Sequence[str], str]] = [
+        (
+            row[0],
+            [
+                f"<b>{escape(cell)}</b>" if table.is_best(number, column) else escape(cell)
+                for column, cell in enumerate(row)
+            ][1:],
+            "",
+        )
+        for number, row in enumerate(table.rows)
+    ]
+    rows += [(row[0], [*map(escape, row[1:])], "difference") for row in table.differences]
+    return _html_table(table.columns, rows, caption=table.title)
+
+
+def _html_table(
+    columns: Sequence[str], rows: Iterable[tuple[str, Sequence[str], str]], *, caption: str = ""
 ) -> str:
+    """A table from the title, the cells in HTML and the class of each row."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = []
-    for position, row in enumerate(rows):
-        kind = ' class="difference"' if last and position == len(rows) - 1 else ""
-        if row[0] == ARM_TITLES["cjepa"]:
-            kind = ' class="main"'
-        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-        body.append(f'<tr{kind}><th scope="row">{escape(row[0])}</th>{cells}</tr>')
-    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    for title, cells, kind in rows:
+        texts = "".join(f"<td>{cell}</td>" for cell in cells)
+        attribute = f' class="{kind}"' if kind else ""
+        body.append(f'<tr{attribute}><th scope="row">{escape(title)}</th>{texts}</tr>')
+    above = f"<caption>{escape(caption)}</caption>" if caption else ""
     return (
-        f'<div class="scroll"><table>{title}<thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table>{above}<thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
 def _results(comparison: Comparison) -> str:
-    tables = [
-        _table(
-            table.columns,
-            [*table.rows, *([table.difference] if table.difference else [])],
-            caption=table.title,
-            last=bool(table.difference),
-        )
-        for table in text_tables(comparison)
-    ]
-    evaluation = comparison.config.get("evaluation", {})
-    caption = (
-        "Accuracy on the test images of probes on frozen features, in per cent, mean ± sample "
-        "standard deviation over seeds. <b>few-label</b>: logistic regression on "
-        f"{evaluation.get('few_labels', 10)} labels per class, mean of "
-        f"{evaluation.get('few_label_draws', 10)} fixed draws. <b>k-NN</b>: "
-        f"{evaluation.get('knn_k', 10)} nearest training features by cosine. <b>linear</b>: "
-        "logistic regression on all training labels. <b>robust</b>: the same on corrupted test "
-        "images, mean of nine corruptions. The last row pairs the arms seed by seed, so its "
-        "deviation is that of the difference."
-    )
+    texts = text_tables(comparison)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(texts))
     figure = _figure(
         figures.paired_figure(comparison),
         "Each dot is one seed, each line joins the runs of one seed; the dotted line is the probe "
@@ -167,8 +189,31 @@ def _results(comparison: Comparison) -> str:
     )
     return _section(
         "Results",
-        f'<div class="grid">{"".join(tables)}</div>\n<p class="caption">{caption}</p>\n{figure}',
+        f'<div class="grid">{"".join(map(_text_table, texts))}</div>\n'
+        f'<ul class="caption">{notes}</ul>\n'
+        f'<p class="caption">{_probes(comparison)}</p>\n{figure}',
         "results",
+    )
+
+
+def _probes(comparison: Comparison) -> str:
+    """What the columns of the tables are."""
+    evaluation = comparison.config.get("evaluation", {})
+    sizes = comparison.probes.get("all")
+    if sizes is None:
+        labels = f"at most {evaluation.get('few_labels', 10)} labels per class"
+        draws = evaluation.get("few_label_draws", 10)
+        neighbours = f"at most {evaluation.get('knn_k', 10)}"
+    else:
+        labels, draws = labels_per_class(sizes), sizes.draws
+        neighbours = str(sizes.neighbours)
+    return (
+        "Accuracy on the test images of probes on frozen features, in per cent. <b>few-label</b>: "
+        f"logistic regression on {labels}, mean of {draws} fixed draws. <b>k-NN</b>: {neighbours} "
+        "nearest training features by cosine. <b>linear</b>: logistic regression on all training "
+        "labels. <b>robust</b>: the same on corrupted test images, mean of nine corruptions. The "
+        "last rows of a table pair the arms seed by seed, so their deviation is that of the "
+        "difference."
     )
 
 
@@ -206,16 +251,18 @@ def _projections(
 ) -> str:
     shown = {
         row: _both_features(extractors[row], dataset.test.images)
-        for row in _PROJECTED
+        for row in ("untrained", *_TRAINED)
         if row in extractors
     }
     if not shown or len(dataset.test.images) < 4:
         return ""
     labels = dataset.test.labels.numpy()
+    shown_images = min(len(labels), figures.MAX_POINTS)
     caption = (
-        f"t-SNE of the features of test images (seed {comparison.seeds[0]} of each arm), coloured "
-        "by class, which no encoder has seen. Compact clusters of one colour mean that neighbours "
-        "share a class; distances between clusters and their sizes mean nothing."
+        f"t-SNE of the features of {shown_images:,} test images (seed {comparison.seeds[0]} of "
+        "each arm), coloured by class, which no encoder has seen. Compact clusters of one colour "
+        "mean that neighbours share a class; distances between clusters and their sizes mean "
+        "nothing."
     )
     svg = figures.projection_figure(shown, labels, dataset.class_names)
     return _section("Feature space", _figure(svg, caption), "features")
@@ -265,7 +312,7 @@ def _neighbours(
         kept = np.random.RandomState(0).permutation(len(gallery))[:_MAX_GALLERY]
         gallery = torch.from_numpy(np.sort(kept))
     blocks = []
-    for arm in _RETRIEVED:
+    for arm in _TRAINED:
         if arm not in extractors:
             continue
         query_features = _both_features(extractors[arm], test.images[queries])["mean"]
@@ -286,18 +333,18 @@ def _neighbours(
                     f'<img alt="{found_name}" src="{_image(train.images[index])}"></span>'
                 )
             strips.append(f'<div class="strip">{"".join(cells)}</div>')
-        share = 100 * hits / found.size
         blocks.append(
             f"<div><h3>{ARM_TITLES[arm]}</h3>{''.join(strips)}"
-            f'<p class="caption">{share:.0f} % of these neighbours have the class of the query.</p>'
-            "</div>"
+            f'<p class="caption">{hits} of these {found.size} neighbours have the class of the '
+            "query.</p></div>"
         )
     if not blocks:
         return ""
     caption = (
-        "Left: one test image per class, the same for both encoders "
-        f"(seed {comparison.seeds[0]}). Right: its {_NEIGHBOURS} nearest training images by cosine "
-        'of the mean-pooled features. <span class="key same">Solid frame</span>: same class. '
+        f"Left: one test image of each of {len(classes)} classes, the same for all encoders "
+        f"(seed {comparison.seeds[0]}). Right: its {min(_NEIGHBOURS, len(gallery))} nearest "
+        'training images by cosine of the mean-pooled features. <span class="key same">Solid '
+        "frame</span>: same class. "
         '<span class="key other">Dashed frame</span>: another class.'
     )
     grid = f'<div class="grid">{"".join(blocks)}</div>'
@@ -335,14 +382,13 @@ def _findings(comparison: Comparison) -> str:
 def _details(comparison: Comparison) -> str:
     blocks = []
     for pair, differences in comparison.paired.items():
-        first, second = (ARM_TITLES[arm] for arm in pair.split(" - "))
         by_seed: list[tuple[str, ...]] = [
             (_metric_name(key), value.format(signed=True), *(f"{v:+.1f}" for v in value.values))
             for key, value in differences.items()
         ]
         columns = ("metric", "difference", *(f"seed {seed}" for seed in comparison.seeds))
         blocks.append(
-            _fold(f"All paired differences: {first} minus {second}", _table(columns, by_seed))
+            _fold(f"All paired differences: {pair_title(pair)}", _table(columns, by_seed))
         )
     config = yaml.safe_dump(comparison.config, sort_keys=False, allow_unicode=True)
     blocks.append(_fold("Configuration", f"<pre>{escape(config)}</pre>"))

@@ -35,7 +35,7 @@ _CLASS_COLOURS = (
     *("#2b83ba", "#d97706", "#1f9d78", "#c0504d", "#8e6bbf"),
     *("#9a6b4f", "#d977b8", "#7f8c3b", "#4db6c6", "#8b8f98"),
 )
-_MAX_POINTS = 1000
+MAX_POINTS = 1000
 _SETTINGS = {**settings(INK, GRID), "figure.constrained_layout.h_pad": 0.09}
 
 
@@ -48,6 +48,8 @@ def _svg(figure: Figure, prefix: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"font: ([^;\"]*?)'?sans-serif'?", r"font: \1inherit-sans", svg)
+    # Nothing refers to an image by its id, which is a hash of its content: equal ones share it.
+    svg = re.sub(r'\bid="image[0-9a-f]+"', "", svg)
     # Several figures share one page, where an id may occur once.
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
@@ -227,14 +229,16 @@ def projection_figure(
         class_names: Name of each class; the legend shows at most ten.
     """
     kept = np.arange(len(labels))
-    if len(kept) > _MAX_POINTS:
-        kept = np.sort(np.random.RandomState(0).permutation(len(kept))[:_MAX_POINTS])
+    if len(kept) > MAX_POINTS:
+        kept = np.sort(np.random.RandomState(0).permutation(len(kept))[:MAX_POINTS])
     classes = np.unique(labels)
     with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(10, 7), layout="constrained")
-        grid = figure.subplots(len(FEATURE_TITLES), len(features), squeeze=False)
+        columns = len(features)
+        figure = Figure(figsize=(10, min(7.0, 20 / columns + 0.6)), layout="constrained")
+        grid = figure.subplots(len(FEATURE_TITLES), columns, squeeze=False)
         for line, kind in zip(grid, FEATURE_TITLES, strict=True):
-            for axes, (row, by_kind) in zip(line, features.items(), strict=True):
+            line[0].set_ylabel("CLS" if kind == "cls" else "mean-pooled")
+            for axes, by_kind in zip(line, features.values(), strict=True):
                 points = project(by_kind[kind][kept])
                 for position, label in enumerate(classes):
                     chosen = labels[kept] == label
@@ -247,11 +251,12 @@ def projection_figure(
                         label=class_names[label] if len(classes) <= 10 else None,
                         rasterized=True,
                     )
-                axes.set_title(f"{ARM_TITLES[row]}, {'CLS' if kind == 'cls' else 'mean-pooled'}")
                 axes.set_xticks([])
                 axes.set_yticks([])
                 axes.grid(visible=False)
                 axes.spines[:].set_visible(True)
+        for axes, row in zip(grid[0], features, strict=True):
+            axes.set_title(ARM_TITLES[row])
         if len(classes) <= 10:
             handles, names = figure.axes[0].get_legend_handles_labels()
             figure.legend(handles, names, loc="outside lower center", ncols=10, markerscale=2)

@@ -25,9 +25,14 @@ figure svg text { font-family: system-ui, -apple-system, "Segoe UI", sans-serif 
 figcaption { margin-top: 8px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 12px; }
 .tile { background: var(--panel); border-radius: 8px; padding: 14px 18px; }
-.tile b { display: block; font-size: 1.9rem; line-height: 1.2; color: var(--accent);
+.tile ul { list-style: none; margin: 4px 0 0; padding: 0; font-size: .875rem; }
+.tile li { margin-top: 6px; }
+.tile b { display: block; font-size: 1.4rem; line-height: 1.3; color: var(--accent);
   font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .875rem; }
+a { color: var(--accent); }
+ul.caption { padding-left: 20px; margin: 14px 0 0; }
+#data ul { padding-left: 20px; margin: 0; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr));
   gap: 28px; }
 .scroll { overflow-x: auto; }
@@ -39,9 +44,9 @@ th, td { padding: 6px 5px; text-align: right; white-space: nowrap;
 th:first-child { text-align: left; }
 thead th { color: var(--soft); font-weight: 500; }
 tbody th { font-weight: 400; }
-tr.main th, tr.main td { font-weight: 650; }
-tr.difference th, tr.difference td { font-weight: 650; color: var(--accent);
-  border-top: 2px solid var(--grid); border-bottom: 0; background: var(--panel); }
+tr.difference th, tr.difference td { color: var(--accent); background: var(--panel); }
+:not(.difference) + tr.difference th, :not(.difference) + tr.difference td {
+  border-top: 2px solid var(--grid); }
 .strip { display: flex; gap: 4px; margin-bottom: 5px; }
 .strip img { width: 44px; height: 44px; object-fit: contain; image-rendering: pixelated;
   display: block; }

@@ -183,7 +183,9 @@ def class_name(folder: Path) -> str:
     Args:
         folder: The class's folder.
     """
-    return unicodedata.normalize("NFC", folder.name)
+    # Bytes that are no UTF-8 could be neither printed nor written to a log.
+    text = folder.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return unicodedata.normalize("NFC", text)
 
 
 def expanded_path(location: str) -> Path:
