@@ -51,7 +51,7 @@ def test_json_alone_on_stdout(tmp_path: Path) -> None:
     assert (content["label_column"], content["image_column"]) == ("label", "image")
     assert content["ignored_columns"] == ["id"]
     assert content["image_size"] == {"width": 4, "height": 4, "channels": 1}
-    assert content["test_from"].startswith("4 of the 20 images of the source, drawn at random")
+    assert content["test_from"].startswith("a random fifth of the source (4 of 20 images,")
     assert content["patches"] == {"total": 4, "visible": 3, "predicted": 1}
     assert content["damaged"] == []
 

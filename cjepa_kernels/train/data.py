@@ -23,7 +23,7 @@ from cjepa_kernels.train.split_names import listed
 _SPLIT_SEED = 0
 _DIGITS_TEST_IMAGES = 450
 _TEST_FRACTION = 0.2
-_DIVIDED = "drawn at random with equal shares of every class, the same in every run"
+_DIVIDED = "with equal shares of every class, the same in every run"
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def open_dataset(
         labels_from=found.labels_from,
         test_from=(
             found.test_from
-            or f"{divided:,} of the {every:,} images of the source, {_DIVIDED}: the "
+            or f"a random fifth of the source ({divided:,} of {every:,} images, {_DIVIDED}): the "
             "source has no test split"
         ),
         notes=(
@@ -299,7 +299,10 @@ def _load_digits(config: DataConfig) -> Dataset:
         class_names=tuple(str(digit) for digit in range(10)),
         reading=Reading(
             labels_from="scikit-learn",
-            test_from=f"{_DIGITS_TEST_IMAGES} of the 1,797 images of scikit-learn, {_DIVIDED}",
+            test_from=(
+                f"a random quarter of scikit-learn's images ({_DIGITS_TEST_IMAGES} of "
+                f"{len(labels):,}, {_DIVIDED})"
+            ),
             notes=tuple(_subset_notes(config, {"train": len(train), "test": len(test)})),
         ),
     )
