@@ -29,6 +29,8 @@ from cjepa_kernels.train.cli import app
 from cjepa_kernels.train.command_errors import describe
 from cjepa_kernels.train.config import ConfigurationError, ExperimentConfig, config_to_dict
 from cjepa_kernels.train.outputs import check_directory, check_file, write_file
+from cjepa_kernels.train.reported_error import ReportedError
+from cjepa_kernels.train.worker_pool import JobDefectError
 
 EXPERIMENT = "data: {source: digits, train_size: 64, test_size: 40}\n"
 
@@ -180,6 +182,8 @@ def test_without_arguments_the_help_is_shown() -> None:
         (torch.OutOfMemoryError("CUDA out of memory."), ["out of memory: CUDA out"]),
         (ValueError("the keys:\n  a: 1\n  b: 2\n"), ["the keys: a: 1; b: 2"]),
         (ConfigurationError("f", ["a: x", "b: y\nz"]), ["a: x", "b: y; z"]),
+        (OSError("jepa-seed0: [Errno 28] No space left on device: '/a'"), ["jepa-seed0: No space"]),
+        (ReportedError("jepa-seed0: the loss is nan"), ["jepa-seed0: the loss is nan"]),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), ["broken pipe"]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
@@ -191,7 +195,17 @@ def test_lines_of_errors(error: Exception, lines: list[str]) -> None:
     assert all(a.startswith(b) for a, b in zip(described, lines, strict=True)), described
 
 
-@pytest.mark.parametrize("error", [IndexError(), AssertionError(), RuntimeError("x"), KeyError(1)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        IndexError(),
+        AssertionError(),
+        RuntimeError("x"),
+        KeyError(1),
+        JobDefectError("jepa-seed0 failed"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_other_exceptions_are_defects(error: Exception) -> None:
     assert describe(error) is None
 

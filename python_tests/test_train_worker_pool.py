@@ -17,7 +17,8 @@ pytest.importorskip("rich")
 from rich.console import Console
 
 from cjepa_kernels.train.compare_progress import progress_display
-from cjepa_kernels.train.worker_pool import Event, Job, JobError, run_jobs
+from cjepa_kernels.train.reported_error import ReportedError
+from cjepa_kernels.train.worker_pool import Event, Job, JobDefectError, JobError, run_jobs
 
 
 def square(number: int, report: Any) -> tuple[int, int]:
@@ -28,7 +29,12 @@ def square(number: int, report: Any) -> tuple[int, int]:
 
 
 def fail(kind: str, report: Any) -> None:
-    raise {"value": ValueError, "zero": ZeroDivisionError}[kind]("the reason")
+    raise {
+        "value": ValueError,
+        "zero": ZeroDivisionError,
+        "disk": PermissionError,
+        "loss": ReportedError,
+    }[kind]("the reason")
 
 
 def die(report: Any) -> None:
@@ -82,7 +88,9 @@ def test_results_events_and_logs(
     ("workers", "kind", "error", "message"),
     [
         (1, "value", ValueError, "^bad job: the reason$"),
-        (1, "zero", JobError, "^bad job failed: ZeroDivisionError: the reason$"),
+        (1, "zero", JobDefectError, "^bad job failed: ZeroDivisionError: the reason$"),
+        (1, "disk", OSError, "^bad job: the reason$"),
+        (1, "loss", ReportedError, "^bad job: the reason$"),
         (2, "value", ValueError, "^bad job: the reason$"),
     ],
 )

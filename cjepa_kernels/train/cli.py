@@ -181,7 +181,7 @@ def tune(
     from cjepa_kernels.triton import configs
     from cjepa_kernels.triton import tune as tuning
 
-    check_file("CJEPA_TRITON_CONFIGS", configs.cache_file())
+    check_file("the file of tuned choices", configs.cache_file())
     console = Console()
     entries = tuning.entries_for(rows, features, dtypes[dtype])
     measure = tuning.measure_step(rows, features, dtypes[dtype])

@@ -9,6 +9,7 @@ instead of being dropped. ``--debug`` prints tracebacks in both cases.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -26,6 +27,7 @@ from typer.core import TyperGroup
 
 from cjepa_kernels.suggestions import nearest
 from cjepa_kernels.train.reported_error import ReportedError
+from cjepa_kernels.train.worker_pool import JobDefectError
 
 USER_ERROR, DEFECT = 2, 1
 MOST_LINES = 20  # of one error
@@ -112,6 +114,8 @@ def describe(error: Exception) -> list[str] | None:
     """The lines that a user should read; None for a defect of this program."""
     if isinstance(error, _ClickException):
         return [_usage(error)]
+    if isinstance(error, JobDefectError):
+        return None
     if isinstance(error, OSError):
         return [_operating_system(error)]
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or (
@@ -154,8 +158,8 @@ def _usage(error: Any) -> str:
 
 
 def _operating_system(error: OSError) -> str:
-    if error.strerror is None:
-        return _on_one_line(str(error))
+    if error.strerror is None:  # of a worker process, with the name of its job
+        return _on_one_line(re.sub(r"\[Errno \d+\] ", "", str(error)))
     reason = error.strerror[:1].lower() + error.strerror[1:]
     return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
 

@@ -24,7 +24,10 @@ ReportProgress = Callable[[int, int], None]  # (step, total steps)
 _GOODBYE_SECONDS = 10.0  # for a worker to end by itself
 _REPORT_SECONDS = 0.2  # at most five progress reports a second from each job
 # Mistakes of the user keep their type, so that a command line can tell them from defects.
-_USER_ERRORS = {e.__name__: e for e in (ValueError, TypeError, FileNotFoundError, ImportError)}
+_USER_ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind
+    for kind in (ValueError, TypeError, FileNotFoundError, OSError, ImportError, ReportedError)
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,11 @@ class Event:
 
 
 class JobError(ReportedError):
-    """A job failed by a defect or its process died."""
+    """A job's process died, or the job failed by a defect."""
+
+
+class JobDefectError(JobError):
+    """A job failed by a defect of the program; the cause has the traceback."""
 
 
 class _RemoteError(Exception):
@@ -89,9 +96,10 @@ def run_jobs(
         The results by job name.
 
     Raises:
-        ValueError: If ``workers`` is below 1, names repeat, or a job raised it; TypeError,
-            FileNotFoundError and ImportError of a job are likewise raised with the job's name.
-        JobError: If a job raised anything else, or its process died.
+        ValueError: If ``workers`` is below 1, names repeat, or a job raised it; TypeError, OSError,
+            ImportError and ReportedError of a job are likewise raised with the job's name.
+        JobError: If a process died.
+        JobDefectError: If a job raised anything else.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
@@ -130,7 +138,7 @@ def _kind(error: Exception) -> str:
 def _failure(job: str, kind: str, message: str) -> Exception:
     if kind in _USER_ERRORS:
         return _USER_ERRORS[kind](f"{job}: {message}")
-    return JobError(f"{job} failed: {kind}: {message}")
+    return JobDefectError(f"{job} failed: {kind}: {message}")
 
 
 @contextmanager
