@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS
+from ranks import Ranks
 from torch import Tensor, func
 from torch.autograd import forward_ad
 
@@ -168,6 +169,22 @@ def test_the_compiler_points_to_the_reference_too(transform: str) -> None:
         return
     with pytest.raises(RuntimeError, match=POINTER):
         torch.compile(lambda a, b: apply(transform, loss, a, b), backend="eager")(a, b)
+
+
+def gradient_of_a_group() -> str:
+    """On a rank."""
+    a, b = pair()
+    try:
+        func.grad(lambda x: nt_xent(x, b, group=torch.distributed.group.WORLD).loss)(a)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_group_points_to_the_reference_too(ranks: Callable[[int], Ranks]) -> None:
+    for message in ranks(2).run(gradient_of_a_group):
+        assert "torch.func" in message
+        assert POINTER in message
 
 
 def test_checkpoints_give_the_same_gradients(backend: Any) -> None:
