@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).parents[1]
-PARITY = ["nt_xent", "cross_logsumexp", "cross_logsumexp_calls", "ops", "prediction_loss"]
+PARITY = ["nt_xent", "cross_logsumexp", "cross_logsumexp_calls", "limits", "ops", "prediction_loss"]
 TOTAL = 480.0  # seconds of all steps
 GRACE = 15.0  # seconds from asking a step to stop to stopping it; pytest-xdist takes ten
 SHORTEST = 5.0  # seconds below which a step is not worth its start

@@ -119,7 +119,7 @@ def forward(
         loss = -torch.nn.functional.logsigmoid((positive - shift) / tau - log_sum)
         return (
             reduce(loss, reduction),  # type: ignore[arg-type]
-            (positive > hardest).to(z.dtype).mean(),
+            ((positive > hardest) & z.isfinite().all()).to(z.dtype).mean(),
             positive.mean(),
             negative_similarity,
             torch.logaddexp(shift / tau + log_sum, positive / tau),

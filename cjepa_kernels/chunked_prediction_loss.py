@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cjepa_kernels.reference import LAYER_EPS, accumulation_dtype
+from cjepa_kernels.reference import LAYER_EPS, accumulation_dtype, scale_of_rows
 
 CHUNK_ELEMENTS = 2**22
 
@@ -159,8 +159,10 @@ def _statistics(p: Tensor, t: Tensor, normalization: str, kept: Tensor | None) -
     if normalization == "l2":
         columns = [torch.linalg.vector_norm(x, dim=1) for x in (p, t)]
     elif normalization == "layer":
-        variance, mean = torch.var_mean(t, dim=1, correction=0)
-        columns = [mean, (variance + LAYER_EPS).rsqrt()]
+        scale = scale_of_rows(t)
+        variance, mean = torch.var_mean(t * scale, dim=1, correction=0)
+        scale = scale[:, 0]
+        columns = [mean / scale, (variance + LAYER_EPS).rsqrt() * scale]
     else:
         columns = [p.new_zeros(len(p))] * 2
     found = torch.stack(columns, 1)

@@ -73,6 +73,24 @@ def normalize_rows(z: Tensor, eps: float) -> Tensor:
     return torch.where(regular, z / torch.where(regular, norm, 1.0), z.detach() / eps)
 
 
+def scale_of_rows(z: Tensor) -> Tensor:
+    """A power of two for each row, by which it may be multiplied before its elements are squared.
+
+    1 up to 2^50. Larger rows become of size 2^40: far enough from the squares' overflow, and so
+    large that the epsilon of a LayerNorm adds as little as without the scale.
+
+    Args:
+        z: (..., D) in fp32 or fp64.
+
+    Returns:
+        (..., 1) like z, detached.
+    """
+    largest = z.detach().abs().amax(dim=-1, keepdim=True)
+    large = (largest > 2.0**50) & largest.isfinite()
+    exponent = torch.frexp(largest.where(large, 2.0**39)).exponent
+    return torch.ldexp(torch.ones_like(largest), (40 - exponent).to(z.dtype))
+
+
 def embed_rows(z: Tensor, use_cosine_similarity: bool, eps: float) -> Tensor:
     """The M rows whose inner products are the similarities s.
 
@@ -128,7 +146,8 @@ def nt_xent(
         mask: (B, B) bool, True takes the pair of samples out of the negatives, both ways.
 
     Returns:
-        NTXentTerms; ``lse`` includes the positive and is detached, like the metrics.
+        NTXentTerms; ``lse`` includes the positive and is detached, like the metrics. An embedding
+        that holds a NaN or an infinity makes the accuracy 0.
 
     Source: SimCLR, arXiv 2002.05709, equation 1; decoupled sum as in DCL, arXiv 2110.06848.
     """
@@ -153,7 +172,7 @@ def nt_xent(
         kept = (~excluded).sum()
         return NTXentTerms(
             loss=loss,
-            accuracy=(positive > hardest).to(z.dtype).mean(),
+            accuracy=((positive > hardest) & z.isfinite().all()).to(z.dtype).mean(),
             positive_similarity=positive.mean(),
             negative_similarity=similarity.masked_fill(excluded, 0.0).sum() / kept,
             lse=torch.logaddexp(lse_neg, positive_logit),
@@ -267,7 +286,7 @@ def prediction_loss(
         kept = mask[..., None]
         prediction, target = prediction.where(kept, 0.0), target.where(kept, 0.0)
     if target_norm == "layer":
-        target = F.layer_norm(target, target.shape[-1:], eps=LAYER_EPS)
+        target = F.layer_norm(target * scale_of_rows(target), target.shape[-1:], eps=LAYER_EPS)
     elif normalize_embeddings:
         prediction, target = normalize_rows(prediction, eps), normalize_rows(target, eps)
     if mask is None:

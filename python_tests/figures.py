@@ -92,6 +92,7 @@ SETTINGS = {
     "docs/definitions.md": {
         "with weights 1.0 and 0.1 by default": "defaults",
         "(1.8e19 in fp32)": "the root of the largest number of fp32",
+        "targets of any size up to 1e38": "the bound of a test in test_limits.py",
         "where fp32 resolves 6e-5": "a spacing of fp32",
         "views that are 10 % apart": "the input of a test",
         "stay within 1e-5, where the textbook loss is more than ten times further off": (

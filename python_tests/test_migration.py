@@ -117,6 +117,21 @@ def test_the_bank_is_that_of_lightly(dtype: torch.dtype) -> None:
     assert not torch.equal(here.bank, before)
 
 
+@pytest.mark.usefixtures("projects")
+def test_a_bank_of_one_row() -> None:
+    """Its log-sum-exp is a single logit, near 0 where the row is orthogonal to the query."""
+    bank = run_page("lightly")["NTXentWithBank"]
+    there = importlib.import_module("lightly.loss").NTXentLoss
+    for seed in range(30):
+        torch.manual_seed(seed)
+        here, lightly = bank(memory_bank_size=(1, 16)), there(memory_bank_size=(1, 16)).double()
+        lightly.memory_bank.bank.copy_(here.bank)
+        z_i, z_j = torch.randn(2, 3, 16)
+        with torch.no_grad():
+            expected = lightly(z_i.double(), z_j.double())
+            assert relative_error(here(z_i, z_j), expected) <= FLOOR_VALUE[torch.float32] / 2
+
+
 def views_with_hard_pairs() -> tuple[Tensor, Tensor]:
     """Aligned views, the last four of other samples."""
     generator = torch.Generator().manual_seed(0)

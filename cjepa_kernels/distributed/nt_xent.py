@@ -178,6 +178,7 @@ def _finish(
         sums[-3] += unit.square().sum(dtype=torch.float64)
     exchange.all_reduce(sums)
     squares, positives, hits = sums[-3:].unbind()
+    hits = hits.where(~squares.isnan(), 0.0)  # of any rank: kernels may leave a NaN out of maxima
     negatives = batch.rows * (batch.rows - 2)
     negative = (sums[:-3].square().sum() - squares - positives) / (negatives or torch.nan)
     metrics = hits / batch.rows, positives / batch.rows, negative

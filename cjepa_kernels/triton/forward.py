@@ -189,7 +189,8 @@ def cross_logsumexp(
     tau = Temperature(temperature, temperature_tensor)
     operands = Operands.of(x.dtype, product_dtype)
     packed_x, packed_y = (operands.pack((z,), cosine=cosine, eps=eps) for z in (x, y))
-    tiles = Tiles(packed_x, packed_y, operands, tau, tau.constant_shift(cosine))
+    constant = tau.constant_shift(cosine) and min(len(x), len(y)) > launch.FEW
+    tiles = Tiles(packed_x, packed_y, operands, tau, constant)
     floats = tiles._floats
     of_rows = [floats(len(x)) for _ in range(4)]
     of_columns = [floats(len(y)) for _ in range(4)]

@@ -18,6 +18,9 @@ TILE = 128  # rows and columns of a tile
 SMALL = 16  # blocks: up to here one launch takes all tiles, each with its mask
 GROUP = 8
 ROWS = 32  # that a program of the reduction takes: few, so that a small batch has enough programs
+# So few rows or columns may all have a log-sum-exp near 0, beside which the error that a constant
+# shift leaves, a few roundings of 1 / tau, is large.
+FEW = 8
 SLOTS = 64  # partial sums that are read at a time
 
 

@@ -50,6 +50,14 @@ def load_sides(
 
 
 @triton.jit
+def scale_of_rows(largest):
+    """As ``reference.scale_of_rows``, from the exponent of each row's largest element."""
+    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
+    exponent = tl.where(exponent >= 127 + 50, exponent, 127 + 40)
+    return ((127 + 127 + 40 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def statistics_of(p, t, inside, features, NORMALIZATION: tl.constexpr, LAYER_EPS: tl.constexpr):
     """Norms of both sides, or mean and inverse deviation of the target."""
     first = tl.zeros((p.shape[0],), tl.float32)
@@ -58,9 +66,12 @@ def statistics_of(p, t, inside, features, NORMALIZATION: tl.constexpr, LAYER_EPS
         first = tl.sqrt(tl.sum(p * p, 1))
         second = tl.sqrt(tl.sum(t * t, 1))
     elif NORMALIZATION == LAYER:
+        scale = scale_of_rows(tl.max(tl.abs(t), 1))
+        t = t * scale[:, None]
         first = tl.sum(t, 1) / features
         apart = tl.where(inside, t - first[:, None], 0.0)
-        second = 1.0 / tl.sqrt(tl.sum(apart * apart, 1) / features + LAYER_EPS)
+        second = scale / tl.sqrt(tl.sum(apart * apart, 1) / features + LAYER_EPS)
+        first = first / scale
     return first, second
 
 

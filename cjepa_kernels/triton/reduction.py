@@ -177,6 +177,8 @@ def nt_xent_rows_kernel(
     if not NONE:
         tl.store(mean_loss, (sum_in_order(partial, parts, 1024) * scale_of_loss).to(tl.float32))
     hits = sum_in_order(partial + parts, parts, 1024)
+    square = sum_in_order(squares, programs, 1024)
+    hits = tl.where(square == square, hits, 0.0)  # maxima may leave a NaN out
     positive_sum = sum_in_order(partial + 2 * parts, parts, 1024)
     tl.store(accuracy, (hits / rows).to(tl.float32))
     tl.store(positive_similarity, (positive_sum / rows).to(tl.float32))
@@ -186,7 +188,7 @@ def nt_xent_rows_kernel(
     else:
         # (|sum z|^2 - sum |z|^2 - sum s_pos) / (M (M - 2)): no pass over pairs.
         negative = sum_in_order(partial + 3 * parts, WIDTH // FEATURES, 1024) - positive_sum
-        negative -= sum_in_order(squares, programs, 1024)
+        negative -= square
         negatives = tl.cast(rows, tl.float64) * (rows - 2)
     negative = tl.where(negatives > 0, negative / negatives, float("nan"))
     tl.store(negative_similarity, negative.to(tl.float32))

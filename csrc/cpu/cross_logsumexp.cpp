@@ -33,12 +33,17 @@ struct Rectangle {
         rounding{in.cosine, static_cast<T>(in.eps), in.rounded_dtype()},
         x(source(0), block(), rounding, core, wanted),
         y(source(1), block(), rounding, core, wanted),
-        shift(read_temperature(in.temperature_tensor, in.temperature), x.bounded && y.bounded),
+        shift(read_temperature(in.temperature_tensor, in.temperature),
+              x.bounded && y.bounded && std::min(views[0].rows, views[1].rows) > kFew),
         logits{core, x, y, {views[0].rows, views[1].rows, false, nullptr, 0}, shift.exponent} {}
   Rectangle(const Rectangle&) = delete;
   Rectangle& operator=(const Rectangle&) = delete;
 
   Source source(int64_t which) const { return {views + which, 1}; }
+  // The constant shift leaves an error of a few roundings of 1 / tau in every log-sum-exp. Of a few
+  // rows all may be near 0, as that of a single similarity is, and the error large beside them.
+  static constexpr int64_t kFew = 8;
+
   int64_t block() const { return Layout::block_of(std::max(views[0].rows, views[1].rows)); }
 };
 

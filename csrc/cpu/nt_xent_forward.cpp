@@ -49,7 +49,8 @@ Totals reduce_rows(const Pairs<T, P>& pairs, const PartialSums<T>& sums, int64_t
     if (out.loss != nullptr) out.loss[at] = static_cast<T>(own);
     totals.loss += own;
     totals.positive += positive;
-    totals.hits += positive > reduced.hardest[a];
+    // A NaN is not among the maxima: it would leave hits to the rows of others.
+    totals.hits += pairs.z.finite && positive > reduced.hardest[a];
   }
   return totals;
 }

@@ -106,9 +106,33 @@ struct PredictionCore : MicroTile<T, PlainOperand<T>> {
         const auto x = read(t + d, like) - mean;
         squares.add(x * x);
       });
-      return {mean, 1 / root(squares.value() / row.features + kLayerEps)};
+      const T variance = squares.value() / row.features;
+      if (!(variance <= kLargest)) return moments_of_large(t, row.features);
+      return {mean, 1 / root(variance + kLayerEps)};
     }
     return {0, 0};
+  }
+
+  static constexpr T kLargest = sizeof(T) == 4 ? T(3.4028234663852886e38) : T(1.79e308);
+
+  // The same of a row whose squares overflow, scaled by a power of two; NaN of one with a NaN or an
+  // infinity, of which the scale ends as 0.
+  static RowStatistics<T> moments_of_large(const T* t, int64_t features) {
+    T largest = 0, scale = 1, mean = 0, rest = 0, squares = 0;
+    for (int64_t d = 0; d < features; ++d) {
+      const T size = t[d] < 0 ? -t[d] : t[d];
+      largest = size > largest ? size : largest;
+    }
+    while (largest * scale > T(1099511627776)) scale /= 256;  // 2^40
+    for (int64_t d = 0; d < features; ++d) mean += t[d] * scale;
+    mean /= features;
+    for (int64_t d = 0; d < features; ++d) rest += t[d] * scale - mean;
+    mean += rest / features;  // exact where all are equal
+    for (int64_t d = 0; d < features; ++d) {
+      const T x = t[d] * scale - mean;
+      squares += x * x;
+    }
+    return {mean / scale, scale / root(squares / features + kLayerEps)};
   }
 
   template <bool SQUARE>

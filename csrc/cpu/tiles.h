@@ -59,10 +59,11 @@ inline ScalarType backward_operands(ScalarType rounded, const std::optional<Tens
   return temperature.has_value() ? ScalarType::Float : rounded;
 }
 
-// NaN, which the result then is, unless positive.
+// NaN, which the result then is, out of the range of reference.SMALLEST to LARGEST.
 inline double read_temperature(const std::optional<Tensor>& tensor, double number) {
   const double t = tensor.has_value() ? read_scalar(*tensor) : number;
-  return t > 0 ? t : kNaN;
+  const float rounded = static_cast<float>(t);  // a bound in fp32 lies within the range
+  return rounded >= 1e-30f && rounded <= 1e30f ? t : kNaN;
 }
 
 // Which shift the exponents take: with the constant 1 / tau no exponent leaves the dtype's range
