@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -322,6 +323,12 @@ def _check_loss(config: ExperimentConfig, image_shape: tuple[int, int, int] | No
 def _check_devices(config: ExperimentConfig) -> None:
     """Let Lightning look for the devices while no file is written yet."""
     wanted = config.trainer
+    cores = os.cpu_count() or 1
+    if wanted.accelerator == "cpu" and wanted.devices > max(2, cores):
+        raise ValueError(
+            "trainer.devices: each device of trainer.accelerator='cpu' is a process, and this "
+            f"machine has {cores} CPU cores, got {wanted.devices}"
+        )
     try:
         with _quiet_lightning():
             trainer = L.Trainer(**_device_options(config), logger=False, barebones=True)
