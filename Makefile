@@ -11,7 +11,8 @@ DEMO_OUT ?= runs/demo
 SEEDS ?= 0,1,2
 BENCH_OUT ?= runs/bench
 INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cross_logsumexp_calls.py \
-  distributed.py limits.py ops.py prediction_loss.py triton.py triton_interpreter.py)
+  compile_numbers.py distributed.py limits.py module_state.py ops.py prediction_loss.py triton.py \
+  triton_interpreter.py)
 
 .PHONY: help demo test coverage config-check gpu-check gpu-count ctest ctest-aarch64 headers-check sanitize lint format \
   bench bench-quick bench-targets bench-record bench-compare bench-loss bench-distributed memory micro plot \

@@ -98,19 +98,17 @@ def refuse_transforms(name: str, args: Sequence[Any]) -> None:
     """Raise under torch.func, and where an argument has a tangent, which would be lost."""
     if not is_transformed():
         return
-    if torch._C._are_functorch_transforms_active():
-        what = "cannot be transformed by torch.func (vmap, grad, jvp, hessian, ...)"
-    elif any(isinstance(x, Tensor) and has_tangent(x) for x in _flatten(args)[1]):
+    what = "cannot be transformed by torch.func (vmap, grad, jvp, hessian, ...)"
+    if not torch._C._are_functorch_transforms_active():
         what = "has no forward-mode derivative"
-    else:
-        return
+        # No function of its own: torch.compile would trace it, and traced tensors show no tangent.
+        dual = torch.compiler.is_compiling()
+        for x in _flatten(args)[1]:
+            if isinstance(x, Tensor) and not dual:
+                dual = forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+        if not dual:
+            return
     raise RuntimeError(f'{name} {what} in this back end; use backend="reference"')
-
-
-def has_tangent(x: Tensor) -> bool:
-    """Whether ``x`` is dual: a value with its derivative."""
-    tangent = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
-    return tangent is not None
 
 
 def _call_compiled(name: str, overload: str, args: Sequence[Any]) -> tuple[Tensor, ...]:

@@ -158,15 +158,16 @@ def test_a_batch_of_gradients() -> None:
             )
 
 
-@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "dual"])
 def test_the_compiler_points_to_the_reference_too(transform: str) -> None:
     torch._dynamo.reset()
-
-    def step(a: Tensor, b: Tensor) -> Any:
-        return apply(transform, make_loss("nt_xent", "auto"), a, b)
-
+    loss, (a, b) = make_loss("nt_xent", "auto"), pair()
+    if transform == "dual":
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match=POINTER):
+            torch.compile(loss, backend="eager")(forward_ad.make_dual(a, b), b)
+        return
     with pytest.raises(RuntimeError, match=POINTER):
-        torch.compile(step, backend="eager")(*pair())
+        torch.compile(lambda a, b: apply(transform, loss, a, b), backend="eager")(a, b)
 
 
 def test_checkpoints_give_the_same_gradients(backend: Any) -> None:
