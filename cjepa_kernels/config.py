@@ -132,7 +132,8 @@ def create_cjepa_loss_from_config(
     """Wrap a JEPA loss that exists already into C-JEPA.
 
     Args:
-        config: As for :func:`create_loss_from_config`; the keys of the JEPA loss are ignored.
+        config: As for :func:`create_loss_from_config`; the keys of the JEPA loss are checked and
+            not used, and ``use_contrastive`` makes no difference.
         jepa_loss: Module that returns a dict with ``loss``.
 
     Returns:
@@ -143,6 +144,8 @@ def create_cjepa_loss_from_config(
             :func:`create_loss_from_config`.
     """
     section, prefix = _loss_section(config)
+    if section.get("use_contrastive") is False:
+        del section["use_contrastive"]
     _check(section, prefix)
     return _wrap(section, prefix, jepa_loss)
 

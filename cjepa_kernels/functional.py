@@ -32,6 +32,8 @@ from cjepa_kernels.reference import (
 )
 from cjepa_kernels.registration import refuse_transforms
 
+# torch.amp.is_autocast_available says so too, but PyTorch 2.11 compiles no function that asks it.
+WITHOUT_AUTOCAST = ("meta",)
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 KEPT_BYTES = int(read_when_imported("CJEPA_KEPT_MIB", 256) * 2**20)
 for _variable in ("CJEPA_CACHE_MIB", "CJEPA_WORKSPACE_MIB"):  # others read them, much later
@@ -385,15 +387,15 @@ def _split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, floa
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off, on a device that has it: "meta" has none."""
-    if not torch.amp.is_autocast_available(device.type):
+    """Autocast off, on a device that has it."""
+    if device.type in WITHOUT_AUTOCAST:
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def _product_dtype(z: Tensor) -> torch.dtype | None:
     """What autocast wants the operands rounded to; None outside of it."""
-    if z.dtype == torch.float64 or not torch.amp.is_autocast_available(z.device.type):
+    if z.dtype == torch.float64 or z.device.type in WITHOUT_AUTOCAST:
         return None
     if torch.is_autocast_enabled(z.device.type):
         return torch.get_autocast_dtype(z.device.type)

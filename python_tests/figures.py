@@ -171,7 +171,6 @@ SETTINGS = {
             "a rule, compared in test_recorded_results.py"
         ),
         "use 0.625 and 0.25:": "settings of the shipped experiments",
-        "does so 20 times in each": "a setting of the command that the sentence names",
         "medians of 3 epochs": "a rule, compared in test_recorded_results.py",
     },
 }

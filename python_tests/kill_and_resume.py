@@ -65,7 +65,7 @@ class Trial:
 def kill_and_resume(
     config: ExperimentConfig, directory: Path, *, kills: int, seed: int, damage: float = 0.7
 ) -> Trial:
-    """Start, kill and damage runs until as many kills as asked for are behind a completed run.
+    """Start, kill and damage runs until as many kills as asked for, and a damage, are overcome.
 
     Args:
         config: The experiment.
@@ -90,10 +90,14 @@ def kill_and_resume(
 
     trial = Trial()
     disturbed = False
-    while trial.kills < kills or disturbed:
+    while True:
+        # Some kills come before there is a file to damage.
+        killing = trial.kills < kills or (damage > 0 and not trial.damaged)
+        if not killing and not disturbed:
+            return trial
         process = cjepa("train", "--config", file, "--out", run_dir, log=log)
         # Past the kills asked for, the last run may come to its end.
-        process.join(chance.uniform(0, duration) if trial.kills < kills else None)
+        process.join(chance.uniform(0, duration) if killing else None)
         if process.exitcode is None:
             process.kill()
             process.join()
@@ -111,12 +115,14 @@ def kill_and_resume(
                 f"exit code {process.exitcode}, {trial}: {log.read_text()}"
             )
             trial.errors[_follow(log.read_text(), run_dir)] += 1
-    return trial
 
 
 def _damage(run_dir: Path, chance: random.Random) -> list[str]:
     """Flip one bit of a file, or cut it off."""
     files = sorted(path for path in run_dir.rglob("*") if path.is_file() and path.stat().st_size)
+    if (run_dir / "result.json").exists():
+        # Of a finished run the program neither reads nor writes the texts for people again.
+        files = [path for path in files if path.name not in _COMPARED_FILES]
     if not files:
         return []
     checkpoints = [path for path in files if path.suffix == ".ckpt"]

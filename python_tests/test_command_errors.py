@@ -153,6 +153,15 @@ def test_a_checkpoint_of_an_enormous_model_is_refused_at_once(
     assert time.monotonic() - begin < 10  # it takes 0.1 s; the memory of the model takes far more
 
 
+def test_a_cpu_is_not_flooded_with_processes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    many = ["trainer.devices=8", "trainer.batch_size=64"]
+    (line,) = error_lines(run("train", "--config", "small.yaml", "--out", "run", *many))
+    assert line.startswith("trainer.devices: each device of trainer.accelerator='cpu' is a process")
+    assert line.endswith("4 CPU cores, got 8")
+    assert not (here / "run").exists()
+
+
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_a_warning_is_one_line_without_a_place_in_the_source(
     here: Path, monkeypatch: pytest.MonkeyPatch

@@ -105,6 +105,8 @@ def test_wrapping_a_loss_that_exists() -> None:
     loss = create_cjepa_loss_from_config({"loss": {"contrastive_weight": 0.3}}, jepa)
     assert loss.jepa_loss is jepa
     assert loss.contrastive_weight == 0.3
+    same = create_cjepa_loss_from_config({"type": "cjepa", "use_contrastive": False}, jepa)
+    assert same.jepa_loss is jepa
 
 
 def test_yaml_file(tmp_path: Path) -> None:

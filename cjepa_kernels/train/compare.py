@@ -160,6 +160,8 @@ def _compare(
         runner.check_against_data(run_config, dataset)
         if (run_dir / RESULT).is_file():
             finished[run_dir.name] = _finished_run(run_dir, data, out_dir)
+        else:
+            runner.completed_steps(run_dir, run_config, data)
     pretrain_classes = resolve_pretrain_classes(base[seeds[0]].data, dataset)
     check_dataset(dataset, pretrain_classes)
     summary = summarize(base[seeds[0]], dataset)

@@ -357,7 +357,7 @@ def text_tables(comparison: Comparison) -> list[TextTable]:
                     rows=rows,
                     differences=differences,
                     best=tuple(None if arm is None else names.index(arm) for arm in best),
-                    notes=_notes(comparison, sizes, None if shown is None else shown.mean),
+                    notes=_notes(comparison, sizes, title, shown),
                 )
             )
     return tables
@@ -384,7 +384,9 @@ def labels_per_class(sizes: ProbeSizes) -> str:
     return f"{most if fewest == most else f'{fewest} to {most}'} labels per class"
 
 
-def _notes(comparison: Comparison, sizes: ProbeSizes | None, example: float | None) -> list[str]:
+def _notes(
+    comparison: Comparison, sizes: ProbeSizes | None, features: str, example: Summary | None
+) -> list[str]:
     """Sizes of the sets, what ± is and is not, and what bold means."""
     level = f"{100 * CONFIDENCE:.0f} %"
     seeds = _seeds(comparison)
@@ -404,11 +406,11 @@ def _notes(comparison: Comparison, sizes: ProbeSizes | None, example: float | No
         f"is {100 / sizes.test_images:.2g} points."
     )
     if example is not None:
-        low, high = wilson(example, sizes.test_images)
+        low, high = wilson(example.mean, sizes.test_images)
         notes.append(
-            f"The sampling error of the test set comes on top: {example:.1f} % of "
-            f"{sizes.test_images:,} images has a {level} interval of {low:.1f} to {high:.1f} % "
-            "(Wilson)."
+            f"The sampling error of the test set comes on top: {example.mean:.1f} % (few-label, "
+            f"{features}) of {sizes.test_images:,} images has a {level} interval of {low:.1f} to "
+            f"{high:.1f} % (Wilson)."
         )
     notes.append(
         f"Bold: the trained arm that is ahead of every other one by more than the {level} margin "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -139,7 +140,7 @@ def train(
         lock.acquire()
         check_run_directory(config, run_dir)  # what another process wrote since then
         last = run_dir / LAST_CHECKPOINT
-        steps_before = _completed_steps(run_dir, config, data)
+        steps_before = completed_steps(run_dir, config, data)
         if first_rank:
             atomic_write(
                 run_dir / "config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False)
@@ -322,6 +323,12 @@ def _check_loss(config: ExperimentConfig, image_shape: tuple[int, int, int] | No
 def _check_devices(config: ExperimentConfig) -> None:
     """Let Lightning look for the devices while no file is written yet."""
     wanted = config.trainer
+    cores = os.cpu_count() or 1
+    if wanted.accelerator == "cpu" and wanted.devices > max(2, cores):
+        raise ValueError(
+            "trainer.devices: each device of trainer.accelerator='cpu' is a process, and this "
+            f"machine has {cores} CPU cores, got {wanted.devices}"
+        )
     try:
         with _quiet_lightning():
             trainer = L.Trainer(**_device_options(config), logger=False, barebones=True)
@@ -337,8 +344,21 @@ def _check_devices(config: ExperimentConfig) -> None:
         )
 
 
-def _completed_steps(run_dir: Path, config: ExperimentConfig, data: str) -> int:
-    """Optimiser steps in the last checkpoint, once it is known to be this run's; 0 without one."""
+def completed_steps(run_dir: Path, config: ExperimentConfig, data: str) -> int:
+    """Read how far a run came, and check that it can go on.
+
+    Args:
+        run_dir: Directory of the run.
+        config: Its experiment.
+        data: Fingerprint of its data as they are now.
+
+    Returns:
+        Optimiser steps in its last checkpoint, 0 without one.
+
+    Raises:
+        ValueError: If the checkpoint is damaged or gone, or belongs to another experiment or to
+            other data.
+    """
     file = run_dir / LAST_CHECKPOINT
     check_last_checkpoint(run_dir)
     if not file.exists():
