@@ -177,11 +177,13 @@ def test_inductor_takes_a_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def loss(z_i: Tensor, z_j: Tensor, temperature: float) -> Tensor:
         return nt_xent(z_i, z_j, temperature=temperature).loss
 
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # processes start slowly
     counter: Any = CompileCounterWithBackend("inductor")
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
-    for temperature in (0.5, 0.2, 0.1, 0.004):
-        compare(compiled(*leaves, temperature), loss(*leaves, temperature), leaves)
+    # Processes start slowly. The setting has no value until it is read, so that monkeypatch would
+    # take it away at the end.
+    with torch._inductor.config.patch(compile_threads=1):
+        for temperature in (0.5, 0.2, 0.1, 0.004):
+            compare(compiled(*leaves, temperature), loss(*leaves, temperature), leaves)
     assert counter.frame_count == 2
 
 

@@ -191,7 +191,7 @@ def test_errors_without_processes() -> None:
         nt_xent(z, z, strategy="rings")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="group must be a process group or None, got str"):
         nt_xent(z, z, group="world")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="gather_distributed must be true or false, got 1"):
+    with pytest.raises(TypeError, match="gather_distributed: must be true or false, got 1"):
         create_loss_from_config({"type": "cjepa", "gather_distributed": 1})
     assert resolve_group(False) is None
     assert resolve_group(True) is None
