@@ -256,9 +256,12 @@ def _check(section: dict[str, Any], prefix: str) -> str:
 
 
 def _is_of_vicreg(key: str) -> bool:
-    return key.startswith(("vicreg", "sigreg")) or key in (
-        *("use_vicreg", "use_sigreg", "apply_vicreg_per_level", "flatten_patches"),
-    )
+    return key.startswith(("vicreg", "sigreg")) or key in {
+        "use_vicreg",
+        "use_sigreg",
+        "apply_vicreg_per_level",
+        "flatten_patches",
+    }
 
 
 def _check_type(kind: object) -> None:

@@ -156,8 +156,8 @@ def _follow(output: str, run_dir: Path) -> str:
     if "remove it to evaluate the run again" in error:
         (run_dir / "result.json").unlink()
         return "result.json"
-    damaged_config = "remove the directory" in error or "or remove it; the keys that" in error
-    assert damaged_config, error
+    damaged_config = ("remove the directory", "holds a run of another configuration")
+    assert any(words in error for words in damaged_config), error
     shutil.rmtree(run_dir)
     return "config.yaml"
 

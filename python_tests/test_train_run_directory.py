@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("lightning")
 
@@ -23,9 +24,11 @@ from cjepa_kernels.train import compare as compare_module
 from cjepa_kernels.train import directory_lock, runner
 from cjepa_kernels.train.cli import app
 from cjepa_kernels.train.compare import compare
+from cjepa_kernels.train.config import apply_overrides, config_from_dict, config_to_dict
 from cjepa_kernels.train.data import Dataset, LabeledImages, load_dataset
 from cjepa_kernels.train.data_fingerprint import fingerprint
 from cjepa_kernels.train.directory_lock import LOCK_FILE, DirectoryLock, DirectoryLockedError
+from cjepa_kernels.train.run_directory import check_run_directory
 
 DIGITS = load_dataset(tiny().data)
 
@@ -126,6 +129,30 @@ def test_checkpoint_without_a_fingerprint_resumes_with_a_note(
     assert "last.ckpt was written by an earlier version, which did not record its data" in (
         caplog.text
     )
+
+
+def test_run_of_an_earlier_version_goes_on_by_its_own_configuration(tmp_path: Path) -> None:
+    run_dir = tmp_path / "a run"
+    run_dir.mkdir()
+    experiment = config_to_dict(tiny("masking.visible=10"))
+    assert "smoothl1_beta" not in experiment["loss"]  # as written before it was a key
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(experiment))
+
+    def check(visible: float, smoothl1_beta: float) -> None:
+        config = apply_overrides(
+            config_from_dict(experiment),
+            [f"masking.visible={visible}", f"loss.smoothl1_beta={smoothl1_beta}"],
+        )
+        check_run_directory(config, run_dir)
+
+    check(10, 1.0)
+    with pytest.raises(ValueError, match="of another configuration") as info:
+        check(0.625, 1.0)
+    advice, *differences = str(info.value).splitlines()
+    assert f"cjepa train --config '{run_dir}/config.yaml' --out '{run_dir}';" in advice
+    assert differences == ["  masking.visible: 10 -> 0.625"]
+    with pytest.raises(ValueError, match=r"loss\.smoothl1_beta: 1\.0 -> 0\.5"):
+        check(10, 0.5)
 
 
 def test_finished_run_says_that_nothing_was_trained(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -24,6 +25,9 @@ RESULT = "result.json"
 _LOG = logging.getLogger(__name__)
 # The keys of a result without a checksum, as earlier versions wrote it.
 _FIRST_FORMAT = {"history", "evaluation", "findings", "seconds"}
+
+# Keys of the section `loss` that earlier versions lacked, with the values that they trained with.
+_ADDED_LOSS_KEYS = {"smoothl1_beta": 1.0}
 
 
 @dataclass(frozen=True)
@@ -122,13 +126,15 @@ def check_run_directory(config: ExperimentConfig, run_dir: Path) -> None:
             f"{file} is damaged ({error}): remove the directory {str(run_dir)!r} to start the run "
             "again, or choose another one"
         ) from error
-    differences = differing_keys(stored, config_to_dict(config))
+    differences = _differences(stored, config)
     if differences:
+        resume = shlex.join(["cjepa", "train", "--config", str(file), "--out", str(run_dir)])
         raise ValueError(
             "\n  ".join(
                 [
                     f"run_dir: {str(run_dir)!r} holds a run of another configuration; choose "
-                    "another directory or remove it; the keys that differ (there -> here):",
+                    f"another directory or remove it, or go on with that run by {resume}; the keys "
+                    "that differ (there -> here):",
                     *differences,
                 ]
             )
@@ -151,7 +157,7 @@ def check_checkpoint(stored: Mapping[str, Any], config: ExperimentConfig, file: 
         raise ValueError(
             f"{file} is not a checkpoint of this program: {remedy(file.parent.parent)}"
         )
-    differences = differing_keys(experiment, config_to_dict(config))
+    differences = _differences(experiment, config)
     if differences:
         raise ValueError(
             "\n  ".join(
@@ -162,6 +168,14 @@ def check_checkpoint(stored: Mapping[str, Any], config: ExperimentConfig, file: 
                 ]
             )
         )
+
+
+def _differences(stored: Mapping[str, Any], config: ExperimentConfig) -> list[str]:
+    there, here = dict(stored), config_to_dict(config)
+    for experiment in (there, here):
+        if isinstance(experiment.get("loss"), Mapping):
+            experiment["loss"] = {**_ADDED_LOSS_KEYS, **experiment["loss"]}
+    return differing_keys(there, here)
 
 
 def check_last_checkpoint(run_dir: Path) -> None:
