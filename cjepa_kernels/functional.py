@@ -376,7 +376,7 @@ def choose_overload(backend: Backend, device: torch.device) -> str:
 
 def _without_arrays(temperature: float | Tensor, z: Tensor) -> float | Tensor:
     """A tensor in place of a number of NumPy's, which torch.compile takes for an array."""
-    if not torch.compiler.is_compiling() or isinstance(temperature, (float, Tensor)):
+    if isinstance(temperature, (float, Tensor)) or not torch.compiler.is_compiling():
         return temperature
     if hasattr(temperature, "__array__") and isinstance(z, Tensor):
         return torch.as_tensor(temperature, device=z.device)

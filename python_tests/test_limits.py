@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cjepa_kernels import cross_logsumexp, nt_xent, prediction_loss, reference
 
-SEEDS = range(2 if INTERPRETED else 25)
+SEEDS = range(2 if INTERPRETED else 10)
 
 
 def few(values: list[Any], *in_interpreter: Any) -> list[Any]:
