@@ -157,17 +157,19 @@ def backward(
         pull = torch.sigmoid((shift - positive) / tau + log_sum) * grad_loss  # (M,), g_a r_a
         # A row without negatives pulls on nothing: not 0 / 0.
         weight = pull / log_sum.exp().masked_fill(log_sum == -torch.inf, 1.0)
-        grad = torch.empty_like(z)  # (M, D)
+        grad = torch.zeros_like(z)  # (M, D)
         step = chunk_rows(rows)
-        buffers = z.new_empty(2, step, rows)
+        buffer = z.new_empty(step, rows)
         for start in range(0, rows, step):
             chunk = slice(start, min(start + step, rows))
-            tile, by_column = buffers[:, : chunk.stop - start]
+            tile = buffer[: chunk.stop - start]
             torch.mm(z[chunk], z.T, out=tile)
             _exclude(tile, start, batch, mask)
-            torch.sub(tile, shift, out=by_column).div_(tau).exp_().mul_(weight)
-            tile.sub_(shift[chunk, None]).div_(tau).exp_().mul_(weight[chunk, None]).add_(by_column)
-            torch.mm(tile, z, out=grad[chunk])
+            tile.sub_(shift[chunk, None]).div_(tau).exp_().mul_(weight[chunk, None])
+            grad[chunk].addmm_(tile, z)
+            # Not the columns' exponents of this tile: s_ab and s_ba may differ by a rounding, which
+            # 1 / tau magnifies, and only s_ab is what row a's shift was taken from.
+            grad.addmm_(tile.T, z[chunk])
         grad.addcmul_((pull + pull.roll(batch))[:, None], z.roll(batch, dims=0), value=-1)
         grad.div_(tau)
         if reduction == "mean":  # outside the weights: 1/M must not push them out of range

@@ -119,6 +119,7 @@ def nt_xent(
         (0.5944, 1.0)
     """
     check_backend(backend)
+    temperature = _without_arrays(temperature, z_i)
     check_temperature(temperature)
     check_reduction(reduction)
     check_in_range("eps", eps)
@@ -265,6 +266,7 @@ def cross_logsumexp(
         0.3408
     """
     check_backend(backend)
+    temperature = _without_arrays(temperature, x)
     check_temperature(temperature)
     check_in_range("eps", eps)
     check_bool("use_cosine_similarity", use_cosine_similarity)
@@ -370,6 +372,15 @@ def choose_overload(backend: Backend, device: torch.device) -> str:
             warn_without_native()
         return ".chunked"
     return ".chunked" if backend == "chunked" else ""
+
+
+def _without_arrays(temperature: float | Tensor, z: Tensor) -> float | Tensor:
+    """A tensor in place of a number of NumPy's, which torch.compile takes for an array."""
+    if not torch.compiler.is_compiling() or isinstance(temperature, (float, Tensor)):
+        return temperature
+    if hasattr(temperature, "__array__") and isinstance(z, Tensor):
+        return torch.as_tensor(temperature, device=z.device)
+    return temperature
 
 
 def _one_number(temperature: float | Tensor) -> float | Tensor:

@@ -5,10 +5,10 @@ CPU, the Triton kernels are registered for CUDA, and ``CompositeExplicitAutograd
 path that serves every other device. The overloads ``<name>.chunked`` and ``<name>.triton`` have one
 path alone, for those who ask for it by name.
 
-``<name>_dynamic`` is the same operator with each number as a tensor on the CPU: torch.compile
-recompiles for every value of a number in a schema, and for no value of a tensor. It reads the
-numbers when it runs and calls ``<name>`` with them, so that results, and what a kernel chooses by a
-number, are those of the call with a number.
+``<name>_dynamic`` is the same operator with each number as a tensor on the CPU. torch.compile
+recompiles for every new value of a number in a schema, but not for a new value of a tensor. The
+operator reads the numbers when it runs and calls ``<name>`` with them. Its results, and the choices
+that a kernel makes by a number, are therefore those of ``<name>``.
 """
 
 from __future__ import annotations
@@ -138,11 +138,11 @@ def _as_tensor(value: float | tuple[float, ...] | list[float]) -> Tensor:
 def saveable(arg: Any) -> Any:
     """What autograd can save for a backward, in place of a tensor made under inference_mode.
 
-    A copy, as the plain formulas keep one: nothing would notice that a bank was written to, under
-    inference_mode again, before the backward. torch.compile cannot ask what a tensor is, and
-    computes again in the backward what it takes for cheap, from the tensor that cannot be saved:
-    there every tensor without a gradient goes through an operator. Lists do not: they hold the
-    sides of the prediction loss, which is bound by memory, and a copy of each would be most of it.
+    That is a copy, as the plain formulas keep one: nothing would notice that a bank was written to,
+    under inference_mode again, before the backward. torch.compile cannot ask what a tensor is, and
+    the backward of its graph computes cheap results again from the tensor that cannot be saved.
+    There every tensor without a gradient is copied by an operator. Lists are not copied there: they
+    hold the sides of the prediction loss, whose time is that of reading them.
     """
     if not torch.is_grad_enabled():
         return arg

@@ -132,7 +132,7 @@ SETTINGS = {
         "it is half as large (1/R with R ranks)": "1 / R",
     },
     "docs/numerics.md": {
-        "Any number from 10⁻³⁰ to 10³⁰": "a bound of the code",
+        "any number from 10⁻³⁰ to 10³⁰": "a bound of the code",
         "a loss of 10⁻⁵ is mostly rounding": "an example",
         "views 10 % apart": "the input of the measurement",
         "good to about 10⁻⁷, and the temperature magnifies that a hundred times": (

@@ -142,6 +142,23 @@ def test_an_argument_takes_two_graphs_whatever_the_batch() -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize("kind", ["float64", "float32"])
+def test_numbers_of_numpy_take_two_graphs(kind: str) -> None:
+    """The compiler shows them as arrays."""
+    numpy = pytest.importorskip("numpy")
+    leaves = [torch.randn(5, 4, requires_grad=True) for _ in range(2)]
+
+    def loss(temperature: float) -> Tensor:
+        out = cross_logsumexp(*leaves, temperature=temperature)
+        return nt_xent(*leaves, temperature=temperature).loss + out.row_lse.sum()
+
+    counter: Any = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for temperature in numpy.array(SCHEDULE[-5:], dtype=kind):
+        compare(compiled(temperature), loss(temperature), leaves, rtol=1e-6, atol=1e-6)
+    assert counter.frame_count <= 2
+
+
 def test_a_temperature_set_in_the_compiled_function_takes_two_graphs() -> None:
     loss_fn, (z_i, z_j) = NTXentLoss(), torch.randn(2, 5, 4)
 

@@ -187,10 +187,16 @@ def test_scales_of_rows_are_powers_of_two_where_they_are_needed() -> None:
 
 @pytest.mark.parametrize("temperature", few([1e-30, 1e-20, 1e-5, 1e5, 1e30], 1e-30, 1e30))
 def test_temperatures_at_the_ends_of_their_range(backend: str, temperature: float) -> None:
-    z_i, z_j = torch.randn(2, 6, 8).unbind()
+    z_i, z_j = (z.requires_grad_() for z in torch.randn(2, 5, 9))  # s_ab is not always s_ba
     out = nt_xent(z_i, z_j, temperature=temperature, backend=backend)  # type: ignore[arg-type]
     truth = reference.nt_xent(z_i.double(), z_j.double(), temperature=temperature)
     assert relative_error(out.loss, truth.loss.mean()) <= FLOOR_VALUE[torch.float32]
+    for actual, expected in zip(
+        torch.autograd.grad(out.loss, (z_i, z_j)),
+        torch.autograd.grad(truth.loss.mean(), (z_i, z_j)),
+        strict=True,
+    ):
+        assert relative_error(actual, expected.double()) <= FLOOR_GRADIENT[torch.float32]
     both = cross_logsumexp(z_i, z_j, temperature=temperature, backend=backend)  # type: ignore[arg-type]
     of_both = reference.cross_logsumexp(z_i.double(), z_j.double(), temperature=temperature)
     assert relative_error(both.row_lse, of_both.row_lse) <= FLOOR_VALUE[torch.float32]
