@@ -407,13 +407,16 @@ def test_a_small_test_set_stands_beside_its_deviation() -> None:
     comparison = sized(values, images=5, fewest=8)
     table = text_tables(comparison)[0]
     assert table.title == "Mean-pooled patch features (5 test images, 2 seeds)"
-    assert table.notes[:3] == [
+    assert table.notes[:2] == [
         "± is the sample standard deviation over 2 seeds.",
         "The probes are fitted on 300 training images (few-label: 8 to 10 labels per class) and "
-        "tested on 5 test images, of which one is 20 points.",
-        "The sampling error of the test set comes on top: 60.0 % (few-label, mean-pooled patch "
-        "features) of 5 images has a 95 % interval of 23.1 to 88.2 % (Wilson).",
+        "tested on 5 test images. One test image is 20 percentage points.",
     ]
+    assert table.notes[-1] == (
+        "The sampling error of the test set comes on top: with 5 test images, an accuracy of "
+        "60.0 % (few-label, mean-pooled patch features) has a 95 % interval of 23.1 to 88.2 % "
+        "(Wilson)."
+    )
     page = comparison_markdown(comparison)
     console = Console(width=100)
     with console.capture() as captured:

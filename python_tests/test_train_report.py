@@ -230,7 +230,7 @@ def test_sizes_are_those_of_the_sets(page: tuple[str, PageChecker]) -> None:
     assert "logistic regression on 8 to 10 labels per class, mean of 4 fixed draws" in text
     assert "k-NN: 7 nearest training features" in text
     assert "fitted on 30 training images (few-label: 8 to 10 labels per class)" in text
-    assert "tested on 12 test images, of which one is 8.3 points" in text
+    assert "tested on 12 test images. One test image is 8.3 percentage points." in text
 
 
 def test_the_summary_of_the_data_survives_json() -> None:
@@ -251,7 +251,7 @@ def test_bold_is_the_best_arm_and_no_row(page: tuple[str, PageChecker]) -> None:
     text, _ = page
     assert "tr.main" not in text
     assert "<td><b>" not in text  # 12 images prove nothing
-    assert "A column without bold has no arm that is ahead beyond the noise" in text
+    assert "In a column without bold, no arm is ahead beyond the noise" in text
 
 
 def test_an_old_record_says_what_it_lacks(tmp_path: Path) -> None:

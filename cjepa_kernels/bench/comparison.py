@@ -167,7 +167,10 @@ class Comparison:
         bounded = name != MM and candidates.CANDIDATES[name].degree == 1
         reason = None
         if free is not None and not bounded and needed + beside > SHARE * free:
-            reason = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+            reason = (
+                f"needs {needed / 2**30:.1f} GiB, and at most {100 * SHARE:.0f} % of the free "
+                f"{free / 2**30:.1f} GiB may be taken"
+            )
         elif name in self.seconds:
             rows, seconds = self.seconds[name]
             degree = max(2, candidates.CANDIDATES[name].degree) if name != MM else 2

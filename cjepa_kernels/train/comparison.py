@@ -402,21 +402,21 @@ def _notes(
         ]
     notes.append(
         f"The probes are fitted on {sizes.train_images:,} training images (few-label: "
-        f"{labels_per_class(sizes)}) and tested on {sizes.test_images:,} test images, of which one "
-        f"is {100 / sizes.test_images:.2g} points."
+        f"{labels_per_class(sizes)}) and tested on {sizes.test_images:,} test images. One test "
+        f"image is {100 / sizes.test_images:.2g} percentage points."
+    )
+    notes.append(
+        f"The trained arm in bold is ahead of every other one by more than the {level} margin of "
+        "the seeds and of the test images together. In a column without bold, no arm is ahead "
+        "beyond the noise."
     )
     if example is not None:
         low, high = wilson(example.mean, sizes.test_images)
         notes.append(
-            f"The sampling error of the test set comes on top: {example.mean:.1f} % (few-label, "
-            f"{features}) of {sizes.test_images:,} images has a {level} interval of {low:.1f} to "
-            f"{high:.1f} % (Wilson)."
+            "The sampling error of the test set comes on top: with "
+            f"{sizes.test_images:,} test images, an accuracy of {example.mean:.1f} % (few-label, "
+            f"{features}) has a {level} interval of {low:.1f} to {high:.1f} % (Wilson)."
         )
-    notes.append(
-        f"Bold: the trained arm that is ahead of every other one by more than the {level} margin "
-        "of the seeds and of the test images together. A column without bold has no arm that is "
-        "ahead beyond the noise."
-    )
     return notes
 
 

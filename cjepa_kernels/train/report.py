@@ -119,8 +119,8 @@ def _headline(comparison: Comparison, title: str) -> str:
         parts.append(
             f'<div class="tiles">{"".join(tiles)}</div>\n<p class="caption">C-JEPA minus each of '
             f"the other arms, in points: {spread} of the {seeds} paired "
-            f"difference{'s' * (seeds > 1)}. How much of it the size of the test set leaves open "
-            'is said <a href="#results">below the tables</a>.</p>'
+            f"difference{'s' * (seeds > 1)}. The notes "
+            '<a href="#results">below the tables</a> give the sampling error of the test set.</p>'
         )
     return "<header>\n" + "\n".join(parts) + "\n</header>"
 
