@@ -46,7 +46,7 @@ def project(grad: Tensor, z: Tensor, eps: float) -> None:
     Args:
         grad: (M, D) gradient of the unit rows; becomes the gradient of the rows themselves.
         z: (M, D) the rows in the dtype of ``grad``, overwritten.
-        eps: Smallest norm that is divided by.
+        eps: Lower bound on the norm used for normalisation.
     """
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     unit = z.div_(norm.clamp(min=eps))

@@ -81,7 +81,8 @@ def nt_xent(
             gradient of its shape. A tensor outside of that range gives NaN, because the host never
             reads it.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
-        eps: Smallest norm that is divided by; a row below it gets a zero gradient.
+        eps: Lower bound on the norm used for normalisation; a row below it gets a zero
+            gradient.
         reduction: ``mean`` over the 2B anchors, ``sum``, or ``none``.
         mask: (B, B) bool (B*N for 3-D inputs); True takes the pair of samples (k, l) out of the
             negatives, in all four blocks of views and both ways. The diagonal is ignored.
@@ -240,7 +241,8 @@ def cross_logsumexp(
             gradient of its shape. A tensor outside of that range gives NaN, because the host never
             reads it.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
-        eps: Smallest norm that is divided by; a row below it gets a zero gradient.
+        eps: Lower bound on the norm used for normalisation; a row below it gets a zero
+            gradient.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
 
     Returns:
@@ -310,7 +312,8 @@ def pair_similarity(
         x: (B, D), B >= 1. fp64, fp32, bf16 or fp16.
         y: Same shape and device. Two dtypes become the one that ``torch.promote_types`` gives.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
-        eps: Smallest norm that is divided by; a row below it gets a zero gradient.
+        eps: Lower bound on the norm used for normalisation; a row below it gets a zero
+            gradient.
         backend: The one that :func:`cross_logsumexp` is given: each has a rounding of its own.
 
     Returns:

@@ -101,7 +101,8 @@ def prediction_loss(
         reduction: ``mean``, ``sum`` or ``none``.
         smoothl1_beta: Where ``smoothl1`` turns linear.
         huber_delta: Where ``huber`` turns linear.
-        eps: Smallest norm that is divided by; a row below it gets a zero gradient.
+        eps: Lower bound on the norm used for normalisation; a row below it gets a zero
+            gradient.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
 
     Returns:

@@ -61,7 +61,7 @@ def normalize_rows(z: Tensor, eps: float) -> Tensor:
 
     Args:
         z: (..., D) floating point.
-        eps: Smallest norm that is divided by.
+        eps: Lower bound on the norm used for normalisation.
 
     Returns:
         (..., D) in fp32 (fp64 for fp64): unit rows, so their products are cosines.
@@ -142,7 +142,7 @@ def nt_xent(
         z_j: (B, D) embeddings of the second view, row k being the positive of ``z_i[k]``.
         temperature: Float or 0-dim tensor; a tensor outside of 1e-30 to 1e30 gives NaN.
         use_cosine_similarity: Cosine of the rows if true, else their dot product.
-        eps: Smallest norm that is divided by.
+        eps: Lower bound on the norm used for normalisation.
         mask: (B, B) bool, True takes the pair of samples out of the negatives, both ways.
 
     Returns:
@@ -221,7 +221,7 @@ def cross_logsumexp(
         y: (N, D), one column of S each.
         temperature: Float or 0-dim tensor; a tensor outside of 1e-30 to 1e30 gives NaN.
         use_cosine_similarity: Cosine of the rows if true, else their dot product.
-        eps: Smallest norm that is divided by.
+        eps: Lower bound on the norm used for normalisation.
 
     Returns:
         CrossLogSumExp; the maxima are detached.
@@ -271,7 +271,7 @@ def prediction_loss(
             the number of kept elements (rows x D), and is 0 when nothing is kept.
         reduction: ``mean``, ``sum`` or ``none``.
         threshold: Where ``smoothl1`` and ``huber`` turn linear.
-        eps: Smallest norm that is divided by.
+        eps: Lower bound on the norm used for normalisation.
 
     Returns:
         () for ``mean`` and ``sum``, the input's shape for ``none``; fp32 (fp64 for fp64).

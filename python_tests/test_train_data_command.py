@@ -92,11 +92,11 @@ def test_few_patches_of_many_are_a_warning(tmp_path: Path) -> None:
             (tmp_path / name / f"{row}.png").write_bytes(content)
     source = f"data.source=imagefolder:{tmp_path}"
     text = invoke(source, "masking.visible=10", "masking.predicted=4").stdout
-    assert "An image has 256 patches: 10 are visible (4 %), 4 are predicted (2 %)." in text
+    assert "An image has 256 patches: 10 are visible (3.9 %), 4 are predicted (1.6 %)." in text
     assert "Warning: only 10 of 256 patches are visible (masking.visible: 10)" in text
     assert "Warning: only 4 of 256 patches are predicted (masking.predicted: 4)" in text
     text = invoke(source).stdout
-    assert "256 patches: 160 are visible (62 %), 64 are predicted (25 %)" in text
+    assert "256 patches: 160 are visible (62.5 %), 64 are predicted (25 %)" in text
     assert "Warning" not in text
 
 

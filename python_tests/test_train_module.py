@@ -15,6 +15,7 @@ from torch.nn import functional as F
 pytest.importorskip("lightning")
 
 import lightning as L
+import train_experiments
 from lightning.pytorch.callbacks import Callback
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, METRIC, relative_error
 
@@ -36,14 +37,7 @@ STEPS_PER_EPOCH, TOTAL_STEPS, WARMUP_STEPS = 4, 8, 3
 TINY = {
     "seed": 5,
     "data": {"source": "digits", "train_size": 70, "test_size": 40},
-    "model": {
-        "dim": 16,
-        "depth": 2,
-        "heads": 2,
-        "predictor_dim": 8,
-        "predictor_depth": 1,
-        "predictor_heads": 2,
-    },
+    "model": train_experiments.TINY["model"],
     "loss": {
         "type": "cjepa",
         "jepa_weight": 0.7,

@@ -274,6 +274,17 @@ def test_files_of_one_split_have_the_same_columns(tmp_path: Path) -> None:
     assert "kind (string), those of" in message
 
 
+def test_a_plain_path_with_images_and_tables_is_not_guessed(tmp_path: Path) -> None:
+    write_table(tmp_path / "train.parquet", range(10), label=TWO)
+    assert len(load_dataset(DataConfig(source=str(tmp_path))).train.labels) == 8
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "0.png").write_bytes(grey(0))
+    with pytest.raises(ValueError, match=r"train\.parquet.*0\.png") as raised:
+        load_dataset(DataConfig(source=str(tmp_path)))
+    assert f"'parquet:{tmp_path}' or 'imagefolder:{tmp_path}'" in str(raised.value)
+    assert len(read(tmp_path).train.labels) == 8
+
+
 def test_saved_data_sets(tmp_path: Path) -> None:
     records = {"image": [grey(value) for value in range(10)], "label": TWO}
     table = datasets.Dataset.from_dict(records)

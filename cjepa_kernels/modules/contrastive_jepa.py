@@ -36,7 +36,7 @@ class ContrastiveJEPALoss(nn.Module):
         contrastive_on_context: Contrast the context features. The default takes the target
             features where they are given, which under an EMA encoder carry no gradient.
         reduction: Reduction of NT-Xent: ``mean``, ``sum`` or ``none``.
-        eps: Smallest norm that is divided by.
+        eps: Lower bound on the norm used for normalisation.
         backend: Back end of NT-Xent, see :func:`cjepa_kernels.backends`.
         distributed: Take NT-Xent's negatives from all ranks (True) or from those of a process
             group, as described for ``group`` in :func:`cjepa_kernels.nt_xent`.

@@ -31,7 +31,7 @@ class HJEPALoss(nn.Module):
         reduction: ``mean``, ``sum`` or ``none``, per level.
         normalize_embeddings: L2-normalise predictions and targets along D first.
         huber_delta: Where ``huber`` turns linear.
-        eps: Smallest norm that is divided by.
+        eps: Lower bound on the norm used for normalisation.
         detach_targets: Stop the gradient at the targets.
         target_norm: ``"layer"`` is I-JEPA's recipe, parameter-free LayerNorm of the targets with
             predictions as they are; it overrides ``normalize_embeddings``.

@@ -33,7 +33,7 @@ class NTXentLoss(nn.Module):
         temperature: Float from 1e-30 to 1e30. Lower separates hard negatives more sharply.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         reduction: ``mean`` over the 2B anchors, ``sum`` or ``none``.
-        eps: Smallest norm that is divided by.
+        eps: Lower bound on the norm used for normalisation.
         learnable_temperature: Train log(temperature) as the parameter ``log_temperature``,
             starting at ``temperature``: it stays positive whatever the optimiser does. Keep it out
             of weight decay, which pulls the temperature towards 1.

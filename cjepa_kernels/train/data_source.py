@@ -148,9 +148,17 @@ def _directory_source(config: DataConfig, folder: Path) -> Source:
     if any((folder / name).is_file() for name in saved) or _says_its_files(folder / "README.md"):
         return _named_source(config, str(folder))
     files = list(walk_files(folder, {}))
-    if any(file.suffix.lower() == ".parquet" for file in files):
+    parquet = [file for file in files if file.suffix.lower() == ".parquet"]
+    images = [file for file in files if has_image_suffix(file)]
+    if parquet and images:
+        examples = [str(found[0].relative_to(folder)) for found in (parquet, images)]
+        raise ValueError(
+            f"data.source: {str(folder)!r} holds Parquet files and image files "
+            f"({listed(examples)}); choose by 'parquet:{folder}' or 'imagefolder:{folder}'"
+        )
+    if parquet:
         return _parquet_source(config, folder)
-    if any(has_image_suffix(file) for file in files):
+    if images:
         return _folder_source(config, folder)
     for suffix, builder in _OTHER_FORMATS.items():
         of_format = [file for file in files if file.suffix.lower() == suffix]

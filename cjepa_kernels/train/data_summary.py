@@ -291,7 +291,7 @@ def _printable(line: str) -> str:
 
 
 def _share(count: int, total: int) -> str:
-    return f"{100 * count / total:.0f} %"
+    return f"{round(100 * count / total, 1):g} %"
 
 
 def _count_classes(labels: torch.Tensor, names: tuple[str, ...]) -> dict[str, int]:

@@ -272,7 +272,7 @@ def pack(
     Args:
         views: One or two (B, D) tensors, any strides.
         cosine: Normalise rows.
-        eps: Smallest norm that is divided by.
+        eps: Lower bound on the norm used for normalisation.
         rounded: dtype that the operands are rounded to.
         planes: 1, or 3 for fp32 operands as sums of three bf16 numbers.
         tf32: Round fp32 operands of one plane to tf32.
