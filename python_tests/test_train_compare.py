@@ -149,7 +149,7 @@ def test_console_output(compared: tuple[Comparison, Path, str]) -> None:
     lines = text.splitlines()
     assert lines[0] == "Data: digits."
     assert lines[1] == "160 training images and 60 test images of 10 classes."
-    assert "10 are visible (62 %), 4 are predicted (25 %)" in text
+    assert "10 are visible (62.5 %), 4 are predicted (25 %)" in text
     for run in (out / "runs").iterdir():
         assert (
             (run / "log.txt").read_text(encoding="utf-8").startswith("Data: digits.\n160 training")
