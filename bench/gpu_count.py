@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import offline
+import gpu_machine_code as offline
 import torch
 from measurement import print_table, write_results
 
