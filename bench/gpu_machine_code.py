@@ -23,12 +23,13 @@ from unittest import mock
 
 import torch
 import triton
-from measurement import print_table, write_results
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from cjepa_kernels.bench.records import write_results
+from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.triton import backward, configs, forward, prediction
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
