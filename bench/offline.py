@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -18,29 +17,11 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import mangle_type
+from triton.runtime.jit import JITFunction, mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cjepa_kernels.triton import (
-    backward,
-    coefficients,
-    configs,
-    finish,
-    forward,
-    pack,
-    prediction,
-    reduction,
-    similarity,
-)
+from cjepa_kernels.triton import configs, cross_logsumexp, nt_xent, prediction_loss
 
-KERNELS = {
-    pack: ["pack_kernel"],
-    similarity: ["tiles_kernel", "strips_kernel"],
-    reduction: ["nt_xent_rows_kernel", "logsumexp_kernel"],
-    coefficients: ["coefficient_tiles_kernel", "products_kernel", "owned_rows_kernel"],
-    finish: ["finish_kernel"],
-    prediction: ["prediction_loss_kernel", "prediction_gradient_kernel"],
-}
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of a block
 TENSOR_CORE = {80: "HMMA.", 90: "HGMMA.", 100: "UTC"}
@@ -90,37 +71,19 @@ class Binary:
 def launches(architecture: int, call: Callable[[], Any]) -> list[Launch]:
     """What ``call`` would launch on that architecture, in order; tensors may be on "meta"."""
     recorded: list[Launch] = []
+
+    def record(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        if not all(1 <= size < 2**31 for size in grid):
+            raise ValueError(f"{kernel.__name__} would be launched on a grid of {grid}")
+        recorded.append(_describe(kernel, args, kwargs))
+
     with (
-        _recording(recorded),
+        mock.patch.object(JITFunction, "run", record),
         # A mock would take a quarter of the time.
         mock.patch.object(configs, "architecture", lambda device: architecture),  # noqa: PT008
     ):
         call()
     return recorded
-
-
-@contextmanager
-def _recording(recorded: list[Launch]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for module, names in KERNELS.items():
-            for name in names:
-                recorder = _Recorder(getattr(module, name), recorded)
-                stack.enter_context(mock.patch.object(module, name, recorder))
-        yield
-
-
-class _Recorder:
-    def __init__(self, function: Any, recorded: list[Launch]) -> None:
-        self.function, self.recorded = function, recorded
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        if not all(1 <= size < 2**31 for size in grid):
-            raise ValueError(f"{self.function.__name__} would be launched on a grid of {grid}")
-
-        def launch(*args: Any, **kwargs: Any) -> None:
-            self.recorded.append(_describe(self.function, args, kwargs))
-
-        return launch
 
 
 def _describe(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
@@ -201,8 +164,8 @@ def nt_xent_call(
         excluded = meta(rows // 2, rows // 2, dtype=torch.bool) if mask else None
         tau = meta() if tensor else None
         common = (temperature, cosine, 1e-8, "mean", None)
-        out = forward.nt_xent(z_i, z_j, excluded, tau, *common, False)
-        backward.nt_xent_backward(meta(), z_i, z_j, excluded, tau, *out[6:], *common)
+        out = nt_xent.forward(z_i, z_j, excluded, tau, *common, False)
+        nt_xent.backward(meta(), z_i, z_j, excluded, tau, *out[6:], *common)
 
     return call
 
@@ -215,9 +178,9 @@ def rectangle_call(
     def call() -> None:
         x, y = meta(rows, features, dtype=dtype), meta(columns, features, dtype=dtype)
         common = (None, 0.1, True, 1e-8, None)
-        out = forward.cross_logsumexp(x, y, *common)
+        out = cross_logsumexp.forward(x, y, *common)
         grads = meta(rows), meta(columns)
-        backward.cross_logsumexp_backward(*grads, x, y, None, *out[4:], *common[1:], True, True)
+        cross_logsumexp.backward(*grads, x, y, None, *out[4:], *common[1:], True, True)
 
     return call
 
@@ -229,9 +192,7 @@ def prediction_call(features: int, dtype: torch.dtype, normalization: str) -> Ca
         sides = [[meta(128, n, features, dtype=dtype) for n in (196, 49)] for _ in range(2)]
         masks = [meta(128, 196, dtype=torch.bool), meta(0, dtype=torch.bool)]
         common = ([1.0, 0.5], "smoothl1", normalization, 1.0, 1e-8, "mean")
-        loss, unweighted, levels, *saved = prediction.prediction_loss(*sides, masks, *common)
-        prediction.prediction_loss_backward(
-            loss, unweighted, levels, *sides, masks, *saved, *common, True
-        )
+        loss, unweighted, levels, *saved = prediction_loss.forward(*sides, masks, *common)
+        prediction_loss.backward(loss, unweighted, levels, *sides, masks, *saved, *common, True)
 
     return call

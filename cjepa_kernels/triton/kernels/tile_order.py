@@ -1,53 +1,9 @@
-"""What the kernels share: the scale of the logits, and the order in which tiles are taken."""
+"""The order in which programs take tiles."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-from cjepa_kernels import reference
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-SMALLEST = tl.constexpr(reference.SMALLEST)
-LARGEST = tl.constexpr(reference.LARGEST)
-
-
-@triton.jit
-def read_scale(temperature, IS_TENSOR: tl.constexpr):
-    """log2(e) / tau, NaN for a tensor that is out of range: exp(s / tau) = 2^(s scale).
-
-    Rounding it to fp32 amounts to a temperature that is off by 6e-8, the same one in every kernel.
-    """
-    tau = temperature
-    if IS_TENSOR:
-        tau = tl.load(temperature).to(tl.float32)
-        tau = tl.where((tau >= SMALLEST) & (tau <= LARGEST), tau, float("nan"))
-    return tl.full((), LOG2E, tl.float32) / tau
-
-
-@triton.jit
-def round_to_tf32(x):
-    """fp32 with 10 bits of mantissa. Tensor cores cut the others off, which has a bias to 0."""
-    bits = x.to(tl.int32, bitcast=True)
-    rounded = ((bits + 0x1000) & ~0x1FFF).to(tl.float32, bitcast=True)
-    return tl.where(x == x, rounded, x)
-
-
-@triton.jit
-def load_block(
-    source, row, column, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
-):
-    """Block from (row, column) of a padded matrix: by descriptor, or with TMA off by pointers.
-
-    A chip without the tensor memory accelerator copies ahead from pointers only.
-    """
-    if TMA:
-        block = source.load([row, column])
-    else:
-        rows = (row + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        block = tl.load(source + rows * stride + (column + tl.arange(0, COLUMNS))[None, :])
-    return block
 
 
 @triton.jit
@@ -76,3 +32,16 @@ def tile_of(p, first_group, row_groups, SELF: tl.constexpr, GROUP: tl.constexpr)
         i = square % row_groups
         j = first_group + square // row_groups
     return i * GROUP + within % GROUP, j * GROUP + within // GROUP
+
+
+@triton.jit
+def edge_tile(p, row_blocks, column_blocks, first_column, along, SELF: tl.constexpr):
+    """The p-th tile of the edge: ``along`` of the diagonal or of the last row of blocks, then those
+    of the last column of blocks."""
+    if SELF:
+        i = first_column + p
+    else:
+        i = row_blocks - 1
+    i = tl.where(p < along, i, p - along)
+    j = tl.where(p < along, first_column + p, column_blocks - 1)
+    return i, j
