@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from cjepa_kernels.reference import LAYER_EPS
+from cjepa_kernels.definitions import LAYER_EPS
 from cjepa_kernels.triton.kernels.prediction_rows import (
     prediction_gradient_kernel,
     prediction_loss_kernel,
