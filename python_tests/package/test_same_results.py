@@ -1,4 +1,4 @@
-"""The comparison of two revisions' results: what a fingerprint tells apart, and what a case gives."""
+"""The comparison of two revisions: what a fingerprint tells apart, and what a case gives."""
 
 from __future__ import annotations
 
