@@ -31,9 +31,7 @@ HEADER = ["backend", "M", "extra MiB", "/ input", "target", "", "one M x M MiB"]
 def measure(rows: int, backend: str) -> dict[str, Any]:
     """One row of the results file."""
     size = Size(rows, FEATURES)
-    extra = memory.peak_bytes(
-        backend, size, device="cpu", dtype=DTYPE, temperature=TEMPERATURE
-    )
+    extra = memory.peak_bytes(backend, size, device="cpu", dtype=DTYPE, temperature=TEMPERATURE)
     return {
         "backend": backend,
         "M": rows,
