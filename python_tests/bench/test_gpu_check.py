@@ -110,7 +110,7 @@ def test_gpu_check_interrupts_a_step_and_ends_its_children(
 
 def test_gpu_check_runs_pytest_without_its_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "installed", lambda module: module != "xdist")
-    command = gpu_check.pytest("--collect-only", "python_tests/test_package.py")
+    command = gpu_check.pytest("--collect-only", "python_tests/package/test_package.py")
     assert "-n" not in command
     result = run_script(*command[1:])
     assert result.returncode == 0, result.stdout + result.stderr

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import BACKENDS
 from eager import textbook_nt_xent
-from ranks import Ranks
+from overloads import BACKENDS
+from ranks import Ranks, gradients_of
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, METRIC, relative_error
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -60,10 +60,6 @@ class Encoder(nn.Module):
     def forward(self, views: Tensor) -> dict[str, Tensor]:
         result: dict[str, Tensor] = self.loss_fn(self.encoder(views[0]), self.encoder(views[1]))
         return result
-
-
-def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def ddp_step(

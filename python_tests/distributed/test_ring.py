@@ -7,7 +7,6 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import Ranks
+from repository import ROOT
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from cjepa_kernels.distributed.group import GlobalBatch, Setting
 from cjepa_kernels.distributed.ring import Ring
 from cjepa_kernels.distributed.strategies import GATHERED_BYTES, choose_strategy
 
-BENCH = Path(__file__).parent.parent / "bench"
+BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))
 # Any: the scripts of bench/ are not part of the package.
 distributed_cost: Any = importlib.import_module("distributed_cost")

@@ -12,7 +12,8 @@ import figures_gpu
 import figures_training
 import pytest
 from bench_scripts import load
-from test_migration import MEASURED, gains
+
+from python_tests.docs.test_migration import MEASURED, gains
 
 GENERATED = ("docs/results/amd-epyc-avx2", "docs/results/nvidia-h100-80gb-hbm3-bf16")
 

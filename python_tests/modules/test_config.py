@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from repository import ROOT
 
 from cjepa_kernels import (
     ContrastiveJEPALoss,
@@ -21,7 +22,7 @@ from cjepa_kernels.backends import BackendStatus
 from cjepa_kernels.config import LOSS_KEYS, check_loss_section
 from cjepa_kernels.suggestions import edits, nearest
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 KEYS: dict[str, Any] = {
     "jepa_weight": 0.9,
     "contrastive_weight": 0.2,

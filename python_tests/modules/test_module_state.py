@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BACKENDS
+from overloads import BACKENDS
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.nn.utils import parametrize

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from overloads import OVERLOADS
-from test_ops import cross_inputs, sample_inputs
+from sample_inputs import cross_inputs, sample_inputs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 

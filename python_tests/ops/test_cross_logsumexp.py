@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from overloads import INTERPRETED
+from sample_inputs import DTYPES, sides
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, METRIC, relative_error
 from torch import Tensor
 
 from cjepa_kernels import CrossLogSumExp, chunked, cross_logsumexp, reference
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 # (M, N, D): one of each, one against many, odd sizes past a tile, and very unequal ones, which
-# test_triton.py has for the interpreter.
+# triton/test_kernels.py has for the interpreter.
 SHAPES = [
     (1, 1, 4),
     (2, 3, 1),
@@ -32,15 +32,6 @@ SHAPES = [
 # Both sides of where a constant shift would leave fp32's range, about 0.0235.
 TEMPERATURES = [1e-3, 0.01, 0.02, 0.0231, 0.05, 0.1, 1.0, 100.0]
 pytestmark = pytest.mark.usefixtures("kernels_only")
-
-
-def sides(
-    rows: int, columns: int, features: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """Random x, and y whose rows lie near rows of x, as leaves that want a gradient."""
-    x = torch.randn(rows, features, dtype=torch.float64)
-    y = x[torch.arange(columns) % rows] + torch.randn(columns, features, dtype=torch.float64)
-    return x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()
 
 
 def textbook(
@@ -107,7 +98,7 @@ def test_shapes_and_dtypes(backend: str, shape: tuple[int, int, int], dtype: tor
 
 
 # Blocks of 96 rows, of 192 from 1536 on, on either side; ragged. Triton's are of 128, and of more
-# than a few test_triton.py has every kind.
+# than a few triton/test_kernels.py has every kind.
 SIZES = [(96, 192, 16), (401, 97, 37), (1537, 210, 9), (60, 1700, 9), (1600, 1550, 8)]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cross_logsumexp import DTYPES, sides
+from sample_inputs import DTYPES, sides
 from tolerances import AUTOCAST_LOSS, relative_error
 from torch import Tensor
 

@@ -57,7 +57,8 @@ def test_parity_suite_on_every_instruction_set(instruction_set: str) -> None:
 
     Schemas, which opcheck looks at, and the chunks of many rows know nothing of instruction sets.
     """
-    files = ["test_native.py", "test_nt_xent.py", "test_ops.py", "test_first_implementation.py"]
+    files = ["test_native.py", "test_nt_xent.py", "test_registration.py"]
+    files += ["../modules/test_first_implementation.py"]
     files += ["test_cross_logsumexp.py", "test_cross_logsumexp_calls.py"]
     files += ["test_cross_logsumexp_identities.py", "test_prediction_loss.py"]
     chosen = "(not test_native and native) or (test_native and sizes_around) or gradcheck"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BACKENDS
+from overloads import BACKENDS
 from ranks import Ranks
 from torch import Tensor, func
 from torch.autograd import forward_ad

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from repository import ROOT
 
 import cjepa_kernels
 from cjepa_kernels import backends, extras, nt_xent
 from cjepa_kernels.backends import compiled_module
-
-ROOT = Path(__file__).parent.parent
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -14,10 +14,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from repository import ROOT
 
 setuptools = pytest.importorskip("setuptools")
 
-ROOT = Path(__file__).parent.parent
 VARIABLES = ("CXX", "CJEPA_NO_NATIVE", "CJEPA_REQUIRE_NATIVE", "CJEPA_BUILD_DIR")
 
 

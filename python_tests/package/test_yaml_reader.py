@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from repository import ROOT
 
 pytest.importorskip("yaml")
 
@@ -25,7 +26,6 @@ from cjepa_kernels.yaml_reader import (
     read_yaml,
 )
 
-ROOT = Path(__file__).parent.parent
 LETTERS = "abcdefghi"
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from repository import ROOT
 from typer.testing import CliRunner
 
 from cjepa_kernels.train import compare  # noqa: F401  (a command imports it: not in its time)
@@ -30,7 +31,7 @@ from cjepa_kernels.train.masking import multi_block_masks
 from cjepa_kernels.train.module import CJEPAModule, MaskedViews
 from cjepa_kernels.train.views import two_views
 
-DOCUMENTED = Path(__file__).parent.parent / "configs" / "cjepa.yaml"
+DOCUMENTED = ROOT / "configs" / "cjepa.yaml"
 MOST_SECONDS = 2.0
 IMAGES = (4, 1, 8, 8)  # as in the documented experiment: 16 patches of 2 x 2
 # What makes a step slow is not built: it only has to be within the documented bounds.

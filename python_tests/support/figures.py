@@ -81,11 +81,11 @@ SETTINGS = {
     "docs/api/backends.md": {"up to 256 MiB of exponentials": "a default"},
     "docs/api/config.md": {"- 256 KiB as the size of the file": "a bound"},
     "docs/benchmarks.md": {
-        "Its 99 % interval is that of the sign test": "a rule, compared in test_bench_verdict.py",
+        "Its 99 % interval is that of the sign test": "a rule, compared in bench/test_verdict.py",
         "beyond 2 % on one side, and *as fast* if it lies within 2 %": (
-            "a rule, compared in test_bench_verdict.py"
+            "a rule, compared in bench/test_verdict.py"
         ),
-        "for up to 30 times `--seconds`": "a rule, compared in test_bench_verdict.py",
+        "for up to 30 times `--seconds`": "a rule, compared in bench/test_verdict.py",
         "a 99 % bootstrap interval": "how the comparison decides",
         "beyond 2 % on one side": "how the comparison decides",
     },

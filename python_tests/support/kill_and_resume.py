@@ -3,7 +3,7 @@
 Every run must end with the numbers of an uninterrupted one, or with an error that names a file and
 says what to do, which is then done. The long form, by hand:
 
-    python python_tests/kill_and_resume.py --kills 20
+    python python_tests/support/kill_and_resume.py --kills 20
 """
 
 from __future__ import annotations

@@ -112,3 +112,7 @@ def _serve(rank: int, count: int, directory: str, timeout: float, end: Connectio
         buffer = io.BytesIO()
         torch.save(outcome, buffer)
         end.send_bytes(buffer.getvalue())
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from repository import ROOT
 
 pytest.importorskip("pydantic")
 
@@ -20,7 +21,7 @@ from cjepa_kernels.train.config import (
     load_config,
 )
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = ROOT / "configs"
 
 
 @pytest.mark.parametrize("name", ["cjepa.yaml", "cifar10.yaml"])

@@ -17,8 +17,8 @@ import pytest
 pytest.importorskip("lightning")
 
 from kill_and_resume import cjepa
+from processes import gone, wait_long
 from rich.console import Console
-from test_train_worker_pool import gone, wait_long
 from train_experiments import TINY, tiny, weights
 
 from cjepa_kernels.train import runner

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from repository import ROOT
 
 pytest.importorskip("pydantic")
 
@@ -125,7 +125,7 @@ def test_numbers_that_yaml_reads_as_text() -> None:
 
 @pytest.mark.parametrize("name", ["cjepa", "cifar10"])
 def test_shipped_masks_are_those_of_the_counts(name: str) -> None:
-    config = load_config(Path(__file__).parents[1] / "configs" / f"{name}.yaml").masking
+    config = load_config(ROOT / "configs" / f"{name}.yaml").masking
     assert (config.visible, config.predicted) == (0.625, 0.25)
     assert (MaskingConfig().visible, MaskingConfig().predicted) == (0.625, 0.25)
     samples = torch.arange(200)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from repository import ROOT
 
 pytest.importorskip("lightning")
 
@@ -17,7 +18,7 @@ from cjepa_kernels.train import runner
 from cjepa_kernels.train.config import load_config
 from cjepa_kernels.train.module import CJEPAModule
 
-SHIPPED = Path(__file__).parent.parent / "configs" / "cjepa.yaml"
+SHIPPED = ROOT / "configs" / "cjepa.yaml"
 MIXED = ("bf16-mixed", "16-mixed")
 # Of the loss, over two epochs. The most that was seen is 5.2e-4 in bf16 and 2.2e-5 in fp16.
 NEAR_FULL_PRECISION = 5e-3

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import alive, gone, wait_long
+from repository import ROOT
 
 pytest.importorskip("rich")
 
@@ -39,27 +41,6 @@ def fail(kind: str, report: Any) -> None:
 
 def die(report: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def wait_long(marker: Path, report: Any) -> None:
-    marker.write_text(str(os.getpid()))
-    time.sleep(120)
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    status = Path(f"/proc/{pid}/stat")  # a zombie has ended
-    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
-
-
-def gone(pid: int, seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not alive(pid)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -102,7 +83,7 @@ def test_failure_names_the_job(
         run_jobs(jobs, workers, lambda event: None, tmp_path)
     assert caught.value.__cause__ is not None
     if workers == 2:
-        assert "test_train_worker_pool.py" in str(caught.value.__cause__)
+        assert "test_worker_pool.py" in str(caught.value.__cause__)
 
 
 def test_failure_stops_the_others(tmp_path: Path) -> None:
@@ -133,14 +114,15 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     script.write_text(
         "from pathlib import Path\n"
         "from cjepa_kernels.train.worker_pool import Job, run_jobs\n"
-        "from test_train_worker_pool import wait_long\n"
+        "from processes import wait_long\n"
         "if __name__ == '__main__':\n"
         f"    folder = Path({str(tmp_path)!r})\n"
         "    jobs = [Job(n, wait_long, (folder / n,)) for n in ('a', 'b')]\n"
         "    run_jobs(jobs, 2, print, folder / 'logs')\n"
     )
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(
+        [str(ROOT), str(ROOT / "python_tests" / "support"), os.environ.get("PYTHONPATH", "")]
+    )
     parent = subprocess.Popen(
         [sys.executable, str(script)],
         env={**os.environ, "PYTHONPATH": path},

@@ -7,18 +7,18 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from repository import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+sys.path.insert(0, str(ROOT / "bench"))
 # Any: the scripts of bench/ are not part of the package.
 offline, gpu_count = (importlib.import_module(name) for name in ("offline", "gpu_count"))
 
