@@ -40,11 +40,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from distributed_cost import Problem, cost
 from distributed_formulas import lightly_of_group
-from measurement import print_table, write_results
 from torch import Tensor
 
 from cjepa_kernels import backends, cross_logsumexp, functional, nt_xent, pair_similarity
 from cjepa_kernels.bench.formulas import TEMPERATURE
+from cjepa_kernels.bench.records import write_results
+from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.distributed import Counts, counting
 
 SIZES = ((128, 128), (512, 128), (1024, 256), (4096, 256), (4096, 768))  # M_r, D

@@ -61,7 +61,6 @@ from gpu_timing import (
     graphed,
     in_turn,
 )
-from measurement import print_table, write_results
 from torch import Tensor
 
 from cjepa_kernels import cross_logsumexp, nt_xent, prediction_loss
@@ -69,7 +68,9 @@ from cjepa_kernels.backends import Backend
 from cjepa_kernels.bench.errors import exact, relative_error
 from cjepa_kernels.bench.formulas import TEMPERATURE, Formula, eager
 from cjepa_kernels.bench.machine import installed_version
+from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.sizes import Size
+from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.extras import require
 
 BACKEND: Backend = "triton"

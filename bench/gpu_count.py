@@ -15,7 +15,9 @@ from typing import Any
 
 import offline
 import torch
-from measurement import print_table, write_results
+
+from cjepa_kernels.bench.records import write_results
+from cjepa_kernels.bench.tables import print_table
 
 ROWS = 65536
 FEATURES = (64, 128, 256, 768)

@@ -26,13 +26,14 @@ from typing import Any
 
 import accuracy
 import targets
-from measurement import print_table, write_results
 from plan import BF16, FULL, PARTS, QUICK, TITLES, Cell, Sizes, callables, plan
 
 from cjepa_kernels import backends
 from cjepa_kernels.bench import sizes as bench_sizes
 from cjepa_kernels.bench.machine import instruction_set
+from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.sizes import Size
+from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.timing import interleaved
 
 HEADINGS = {

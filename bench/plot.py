@@ -14,10 +14,10 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from measurement import RESULTS
 from plan import TITLES
 
 from cjepa_kernels.bench.plot_style import INK, NATIVE, OTHER, svg
+from cjepa_kernels.bench.records import RESULTS
 
 Record = dict[str, Any]
 

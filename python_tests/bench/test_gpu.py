@@ -12,12 +12,10 @@ import pytest
 import torch
 from bench_scripts import leaves, load, run_script
 
-from cjepa_kernels.bench import formulas
+from cjepa_kernels.bench import formulas, records
 from cjepa_kernels.bench.sizes import Size
 
-measurement, gpu, gpu_targets, gpu_timing = (
-    load(name) for name in ("measurement", "gpu", "gpu_targets", "gpu_timing")
-)
+gpu, gpu_targets, gpu_timing = (load(name) for name in ("gpu", "gpu_targets", "gpu_timing"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -219,7 +217,7 @@ def test_gpu_benchmark_writes_json_and_page(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(measurement, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu.Benchmark, "first_use", lambda self: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert gpu.run(few_sizes, "gpu") == 0
@@ -283,7 +281,7 @@ def test_gpu_benchmark_fails_by_size(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(measurement, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
 
     def targets(self: Any, size: Any, direction: str) -> None:
         if size.rows == 16:

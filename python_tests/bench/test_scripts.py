@@ -14,11 +14,11 @@ from bench_scripts import leaves, load, run_script
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 
 from cjepa_kernels import backends, nt_xent
-from cjepa_kernels.bench import errors, formulas
+from cjepa_kernels.bench import errors, formulas, records
 from cjepa_kernels.bench.sizes import Size, views
 
-accuracy, measurement, plan, plot, targets, nt_xent_bench = (
-    load(name) for name in ("accuracy", "measurement", "plan", "plot", "targets", "nt_xent")
+accuracy, plan, plot, targets, nt_xent_bench = (
+    load(name) for name in ("accuracy", "plan", "plot", "targets", "nt_xent")
 )
 
 needs_native = pytest.mark.skipif(
@@ -164,7 +164,7 @@ def test_a_missing_library_is_left_out_by_name(
 
 @needs_native
 def test_quick_run_prints_every_table_and_writes_nothing() -> None:
-    before = {path: path.read_bytes() for path in measurement.RESULTS.iterdir()}
+    before = {path: path.read_bytes() for path in records.RESULTS.iterdir()}
     result = run_script("bench/nt_xent.py", "--quick", "--no-save")
     assert result.returncode == 0, result.stderr
     headings = [nt_xent_bench.HEADINGS[part] for part in plan.PARTS]
@@ -172,7 +172,7 @@ def test_quick_run_prints_every_table_and_writes_nothing() -> None:
     positions = [lines.index(heading) for heading in headings]
     assert positions == sorted(positions)
     assert "targets met" in result.stdout
-    assert before == {path: path.read_bytes() for path in measurement.RESULTS.iterdir()}
+    assert before == {path: path.read_bytes() for path in records.RESULTS.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,9 @@ def test_bad_options_are_refused(
 def test_results_are_written_with_their_environment_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measurement, "RESULTS", tmp_path)
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
     sections = nt_xent_bench.run(plan.QUICK, list(plan.PARTS), 0.0, compiled=False)
-    path = measurement.write_results("nt_xent_cpu", **sections)
+    path = records.write_results("nt_xent_cpu", **sections)
     results = json.loads(path.read_text())
     known = {"device", "threads", "instruction_set", "torch", "python", "commit", "date"}
     assert known <= results["environment"].keys()
