@@ -10,9 +10,9 @@ BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcar
 DEMO_OUT ?= runs/demo
 SEEDS ?= 0,1,2
 BENCH_OUT ?= runs/bench
-INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cross_logsumexp_calls.py \
-  compile_numbers.py distributed.py limits.py module_state.py ops.py prediction_loss.py triton.py \
-  triton_interpreter.py)
+INTERPRETED := $(addprefix python_tests/,$(addprefix ops/test_,nt_xent.py cross_logsumexp.py \
+  cross_logsumexp_calls.py compile_numbers.py limits.py prediction_loss.py registration.py) \
+  distributed/test_nt_xent.py modules/test_module_state.py triton/test_kernels.py triton/test_interpreter.py)
 
 .PHONY: help demo test coverage config-check gpu-check gpu-count ctest ctest-aarch64 headers-check sanitize lint format \
   bench bench-quick bench-targets bench-record bench-compare bench-loss bench-distributed memory micro plot \
@@ -164,7 +164,7 @@ gpu-check:
 
 # Every key of the configuration with every kind of bad value, and with its documented bounds.
 config-check: $(VENV)/.train
-	$(BIN)/python python_tests/config_fuzz.py
+	$(BIN)/python python_tests/support/config_fuzz.py
 
 # Instructions of the Triton kernels in their machine code; needs no GPU.
 gpu-count: $(VENV)/.dev
@@ -189,7 +189,7 @@ examples: $(VENV)/.train
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 kill-test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python python_tests/kill_and_resume.py --kills 20
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python python_tests/support/kill_and_resume.py --kills 20
 
 # dist/ holds both; each is installed beside PyTorch alone, the sdist compiling again.
 RELEASE := build/release
@@ -201,11 +201,11 @@ release-check: $(VENV)/.base
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv $(RELEASE)/wheel
 	$(RELEASE)/wheel/bin/pip install --quiet -c constraints.txt dist/*.whl
-	$(RELEASE)/wheel/bin/python python_tests/wheel_smoke.py
+	$(RELEASE)/wheel/bin/python python_tests/support/wheel_smoke.py
 	$(PYTHON) -m venv $(RELEASE)/sdist
 	$(RELEASE)/sdist/bin/pip install --quiet -c constraints.txt torch setuptools wheel cmake ninja pybind11
 	CJEPA_REQUIRE_NATIVE=1 $(RELEASE)/sdist/bin/pip install --quiet --no-build-isolation dist/*.tar.gz
-	$(RELEASE)/sdist/bin/python python_tests/wheel_smoke.py
+	$(RELEASE)/sdist/bin/python python_tests/support/wheel_smoke.py
 
 clean:
 	rm -rf $(VENV) build dist runs site *.egg-info cjepa_kernels/_C*.so .coverage* .pytest_cache .mypy_cache .ruff_cache

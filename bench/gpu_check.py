@@ -22,7 +22,8 @@ from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).parents[1]
-PARITY = ["nt_xent", "cross_logsumexp", "cross_logsumexp_calls", "limits", "ops", "prediction_loss"]
+PARITY = ["nt_xent", "cross_logsumexp", "cross_logsumexp_calls", "limits"]
+PARITY += ["prediction_loss", "registration"]
 TOTAL = 480.0  # seconds of all steps
 GRACE = 15.0  # seconds from asking a step to stop to stopping it; pytest-xdist takes ten
 SHORTEST = 5.0  # seconds below which a step is not worth its start
@@ -89,21 +90,21 @@ def steps() -> list[Step]:
     repeatable = {"CUBLAS_WORKSPACE_CONFIG": workspace}  # for deterministic products
     device = Step(
         "device",
-        pytest(str(tests / "test_triton_gpu.py")),
+        pytest(str(tests / "triton/test_gpu.py")),
         90,
         needs=("pytest",),
         environment=repeatable,
     )
     kernels = Step(
         "kernels",
-        pytest(str(tests / "test_triton.py")),
+        pytest(str(tests / "triton/test_kernels.py")),
         150,
         needs=("pytest",),
         environment=repeatable,
     )
     parity = Step(
         "parity",
-        pytest("-k", "triton", *(str(tests / f"test_{name}.py") for name in PARITY)),
+        pytest("-k", "triton", *(str(tests / f"ops/test_{name}.py") for name in PARITY)),
         150,
         needs=("pytest", "hypothesis"),
         environment={**repeatable, "CJEPA_TEST_DEVICE": "cuda"},

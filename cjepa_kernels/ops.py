@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels import chunked, chunked_cross_logsumexp, chunked_prediction_loss, triton
-from cjepa_kernels.reference import accumulation_dtype
+from cjepa_kernels.definitions import accumulation_dtype
 from cjepa_kernels.registration import (
     NAMESPACE,
     OVERLOADS,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cjepa_kernels import reference
+from cjepa_kernels import definitions
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-SMALLEST = tl.constexpr(reference.SMALLEST)
-LARGEST = tl.constexpr(reference.LARGEST)
+SMALLEST = tl.constexpr(definitions.SMALLEST)
+LARGEST = tl.constexpr(definitions.LARGEST)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cjepa_kernels.reference import LAYER_EPS
+from cjepa_kernels.definitions import LAYER_EPS
 from cjepa_kernels.triton.reduction import sum_in_order
 
 BLOCK_ELEMENTS = 4096
