@@ -140,10 +140,11 @@ bench-quick: $(VENV)/.dev
 bench-targets: $(VENV)/.dev
 	$(BIN)/python bench/nt_xent.py
 
-# The full comparison into docs/results and docs/images, and the README's picture, of the machines named here.
+# The full comparison into docs/results, and the pictures and figures of the documents.
 bench-record: $(VENV)/.dev
 	$(BIN)/python bench/record.py
-	$(BIN)/python bench/headline.py --cpu docs/results/amd-epyc-avx2.json --gpu bench/results/NVIDIA-*.json
+	$(BIN)/python bench/pictures.py
+	$(BIN)/python docs/generate_figures.py
 
 bench-compare: $(VENV)/.dev
 	$(BIN)/python bench/compare.py $(BASE)
@@ -168,7 +169,7 @@ config-check: $(VENV)/.train
 
 # Instructions of the Triton kernels in their machine code; needs no GPU.
 gpu-count: $(VENV)/.dev
-	$(BIN)/python bench/gpu_count.py
+	$(BIN)/python bench/gpu_machine_code.py
 
 micro: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/test_micro.py --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds

@@ -138,16 +138,3 @@ def compiled(*, temperature: float = TEMPERATURE) -> Formula:
 
     formula: Formula = torch.compile(plain, dynamic=False)
     return formula
-
-
-FORMULAS: dict[str, Formula] = {
-    "eager": eager,
-    "lightly": lightly,
-    "four_blocks": four_blocks,
-    "hjepa": hjepa,
-}
-# Made on request: each may be missing on a machine.
-OPTIONAL_FORMULAS: dict[str, Callable[[], Formula]] = {
-    "compiled": compiled,
-    "metric_learning": metric_learning,
-}
