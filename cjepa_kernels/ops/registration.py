@@ -1,187 +1,143 @@
 """How an operator and its backward are registered with PyTorch: the same way for all of them.
 
-``cjepa_kernels::<name>`` dispatches on the device: the compiled module registers itself for the
-CPU, the Triton kernels are registered for CUDA, and ``CompositeExplicitAutograd`` is the chunked
-path that serves every other device. The overloads ``<name>.chunked`` and ``<name>.triton`` have one
-path alone, for those who ask for it by name.
+``cjepa_kernels::<name>`` is one operator with a kernel for each device: the compiled module
+registers its own for the CPU, the Triton kernels are registered for CUDA, and the chunked back end
+serves every other device. Each back end also has an overload, ``<name>.<back end>``, which always
+runs that back end.
 
 ``<name>_dynamic`` is the same operator with each number as a tensor on the CPU. torch.compile
 recompiles for every new value of a number in a schema, but not for a new value of a tensor. The
 operator reads the numbers when it runs and calls ``<name>`` with them. Its results, and the choices
 that a kernel makes by a number, are therefore those of ``<name>``.
+
+To add an operator, write one file in ``ops`` with its :class:`Definition`, one file in the folder
+of each back end, and one line in ``ops/__init__.py`` and in each back end's ``OPERATORS``.
+
+To add a back end, write a folder whose ``OPERATORS`` maps the name of an operator to its
+implementations in both directions, and two lines: one in ``backends.py`` that says whether the back
+end can run here, and one call of :func:`register_backend` in ``ops/__init__.py``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from cjepa_kernels.backends import HAS_TRITON
+from cjepa_kernels.ops import registry
+from cjepa_kernels.ops.definition import (
+    Binding,
+    Definition,
+    Implementation,
+    Implementations,
+    bind,
+    named_arguments,
+)
+from cjepa_kernels.ops.registry import flatten, operator, unflatten
 
 NAMESPACE = "cjepa_kernels"
-OVERLOADS = ("", ".chunked", ".triton")
-# Skips the registered autograd, which is Python code under every call. As in torch._library.
+# This guard skips the registered autograd, which is Python code under every call. torch._library
+# uses it too.
 _below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
 
 # Any: the methods of Library carry no annotations.
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
-_operators: dict[tuple[str, str], Any] = {}  # by name and overload, like the next
-_functions: dict[tuple[str, str], Callable[..., Any]] = {}
-_numbers: dict[str, tuple[int, ...]] = {}  # by name: the positions of its numbers
+_definitions: dict[str, Definition] = {}
 
 
-Implementation = Callable[..., tuple[Any, ...]]
+def define(definition: Definition) -> None:
+    """Define an operator and its backward, for back ends to be registered.
 
-
-@dataclass(frozen=True)
-class Definition:
-    """An operator with its backward, ``<name>_backward``, and what all back ends share of them.
-
-    Attributes:
-        name: Of the operator.
-        schema: Arguments and results; autocast sets ``product_dtype``, if it is among them.
-        schema_backward: The same of the backward.
-        chunked: Implementations of the operator and of its backward in pure PyTorch.
-        triton: The same in Triton.
-        fake: Results of the operator without their values.
-        fake_backward: The same of the backward.
-        setup_context: ``(ctx, inputs, output)``: saves what the gradients need.
-        gradients: ``(ctx, backward, *upstream)``: the gradient of every input, by the operator
-            ``backward``; an upstream gradient is None where there is none. Of an input that is a
-            list of tensors, the list of their gradients.
+    Args:
+        definition: The operator.
     """
-
-    name: str
-    schema: str
-    schema_backward: str
-    chunked: tuple[Implementation, Implementation]
-    triton: tuple[Implementation, Implementation]
-    fake: Callable[..., tuple[Tensor, ...]]
-    fake_backward: Callable[..., tuple[Any, ...]]
-    setup_context: Callable[[Any, Sequence[Any], tuple[Tensor, ...]], None]
-    gradients: Callable[..., tuple[Any, ...]]
-
-
-def operator(name: str, overload: str = "") -> Any:
-    """The registered overload: ``operator("nt_xent")`` or ``operator("nt_xent", ".chunked")``."""
-    return _operators[name, overload]
-
-
-def call(name: str, overload: str, *args: Any) -> tuple[Tensor, ...]:
-    """Call an operator with the least in between.
-
-    The registered autograd is Python code under every call, most of a small batch's time. It
-    serves torch.compile, torch.export and those who call the operator itself.
-    """
-    refuse_transforms(name, args)
-    args = tuple(saveable(arg) for arg in args)
-    if torch.compiler.is_compiling():
-        return _call_compiled(name, overload, args)
-    if not torch.is_grad_enabled():
-        return operator(name, overload)(*args)  # type: ignore[no-any-return]
-    return _functions[name, overload](*args)  # type: ignore[no-any-return]
-
-
-def is_transformed() -> bool:
-    """Whether torch.func transforms what runs now, or forward-mode derivatives may be taken."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def refuse_transforms(name: str, args: Sequence[Any]) -> None:
-    """Raise under torch.func, and where an argument has a tangent, which would be lost."""
-    if not is_transformed():
-        return
-    what = "cannot be transformed by torch.func (vmap, grad, jvp, hessian, ...)"
-    if not torch._C._are_functorch_transforms_active():
-        what = "has no forward-mode derivative"
-        # No function of its own: torch.compile would trace it, and traced tensors show no tangent.
-        dual = torch.compiler.is_compiling()
-        for x in _flatten(args)[1]:
-            if isinstance(x, Tensor) and not dual:
-                dual = forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
-        if not dual:
-            return
-    raise RuntimeError(f'{name} {what} in this back end; use backend="reference"')
-
-
-def _call_compiled(name: str, overload: str, args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """A number that changed between calls is symbolic, and goes in as a tensor."""
-    # Not at the top: the module imports SymPy. While a compiler runs it has been imported.
-    from torch.fx.experimental.symbolic_shapes import has_static_value
-
-    def is_static(value: Any) -> bool:
-        values = value if isinstance(value, (tuple, list)) else (value,)
-        return all(has_static_value(number) for number in values)
-
-    numbers = _numbers[name]
-    if all(is_static(args[k]) for k in numbers):
-        return operator(name, overload)(*args)  # type: ignore[no-any-return]
-    tensors = [_as_tensor(arg) if k in numbers else arg for k, arg in enumerate(args)]
-    return operator(f"{name}_dynamic", overload)(*tensors)  # type: ignore[no-any-return]
-
-
-def _as_tensor(value: float | tuple[float, ...] | list[float]) -> Tensor:
-    """A number as (), several as (L,): fp64 on the CPU."""
-    if isinstance(value, (tuple, list)):
-        return torch.stack([_as_tensor(number) for number in value])
-    # A product, since the compiler turns a symbolic factor into a tensor, but not a fill value.
-    return torch.ones((), dtype=torch.float64, device="cpu") * value
-
-
-def saveable(arg: Any) -> Any:
-    """What autograd can save for a backward, in place of a tensor made under inference_mode.
-
-    That is a copy, as the plain formulas keep one: nothing would notice that a bank was written to,
-    under inference_mode again, before the backward. torch.compile cannot ask what a tensor is, and
-    the backward of its graph computes cheap results again from the tensor that cannot be saved.
-    There every tensor without a gradient is copied by an operator. Lists are not copied there: they
-    hold the sides of the prediction loss, whose time is that of reading them.
-    """
-    if not torch.is_grad_enabled():
-        return arg
-    if torch.compiler.is_compiling():
-        is_constant = isinstance(arg, Tensor) and not arg.requires_grad
-        return _operators["copy", ""](arg) if is_constant else arg
-    if isinstance(arg, list):
-        return [saveable(x) for x in arg]
-    return arg.clone() if isinstance(arg, Tensor) and arg.is_inference() else arg
-
-
-def register(definition: Definition) -> None:
-    """Define the operator and its backward, in every overload and with numbers as tensors."""
     names = (definition.name, f"{definition.name}_backward")
-    dynamic = replace(
-        definition,
-        name=f"{definition.name}_dynamic",
-        schema=_numbers_as_tensors(definition.schema),
-        schema_backward=_numbers_as_tensors(definition.schema_backward),
-    )
-    for overload in OVERLOADS:
-        implementations = definition.triton if overload == ".triton" else definition.chunked
-        gradients = _register(definition, overload, implementations)
-        _functions[definition.name, overload] = _make_function(definition, overload, gradients)
-        if overload == "" and HAS_TRITON:
-            for name, implementation in zip(names, definition.triton, strict=True):
-                _library.impl(name, implementation, "CUDA")
-        _register(dynamic, overload, [_read_numbers(operator(name, overload)) for name in names])
-    _numbers[definition.name] = _number_positions(operator(definition.name))
+    _definitions[definition.name] = definition
+    _define_schemas(definition, "")
+    results = (definition.results, definition.results_backward)
+    for name, result in zip(names, results, strict=True):
+        registry.arguments[name] = named_arguments(name, operator(name)._schema)
+        registry.results[name] = result
+    registry.numbers[definition.name] = _number_positions(operator(definition.name))
+    _define_overload(definition, "")
+
+
+def register_backend(
+    backend: str, operators: Mapping[str, Implementations], *, dispatch_key: str | None = None
+) -> None:
+    """Make a back end's implementations the overload ``.<back end>`` of the operators.
+
+    Args:
+        backend: Name of the back end.
+        operators: By the name of an operator, its implementation and that of its backward. They
+            take the arguments of the schema by position and return the results as a tuple.
+        dispatch_key: Where a call names no back end, run this one for tensors of the dispatch key:
+            ``"CUDA"``, or ``"CompositeExplicitAutograd"`` for every device without a key of its own.
+    """
+    for name, implementations in operators.items():
+        definition = _definitions[name]
+        definition.implementations[backend] = implementations
+        overload = f".{backend}"
+        _define_schemas(definition, overload)
+        for direction, implementation in zip(
+            (name, f"{name}_backward"), implementations, strict=True
+        ):
+            _library.impl(direction + overload, implementation, "CompositeExplicitAutograd")
+            if dispatch_key is not None:
+                _library.impl(direction, implementation, dispatch_key)
+        _define_overload(definition, overload)
 
 
 def register_plain(
     name: str, schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]
 ) -> None:
-    """Define an operator without a gradient: in PyTorch, and where it is built in native code."""
+    """Define an operator without a gradient, in PyTorch; the compiled module may have one too."""
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _operators[name, ""] = getattr(torch.ops.cjepa_kernels, name).default
+    registry.operators[name, ""] = getattr(torch.ops.cjepa_kernels, name).default
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
+def _define_schemas(definition: Definition, overload: str) -> None:
+    """Define the schemas of an overload, in both directions."""
+    schemas = (definition.schema, definition.schema_backward)
+    for name, schema in zip((definition.name, f"{definition.name}_backward"), schemas, strict=True):
+        _library.define(name + overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        packet = getattr(torch.ops.cjepa_kernels, name)
+        registry.operators[name, overload] = getattr(packet, overload.lstrip(".") or "default")
+
+
+def _define_overload(definition: Definition, overload: str) -> None:
+    """Give an overload all that back ends share, and define the same with numbers as tensors."""
+    name = definition.name
+    binding = bind(definition)
+    gradients = _register_shared(definition, overload, binding)
+    registry.functions[name, overload] = _make_function(definition, overload, binding, gradients)
+    dynamic = replace(
+        definition,
+        name=f"{name}_dynamic",
+        schema=_numbers_as_tensors(definition.schema),
+        schema_backward=_numbers_as_tensors(definition.schema_backward),
+    )
+    _define_schemas(dynamic, overload)
+    for suffix in ("", "_backward"):
+        implementation = _read_numbers(operator(name + suffix, overload))
+        key = "CompositeExplicitAutograd"
+        _library.impl(f"{dynamic.name}{suffix}{overload}", implementation, key)
+    _register_shared(dynamic, overload, binding)
+
+
+def _taker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes the elements at some positions of a sequence, as a tuple."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda sequence: tuple(sequence[k] for k in positions)
 
 
 def _numbers_as_tensors(schema: str) -> str:
@@ -196,6 +152,7 @@ def _number_positions(operator: Any) -> tuple[int, ...]:
 
 
 def _read_numbers(operator: Any) -> Implementation:
+    """The implementation of ``<name>_dynamic``: it reads its numbers and calls the operator."""
     numbers = _number_positions(operator)
 
     def call_with_numbers(*args: Any) -> Any:
@@ -204,25 +161,21 @@ def _read_numbers(operator: Any) -> Implementation:
     return call_with_numbers
 
 
-def _register(
-    definition: Definition, overload: str, implementations: Sequence[Implementation]
+def _register_shared(
+    definition: Definition, overload: str, binding: Binding
 ) -> Callable[..., tuple[Any, ...]]:
-    """Define one overload of an operator and of its backward; returns its gradients."""
+    """Register fakes, autograd and autocast of an overload; returns its gradients."""
     forward, backward = f"{definition.name}{overload}", f"{definition.name}_backward{overload}"
-    _library.define(forward + definition.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.define(backward + definition.schema_backward, tags=(torch.Tag.pt2_compliant_tag,))
-    for name in (definition.name, f"{definition.name}_backward"):
-        packet = getattr(torch.ops.cjepa_kernels, name)
-        _operators[name, overload] = getattr(packet, overload.lstrip(".") or "default")
-    for schema, implementation in zip((forward, backward), implementations, strict=True):
-        _library.impl(schema, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{forward}", definition.fake, lib=_library)
-    torch.library.register_fake(f"{NAMESPACE}::{backward}", definition.fake_backward, lib=_library)
-    gradients = _make_gradients(definition, overload)
+    fakes = (definition.fake, definition.fake_backward)
+    schemas = (operator(definition.name), operator(f"{definition.name}_backward"))
+    for name, fake, of in zip((forward, backward), fakes, schemas, strict=True):
+        named_fake = _make_fake(fake, named_arguments(definition.name, of._schema))
+        torch.library.register_fake(f"{NAMESPACE}::{name}", named_fake, lib=_library)
+    gradients = _make_gradients(definition, overload, binding)
     torch.library.register_autograd(
         f"{NAMESPACE}::{forward}",
         gradients,
-        setup_context=definition.setup_context,
+        setup_context=_make_setup_context(binding),
         lib=_library,
     )
     torch.library.register_autograd(
@@ -234,23 +187,83 @@ def _register(
     return gradients
 
 
-def _make_gradients(definition: Definition, overload: str) -> Callable[..., tuple[Any, ...]]:
+def _make_fake(fake: Callable[[Any], tuple[Any, ...]], arguments: Any) -> Callable[..., Any]:
+    def named_fake(*args: Any, **kwargs: Any) -> Any:
+        # A plain tuple, as the dispatcher returns for an operator.
+        return tuple(fake(arguments(*args, **kwargs)))
+
+    return named_fake
+
+
+def _make_setup_context(
+    binding: Binding,
+) -> Callable[[Any, Sequence[Any], tuple[Tensor, ...]], None]:
+    """The function by which a forward saves what the backward takes."""
+    take_saved, take_options = _taker(binding.saved_positions), _taker(binding.options)
+    take_not_differentiable = _taker(binding.not_differentiable)
+    tensors = {*binding.flags, *binding.inputs}
+
+    def setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+        saved = take_saved((*inputs, *output))
+        ctx.options = take_options(inputs)
+        ctx.mark_non_differentiable(*take_not_differentiable(output))
+        ctx.set_materialize_grads(False)
+        if not binding.lists:
+            ctx.save_for_backward(*saved)
+            return
+        ctx.of_inputs = [len(inputs[k]) if k in binding.lists else -1 for k in range(len(inputs))]
+        ctx.needs = {k: _requires_grad(inputs[k]) for k in tensors}
+        ctx.of_saved, flat = flatten([list(x) if isinstance(x, tuple) else x for x in saved])
+        ctx.save_for_backward(*flat)
+
+    return setup_context
+
+
+def _requires_grad(x: Any) -> bool:
+    """Whether a tensor, or any tensor of a list, requires a gradient."""
+    tensors = x if isinstance(x, (list, tuple)) else (x,)
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+
+
+def _make_gradients(
+    definition: Definition, overload: str, binding: Binding
+) -> Callable[..., tuple[Any, ...]]:
+    """The function that runs the backward and gives each input its gradient."""
     backward = operator(f"{definition.name}_backward", overload)
-    has_lists = "Tensor[]" in definition.schema  # vmap knows no way to run these one by one
+    take_upstream, complete = _taker(binding.upstream), definition.complete
+    none = (None,) * len(binding.arguments._fields)
 
     def quick_backward(*args: Any) -> Any:
         with _below_autograd():
             return backward(*args)
 
     def gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        if has_lists and any(x is not None and _is_batched(x) for x in upstream):
+        # vmap has no way to run an operator with lists for one gradient at a time.
+        if binding.lists and any(x is not None and _is_batched(x) for x in upstream):
             raise RuntimeError(
                 f"{definition.name} takes one gradient at a time in this back end, not a batch of "
                 '(is_grads_batched, vectorize); use backend="reference"'
             )
-        # Who wants a second derivative meets the autograd that says that there is none.
+        given = take_upstream(upstream)
+        found: list[Any] = list(none)
+        for k in binding.lists:
+            found[k] = [None] * ctx.of_inputs[k]
+        if all(x is None for x in given):
+            return tuple(found)
+        saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if binding.lists:
+            saved, needs = unflatten(ctx.of_saved, saved), ctx.needs
+        if complete is not None:
+            given = complete(binding.saved(*saved), *given)
+        # A second derivative meets the registered autograd, which says that there is none.
         run = backward if torch.is_grad_enabled() else quick_backward
-        return definition.gradients(ctx, run, *upstream)
+        flags = [needs[k] for k in binding.flags]
+        grads = run(*given, *saved, *ctx.options, *flags)
+        for k, grad in zip(binding.inputs, grads, strict=True):
+            if needs[k]:
+                found[k] = grad
+        return tuple(found)
 
     return gradients
 
@@ -287,10 +300,14 @@ def _make_autocast(name: str, overload: str, device_type: str) -> Callable[..., 
 
 
 def _make_function(
-    definition: Definition, overload: str, gradients: Callable[..., tuple[Any, ...]]
+    definition: Definition,
+    overload: str,
+    binding: Binding,
+    gradients: Callable[..., tuple[Any, ...]],
 ) -> Callable[..., Any]:
-    """The operator with its autograd, in the way that costs least per call."""
-    operator_forward, setup_context = operator(definition.name, overload), definition.setup_context
+    """The operator with its autograd, in the way that costs the least time per call."""
+    operator_forward = operator(definition.name, overload)
+    setup_context = _make_setup_context(binding)
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -303,11 +320,11 @@ def _make_function(
         backward = staticmethod(gradients)
 
     class FunctionOfLists(torch.autograd.Function):
-        """Autograd sees no tensor in a list: they are taken apart on the way in and out."""
+        """Autograd sees no tensor inside a list, so lists are taken apart on the way in and out."""
 
         @staticmethod
         def forward(ctx: Any, lengths: list[int], *flat: Any) -> Any:
-            args = _unflatten(lengths, flat)
+            args = unflatten(lengths, flat)
             with _below_autograd():
                 output = operator_forward(*args)
             setup_context(ctx, args, output)
@@ -315,22 +332,11 @@ def _make_function(
 
         @staticmethod
         def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-            return None, *_flatten(gradients(ctx, *upstream))[1]
+            return None, *flatten(gradients(ctx, *upstream))[1]
 
     def call_with_lists(*args: Any) -> Any:
-        lengths, flat = _flatten(args)
+        lengths, flat = flatten(args)
         return FunctionOfLists.apply(lengths, *flat)  # type: ignore[no-untyped-call]
 
     Function.__name__ = FunctionOfLists.__name__ = definition.name
-    return call_with_lists if "Tensor[]" in definition.schema else Function.apply
-
-
-def _flatten(args: Sequence[Any]) -> tuple[list[int], list[Any]]:
-    """For each argument the length of its list, -1 for one that is none, and all that they hold."""
-    lengths = [len(arg) if isinstance(arg, list) else -1 for arg in args]
-    return lengths, [x for arg in args for x in (arg if isinstance(arg, list) else (arg,))]
-
-
-def _unflatten(lengths: list[int], flat: Sequence[Any]) -> list[Any]:
-    rest = iter(flat)
-    return [[next(rest) for _ in range(n)] if n >= 0 else next(rest) for n in lengths]
+    return call_with_lists if binding.lists else Function.apply

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cjepa_kernels import chunked, chunked_cross_logsumexp, chunked_prediction_loss
+from cjepa_kernels import chunked
 from cjepa_kernels.backends import OLDEST_CAPABILITY
 
 
@@ -76,21 +77,21 @@ def rounds_to_tf32(x: Tensor) -> bool:
 def nt_xent(z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """As ``ops.NT_XENT``."""
     if _is_for_chunks(z_i):
-        return chunked.forward(z_i, *args)
+        return chunked.nt_xent.forward(z_i, *args)
     return _call("forward", "nt_xent", (z_i, *args))
 
 
 def nt_xent_backward(grad_loss: Tensor, z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """As ``ops.NT_XENT_BACKWARD``."""
     if _is_for_chunks(z_i):
-        return chunked.backward(grad_loss, z_i, *args)
+        return chunked.nt_xent.backward(grad_loss, z_i, *args)
     return _call("backward", "nt_xent_backward", (grad_loss, z_i, *args))
 
 
 def cross_logsumexp(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """As ``ops.CROSS_LOGSUMEXP``."""
     if _is_for_chunks(x):
-        return chunked_cross_logsumexp.forward(x, *args)
+        return chunked.cross_logsumexp.forward(x, *args)
     return _call("forward", "cross_logsumexp", (x, *args))
 
 
@@ -100,14 +101,14 @@ def cross_logsumexp_backward(
     """As ``ops.CROSS_LOGSUMEXP_BACKWARD``."""
     args = (grad_row_lse, grad_column_lse, x, *args)
     if _is_for_chunks(x):
-        return chunked_cross_logsumexp.backward(*args)
+        return chunked.cross_logsumexp.backward(*args)
     return _call("backward", "cross_logsumexp_backward", args)
 
 
 def prediction_loss(predictions: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
     """As ``ops.PREDICTION_LOSS``."""
     if _is_for_chunks(predictions[0]):
-        return chunked_prediction_loss.forward(predictions, *args)
+        return chunked.prediction_loss.forward(predictions, *args)
     return _call("prediction", "prediction_loss", (predictions, *args))
 
 
@@ -121,5 +122,13 @@ def prediction_loss_backward(
     """As ``ops.PREDICTION_LOSS_BACKWARD``."""
     all_args = (grad_loss, grad_unweighted, grad_levels, predictions, *args)
     if _is_for_chunks(predictions[0]):
-        return chunked_prediction_loss.backward(*all_args)
+        return chunked.prediction_loss.backward(*all_args)
     return _call("prediction", "prediction_loss_backward", all_args)
+
+
+# For each operator its implementation and that of its backward.
+OPERATORS: dict[str, tuple[Callable[..., tuple[Any, ...]], Callable[..., tuple[Any, ...]]]] = {
+    "nt_xent": (nt_xent, nt_xent_backward),
+    "cross_logsumexp": (cross_logsumexp, cross_logsumexp_backward),
+    "prediction_loss": (prediction_loss, prediction_loss_backward),
+}
