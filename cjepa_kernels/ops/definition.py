@@ -131,7 +131,9 @@ def bind(definition: Definition) -> Binding:
     inputs = []
     for result in backward.returns:
         name = result.name.removeprefix("grad_")
-        inputs.append(arguments.index(name if name in arguments else f"{name}_tensor"))
+        in_place_of_a_number = f"{name}_tensor"
+        of = in_place_of_a_number if in_place_of_a_number in arguments else name
+        inputs.append(arguments.index(of))
     return Binding(
         arguments=registry.arguments[definition.name],
         saved=namedtuple(f"{definition.name}_saved", [everything[k] for k in saved]),

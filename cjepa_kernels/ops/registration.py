@@ -77,8 +77,8 @@ def register_backend(
         backend: Name of the back end.
         operators: By the name of an operator, its implementation and that of its backward. They
             take the arguments of the schema by position and return the results as a tuple.
-        dispatch_key: Where a call names no back end, run this one for tensors of the dispatch key:
-            ``"CUDA"``, or ``"CompositeExplicitAutograd"`` for every device without a key of its own.
+        dispatch_key: Where a call names no back end, run this one for tensors of this key,
+            for example ``"CUDA"``. ``"CompositeExplicitAutograd"`` stands for every other device.
     """
     for name, implementations in operators.items():
         definition = _definitions[name]
