@@ -86,8 +86,6 @@ SETTINGS = {
             "a rule, compared in test_bench_verdict.py"
         ),
         "for up to 30 times `--seconds`": "a rule, compared in test_bench_verdict.py",
-        "a 99 % bootstrap interval": "how the comparison decides",
-        "beyond 2 % on one side": "how the comparison decides",
     },
     "docs/definitions.md": {
         "with weights 1.0 and 0.1 by default": "defaults",

@@ -203,7 +203,8 @@ def memory() -> Texts:
     ]
     yield PERFORMANCE, table(row("M", *(f"`{name}`" for name in names)), lines)
     (features,) = {r["D"] for r in rows}
-    yield PERFORMANCE, f"in MiB, gradients included, D = {features} (`make memory`"
+    command = "python bench/nt_xent_memory.py"
+    yield PERFORMANCE, f"in MiB, gradients included, D = {features} (`{command}`"
     largest = next(r for r in rows if r["M"] == 131072)
     over = f"{largest['over_input']:.1f}"
     reference = next(r for r in rows if (r["M"], r["backend"]) == (8192, "reference"))

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from bench_scripts import leaves, load, run_script
+from bench_scripts import ROOT, leaves, load, run_script
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 
 from cjepa_kernels import backends, nt_xent
@@ -18,7 +18,7 @@ from cjepa_kernels.bench import candidates, errors, formulas, plot_style, record
 from cjepa_kernels.bench.candidates import DIRECTIONS
 from cjepa_kernels.bench.sizes import Size, views
 
-bench, pictures = load("nt_xent"), load("pictures")
+bench, pictures, revisions = map(load, ("nt_xent", "pictures", "revisions"))
 
 needs_native = pytest.mark.skipif(
     not backends()["native"].available, reason=backends()["native"].reason
@@ -249,8 +249,12 @@ def test_cjepa_loss_compares_equal_formulas() -> None:
             assert relative_error(ours, eager) <= FLOOR_GRADIENT[torch.float32]
 
 
+@needs_native
 def test_training_step_measures_a_step() -> None:
-    result = run_script("bench/training_step.py", "--one", "cjepa,0.1")
-    assert result.returncode == 0, result.stderr
-    measured = json.loads(result.stdout)
+    worker = revisions.Worker(ROOT)
+    request = {"task": "training_step", "configuration": "cjepa", "seconds": 0.1}
+    try:
+        measured = worker.measure(request)
+    finally:
+        worker.close()
     assert 0 < measured["loss"] < measured["step"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
+import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -112,16 +114,25 @@ def test_make_targets_exist() -> None:
     assert not {entry for entry in asked if entry[1] not in targets}
 
 
-def test_contributing_lists_every_make_target() -> None:
+def test_contributing_points_to_make_help() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^    make ([\w-]+)", page, re.MULTILINE)) == make_targets()
+    named = set(re.findall(r"^    make ([\w-]+)", page, re.MULTILINE))
+    assert "help" in named
+    assert named <= make_targets()
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_help_names_every_target() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    lines = [*makefile.splitlines()[:3], *re.findall(r'@echo "(make .*)"', makefile)]
-    named = set(re.findall(r"\bmake ([a-z][\w-]*)", "\n".join(lines)))
-    assert make_targets() - named == {"help"}
+    said = subprocess.run(
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    named = re.findall(r"^make ([a-z][\w-]*) +\S", said, re.MULTILINE)
+    assert set(named) == make_targets()
+    assert len(named) == len(set(named))
 
 
 def test_install_commands_agree_with_the_build() -> None:

@@ -126,11 +126,7 @@ def test_every_plot_is_of_a_comparison() -> None:
 
 
 def test_pictures_of_the_other_pages_are_those_of_their_records() -> None:
-    pictures, costs = load("pictures"), load("distributed_cost")
-    drawn = {path: svg(draw) for path, draw in pictures.pictures().items()}
-    drawn[ROOT / "docs/images/distributed.svg"] = costs.draw(
-        record("bench/results/distributed_cost.json")["rows"]
-    )
+    drawn = {path: svg(draw) for path, draw in load("pictures").pictures().items()}
     assert len(drawn) == 4
     for path, text in drawn.items():
         assert text == path.read_text(encoding="utf-8"), path.name
