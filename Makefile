@@ -6,9 +6,9 @@ BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcar
 DEMO_OUT ?= runs/demo
 SEEDS ?= 0,1,2
 BENCH_OUT ?= runs/bench
-INTERPRETED := $(addprefix python_tests/test_,nt_xent.py cross_logsumexp.py cross_logsumexp_calls.py \
-  compile_numbers.py distributed.py limits.py module_state.py ops.py prediction_loss.py triton.py \
-  triton_interpreter.py)
+INTERPRETED := $(addprefix python_tests/,$(addprefix ops/test_,nt_xent.py cross_logsumexp.py \
+  cross_logsumexp_calls.py compile_numbers.py limits.py prediction_loss.py registration.py) \
+  distributed/test_nt_xent.py modules/test_module_state.py triton/test_kernels.py triton/test_interpreter.py)
 
 .PHONY: help demo test coverage config-check gpu-check ctest ctest-aarch64 headers-check sanitize lint format \
   bench bench-quick bench-record bench-compare docs examples kill-test release-check clean
@@ -114,9 +114,10 @@ bench: $(VENV)/.dev ## time each operator and compare the loss with other formul
 bench-quick: $(VENV)/.dev ## compare the loss with other formulas: about a minute
 	$(BIN)/cjepa bench --quick --out $(BENCH_OUT)
 
-bench-record: $(VENV)/.dev ## record that comparison in docs/ and draw the pictures of the documents
+bench-record: $(VENV)/.dev ## record that comparison in docs/; draw the pictures and write the figures of the documents
 	$(BIN)/python bench/record.py
 	$(BIN)/python bench/pictures.py
+	$(BIN)/python docs/generate_figures.py
 
 bench-compare: $(VENV)/.dev ## say whether HEAD is slower than a revision (BASE=main SIZES=256x256,2048x256)
 	$(BIN)/python bench/compare.py $(BASE) $(if $(SIZES),--sizes $(SIZES))
@@ -126,7 +127,7 @@ gpu-check: ## test and time the Triton kernels on a machine with a GPU
 	$(PYTHON) bench/gpu_check.py
 
 config-check: $(VENV)/.train ## give every key of the configuration every kind of bad value: a minute
-	$(BIN)/python python_tests/config_fuzz.py
+	$(BIN)/python python_tests/support/config_fuzz.py
 
 # The theme announces its successor at every build, which is no warning about these documents.
 docs: export NO_MKDOCS_2_WARNING := 1
@@ -138,7 +139,7 @@ examples: $(VENV)/.train ## run every script in examples/
 	for script in examples/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 kill-test: $(VENV)/.dev ## kill training runs at random, damage their files and compare the results: minutes
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python python_tests/kill_and_resume.py --kills 20
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python python_tests/support/kill_and_resume.py --kills 20
 
 # dist/ holds both; each is installed beside PyTorch alone, the sdist compiling again.
 RELEASE := build/release
@@ -150,11 +151,11 @@ release-check: $(VENV)/.base ## build wheel and sdist and try both in new enviro
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv $(RELEASE)/wheel
 	$(RELEASE)/wheel/bin/pip install --quiet -c constraints.txt dist/*.whl
-	$(RELEASE)/wheel/bin/python python_tests/wheel_smoke.py
+	$(RELEASE)/wheel/bin/python python_tests/support/wheel_smoke.py
 	$(PYTHON) -m venv $(RELEASE)/sdist
 	$(RELEASE)/sdist/bin/pip install --quiet -c constraints.txt torch setuptools wheel cmake ninja pybind11
 	CJEPA_REQUIRE_NATIVE=1 $(RELEASE)/sdist/bin/pip install --quiet --no-build-isolation dist/*.tar.gz
-	$(RELEASE)/sdist/bin/python python_tests/wheel_smoke.py
+	$(RELEASE)/sdist/bin/python python_tests/support/wheel_smoke.py
 
 clean: ## remove .venv and everything that was built, trained or measured
 	rm -rf $(VENV) build dist runs site *.egg-info cjepa_kernels/_C*.so .coverage* .pytest_cache .mypy_cache .ruff_cache
