@@ -107,7 +107,7 @@ def arithmetic() -> Texts:
 
 def polynomial() -> Texts:
     """Errors of 2^x in fp32 as the kernel evaluates it, and of the polynomial itself."""
-    source = (ROOT / "csrc/cpu/micro_tile.h").read_text(encoding="utf-8")
+    source = (ROOT / "csrc/cpu/core/micro_tile.h").read_text(encoding="utf-8")
     values = re.search(r"Exp2Table<float>.*?kValues\[\] = {(.*?)}", source, re.DOTALL)
     assert values
     *coefficients, _ = (np.float32(x.strip().rstrip("f")) for x in values[1].split(","))

@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "memory.h"
-#include "tile_core.h"
+#include "core/tile_core.h"
 
 namespace cjepa {
 

@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "packing.h"
-#include "tile_cores.h"
+#include "selected_core.h"
 
 namespace cjepa {
 namespace {

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "prediction_row.h"
+#include "core/prediction_row.h"
 
 namespace cjepa {
 

@@ -1,4 +1,4 @@
-#include "tile_cores.h"
+#include "selected_core.h"
 
 #include <stdexcept>
 #include <string>

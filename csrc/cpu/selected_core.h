@@ -1,7 +1,7 @@
 // The tile core of the instruction set in use.
 #pragma once
 
-#include "tile_core.h"
+#include "core/tile_core.h"
 
 namespace cjepa {
 

@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "packing.h"
-#include "tile_cores.h"
+#include "selected_core.h"
 
 namespace cjepa {
 

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../cpu/prediction_row.h"
+#include "../cpu/core/prediction_row.h"
 
 namespace cjepa::test {
 

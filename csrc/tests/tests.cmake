@@ -37,8 +37,8 @@ endfunction()
 if(CJEPA_SANITIZE AND EXISTS /proc/cpuinfo)
   file(STRINGS /proc/cpuinfo flags REGEX "avx512vl" LIMIT_COUNT 1)
   if(NOT flags)
-    set_property(SOURCE csrc/cpu/tile_core_avx512.cpp csrc/cpu/tile_core_avx512_bf16.cpp
-      APPEND PROPERTY COMPILE_OPTIONS -O0 -fno-sanitize=all)
+    set_property(SOURCE ${core}_avx512.cpp ${core}_avx512_bf16.cpp APPEND
+      PROPERTY COMPILE_OPTIONS -O0 -fno-sanitize=all)
   endif()
 endif()
 
