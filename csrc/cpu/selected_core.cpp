@@ -24,7 +24,7 @@ namespace {
 struct Cores {
   const FloatCore* f32;
   const DoubleCore* f64;
-  const Bf16Core* bf16;  // null: none
+  const Bf16Core* bf16;  // null if the instruction set has none
 };
 
 Cores select() {

@@ -1,25 +1,28 @@
-// One row of the prediction loss and of its gradients, and the functions of an instruction set for
-// it: plain data, like tile_core.h, and for the same reason without code.
+// The interface of the prediction loss of one row and of its gradients. Like tile_core.h, and for
+// the same reason, it is plain data without code.
 #pragma once
 
 #include <cstdint>
 
 namespace cjepa {
 
+// Added to the variance in the LayerNorm of the target, as in torch.nn.functional.layer_norm.
+inline constexpr double kLayerEps = 1e-5;
+
 enum class Normalization { kNone, kL2, kLayer };
 
-// With d the difference of both sides: square, d^2, or, with c = d slope held within +-limit,
-//   c (d - c half_width)      smooth-L1: slope 1 / beta, limit 1, half_width beta / 2
-//                             Huber: slope 1, limit delta, half_width 1 / 2
-// whose derivative is c.
+// The penalty of the difference d of both sides: d^2 if `square` is set. Else it is
+//   c (d - c half_width), in which c is d slope, clamped to +-limit
+// and its derivative is c. Smooth-L1 has slope 1 / beta, limit 1 and half_width beta / 2. Huber has
+// slope 1, limit delta and half_width 1 / 2.
 template <typename T>
 struct Penalty {
   bool square;
   T slope, limit, half_width;
 };
 
-// What a row is normalised by. L2: the norms of both sides; LayerNorm of the target: its mean and
-// the inverse of its standard deviation; else nothing.
+// The numbers that normalise a row. With L2 they are the norms of both sides. With LayerNorm of the
+// target they are its mean and the inverse of its standard deviation. Else they are 0.
 template <typename T>
 struct RowStatistics {
   T first, second;
@@ -32,26 +35,27 @@ struct PredictionRow {
   int64_t features;
   Normalization normalization;
   Penalty<T> penalty;
-  T eps;  // L2: the smallest norm that is divided by
+  T eps;  // with L2: lower bound on the norm used for normalisation
 };
 
 template <typename T>
 struct PredictionGradient {
   RowStatistics<T> statistics;
-  T factor;           // what reaches every element of the row from upstream,
-  const T* upstream;  // and, unless null, each one by itself
-  T* prediction;      // gradients; that of the target may be null
-  T* target;
-  bool past_caches;  // whether to write them around the caches, if they are aligned
+  T factor;           // upstream gradient of every element of the row
+  const T* upstream;  // to which that of each single element is added, unless null
+  T* prediction;      // gradient of the prediction
+  T* target;          // gradient of the target, or null
+  bool past_caches;   // whether to write the gradients around the caches, if they are aligned
 };
 
-// Functions of an instruction set.
+// The functions of one instruction set.
 template <typename T>
 struct PredictionFunctions {
-  // Returns the sum of the row's errors and leaves its statistics and, unless null, the errors.
+  // Returns the sum of the row's errors. Writes its statistics and, unless it is null, the errors.
   T (*forward)(const PredictionRow<T>&, RowStatistics<T>* statistics, T* errors);
   void (*gradient)(const PredictionRow<T>&, const PredictionGradient<T>&);
-  void (*fence)();  // after gradients that went past the caches, before another thread may read
+  // To be called after gradients were written around the caches, before another thread may read.
+  void (*fence)();
   void (*widen)(const uint16_t* bf16, int64_t count, T* out);
   void (*narrow)(const T* in, int64_t count, uint16_t* bf16);
 };
