@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measurement import print_table, write_results
 from torch import Tensor
 
 from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, backends
 from cjepa_kernels.bench import formulas
+from cjepa_kernels.bench.records import write_results
+from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.timing import interleaved
 
 WEIGHTS = (1.0, 0.5, 0.25)

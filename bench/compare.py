@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import revisions
-from measurement import print_table
 
 from cjepa_kernels.bench.candidates import DIRECTIONS
 from cjepa_kernels.bench.sizes import Size, parse_sizes
+from cjepa_kernels.bench.tables import print_table
 
 SIZES = "256x256,1024x256,4096x256,8192x256"
 TURN = 0.1  # seconds of a turn, one call at least

@@ -18,9 +18,10 @@ import time
 from typing import Any
 
 import torch
-from measurement import print_table, write_results
 
 from cjepa_kernels import backends, nt_xent
+from cjepa_kernels.bench.records import write_results
+from cjepa_kernels.bench.tables import print_table
 
 FEATURES = 256
 # What the reference holds at its peak was measured up to this size; beyond, it is M^2 arithmetic.

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from cjepa_kernels.bench import cli, plots, report
 from cjepa_kernels.bench.comparison import Results
+from cjepa_kernels.bench.records import as_json
 from cjepa_kernels.train.atomic import atomic_write
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def record(results: Results, documents: Path) -> list[Path]:
     name = device_name(results)
     page = documents / "results" / f"{name}.md"
     images = plots.write_all_svgs(results, documents / "images", f"bench_{name}")
-    atomic_write(page.with_suffix(".json"), report.as_json(results))
+    atomic_write(page.with_suffix(".json"), as_json(results))
     atomic_write(page, page_of(results))
     return [page.with_suffix(".json"), page, *images]
 

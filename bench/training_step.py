@@ -114,7 +114,8 @@ def main() -> None:
     if options.against is None:
         parser.error("--against is needed")
     # Not for --one: a revision may lack what this imports.
-    from measurement import print_table, write_results
+    from cjepa_kernels.bench.records import write_results
+    from cjepa_kernels.bench.tables import print_table
 
     revision = revisions.git("rev-parse", "--short", options.against)
     rows: list[dict[str, Any]] = []

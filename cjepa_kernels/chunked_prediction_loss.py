@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cjepa_kernels.reference import LAYER_EPS, accumulation_dtype, scale_of_rows
+from cjepa_kernels.definitions import LAYER_EPS, accumulation_dtype
+from cjepa_kernels.reference import scale_of_rows
 
 CHUNK_ELEMENTS = 2**22
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
-from typing import NamedTuple, SupportsFloat
+from typing import SupportsFloat
 
 import torch
 import torch.distributed as dist
@@ -19,17 +19,22 @@ from cjepa_kernels.backends import (
     check_backend,
     warn_without_native,
 )
-from cjepa_kernels.distributed import STRATEGIES, Options, Strategy
-from cjepa_kernels.distributed import nt_xent as of_group
-from cjepa_kernels.environment import read_when_imported
-from cjepa_kernels.reference import (
+from cjepa_kernels.definitions import (
+    EPS,
     FLOATING,
     LARGEST,
     REDUCTIONS,
     SMALLEST,
+    STRATEGIES,
+    TEMPERATURE,
     CrossLogSumExp,
+    NTXentOutput,
     Reduction,
+    Strategy,
 )
+from cjepa_kernels.distributed import Options
+from cjepa_kernels.distributed import nt_xent as of_group
+from cjepa_kernels.environment import read_when_imported
 from cjepa_kernels.registration import refuse_transforms
 
 # torch.amp.is_autocast_available says so too, but PyTorch 2.11 compiles no function that asks it.
@@ -40,31 +45,13 @@ for _variable in ("CJEPA_CACHE_MIB", "CJEPA_WORKSPACE_MIB"):  # others read them
     read_when_imported(_variable, 256)
 
 
-class NTXentOutput(NamedTuple):
-    """Result of :func:`nt_xent`. Everything but ``loss`` is detached and stays on the device.
-
-    Attributes:
-        loss: () for ``mean`` and ``sum``, (M,) for ``none``; fp32 (fp64 for fp64 inputs).
-        accuracy: () share of anchors whose positive beats every negative, ties being misses.
-        positive_similarity: () mean similarity of positive pairs, not divided by temperature.
-        negative_similarity: () mean similarity of negative pairs; NaN when there are none.
-        lse: (M,) log-sum-exp of each anchor's logits, positive included, itself excluded.
-    """
-
-    loss: Tensor
-    accuracy: Tensor
-    positive_similarity: Tensor
-    negative_similarity: Tensor
-    lse: Tensor
-
-
 def nt_xent(
     z_i: Tensor,
     z_j: Tensor,
     *,
-    temperature: float | Tensor = 0.1,
+    temperature: float | Tensor = TEMPERATURE,
     use_cosine_similarity: bool = True,
-    eps: float = 1e-8,
+    eps: float = EPS,
     reduction: Reduction = "mean",
     mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
@@ -222,9 +209,9 @@ def cross_logsumexp(
     x: Tensor,
     y: Tensor,
     *,
-    temperature: float | Tensor = 0.1,
+    temperature: float | Tensor = TEMPERATURE,
     use_cosine_similarity: bool = True,
-    eps: float = 1e-8,
+    eps: float = EPS,
     backend: Backend = "auto",
 ) -> CrossLogSumExp:
     """Log-sum-exp of every row and every column of similarities, without the (M, N) matrix.
@@ -298,7 +285,7 @@ def pair_similarity(
     y: Tensor,
     *,
     use_cosine_similarity: bool = True,
-    eps: float = 1e-8,
+    eps: float = EPS,
     backend: Backend = "auto",
 ) -> Tensor:
     """Similarity of row k of ``x`` and row k of ``y``, rounded as :func:`cross_logsumexp` does.
@@ -357,7 +344,7 @@ def pair_similarity(
 
 def _round_rows(rows: Tensor, dtype: torch.dtype, tf32: bool) -> Tensor:
     """Operands of the product: rounded, but held in the dtype of sums."""
-    if tf32:  # to 10 bits of mantissa, as triton.common.round_to_tf32
+    if tf32:  # to 10 bits of mantissa, as round_to_tf32 in triton/kernels/operands.py
         bits = (rows.view(torch.int32) + 0x1000) & ~0x1FFF
         return torch.where(rows == rows, bits.view(torch.float32), rows)
     return rows.to(dtype).to(rows.dtype)

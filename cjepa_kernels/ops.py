@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels import chunked, chunked_cross_logsumexp, chunked_prediction_loss, triton
-from cjepa_kernels.reference import accumulation_dtype
+from cjepa_kernels.definitions import accumulation_dtype
 from cjepa_kernels.registration import (
     NAMESPACE,
     OVERLOADS,
@@ -293,7 +293,7 @@ register(
         schema=NT_XENT,
         schema_backward=NT_XENT_BACKWARD,
         chunked=(chunked.forward, chunked.backward),
-        triton=(triton.nt_xent, triton.nt_xent_backward),
+        triton=(triton.nt_xent_forward, triton.nt_xent_backward),
         fake=_fake_nt_xent,
         fake_backward=_fake_nt_xent_backward,
         setup_context=_setup_nt_xent,
@@ -306,7 +306,7 @@ register(
         schema=CROSS_LOGSUMEXP,
         schema_backward=CROSS_LOGSUMEXP_BACKWARD,
         chunked=(chunked_cross_logsumexp.forward, chunked_cross_logsumexp.backward),
-        triton=(triton.cross_logsumexp, triton.cross_logsumexp_backward),
+        triton=(triton.cross_logsumexp_forward, triton.cross_logsumexp_backward),
         fake=_fake_cross_logsumexp,
         fake_backward=_fake_cross_logsumexp_backward,
         setup_context=_setup_cross_logsumexp,
@@ -319,7 +319,7 @@ register(
         schema=PREDICTION_LOSS,
         schema_backward=PREDICTION_LOSS_BACKWARD,
         chunked=(chunked_prediction_loss.forward, chunked_prediction_loss.backward),
-        triton=(triton.prediction_loss, triton.prediction_loss_backward),
+        triton=(triton.prediction_loss_forward, triton.prediction_loss_backward),
         fake=_fake_prediction_loss,
         fake_backward=_fake_prediction_loss_backward,
         setup_context=_setup_prediction_loss,

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cjepa_kernels import ops, reference
 from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.definitions import (
+    EPS,
+    HUBER_DELTA,
+    LOSS_TYPES,
+    SMOOTHL1_BETA,
+    HierarchicalLoss,
+    PredictionLossType,
+    Reduction,
+    TargetNorm,
+)
 from cjepa_kernels.functional import (
     as_float,
     check_bool,
@@ -19,9 +29,6 @@ from cjepa_kernels.functional import (
     choose_overload,
     without_autocast,
 )
-from cjepa_kernels.reference import PredictionLossType, Reduction
-
-LOSS_TYPES: tuple[str, ...] = get_args(PredictionLossType)
 
 
 class PredictionOptions(NamedTuple):
@@ -29,7 +36,7 @@ class PredictionOptions(NamedTuple):
 
     loss_type: PredictionLossType
     normalize_embeddings: bool
-    target_norm: Literal["layer"] | None
+    target_norm: TargetNorm | None
     reduction: Reduction
     smoothl1_beta: float
     huber_delta: float
@@ -55,33 +62,18 @@ class PredictionOptions(NamedTuple):
         return self
 
 
-class HierarchicalLoss(NamedTuple):
-    """Losses of several levels.
-
-    Attributes:
-        loss: () sum of weight x level.
-        unweighted: () mean of the levels.
-        levels: One () tensor each, or for ``reduction="none"`` one of the level's shape, parts of
-            one tensor; ``loss`` and ``unweighted`` then come from the levels' means.
-    """
-
-    loss: Tensor
-    unweighted: Tensor
-    levels: tuple[Tensor, ...]
-
-
 def prediction_loss(
     prediction: Tensor,
     target: Tensor,
     *,
     loss_type: PredictionLossType = "smoothl1",
     normalize_embeddings: bool = True,
-    target_norm: Literal["layer"] | None = None,
+    target_norm: TargetNorm | None = None,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
-    smoothl1_beta: float = 1.0,
-    huber_delta: float = 1.0,
-    eps: float = 1e-8,
+    smoothl1_beta: float = SMOOTHL1_BETA,
+    huber_delta: float = HUBER_DELTA,
+    eps: float = EPS,
     backend: Backend = "auto",
 ) -> Tensor:
     """Loss between predicted and target embeddings, rows normalised on the way.

@@ -9,51 +9,47 @@ rectangle of similarities M rows and N columns.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Reduction = Literal["mean", "sum", "none"]
-REDUCTIONS: tuple[str, ...] = get_args(Reduction)
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of inputs
-LAYER_EPS = 1e-5  # that of F.layer_norm
-SMALLEST, LARGEST = 1e-30, 1e30  # of temperatures, eps, thresholds: fp32 holds their inverses too
-PredictionLossType = Literal["smoothl1", "mse", "huber"]
+from cjepa_kernels.definitions import (
+    EPS,
+    FLOATING,
+    LARGEST,
+    LAYER_EPS,
+    REDUCTIONS,
+    SMALLEST,
+    TEMPERATURE,
+    CrossLogSumExp,
+    NTXentTerms,
+    PredictionLossType,
+    Reduction,
+    TargetNorm,
+    accumulation_dtype,
+)
 
-
-class NTXentTerms(NamedTuple):
-    """What NT-Xent computes before any reduction. Only ``loss`` carries a gradient."""
-
-    loss: Tensor  # (M,)
-    accuracy: Tensor  # ()
-    positive_similarity: Tensor  # ()
-    negative_similarity: Tensor  # ()
-    lse: Tensor  # (M,)
-
-
-class CrossLogSumExp(NamedTuple):
-    """Result of ``cross_logsumexp``: M rows against N columns, everything on the device.
-
-    In fp32 (fp64 for fp64 inputs). Only the log-sum-exps carry a gradient.
-
-    Attributes:
-        row_lse: (M,) log-sum-exp of each row's logits, over all N columns.
-        column_lse: (N,) log-sum-exp of each column's logits, over all M rows.
-        row_max: (M,) each row's largest similarity, not divided by temperature.
-        column_max: (N,) each column's largest similarity.
-    """
-
-    row_lse: Tensor
-    column_lse: Tensor
-    row_max: Tensor
-    column_max: Tensor
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of norms, sums, losses and metrics: fp64 for fp64, fp32 for everything else."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+__all__ = [
+    "FLOATING",
+    "LARGEST",
+    "LAYER_EPS",
+    "REDUCTIONS",
+    "SMALLEST",
+    "CrossLogSumExp",
+    "NTXentTerms",
+    "PredictionLossType",
+    "Reduction",
+    "accumulation_dtype",
+    "cross_logsumexp",
+    "embed_rows",
+    "normalize_rows",
+    "nt_xent",
+    "nt_xent_logits",
+    "positive_temperature",
+    "prediction_loss",
+    "reduce",
+    "scale_of_rows",
+]
 
 
 def normalize_rows(z: Tensor, eps: float) -> Tensor:
@@ -126,9 +122,9 @@ def nt_xent(
     z_i: Tensor,
     z_j: Tensor,
     *,
-    temperature: float | Tensor = 0.1,
+    temperature: float | Tensor = TEMPERATURE,
     use_cosine_similarity: bool = True,
-    eps: float = 1e-8,
+    eps: float = EPS,
     mask: Tensor | None = None,
 ) -> NTXentTerms:
     """NT-Xent per anchor, with the positive kept out of the sum.
@@ -183,9 +179,9 @@ def nt_xent_logits(
     z_i: Tensor,
     z_j: Tensor,
     *,
-    temperature: float | Tensor = 0.1,
+    temperature: float | Tensor = TEMPERATURE,
     use_cosine_similarity: bool = True,
-    eps: float = 1e-8,
+    eps: float = EPS,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Logits with the positive in column 0, for inspection.
@@ -210,9 +206,9 @@ def cross_logsumexp(
     x: Tensor,
     y: Tensor,
     *,
-    temperature: float | Tensor = 0.1,
+    temperature: float | Tensor = TEMPERATURE,
     use_cosine_similarity: bool = True,
-    eps: float = 1e-8,
+    eps: float = EPS,
 ) -> CrossLogSumExp:
     """Log-sum-exp of every row and of every column of S / tau, S the similarities of x and y.
 
@@ -252,11 +248,11 @@ def prediction_loss(
     *,
     loss_type: PredictionLossType = "smoothl1",
     normalize_embeddings: bool = True,
-    target_norm: Literal["layer"] | None = None,
+    target_norm: TargetNorm | None = None,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
     threshold: float = 1.0,
-    eps: float = 1e-8,
+    eps: float = EPS,
 ) -> Tensor:
     """Prediction term of one hierarchy level.
 

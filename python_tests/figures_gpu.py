@@ -11,7 +11,7 @@ from documents import ROOT
 from figures import NOTES, record
 
 from cjepa_kernels.bench.candidates import BOTH, COMPILED, EAGER, MM, OURS
-from cjepa_kernels.bench.report import milliseconds
+from cjepa_kernels.bench.tables import milliseconds
 
 PAGE, PERFORMANCE, README = "docs/results/gpu.md", "docs/performance.md", "README.md"
 TERA = 1e12

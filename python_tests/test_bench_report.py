@@ -12,7 +12,16 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
-from cjepa_kernels.bench import candidates, cli, comparison, plot_style, plots, report, timing
+from cjepa_kernels.bench import (
+    candidates,
+    cli,
+    comparison,
+    plot_style,
+    plots,
+    records,
+    report,
+    timing,
+)
 from cjepa_kernels.bench.candidates import BOTH, CANDIDATES, EAGER, FORWARD, MM, OURS
 from cjepa_kernels.bench.sizes import Size
 from cjepa_kernels.bench.verdict import Ratio, ratio_of
@@ -208,7 +217,7 @@ def test_the_busy_machine_of_three_calls_gets_no_verdict(tmp_path: Path) -> None
         },
     ]
     path = tmp_path / "results.json"
-    path.write_text(report.as_json(results))
+    path.write_text(records.as_json(results))
     said = " ".join(report.verdict(report.load(path)))
     assert "Too noisy to tell whether cjepa_kernels is faster or slower" in said
     assert "as fast as" not in said
@@ -264,7 +273,7 @@ def test_results_are_json_whatever_the_errors_are(tmp_path: Path) -> None:
     error = {"M": 64, "D": 16, "dtype": "fp16", "temperature": 0.01, "name": EAGER, "loss": 1.0}
     results = results_of({SIZE: {OURS: 1.0}}, {}, errors=[{**error, "gradient": math.nan}])
     path = tmp_path / "results.json"
-    path.write_text(report.as_json(results))
+    path.write_text(records.as_json(results))
     assert "NaN" not in path.read_text()
     assert math.isnan(report.load(path)["errors"][0]["gradient"])
 
@@ -330,7 +339,7 @@ def test_a_write_that_fails_keeps_the_file_of_before(
     results = results_of({SIZE: {OURS: 1.0}}, {})
     path = tmp_path / "results.json"
     path.write_text("before")
-    monkeypatch.setattr(report, "as_json", lambda results: "new")
+    monkeypatch.setattr(cli, "as_json", lambda results: "new")
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         cli.save(results, tmp_path)

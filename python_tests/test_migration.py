@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from cjepa_kernels import cross_logsumexp, nt_xent, pair_similarity
 from cjepa_kernels.bench.candidates import BOTH, OURS
-from cjepa_kernels.bench.report import by_name, mebibytes, milliseconds, sizes_of
+from cjepa_kernels.bench.report import by_name, sizes_of
+from cjepa_kernels.bench.tables import mebibytes, milliseconds
 
 PAGES = sorted(page.stem for page in (DOCS / "migrate").glob("*.md"))
 

@@ -21,6 +21,7 @@ from cjepa_kernels.bench.comparison import (
     Settings,
 )
 from cjepa_kernels.bench.formulas import TEMPERATURE
+from cjepa_kernels.bench.records import as_json
 from cjepa_kernels.bench.sizes import DTYPES, Size, parse_sizes
 from cjepa_kernels.extras import require
 from cjepa_kernels.train.atomic import atomic_write
@@ -176,7 +177,7 @@ def size_table(results: Results, size: Size) -> Table:
 
 def save(results: Results, out: Path) -> None:
     """Write the results and their page, each in one piece."""
-    atomic_write(out / "results.json", report.as_json(results))
+    atomic_write(out / "results.json", as_json(results))
     atomic_write(out / "results.md", report.markdown(results))
 
 

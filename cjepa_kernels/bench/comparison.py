@@ -15,7 +15,14 @@ from cjepa_kernels.bench import candidates, errors, machine, memory
 from cjepa_kernels.bench.candidates import BOTH, CHUNKED, COMPILED, FORWARD, MM, OURS, Candidate
 from cjepa_kernels.bench.formulas import TEMPERATURE, Formula
 from cjepa_kernels.bench.sizes import DTYPES, Size, views
-from cjepa_kernels.bench.timing import Run, Times, clock_of, summarise, timed_rounds
+from cjepa_kernels.bench.timing import (
+    Run,
+    Times,
+    clock_of,
+    first_line,
+    summarise,
+    timed_rounds,
+)
 from cjepa_kernels.bench.verdict import CONFIDENCE, MARGIN, ratio_of, settle
 
 Record = dict[str, Any]
@@ -336,9 +343,3 @@ def missing_backend(device: str) -> str | None:
     kernels = "triton" if torch.device(device).type == "cuda" else "native"
     status = backends()[kernels]
     return None if status.available else status.reason
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error, its kind before it unless it is for the user."""
-    lines = str(error).strip().splitlines() or [""]
-    return lines[0] if isinstance(error, ImportError) else f"{type(error).__name__}: {lines[0]}"

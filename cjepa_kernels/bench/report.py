@@ -19,6 +19,7 @@ from cjepa_kernels.bench.candidates import (
 )
 from cjepa_kernels.bench.comparison import Record, Results
 from cjepa_kernels.bench.sizes import Size
+from cjepa_kernels.bench.tables import markdown_table, mebibytes, milliseconds, times, two_digits
 from cjepa_kernels.bench.verdict import CONFIDENCE, MARGIN, MIN_ROUNDS, Ratio, Verdict
 
 LEVEL = f"{100 * CONFIDENCE:.0f} %"
@@ -101,11 +102,6 @@ def interval(paired: Ratio) -> str:
     return f"{times(paired.low)} to {times(paired.high)}"
 
 
-def times(value: float) -> str:
-    """Two digits behind the point of a ratio, none above 100."""
-    return f"{value:.0f}" if value >= 99.5 else f"{value:.2f}"
-
-
 def left_out(results: Results, size: Size) -> str:
     """Who was not measured at a size, and why; empty if everyone was."""
     records = by_name(results, "left_out", size).items()
@@ -122,23 +118,6 @@ def in_sentence(name: str) -> str:
     """What a candidate is called within a sentence."""
     article = "the " if TITLES[name].startswith("plain") else ""
     return article + TITLES[name]
-
-
-def milliseconds(seconds: float) -> str:
-    """Three digits of milliseconds."""
-    value = 1e3 * seconds
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.3g}"
-
-
-def mebibytes(size: float) -> str:
-    """MiB, with a digit behind the point below 10."""
-    value = max(size / 2**20, 0.0)  # of tiny sizes a page less may be resident
-    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
-
-
-def ratio(value: float) -> str:
-    """Two digits, all of the whole ones."""
-    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}"
 
 
 def verdict(results: Results) -> list[str]:
@@ -175,7 +154,7 @@ def _beside(results: Results, size: Size, other: str) -> str:
     memory = by_name(results, "memory", size)
     names = (OURS, other)
     costs = {name: f"{milliseconds(both[name]['median'])} ms" for name in names}
-    compared = f"{ratio(over(both, other))} x the time"
+    compared = f"{two_digits(over(both, other))} x the time"
     paired = ratio_in(both[other])
     if paired is not None and interval(paired):
         compared += f" ({LEVEL} interval {interval(paired)})"
@@ -183,7 +162,7 @@ def _beside(results: Results, size: Size, other: str) -> str:
         for name in names:
             costs[name] += f" and {mebibytes(memory[name]['extra_bytes'])} MiB"
         more = memory[other]["extra_bytes"] / max(memory[OURS]["extra_bytes"], 1)
-        compared += f", {ratio(more)} x the memory"
+        compared += f", {two_digits(more)} x the memory"
     return (
         f"At M = {size.rows}, D = {size.features} on this machine forward + backward costs "
         f"{costs[OURS]} with cjepa_kernels; {in_sentence(other)} {costs[other]}: {compared}."
@@ -368,7 +347,7 @@ def markdown(results: Results, images: dict[str, str] | None = None) -> str:
     ]
     for name, link in (images or {}).items():
         lines += ["", f"![{name}]({link})"]
-    lines += ["", *_markdown_table(HEADER, table(results)), ""]
+    lines += ["", *markdown_table(HEADER, table(results), left=2), ""]
     if any(" *" in cells[1] for cells in table(results)):
         lines += ["\\* another loss of the same M x M matrix", ""]
     for size in sizes_of(results):
@@ -380,27 +359,6 @@ def markdown(results: Results, images: dict[str, str] | None = None) -> str:
         what = f"{TITLES[row['name']]} at {row['M']} x {row['D']} ({row['what']})"
         lines.append(f"- {what} failed: {row['error']}")
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _markdown_table(header: tuple[str, ...], rows: list[list[str]]) -> list[str]:
-    align = ["---", "---", *["---:"] * (len(header) - 2)]
-    return [f"| {' | '.join(cells)} |" for cells in (header, align, *rows)]
-
-
-def as_json(results: Results) -> str:
-    """The results file."""
-    return json.dumps(_finite(results), indent=1, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """The value with None, which JSON has, for NaN and infinity, which it lacks."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
 
 
 def load(path: Path) -> Results:

@@ -1,16 +1,22 @@
-"""Interleaved timing: candidates take turns, so that a change of the machine's speed hits all."""
+"""Timers, and rounds in which candidates take turns: a change of the machine's speed hits all."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 
 Run = Callable[[], object]
+Build = Callable[[], Run]
 Clock = Callable[[Run], float]
 Times = dict[str, list[float]]  # seconds of each round, by name
+
+FLUSHED_BYTES = 2**28  # more than the L2 cache of any GPU
+SHORTEST_WAIT, LONGEST_WAIT = 2**20, 2**27  # GPU cycles: about half a millisecond and 70 ms
 
 
 def host_clock(run: Run) -> float:
@@ -20,24 +26,77 @@ def host_clock(run: Run) -> float:
     return time.perf_counter() - start
 
 
-def cuda_clock(run: Run) -> float:
-    """Seconds between two CUDA events around a call, on a device that waits for it."""
-    events = torch.cuda.Event
-    start, end = (events(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
+class DeviceClock(Protocol):
+    """Seconds of a call on a CUDA device; ``of`` says in a record what was timed."""
+
+    of: str
+
+    def __call__(self, run: Run) -> float: ...
+
+
+class IdleDevice:
+    """Times a call on a device that waits for it, so the host's time to launch counts."""
+
+    of = "latency"
+
+    def __call__(self, run: Run) -> float:
+        torch.cuda.synchronize()
+        start, end = _events()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+
+class BusyDevice:
+    """Times the device alone: the call is launched while the device still waits.
+
+    The L2 cache is emptied before. If the host needs longer to launch than the device waits, the
+    wait is doubled and the call repeated; ``of`` says when even the longest wait was too short.
+    """
+
+    of = "device"
+
+    def __init__(self, device: str = "cuda") -> None:
+        self.cycles = SHORTEST_WAIT
+        self.flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+
+    def __call__(self, run: Run) -> float:
+        while True:
+            start, end = _events()
+            self.flushed.zero_()
+            torch.cuda._sleep(self.cycles)  # type: ignore[no-untyped-call]
+            start.record()
+            run()
+            end.record()
+            late = start.query()
+            end.synchronize()
+            if late and self.cycles < LONGEST_WAIT:
+                self.cycles *= 2
+                continue
+            if late:
+                self.of = "device and host"
+            return float(start.elapsed_time(end)) / 1e3
+
+
+def _events() -> tuple[Any, Any]:
+    event: Any = torch.cuda.Event
+    return event(enable_timing=True), event(enable_timing=True)
 
 
 def clock_of(device: str) -> Clock:
     """How calls on a device are timed."""
-    return cuda_clock if torch.device(device).type == "cuda" else host_clock
+    return IdleDevice() if torch.device(device).type == "cuda" else host_clock
 
 
-def add_rounds(candidates: dict[str, Run], times: Times, *, clock: Clock) -> None:
+def add_rounds(
+    candidates: dict[str, Run],
+    times: Times,
+    *,
+    clock: Clock,
+    errors: dict[str, str] | None = None,
+) -> None:
     """Time every candidate once more, in turn.
 
     The order is reversed from one round to the next, so that none always runs after the same one
@@ -47,11 +106,19 @@ def add_rounds(candidates: dict[str, Run], times: Times, *, clock: Clock) -> Non
         candidates: Calls by name.
         times: Seconds of each name's rounds; one is appended.
         clock: Seconds of a call.
+        errors: A candidate that fails leaves ``candidates`` and ``times``, and its error is
+            written here. Without it the error is raised.
     """
     names = list(candidates)
     odd = max(map(len, times.values())) % 2
     for name in reversed(names) if odd else names:
-        times[name].append(clock(candidates[name]))
+        try:
+            times[name].append(clock(candidates[name]))
+        except Exception as error:
+            if errors is None:
+                raise
+            errors[name] = first_line(error)
+            del candidates[name], times[name]
 
 
 def timed_rounds(
@@ -62,6 +129,7 @@ def timed_rounds(
     clock: Clock = host_clock,
     warm: bool = False,
     shares: bool = False,
+    errors: dict[str, str] | None = None,
     now: Callable[[], float] = time.perf_counter,
 ) -> Times:
     """Time every candidate in turn, round after round, for about ``seconds``.
@@ -74,6 +142,7 @@ def timed_rounds(
         warm: They have run before; else each does once, untimed.
         shares: Each has an equal share of the time and leaves when it is used up, so that a slow
             one does not decide how often a quick one is timed. Else all run in every round.
+        errors: As of ``add_rounds``.
         now: Seconds since some moment.
 
     Returns:
@@ -87,7 +156,7 @@ def timed_rounds(
     deadline = now() + seconds
     rounds = 0
     while running:
-        add_rounds(running, times, clock=clock)
+        add_rounds(running, times, clock=clock, errors=errors)
         rounds += 1
         if rounds < least:
             continue
@@ -107,7 +176,7 @@ def interleaved(
     clock: Clock = host_clock,
     shares: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """``timed_rounds``, of which each name's ``median``, ``p20``, ``p80`` and ``rounds`` are left.
+    """``summarise`` of each candidate's ``timed_rounds``.
 
     Args:
         candidates: Calls by name; each runs once before, untimed.
@@ -120,6 +189,71 @@ def interleaved(
     return {name: summarise(values) for name, values in times.items()}
 
 
+def interleaved_on_gpu(
+    candidates: dict[str, Build],
+    *,
+    seconds: float,
+    least: int = 5,
+    clock: Callable[[], DeviceClock] = BusyDevice,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """``summarise`` of each candidate's rounds on a GPU, and why others have none.
+
+    Args:
+        candidates: What makes each call, by name.
+        seconds: Time for all of them together.
+        least: Rounds at least.
+        clock: Makes a timer; each candidate has its own.
+
+    Returns:
+        ``summarise`` with the timer's ``of``, and the first line of the error of each candidate
+        that failed.
+    """
+    clocks: dict[str, DeviceClock] = {}
+    timed_calls: dict[str, Run] = {}
+    errors: dict[str, str] = {}
+    for name, build in candidates.items():
+        try:
+            run = build()
+            for _ in range(3):
+                run()
+            torch.cuda.synchronize()
+            clocks[name] = clock()
+            timed_calls[name] = partial(clocks[name], run)
+        except Exception as error:
+            errors[name] = first_line(error)
+        if name in errors:  # An error holds on to tensors until its block has ended.
+            torch.cuda.empty_cache()
+    times = timed_rounds(
+        timed_calls,
+        seconds=seconds,
+        least=least,
+        clock=lambda timed: timed(),  # type: ignore[arg-type,return-value]
+        warm=True,
+        errors=errors,
+    )
+    return {n: {"of": clocks[n].of, **summarise(values)} for n, values in times.items()}, errors
+
+
+def graphed(build: Build) -> Build:
+    """The same call, replayed from a CUDA graph."""
+
+    def capture() -> Run:
+        run = build()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        replay: Run = graph.replay
+        return replay
+
+    return capture
+
+
 def summarise(values: list[float]) -> dict[str, float]:
     """Median, p20, p80 and number of times."""
     deciles = statistics.quantiles(values, n=10, method="inclusive")
@@ -127,5 +261,11 @@ def summarise(values: list[float]) -> dict[str, float]:
         "median": statistics.median(values),
         "p20": deciles[1],
         "p80": deciles[7],
-        "rounds": float(len(values)),
+        "rounds": len(values),
     }
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error, its kind before it unless it is for the user."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if isinstance(error, ImportError) else f"{type(error).__name__}: {lines[0]}"

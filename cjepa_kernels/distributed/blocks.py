@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from cjepa_kernels import ops
+from cjepa_kernels.definitions import STRATEGIES, Reduction, Strategy, accumulation_dtype
 from cjepa_kernels.distributed.exchange import count_flops
-from cjepa_kernels.reference import Reduction, accumulation_dtype, positive_temperature
+from cjepa_kernels.reference import positive_temperature
 
-Strategy = Literal["auto", "all_gather", "ring"]
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
+__all__ = ["STRATEGIES", "Blocks", "Options", "Strategy", "merge_rows", "rows_of"]
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from cjepa_kernels.backends import Backend
-from cjepa_kernels.distributed import Strategy
+from cjepa_kernels.definitions import (
+    CONTRASTIVE_WEIGHT,
+    EPS,
+    JEPA_WEIGHT,
+    TEMPERATURE,
+    Reduction,
+    Strategy,
+)
 from cjepa_kernels.functional import as_float, check_bool, check_floating_tensor, is_number
 from cjepa_kernels.modules.hjepa import Levels
 from cjepa_kernels.modules.nt_xent import NTXentLoss
-from cjepa_kernels.reference import Reduction
 from cjepa_kernels.tokens import cls_tokens
 
 
@@ -61,13 +67,13 @@ class ContrastiveJEPALoss(nn.Module):
     def __init__(
         self,
         jepa_loss: nn.Module,
-        jepa_weight: float = 1.0,
-        contrastive_weight: float = 0.1,
-        contrastive_temperature: float = 0.1,
+        jepa_weight: float = JEPA_WEIGHT,
+        contrastive_weight: float = CONTRASTIVE_WEIGHT,
+        contrastive_temperature: float = TEMPERATURE,
         use_cosine_similarity: bool = True,
         contrastive_on_context: bool = False,
         reduction: Reduction = "mean",
-        eps: float = 1e-8,
+        eps: float = EPS,
         *,
         backend: Backend = "auto",
         distributed: bool | ProcessGroup = False,

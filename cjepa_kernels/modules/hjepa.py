@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cjepa_kernels.backends import Backend
+from cjepa_kernels.definitions import (
+    EPS,
+    HUBER_DELTA,
+    SMOOTHL1_BETA,
+    PredictionLossType,
+    Reduction,
+    TargetNorm,
+)
 from cjepa_kernels.functional import as_float, check_bool, is_number
 from cjepa_kernels.prediction import (
     PredictionOptions,
     check_levels,
     hierarchical_prediction_loss,
 )
-from cjepa_kernels.reference import PredictionLossType, Reduction
 
 Levels = Tensor | Sequence[Tensor]
 
@@ -59,12 +66,12 @@ class HJEPALoss(nn.Module):
         num_hierarchies: int = 3,
         reduction: Reduction = "mean",
         normalize_embeddings: bool = True,
-        huber_delta: float = 1.0,
-        eps: float = 1e-8,
+        huber_delta: float = HUBER_DELTA,
+        eps: float = EPS,
         detach_targets: bool = True,
         *,
-        target_norm: Literal["layer"] | None = None,
-        smoothl1_beta: float = 1.0,
+        target_norm: TargetNorm | None = None,
+        smoothl1_beta: float = SMOOTHL1_BETA,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 
 from cjepa_kernels import reference
 from cjepa_kernels.backends import Backend, check_backend
-from cjepa_kernels.distributed import SharedGroup, Strategy, resolve_group
+from cjepa_kernels.definitions import EPS, TEMPERATURE, Reduction, Strategy
+from cjepa_kernels.distributed import SharedGroup, resolve_group
 from cjepa_kernels.functional import (
     as_float,
     check_bool,
@@ -23,7 +24,6 @@ from cjepa_kernels.functional import (
     check_temperature,
     nt_xent,
 )
-from cjepa_kernels.reference import Reduction
 
 
 class NTXentLoss(nn.Module):
@@ -66,10 +66,10 @@ class NTXentLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 0.1,
+        temperature: float = TEMPERATURE,
         use_cosine_similarity: bool = True,
         reduction: Reduction = "mean",
-        eps: float = 1e-8,
+        eps: float = EPS,
         *,
         learnable_temperature: bool = False,
         temperature_shape: Sequence[int] = (),

@@ -178,8 +178,8 @@ def tune(
         raise ValueError(f"--dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")
     if not torch.cuda.is_available():
         raise ValueError("tune needs an NVIDIA GPU, and PyTorch finds no CUDA device here")
+    from cjepa_kernels import tune as tuning
     from cjepa_kernels.triton import configs
-    from cjepa_kernels.triton import tune as tuning
 
     check_file("the file of tuned choices", configs.cache_file())
     console = Console()

@@ -1,0 +1,43 @@
+"""The results files: what a run measured, with the machine and the versions that it ran on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from cjepa_kernels.bench.machine import ROOT, environment
+from cjepa_kernels.train.atomic import atomic_write
+
+RESULTS = ROOT / "bench" / "results"  # of a clone
+
+
+def write_results(name: str, rows: list[dict[str, Any]], **sections: Any) -> Path:
+    """Write ``bench/results/<name>.json`` and return its path.
+
+    Args:
+        name: Stem of the file.
+        rows: What was measured.
+        **sections: Further lists, each under its own name.
+    """
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    atomic_write(path, as_json({"environment": environment(), "rows": rows, **sections}))
+    return path
+
+
+def as_json(content: dict[str, Any]) -> str:
+    """The text of a results file."""
+    return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """The value with None, which JSON has, for NaN and infinity, which it lacks."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
