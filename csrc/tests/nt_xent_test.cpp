@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "../cpu/core/tile_core.h"
+#include "../cpu/selected_core.h"
 #include "check.h"
 #include "nt_xent_loop.h"
 #include "tensors.h"
