@@ -40,11 +40,13 @@ import torch.multiprocessing as mp
 from distributed_cost import Problem, cost
 from torch import Tensor
 
-from cjepa_kernels import backends, cross_logsumexp, functional, nt_xent, pair_similarity
+from cjepa_kernels import backends, cross_logsumexp, nt_xent, pair_similarity
 from cjepa_kernels.bench.formulas import TEMPERATURE, gather_with_gradient, lightly_of_group
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.bench.timing import summarise
 from cjepa_kernels.distributed import Counts, counting
+from cjepa_kernels.functional import dispatch
 
 SIZES = ((128, 128), (512, 128), (1024, 256), (4096, 256), (4096, 768))  # M_r, D
 QUICK_SIZES = ((128, 16),)
@@ -156,7 +158,7 @@ def peak_bytes() -> int:
 def peak_memory(strategy: str, keep: bool, rows: int, features: int) -> int:
     """Extra bytes at the peak of one forward and backward, gradients included."""
     if not keep:
-        functional.KEPT_BYTES = 0
+        dispatch.SAVED_EXPONENTIALS_BYTES = 0
     if hasattr(ctypes.CDLL(None), "mallopt"):
         # Freed memory goes back to the system at once, so that the peak counts memory in use alone.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
@@ -176,11 +178,11 @@ def summary(per_rank: list[list[list[float]]]) -> dict[str, float]:
     rounds = list(zip(*per_rank, strict=True))
     work = [sum(rank[0] for rank in a_round) for a_round in rounds]
     wall = [max(rank[1] for rank in a_round) for a_round in rounds]
-    deciles = statistics.quantiles(work, n=10, method="inclusive")
+    of_work = summarise(work)
     return {
-        "work": statistics.median(work),
-        "work_p20": deciles[1],
-        "work_p80": deciles[7],
+        "work": of_work["median"],
+        "work_p20": of_work["p20"],
+        "work_p80": of_work["p80"],
         "time": statistics.median(wall),
         "rounds": len(rounds),
     }

@@ -3,8 +3,8 @@
     python bench/distributed_cost.py [--no-save]
 
 There are R ranks of m = M_r rows each, M = R m, with D features of ``itemsize`` bytes. The script
-writes the tables of docs/distributed.md to bench/results/distributed_cost.json and draws
-docs/images/distributed.svg. bench/distributed.py and the tests compare the formulas of this
+writes the tables of docs/distributed.md to bench/results/distributed_cost.json, and
+bench/pictures.py draws them. bench/distributed.py and the tests compare the formulas of this
 package's two strategies with the code's counters. The formulas of the others follow their sources:
 
     lightly    1.6.0: gathers the features, keeps logits (M_r, M), and all-reduces the gradients of
@@ -22,14 +22,8 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from cjepa_kernels.bench.plot_style import NATIVE as OURS
-from cjepa_kernels.bench.plot_style import OTHER, svg
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.tables import print_table
 
@@ -207,71 +201,6 @@ def hidden_rows() -> list[dict[str, Any]]:
     return rows
 
 
-NAMES = {
-    "ring": "ring (here)",
-    "all_gather": "all-gather (here)",
-    "lightly": "lightly",
-    "open_clip": "open_clip",
-    "inf_cl": "Inf-CL's ring",
-}
-DRAWN_RANKS = 64
-
-
-def draw_costs(axes: Axes, rows: list[dict[str, Any]], key: str, unit: float, title: str) -> None:
-    """A bar for each scheme, of bytes or FLOPs."""
-    values = {row["scheme"]: row[key] / unit for row in rows if row["ranks"] == DRAWN_RANKS}
-    colours = [OURS if "(here)" in name else OTHER for name in NAMES.values()]
-    axes.barh(range(len(NAMES)), [values[scheme] for scheme in NAMES], color=colours, height=0.6)
-    for position, scheme in enumerate(NAMES):
-        axes.annotate(
-            f" {values[scheme]:.3g}", (values[scheme], position), verticalalignment="center"
-        )
-    axes.set_yticks(range(len(NAMES)), NAMES.values())
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.grid(axis="y", visible=False)
-    axes.set_title(title)
-    axes.set_xlabel(f"{DRAWN_RANKS} ranks of {SHOWN.rows // 2} pairs, {SHOWN.features} features")
-
-
-def draw_exposed(axes: Axes) -> None:
-    """A line for each link: the share of time that waiting adds, against the pairs of a rank."""
-    pairs = [2**k for k in range(8, 15)]
-    for link, ranks, colour, dashes in (
-        (NVLINK, 8, "#2b83ba", "-"),
-        (NETWORK, 64, "#d97706", "--"),
-    ):
-        problems = [Problem(ranks, 2 * count, SHOWN.features, 2) for count in pairs]
-        values = [100 * simulate(problem, link)["exposed"] for problem in problems]
-        label = f"{ranks} ranks, {link.name}"
-        axes.plot(pairs, values, label=label, color=colour, linestyle=dashes, linewidth=2)
-    axes.axhline(100 * HIDDEN, color=OTHER, linewidth=1)
-    axes.annotate(
-        f"{100 * HIDDEN:.0f} %", (pairs[0], 100 * HIDDEN), (2, 3), textcoords="offset points"
-    )
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(pairs, [str(count) for count in pairs])
-    axes.set_ylim(0.5, 1e4)
-    axes.set_xlabel("pairs a rank")
-    axes.set_title("Simulated: time that waiting adds, %")
-    axes.legend()
-
-
-def draw(rows: list[dict[str, Any]]) -> str:
-    """The whole figure as SVG."""
-
-    def figure() -> Figure:
-        whole = Figure(figsize=(12, 3.2), layout="constrained")
-        panels = whole.subplots(1, 3)
-        draw_costs(panels[0], rows, "bytes", 2**20, "Sent by a rank, MiB")
-        draw_costs(panels[1], rows, "flops", 1e12, "Multiplied by a rank, TFLOP")
-        draw_exposed(panels[2])
-        return whole
-
-    return svg(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-save", action="store_true", help="write no file")
@@ -291,9 +220,6 @@ def main() -> None:
     if options.no_save:
         return
     print(f"written: {write_results('distributed_cost', rows, hidden=hidden)}")
-    out = Path(__file__).parent.parent / "docs" / "images" / "distributed.svg"
-    out.write_text(draw(rows), encoding="utf-8")
-    print(f"written: {out}")
 
 
 if __name__ == "__main__":

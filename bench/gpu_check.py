@@ -26,7 +26,8 @@ from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).parents[1]
-PARITY = ["nt_xent", "cross_logsumexp", "cross_logsumexp_calls", "limits", "ops", "prediction_loss"]
+PARITY = ["nt_xent", "cross_logsumexp", "cross_logsumexp_calls", "limits"]
+PARITY += ["prediction_loss", "registration"]
 TOTAL = 480.0  # Seconds of all steps together.
 GRACE = 15.0  # Seconds that a step has to stop by itself; pytest-xdist takes ten.
 SHORTEST = 5.0  # A step with fewer seconds left is not started.
@@ -93,21 +94,21 @@ def steps() -> list[Step]:
     repeatable = {"CUBLAS_WORKSPACE_CONFIG": workspace}  # Makes products deterministic.
     device = Step(
         "device",
-        pytest(str(tests / "test_triton_gpu.py")),
+        pytest(str(tests / "triton/test_gpu.py")),
         90,
         needs=("pytest",),
         environment=repeatable,
     )
     kernels = Step(
         "kernels",
-        pytest(str(tests / "test_triton.py")),
+        pytest(str(tests / "triton/test_kernels.py")),
         150,
         needs=("pytest",),
         environment=repeatable,
     )
     parity = Step(
         "parity",
-        pytest("-k", "triton", *(str(tests / f"test_{name}.py") for name in PARITY)),
+        pytest("-k", "triton", *(str(tests / f"ops/test_{name}.py") for name in PARITY)),
         150,
         needs=("pytest", "hypothesis"),
         environment={**repeatable, "CJEPA_TEST_DEVICE": "cuda"},

@@ -12,18 +12,12 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CJEPA_POISO
 
 import pytest
 import torch
+from overloads import BACKENDS, DEVICE
 from ranks import Ranks
 from torch import Tensor
 
-from cjepa_kernels import backends, chunked, triton
+from cjepa_kernels import chunked, triton
 
-# "cuda" makes the suite's tensors on the GPU: bench/gpu_check.py runs it so.
-DEVICE = os.environ.get("CJEPA_TEST_DEVICE", "cpu")
-BACKENDS = [
-    name
-    for name, status in backends().items()
-    if status.available and not {DEVICE, "any"}.isdisjoint(status.devices)
-]
 torch.set_default_device(DEVICE)
 _SKIPPED = pytest.StashKey[bool]()
 
@@ -92,7 +86,7 @@ def pytest_runtest_makereport(
 @pytest.fixture(params=[1, 5, 4096], ids=["one_row", "five_rows", "whole"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Rows that the chunked back end takes at a time."""
-    monkeypatch.setattr(chunked, "chunk_rows", lambda rows: min(rows, request.param))
+    monkeypatch.setattr(chunked.nt_xent, "chunk_rows", lambda rows: min(rows, request.param))
     return int(request.param)
 
 

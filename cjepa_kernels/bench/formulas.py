@@ -1,7 +1,7 @@
 """The formulas that nt_xent is compared with, each as a project that users come from computes it.
 
 Every function takes ``z_i`` and ``z_j`` of (B, D) on any device and returns the mean loss over the
-M = 2B anchors. python_tests/test_bench.py holds them against the reference.
+M = 2B anchors. python_tests/bench/test_scripts.py holds them against the reference.
 """
 
 from __future__ import annotations
