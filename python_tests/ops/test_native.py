@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from cjepa_kernels import (
     NTXentOutput,
     backends,
     cross_logsumexp,
-    functional,
     nt_xent,
     ops,
     reference,
 )
 from cjepa_kernels.backends import compiled_module
+from cjepa_kernels.functional import dispatch
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(
@@ -105,7 +105,7 @@ def test_sizes_around_the_blocks(
     batch: int, features: int, temperature: float, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kept:
-        monkeypatch.setattr(functional, "KEPT_BYTES", 0)
+        monkeypatch.setattr(dispatch, "SAVED_EXPONENTIALS_BYTES", 0)
     z_i, z_j, same_dtype, truth = chunked_results(batch, features, temperature)
     actual = run(z_i, z_j, temperature=temperature, backend="native")
     floors = [FLOOR_VALUE[torch.float32], *[FLOOR_GRADIENT[torch.float32]] * 2]
@@ -331,23 +331,24 @@ def test_huge_loss_scale_with_antipodal_negatives() -> None:
 def test_python_knows_how_much_is_kept(rows: int) -> None:
     z = torch.randn(rows // 2, 2)
     out = ops.operator("nt_xent")(z, z, None, None, 0.1, True, 1e-8, "mean", None, True)
-    assert out[-1].numel() == ops.kept_size(rows)
+    assert out[-1].numel() == ops.saved_exponentials_size(rows)
 
 
 def test_exponentials_are_kept_for_a_gradient_within_the_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    keeps = functional._keeps_exponentials
+    keeps = partial(dispatch.saves_exponentials, "")
     z = torch.randn(50, 4)
     wanted = z.clone().requires_grad_()
     temperature = torch.tensor(0.1, requires_grad=True)
     assert keeps(wanted, z, None)
     assert keeps(z, wanted, None)
     assert keeps(z, z, temperature)
+    assert not dispatch.saves_exponentials(".chunked", wanted, z, None)
     assert not keeps(z, z, None)
     with torch.no_grad():
         assert not keeps(wanted, z, None)
-    monkeypatch.setattr(functional, "KEPT_BYTES", 4 * ops.kept_size(100))
+    monkeypatch.setattr(dispatch, "SAVED_EXPONENTIALS_BYTES", 4 * ops.saved_exponentials_size(100))
     assert keeps(wanted, z, None)
     assert not keeps(wanted.double(), z.double(), None)  # twice the bytes
 

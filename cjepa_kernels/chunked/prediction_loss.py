@@ -1,6 +1,6 @@
-"""The prediction loss in pure PyTorch: no autograd, and temporaries of a bounded number of rows.
+"""The prediction loss in pure PyTorch, without autograd, with temporaries of a bounded size.
 
-Serves devices without a kernel of their own; arguments and results as in ``ops.PREDICTION_LOSS``.
+It serves devices without a kernel of their own.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cjepa_kernels.definitions import LAYER_EPS, accumulation_dtype
-from cjepa_kernels.reference import scale_of_rows
+from cjepa_kernels.definitions import (
+    LAYER_EPS,
+    PredictionLossBackward,
+    PredictionLossForward,
+    accumulation_dtype,
+)
+from cjepa_kernels.reference.rows import scale_of_rows
 
-CHUNK_ELEMENTS = 2**22
+CHUNK_ELEMENTS = 2**22  # of one side, taken at a time
 
 
 def forward(
@@ -27,18 +32,18 @@ def forward(
     threshold: float,
     eps: float,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Weighted sum and mean of the levels, the levels or all errors, statistics of rows, scales."""
+) -> PredictionLossForward:
+    """Losses of the levels and the numbers that the backward needs, of ``prediction_loss``."""
     levels, scales, statistics, errors = [], [], [], []
     for prediction, target, mask in _levels(predictions, targets, masks):
         dtype = accumulation_dtype(prediction.dtype)
         total = prediction.new_zeros((), dtype=dtype)
-        for p, t, kept in _chunks(prediction, target, mask):
-            of_rows = _statistics(p, t, normalization, kept)
+        for p, t, keep in _chunks(prediction, target, mask):
+            of_rows = _statistics(p, t, normalization, keep)
             u, v, _, _ = _normalize(p, t, of_rows, normalization, eps)
             error = _penalty(u - v, loss_type, threshold)
-            if kept is not None:
-                error = error.where(kept, 0.0)
+            if keep is not None:
+                error = error.where(keep, 0.0)
             total = total + error.sum()
             statistics.append(of_rows)
             if reduction == "none":
@@ -54,7 +59,13 @@ def forward(
     stacked = torch.stack(levels)
     loss = torch.stack([w * level for w, level in zip(weights, levels, strict=True)]).sum()
     of_levels = torch.cat(errors) if reduction == "none" else stacked
-    return loss, stacked.mean(), of_levels, torch.cat(statistics), torch.stack(scales)
+    return PredictionLossForward(
+        loss=loss,
+        unweighted=stacked.mean(),
+        levels=of_levels,
+        statistics=torch.cat(statistics),
+        scales=torch.stack(scales),
+    )
 
 
 def backward(
@@ -73,8 +84,8 @@ def backward(
     eps: float,
     reduction: str,
     targets_too: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the predictions and, if wanted, of the targets; as in the backward's schema."""
+) -> PredictionLossBackward:
+    """Gradients of both sides, of the operator ``prediction_loss_backward``."""
     of_predictions, of_targets = [], []
     first_row = first_element = 0
     for level, (prediction, target, mask) in enumerate(_levels(predictions, targets, masks)):
@@ -90,7 +101,7 @@ def backward(
         of_prediction = prediction.new_empty((prediction.numel() // features, features))
         of_target = target.new_empty(of_prediction.shape) if targets_too else None
         row = 0
-        for p, t, kept in _chunks(prediction, target, mask):
+        for p, t, keep in _chunks(prediction, target, mask):
             rows = slice(row, row + len(p))
             of_rows = statistics[first_row + row : first_row + row + len(p)]
             u, v, scale_p, scale_t = _normalize(p, t, of_rows, normalization, eps)
@@ -100,27 +111,28 @@ def backward(
                 g = g * (elements.view(g.shape) + factor)
             else:
                 g = g * factor
-            grads = [_through(g, u, scale_p, normalization == "l2")]
+            grads = [_through_normalization(g, u, scale_p, normalization == "l2")]
             if of_target is not None:
                 inner = g
                 if normalization == "layer":
                     inner = g - g.mean(1, keepdim=True) - v * (g * v).mean(1, keepdim=True)
-                grads.append(-_through(inner, v, scale_t, normalization == "l2"))
+                grads.append(-_through_normalization(inner, v, scale_t, normalization == "l2"))
             for to, grad in zip((of_prediction, of_target), grads, strict=False):
                 if to is not None:
-                    to[rows] = (grad if kept is None else grad.where(kept, 0.0)).to(to.dtype)
+                    to[rows] = (grad if keep is None else grad.where(keep, 0.0)).to(to.dtype)
             row += len(p)
         of_predictions.append(of_prediction.view(prediction.shape))
         if of_target is not None:
             of_targets.append(of_target.view(target.shape))
         first_row += row
         first_element += prediction.numel()
-    return of_predictions, of_targets
+    return PredictionLossBackward(grad_predictions=of_predictions, grad_targets=of_targets)
 
 
 def _levels(
     predictions: Sequence[Tensor], targets: Sequence[Tensor], masks: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Both sides of each level, and its mask, None for a level without one."""
     for level, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
         mask = masks[level] if masks else None
         yield prediction, target, mask if mask is not None and mask.numel() else None
@@ -129,7 +141,7 @@ def _levels(
 def _chunks(
     prediction: Tensor, target: Tensor, mask: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Rows of both sides in the dtype of sums, 0 where the mask drops them, and the mask."""
+    """Rows of both sides in the accumulation dtype, 0 where the mask drops them, and the mask."""
     dtype = accumulation_dtype(prediction.dtype)
     features = prediction.shape[-1]
     for part in _parts(prediction):
@@ -137,13 +149,13 @@ def _chunks(
         if mask is None:
             yield p, t, None
             continue
-        kept = mask[part].reshape(-1, 1)
-        # A NaN in a dropped row must reach neither the loss nor a gradient.
-        yield p.where(kept, 0.0), t.where(kept, 0.0), kept
+        keep = mask[part].reshape(-1, 1)
+        # A NaN in a row that the mask drops must reach neither the loss nor a gradient.
+        yield p.where(keep, 0.0), t.where(keep, 0.0), keep
 
 
 def _parts(x: Tensor) -> Iterator[tuple[slice, ...]]:
-    """Samples of (B, N, D) or (B, D) in order, or of one that is too large its patches."""
+    """Slices of (B, N, D) or (B, D) in order: samples, or patches where a sample is too large."""
     samples = CHUNK_ELEMENTS // x[0].numel()
     if samples > 0 or x.ndim == 2:
         for first in range(0, len(x), max(1, samples)):
@@ -155,7 +167,7 @@ def _parts(x: Tensor) -> Iterator[tuple[slice, ...]]:
             yield slice(sample, sample + 1), slice(first, first + patches)
 
 
-def _statistics(p: Tensor, t: Tensor, normalization: str, kept: Tensor | None) -> Tensor:
+def _statistics(p: Tensor, t: Tensor, normalization: str, keep: Tensor | None) -> Tensor:
     """(rows, 2): norms of both sides, or mean and inverse deviation of the target."""
     if normalization == "l2":
         columns = [torch.linalg.vector_norm(x, dim=1) for x in (p, t)]
@@ -167,15 +179,15 @@ def _statistics(p: Tensor, t: Tensor, normalization: str, kept: Tensor | None) -
     else:
         columns = [p.new_zeros(len(p))] * 2
     found = torch.stack(columns, 1)
-    return found if kept is None else found.where(kept, 0.0)
+    return found if keep is None else found.where(keep, 0.0)
 
 
 def _normalize(
     p: Tensor, t: Tensor, statistics: Tensor, normalization: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both sides normalised, and what they were multiplied by: 0 for a row that is a constant.
+    """Both sides normalised, and the factor of each row, which is 0 for a row with a norm <= eps.
 
-    An infinite norm gives 0 as well, but its row is NaN.
+    An infinite norm gives a factor of 0 as well, but its row is NaN.
     """
     first, second = statistics[:, :1], statistics[:, 1:]
     one = torch.ones_like(first)
@@ -191,7 +203,7 @@ def _normalize(
     return sides[0], sides[1], scales[0], scales[1]
 
 
-def _through(g: Tensor, unit: Tensor, scale: Tensor, project: bool) -> Tensor:
+def _through_normalization(g: Tensor, unit: Tensor, scale: Tensor, project: bool) -> Tensor:
     """The gradient of a row whose normalised form has the gradient g."""
     if project:
         g = g - (g * unit).sum(1, keepdim=True) * unit
@@ -200,6 +212,7 @@ def _through(g: Tensor, unit: Tensor, scale: Tensor, project: bool) -> Tensor:
 
 
 def _penalty(difference: Tensor, loss_type: str, threshold: float) -> Tensor:
+    """The loss of each element."""
     zero = torch.zeros_like(difference)
     if loss_type == "mse":
         return difference * difference
@@ -209,6 +222,7 @@ def _penalty(difference: Tensor, loss_type: str, threshold: float) -> Tensor:
 
 
 def _slope(difference: Tensor, loss_type: str, threshold: float) -> Tensor:
+    """The derivative of the loss of each element by its difference."""
     if loss_type == "mse":
         return 2 * difference
     if loss_type == "huber":

@@ -1,6 +1,7 @@
-"""Log-sum-exp of both sides in pure PyTorch with O(chunk x N) memory: any device, its own backward.
+"""Log-sum-exp of both sides in pure PyTorch with O(chunk x N) memory, with its own backward.
 
-Rows are taken a chunk at a time against all N columns; a column's maximum and sum run along:
+It serves any device. A chunk of rows at a time is multiplied with all N columns, and every chunk
+updates the maximum and the sum of each column:
 
     h_a = max_b s_ab,  S_a = sum_b exp((s_ab - h_a) / tau),  LSE_a = h_a / tau + log S_a
     k_b = max_a s_ab,  T_b = sum_a exp((s_ab - k_b) / tau);  when k_b grows to k', T_b shrinks by
@@ -15,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cjepa_kernels import chunked
-from cjepa_kernels.reference import positive_temperature
+from cjepa_kernels.chunked.rows import choose_temperature, chunk_rows, operands, project
+from cjepa_kernels.definitions import CrossLogSumExpBackward, CrossLogSumExpForward
 
 
 def forward(
@@ -27,17 +28,15 @@ def forward(
     cosine: bool,
     eps: float,
     product_dtype: torch.dtype | None,
-) -> tuple[Tensor, ...]:
-    """Log-sum-exps, maxima and what backward needs; as in ``ops.CROSS_LOGSUMEXP``."""
+) -> CrossLogSumExpForward:
+    """Log-sum-exps, maxima and the numbers that the backward needs, of ``cross_logsumexp``."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        x, y = (chunked.operands(z, cosine, eps, product_dtype) for z in (x, y))
-        tau = positive_temperature(
-            temperature if temperature_tensor is None else temperature_tensor
-        )
+        x, y = (operands(z, cosine, eps, product_dtype) for z in (x, y))
+        tau = choose_temperature(temperature_tensor, temperature)
         rows, columns = len(x), len(y)
         row_max, row_sum = x.new_empty(rows), x.new_empty(rows)
         column_max, column_sum = x.new_full((columns,), -torch.inf), x.new_zeros(columns)
-        step = chunked.chunk_rows(rows, columns)
+        step = chunk_rows(rows, columns)
         buffers = x.new_empty(2, step, columns)
         for start in range(0, rows, step):
             chunk = slice(start, min(start + step, rows))
@@ -52,15 +51,15 @@ def forward(
             torch.sum(tile, dim=1, out=row_sum[chunk])
         row_log_sum, column_log_sum = row_sum.log(), column_sum.log()
         # Copies: the outputs of an operator must not share memory.
-        return (
-            row_max / tau + row_log_sum,
-            column_max / tau + column_log_sum,
-            row_max,
-            column_max,
-            row_max.clone(),
-            row_log_sum,
-            column_max.clone(),
-            column_log_sum,
+        return CrossLogSumExpForward(
+            row_lse=row_max / tau + row_log_sum,
+            column_lse=column_max / tau + column_log_sum,
+            row_max=row_max,
+            column_max=column_max,
+            row_shift=row_max.clone(),
+            row_log_sum=row_log_sum,
+            column_shift=column_max.clone(),
+            column_log_sum=column_log_sum,
         )
 
 
@@ -80,20 +79,18 @@ def backward(
     product_dtype: torch.dtype | None,
     of_x: bool,
     of_y: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, y and the temperature; arguments as in ``ops.CROSS_LOGSUMEXP_BACKWARD``."""
+) -> CrossLogSumExpBackward:
+    """Gradients of x, y and the temperature, of the operator ``cross_logsumexp_backward``."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        x_rows, y_rows = (chunked.operands(z, cosine, eps, product_dtype) for z in (x, y))
-        tau = positive_temperature(
-            temperature if temperature_tensor is None else temperature_tensor
-        )
+        x_rows, y_rows = (operands(z, cosine, eps, product_dtype) for z in (x, y))
+        tau = choose_temperature(temperature_tensor, temperature)
         row_weight = grad_row_lse / row_log_sum.exp()  # (M,), g_a / S_a
         column_weight = grad_column_lse / column_log_sum.exp()  # (N,), f_b / T_b
-        with_x = of_x or not of_y  # one of both, for the temperature
+        with_x = of_x or not of_y  # the gradient of the temperature follows from either
         grad_x = x_rows.new_empty((x if with_x else x[:0]).shape)
         grad_y = y_rows.new_zeros((y if of_y else y[:0]).shape)
         rows, columns = len(x), len(y)
-        step = chunked.chunk_rows(rows, columns)
+        step = chunk_rows(rows, columns)
         buffers = x_rows.new_empty(2, step, columns)
         for start in range(0, rows, step):
             chunk = slice(start, min(start + step, rows))
@@ -113,6 +110,10 @@ def backward(
         grad_x = grad_x if of_x else grad_x[:0].clone()
         for grad, z, wanted in ((grad_x, x, of_x), (grad_y, y, of_y)):
             if cosine and wanted:
-                chunked.project(grad, z.to(grad.dtype, copy=True), eps)
+                project(grad, z.to(grad.dtype, copy=True), eps)
         like = row_shift if temperature_tensor is None else temperature_tensor
-        return grad_x.to(x.dtype), grad_y.to(y.dtype), grad_temperature.to(like.dtype)
+        return CrossLogSumExpBackward(
+            grad_x=grad_x.to(x.dtype),
+            grad_y=grad_y.to(y.dtype),
+            grad_temperature=grad_temperature.to(like.dtype),
+        )
