@@ -1,6 +1,6 @@
-"""Time of the whole C-JEPA loss, the share of each part, and eager PyTorch beside it.
+"""Time of the prediction loss and of the whole C-JEPA loss, with eager PyTorch beside them.
 
-    python bench/cjepa_loss.py [--seconds 4] [--quick] [--no-save]
+    python bench/prediction_loss.py [--seconds 4] [--quick] [--no-save]
 
 Forward + backward, fp32, medians of interleaved runs; three levels with weights 1, 0.5, 0.25, both
 sides L2-normalised, smooth-L1; NT-Xent on the CLS rows of features (B, N+1, D), whose gradients
@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, backends
@@ -31,8 +30,11 @@ from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.timing import interleaved
 
+Record = dict[str, Any]
+
 WEIGHTS = (1.0, 0.5, 0.25)
 CONTRASTIVE_WEIGHT = 0.1
+LEAST, MOST = "at least", "at most"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Case:
     batch: int
     patches: tuple[int, int, int]
     features: int
-    prediction_speedup: float | None
+    speedup: float | None
     over_limit: float | None
     whole_speedup: float | None
 
@@ -75,15 +77,6 @@ class Inputs:
         self.existing = [torch.empty(shape) for shape in shapes]
 
 
-def eager_prediction(predictions: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """The prediction term as it is usually written."""
-    losses = [
-        weight * F.smooth_l1_loss(F.normalize(p, dim=-1), F.normalize(t, dim=-1))
-        for weight, p, t in zip(WEIGHTS, predictions, targets, strict=True)
-    ]
-    return torch.stack(losses).sum()
-
-
 def candidates(inputs: Inputs) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
     prediction = HJEPALoss(hierarchy_weights=list(WEIGHTS))
@@ -92,9 +85,12 @@ def candidates(inputs: Inputs) -> dict[str, Callable[[], object]]:
     )
     p, t, features, rows = inputs.predictions, inputs.targets, inputs.features, inputs.rows
 
+    def eager_prediction() -> Tensor:
+        return formulas.hjepa_prediction(p, t, list(WEIGHTS))
+
     def eager_whole() -> Tensor:
         contrastive = formulas.eager(features[0][:, 0], features[1][:, 0])
-        return eager_prediction(p, t) + CONTRASTIVE_WEIGHT * contrastive
+        return eager_prediction() + CONTRASTIVE_WEIGHT * contrastive
 
     def read_four_times() -> None:
         for x in (*p, *t) * 2:
@@ -113,7 +109,7 @@ def candidates(inputs: Inputs) -> dict[str, Callable[[], object]]:
     return {
         "prediction forward": lambda: prediction(p, t)["loss"],
         "prediction": lambda: torch.autograd.grad(prediction(p, t)["loss"], p),
-        "eager prediction": lambda: torch.autograd.grad(eager_prediction(p, t), p),
+        "eager prediction": lambda: torch.autograd.grad(eager_prediction(), p),
         "limit, fresh gradient": fresh_limit,
         "limit, existing gradient": existing_limit,
         "contrastive": lambda: torch.autograd.grad(whole.contrastive(*rows)["loss"], rows),
@@ -123,56 +119,58 @@ def candidates(inputs: Inputs) -> dict[str, Callable[[], object]]:
     }
 
 
-def verdict(value: float, target: float | None, *, at_least: bool) -> str:
-    """``met``, ``missed`` or nothing without a target."""
-    if target is None:
-        return ""
-    return "met" if (value >= target if at_least else value <= target) else "missed"
-
-
-def measure(case: Case, seconds: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure(case: Case, seconds: float) -> tuple[list[Record], list[Record]]:
     """Times of a case, and its ratios with their targets."""
     times = interleaved(candidates(Inputs(case)), seconds=seconds)
+    cell = {"B": case.batch, "N": list(case.patches), "D": case.features}
+    medians = {name: summary["median"] for name, summary in times.items()}
     rows = [
-        {
-            "B": case.batch,
-            "N": list(case.patches),
-            "D": case.features,
-            "name": name,
-            "share_of_whole": summary["median"] / times["whole"]["median"],
-            **summary,
-        }
+        {**cell, "name": name, "share_of_whole": medians[name] / medians["whole"], **summary}
         for name, summary in times.items()
     ]
+    limit, fresh, existing = "prediction / byte limit", "fresh gradient", "existing gradient"
     ratios = []
-    for part, target in (
-        ("prediction", case.prediction_speedup),
-        ("contrastive", None),
-        ("whole", case.whole_speedup),
+    for name, over, under, bound, target in (
+        ("eager / native, prediction", "eager prediction", "prediction", LEAST, case.speedup),
+        ("eager / native, contrastive", "eager contrastive", "contrastive", LEAST, None),
+        ("eager / native, whole", "eager whole", "whole", LEAST, case.whole_speedup),
+        (f"{limit}, {fresh}", "prediction", f"limit, {fresh}", MOST, case.over_limit),
+        (f"{limit}, {existing}", "prediction", f"limit, {existing}", MOST, None),
     ):
-        ratio = times[f"eager {part}"]["median"] / times[part]["median"]
-        ratios.append(_ratio(case, f"eager / native, {part}", ratio, target, at_least=True))
-    for limit in ("fresh", "existing"):
-        ratio = times["prediction"]["median"] / times[f"limit, {limit} gradient"]["median"]
-        target = case.over_limit if limit == "fresh" else None
-        name = f"prediction / byte limit, {limit} gradient"
-        ratios.append(_ratio(case, name, ratio, target, at_least=False))
+        ratio, verdict = medians[over] / medians[under], ""
+        if target is not None:
+            met = ratio >= target if bound == LEAST else ratio <= target
+            verdict = "met" if met else "missed"
+        judged = {"ratio": ratio, "target": target, "bound": bound, "verdict": verdict}
+        ratios.append({**cell, "name": name, **judged})
     return rows, ratios
 
 
-def _ratio(
-    case: Case, name: str, ratio: float, target: float | None, *, at_least: bool
-) -> dict[str, Any]:
-    return {
-        "B": case.batch,
-        "N": list(case.patches),
-        "D": case.features,
-        "name": name,
-        "ratio": ratio,
-        "target": target,
-        "bound": "at least" if at_least else "at most",
-        "verdict": verdict(ratio, target, at_least=at_least),
-    }
+def print_case(rows: list[Record], ratios: list[Record]) -> None:
+    """The two tables of a case."""
+    print_table(
+        ["", "ms", "p20", "p80", "share of the whole"],
+        [
+            [
+                row["name"],
+                *(f"{1e3 * row[key]:.3f}" for key in ("median", "p20", "p80")),
+                f"{100 * row['share_of_whole']:.0f} %",
+            ]
+            for row in rows
+        ],
+    )
+    print_table(
+        ["ratio", "", "target", ""],
+        [
+            [
+                entry["name"],
+                f"{entry['ratio']:.2f}",
+                "" if entry["target"] is None else f"{entry['bound']} {entry['target']:g}",
+                entry["verdict"],
+            ]
+            for entry in ratios
+        ],
+    )
 
 
 def main() -> None:
@@ -185,39 +183,18 @@ def main() -> None:
     options = parser.parse_args()
     if not backends()["native"].available:
         raise SystemExit(f"This times the native back end: {backends()['native'].reason}")
-    rows: list[dict[str, Any]] = []
-    ratios: list[dict[str, Any]] = []
+    default = 0.05 if options.quick else 20.0
+    rows: list[Record] = []
+    targets: list[Record] = []
     for case in QUICK if options.quick else FULL:
         print(f"\n{case.name}", flush=True)
-        default = 0.05 if options.quick else 20.0
-        of_case, judged = measure(case, default if options.seconds is None else options.seconds)
-        print_table(
-            ["", "ms", "p20", "p80", "share of the whole"],
-            [
-                [
-                    row["name"],
-                    *(f"{1e3 * row[key]:.3f}" for key in ("median", "p20", "p80")),
-                    f"{100 * row['share_of_whole']:.0f} %",
-                ]
-                for row in of_case
-            ],
-        )
-        print_table(
-            ["ratio", "", "target", ""],
-            [
-                [
-                    entry["name"],
-                    f"{entry['ratio']:.2f}",
-                    "" if entry["target"] is None else f"{entry['bound']} {entry['target']:g}",
-                    entry["verdict"],
-                ]
-                for entry in judged
-            ],
-        )
+        seconds = default if options.seconds is None else options.seconds
+        of_case, ratios = measure(case, seconds)
+        print_case(of_case, ratios)
         rows += of_case
-        ratios += judged
+        targets += ratios
     if not (options.quick or options.no_save):
-        print(f"written: {write_results('cjepa_loss_cpu', rows, targets=ratios)}")
+        print(f"written: {write_results('cjepa_loss_cpu', rows, targets=targets)}")
 
 
 if __name__ == "__main__":
