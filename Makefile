@@ -168,7 +168,7 @@ config-check: $(VENV)/.train
 
 # Instructions of the Triton kernels in their machine code; needs no GPU.
 gpu-count: $(VENV)/.dev
-	$(BIN)/python bench/gpu_count.py
+	$(BIN)/python bench/gpu_machine_code.py
 
 micro: $(VENV)/.dev
 	$(BIN)/python -m pytest bench/test_micro.py --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds

@@ -20,7 +20,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 
 sys.path.insert(0, str(ROOT / "bench"))
 # Any: the scripts of bench/ are not part of the package.
-offline, gpu_count = (importlib.import_module(name) for name in ("offline", "gpu_count"))
+gpu_machine_code = importlib.import_module("gpu_machine_code")
 
 ARCHITECTURES = [80, 90, 100]
 THOROUGH = 90  # the architecture that everything is compiled for
@@ -57,7 +57,7 @@ def nt_xent_call(case: str) -> Callable[[], None]:
     rows, features, dtype, options, _ = CASES[case]
     options = dict(options)
     torch.backends.cuda.matmul.allow_tf32 = options.pop("tf32", False)
-    return offline.nt_xent_call(rows, features, dtype, **options)
+    return gpu_machine_code.nt_xent_call(rows, features, dtype, **options)
 
 
 @pytest.mark.usefixtures("tf32")
@@ -66,15 +66,15 @@ def nt_xent_call(case: str) -> Callable[[], None]:
     [(case, architecture) for case in CASES for architecture in (THOROUGH, *CASES[case][-1])],
 )
 def test_compiles_without_spills(case: str, architecture: int) -> None:
-    check(offline.launches(architecture, nt_xent_call(case)), architecture)
+    check(gpu_machine_code.launches(architecture, nt_xent_call(case)), architecture)
 
 
 @pytest.mark.parametrize(
     ("features", "architecture"), [(128, 90), (768, 90), (768, 80), (128, 100)]
 )
 def test_rectangles_compile_without_spills(features: int, architecture: int) -> None:
-    call = offline.rectangle_call(50000, 8100, features, torch.bfloat16)
-    check(offline.launches(architecture, call), architecture)
+    call = gpu_machine_code.rectangle_call(50000, 8100, features, torch.bfloat16)
+    check(gpu_machine_code.launches(architecture, call), architecture)
 
 
 @pytest.mark.usefixtures("tf32")
@@ -82,11 +82,11 @@ def test_rectangles_compile_without_spills(features: int, architecture: int) -> 
 def test_large_products_of_planes_are_added_apart(architecture: int) -> None:
     """In fp32, as the tensor cores' own sum is cut off: the compiler has not merged them."""
     names = {"tiles_kernel", "coefficient_tiles_kernel", "products_kernel"}
-    launches = offline.launches(architecture, nt_xent_call("fp32_mask"))
+    launches = gpu_machine_code.launches(architecture, nt_xent_call("fp32_mask"))
     first = {x.name: x for x in launches if x.name in names}
     assert first.keys() == names
     for launch in first.values():
-        text = offline.compile_launch(launch, architecture).intermediate
+        text = gpu_machine_code.compile_launch(launch, architecture).intermediate
         assert re.search(r"%acc\S* = arith.addf .*tensor<128x\d+xf32", text), launch.name
 
 
@@ -94,18 +94,20 @@ def check(launches: list[Any], architecture: int) -> None:
     """Each fits the GPU and keeps its numbers in registers; products take the tensor cores."""
     checked = set()
     for launch in dict.fromkeys(launches):
-        product = launch.name in offline.PRODUCTS
+        product = launch.name in gpu_machine_code.PRODUCTS
         if launch.name in checked and not product and architecture != THOROUGH:
             continue  # bound by memory, and alike everywhere: one of its variants is enough
         checked.add(launch.name)
-        binary = offline.compile_launch(launch, architecture)
+        binary = gpu_machine_code.compile_launch(launch, architecture)
         text = f"{launch.name} {dict(launch.constants)} {dict(launch.options)}: {binary}"
-        assert binary.shared <= offline.SHARED_MEMORY[architecture], text
+        assert binary.shared <= gpu_machine_code.SHARED_MEMORY[architecture], text
         assert binary.registers > 8, text  # an empty kernel: the compiler found it undefined
         if not product:
             continue
         assert (binary.stack, binary.spills) == (0, 0), text
-        opcodes = [o for o in binary.opcodes if o.startswith(offline.TENSOR_CORE[architecture])]
+        opcodes = [
+            o for o in binary.opcodes if o.startswith(gpu_machine_code.TENSOR_CORE[architecture])
+        ]
         assert opcodes, text
 
 
@@ -115,7 +117,9 @@ def check(launches: list[Any], architecture: int) -> None:
 )
 def test_every_size_can_be_launched(rows: int, features: int) -> None:
     """Grids within their limits; at most 4 kernels for few rows."""
-    launches = offline.launches(90, offline.nt_xent_call(rows, features, torch.bfloat16))
+    launches = gpu_machine_code.launches(
+        90, gpu_machine_code.nt_xent_call(rows, features, torch.bfloat16)
+    )
     names = [launch.name for launch in launches]
     forward = names.index("pack_kernel", 1)
     if rows <= 8192:
@@ -140,7 +144,9 @@ def test_memory_grows_with_the_rows_and_not_their_square(options: dict[str, Any]
     totals = []
     for rows in (2**18, 2**19):
         with Allocations() as allocations:
-            offline.launches(90, offline.nt_xent_call(rows, 256, torch.bfloat16, **options))
+            gpu_machine_code.launches(
+                90, gpu_machine_code.nt_xent_call(rows, 256, torch.bfloat16, **options)
+            )
         totals.append(allocations.total)
     assert totals[1] < 2.05 * totals[0]
 
@@ -161,9 +167,9 @@ def test_the_prediction_loss_compiles_without_spills(
     features: int, dtype: torch.dtype, normalization: str, architecture: int
 ) -> None:
     """It is bound by memory: a spill would be read and written there."""
-    call = offline.prediction_call(features, dtype, normalization)
-    for launch in dict.fromkeys(offline.launches(architecture, call)):
-        binary = offline.compile_launch(launch, architecture)
+    call = gpu_machine_code.prediction_call(features, dtype, normalization)
+    for launch in dict.fromkeys(gpu_machine_code.launches(architecture, call)):
+        binary = gpu_machine_code.compile_launch(launch, architecture)
         assert (binary.stack, binary.spills) == (0, 0), f"{launch.name}: {binary}"
 
 
@@ -178,13 +184,13 @@ def test_instructions_are_counted_in_the_tightest_loop() -> None:
         /*0040*/ @!P0 BRA `(.L_x_0) ;
         /*0050*/ EXIT ;
     """
-    assert gpu_count.per_element(assembly) == 2
+    assert gpu_machine_code.per_element(assembly) == 2
     with pytest.raises(ValueError, match="no exponentials"):
-        gpu_count.per_element("/*0000*/ EXIT ;")
+        gpu_machine_code.per_element("/*0000*/ EXIT ;")
 
 
 def test_a_strip_spends_few_instructions_on_an_element() -> None:
     """A sum of columns by shuffles, or a spill, would multiply them."""
-    records = {r["kernel"]: r for r in gpu_count.count(128, 90)}
+    records = {r["kernel"]: r for r in gpu_machine_code.count(128, 90)}
     assert records.keys() == {"strips_kernel", "tiles_kernel", "owned_rows_kernel"}
     assert records["strips_kernel"]["instructions"] < 9
