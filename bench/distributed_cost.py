@@ -28,10 +28,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cjepa_kernels.bench.plot_style import NATIVE as OURS
-from cjepa_kernels.bench.plot_style import OTHER, svg
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.plot_style import NATIVE as OURS
+from cjepa_kernels.plot_style import OTHER, svg
 
 RANKS = (2, 4, 8, 16, 64, 256, 1024)
 SCHEMES = ("ring", "all_gather", "lightly", "open_clip", "inf_cl")

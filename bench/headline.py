@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from cjepa_kernels.bench.candidates import BOTH, EAGER, FORWARD, MM, OURS
 from cjepa_kernels.bench.candidates import COMPILED as COMPILED_CPU
-from cjepa_kernels.bench.plot_style import INK, NATIVE, OTHER, svg
+from cjepa_kernels.plot_style import INK, NATIVE, OTHER, svg
 
 OUT = Path(__file__).parent.parent / "docs" / "images" / "headline.svg"
 ROWS_OF_BARS = 5

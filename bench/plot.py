@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from plan import TITLES
 
-from cjepa_kernels.bench.plot_style import INK, NATIVE, OTHER, svg
 from cjepa_kernels.bench.records import RESULTS
+from cjepa_kernels.plot_style import INK, NATIVE, OTHER, svg
 
 Record = dict[str, Any]
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from cjepa_kernels import nt_xent
 from cjepa_kernels.bench.machine import environment
-from cjepa_kernels.bench.plot_style import NATIVE, svg
 from cjepa_kernels.bench.records import RESULTS
+from cjepa_kernels.plot_style import NATIVE, svg
 
 OUT = Path(__file__).parent.parent / "docs" / "images" / "temperature_error.svg"
 TEMPERATURES = (0.5, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)

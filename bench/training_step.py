@@ -32,7 +32,7 @@ def measure(name: str, seconds: float) -> dict[str, float]:
     import torch
 
     from cjepa_kernels.train.config import load_config
-    from cjepa_kernels.train.module import CJEPAModule, IndexedImages
+    from cjepa_kernels.train.loop.module import CJEPAModule, IndexedImages
 
     revisions.check_package(os.environ.get("PYTHONPATH", str(ROOT)))
     config = load_config(ROOT / "configs" / f"{name}.yaml", [])

@@ -12,10 +12,10 @@ import pytest
 from bench_scripts import load
 from figures import ROOT, record
 
-from cjepa_kernels.bench.plot_style import svg
 from cjepa_kernels.bench.plots import drawable
-from cjepa_kernels.train import advisor
-from cjepa_kernels.train.comparison import load_comparison
+from cjepa_kernels.plot_style import svg
+from cjepa_kernels.train.evaluation.comparison import load_comparison
+from cjepa_kernels.train.loop import advisor
 
 COMPARISONS = ["digits", "digits-transfer", "cifar10"]
 

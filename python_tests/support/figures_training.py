@@ -11,8 +11,9 @@ import torch
 from documents import ROOT
 from figures import record
 
-from cjepa_kernels.train import advisor
-from cjepa_kernels.train.comparison import (
+from cjepa_kernels.train.config import config_from_dict, load_config
+from cjepa_kernels.train.data.dataset import load_dataset
+from cjepa_kernels.train.evaluation.comparison import (
     ArmRun,
     Comparison,
     Summary,
@@ -20,9 +21,8 @@ from cjepa_kernels.train.comparison import (
     load_comparison,
     text_tables,
 )
-from cjepa_kernels.train.config import config_from_dict, load_config
-from cjepa_kernels.train.data import load_dataset
-from cjepa_kernels.train.vit import VisionTransformer
+from cjepa_kernels.train.loop import advisor
+from cjepa_kernels.train.model.vit import VisionTransformer
 
 COMPARISONS = ("digits", "digits-transfer", "cifar10")
 GUIDE, README, RESULTS = "docs/training.md", "README.md", "docs/results"
