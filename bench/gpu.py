@@ -2,10 +2,10 @@
 
     python bench/gpu.py [--quick] [--no-save]
 
-Candidates run in turn, round after round, timed by CUDA events; the figures are medians. A missed
-target is reported and no error; what fails is named at the end, costs nothing else and gives exit
-code 1. bench/results/<device>-<date>.json and .md are written again after every size. Without a
-CUDA device the script says so and ends.
+The candidates of a size are timed in turn, round after round, by CUDA events; the figures are
+medians. A target that is missed is reported and is no error. A candidate that fails is named at the
+end, the others are measured all the same, and the exit code is 1. The script writes
+bench/results/<device>-<date>.json after every size. Without a CUDA device it says so and ends.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -29,11 +28,9 @@ import torch
 import torch.nn.functional as F
 from gpu_targets import (
     AUTOCAST,
-    BOTH,
     BYTES,
     COMPILED,
     EAGER,
-    FORWARD,
     FULL,
     HEADER,
     INF_CL,
@@ -45,35 +42,36 @@ from gpu_targets import (
     Results,
     Sizes,
     judge,
-    markdown,
     summary,
     table,
-)
-from gpu_timing import (
-    DEVICE,
-    SECONDS,
-    Build,
-    BusyDevice,
-    Clock,
-    IdleDevice,
-    Run,
-    first_line,
-    graphed,
-    in_turn,
 )
 from torch import Tensor
 
 from cjepa_kernels import cross_logsumexp, nt_xent, prediction_loss
 from cjepa_kernels.backends import Backend
-from cjepa_kernels.bench.errors import exact, relative_error
+from cjepa_kernels.bench import sizes as bench_sizes
+from cjepa_kernels.bench.candidates import BOTH, FORWARD, one_pass, products
+from cjepa_kernels.bench.errors import exact, of_formula
 from cjepa_kernels.bench.formulas import TEMPERATURE, Formula, eager
 from cjepa_kernels.bench.machine import installed_version
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.sizes import Size
 from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.bench.timing import (
+    Build,
+    BusyDevice,
+    DeviceClock,
+    IdleDevice,
+    Run,
+    first_line,
+    graphed,
+    interleaved_on_gpu,
+)
 from cjepa_kernels.extras import require
 
+DEVICE = "cuda"
 BACKEND: Backend = "triton"
+SECONDS = 0.6  # Time for the candidates of one size; at least five rounds are made.
 SECTIONS = (
     "rows",
     "matmul",
@@ -87,7 +85,7 @@ SECTIONS = (
 
 
 class Cell(NamedTuple):
-    """What fails alone."""
+    """One measurement. If it fails, the others are made all the same."""
 
     part: str
     size: Size
@@ -95,12 +93,8 @@ class Cell(NamedTuple):
 
 
 def views(size: Size, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """Two correlated views (B, D) that want gradients."""
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    shape = (size.rows // 2, size.features)
-    z_i = torch.randn(shape, generator=generator, device=DEVICE)
-    z_j = z_i + torch.randn(shape, generator=generator, device=DEVICE)
-    return z_i.to(dtype).requires_grad_(), z_j.to(dtype).requires_grad_()
+    """Two correlated views (B, D) that want gradients, drawn on the device."""
+    return bench_sizes.views(size, device=DEVICE, dtype=dtype, drawn_on=DEVICE)
 
 
 def ours(z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -118,27 +112,16 @@ def under_autocast(formula: Formula) -> Formula:
     return loss
 
 
-def one_pass(formula: Formula, inputs: tuple[Tensor, Tensor], direction: str) -> Build:
-    """Forward as in training, and the backward if it is asked for."""
-    if direction == FORWARD:
-        return lambda: lambda: formula(*inputs)
-    return lambda: lambda: torch.autograd.grad(formula(*inputs), inputs)
-
-
-def bare_products(inputs: tuple[Tensor, Tensor], count: int) -> Build:
-    """``count`` products z @ z.T into one buffer."""
-
-    def build() -> Run:
-        z = F.normalize(torch.cat(inputs).detach().float(), dim=1).to(inputs[0].dtype)
-        out = torch.empty(len(z), len(z), dtype=z.dtype, device=DEVICE)
-        return lambda: [torch.mm(z, z.T, out=out) for _ in range(count)]
-
-    return build
+def passes(
+    formulas: dict[str, Formula], inputs: tuple[Tensor, Tensor], direction: str
+) -> dict[str, Build]:
+    """One call of each formula on the same inputs."""
+    return {name: partial(one_pass, loss, inputs, direction) for name, loss in formulas.items()}
 
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether products of fp32 may take tf32, on every side."""
+    """Set whether products of fp32 may use tf32, in our kernels and in PyTorch's."""
     torch.backends.cuda.matmul.allow_tf32 = allowed
     try:
         yield
@@ -147,14 +130,14 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 class Benchmark:
-    """Every measurement at its sizes, and what came of it: the lists of the results file."""
+    """Measures every part at its sizes and keeps the lists of the results file."""
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
         self.results: Results = {section: [] for section in SECTIONS}
 
     def cells(self) -> list[Cell]:
-        """In the order of their worth, should the time run out."""
+        """All measurements, the most useful first, because the time may run out."""
         sizes = self.sizes
         product = Size(sizes.product, sizes.product)
         dtypes = (torch.bfloat16, torch.float16, torch.float32)
@@ -183,7 +166,11 @@ class Benchmark:
         ]
 
     def fail(self, part: str, size: Size, name: str, error: str) -> None:
-        """Keep what failed, for the end; what the device has too little memory for did not."""
+        """Record and print an error.
+
+        Another candidate that needs more memory than the device has did not fail; it is recorded
+        under ``out_of_memory``.
+        """
         record = {"part": part, "M": size.rows, "D": size.features, "name": name, "error": error}
         too_large = "OutOfMemory" in error and name not in ("", OURS)
         self.results["out_of_memory" if too_large else "failed"].append(record)
@@ -196,11 +183,13 @@ class Benchmark:
         size: Size,
         direction: str,
         candidates: dict[str, Build],
-        clock: Clock = BusyDevice,
+        *,
+        clock: Callable[[], DeviceClock] | None = None,
         seconds: float = SECONDS,
     ) -> dict[str, Record]:
-        """Keep and print the times of candidates."""
-        times, errors = in_turn(candidates, clock, seconds)
+        """Time candidates in turn; record and print their times. Default: the busy device."""
+        clock = clock or partial(BusyDevice, DEVICE)
+        times, errors = interleaved_on_gpu(candidates, seconds=seconds, clock=clock)
         cell = {"part": part, "M": size.rows, "D": size.features, "pass": direction}
         self.results["rows"] += [{**cell, "name": name, **row} for name, row in times.items()]
         medians = ", ".join(f"{name} {1e3 * row['median']:.3f}" for name, row in times.items())
@@ -225,38 +214,32 @@ class Benchmark:
             print(f"product of {size}³ in bf16: {flops / 1e12:.0f} TFLOP/s")
 
     def targets(self, size: Size, direction: str) -> None:
-        """Against bare products and against eager."""
+        """The loss beside its matrix products and beside the plain formula."""
         inputs = views(size)
-        name, count = (MM, 1) if direction == FORWARD else (MM3, 3)
-        candidates = {
-            OURS: one_pass(ours, inputs, direction),
-            name: bare_products(inputs, count),
-            AUTOCAST: one_pass(under_autocast(eager), inputs, direction),
-        }
+        formulas = {OURS: ours, AUTOCAST: under_autocast(eager)}
+        candidates = passes(formulas, inputs, direction)
+        candidates[MM if direction == FORWARD else MM3] = partial(products, inputs, direction)
         self.time("targets", size, direction, candidates)
 
     def compiled(self, size: Size) -> None:
-        """Against torch.compile of the plain formula."""
-        inputs = views(size)
-        formula = under_autocast(torch.compile(eager, dynamic=False))
-        candidates = {
-            OURS: one_pass(ours, inputs, BOTH),
-            COMPILED: one_pass(formula, inputs, BOTH),
+        """The loss beside ``torch.compile`` of the plain formula."""
+        formulas = {
+            OURS: ours,
+            COMPILED: under_autocast(torch.compile(eager, dynamic=False)),
         }
-        self.time("compiled", size, BOTH, candidates)
+        self.time("compiled", size, BOTH, passes(formulas, views(size), BOTH))
 
     def latency(self, part: str, size: Size, in_graph: bool) -> None:
-        """A small batch, as called or from a CUDA graph."""
-        inputs = views(size)
-        candidates = {OURS: one_pass(ours, inputs, BOTH), EAGER: one_pass(eager, inputs, BOTH)}
+        """A small batch, called from Python or replayed from a CUDA graph."""
+        candidates = passes({OURS: ours, EAGER: eager}, views(size), BOTH)
         if in_graph:
             candidates = {name: graphed(build) for name, build in candidates.items()}
-        self.time(part, size, BOTH, candidates, IdleDevice, 0.3)
+        self.time(part, size, BOTH, candidates, clock=IdleDevice, seconds=0.3)
 
     def inf_cl(self) -> None:
-        """Against Inf-CL's kernel for one GPU on its own problem: InfoNCE both ways in fp32.
+        """InfoNCE in both directions in fp32, beside Inf-CL's kernel for one GPU.
 
-        Its products take tf32, as Triton's do by default; so do ours here.
+        Inf-CL's products use tf32, as Triton's do by default, so ours use it here too.
         """
         if importlib.util.find_spec("inf_cl") is None:
             self.results["missing"].append({"part": "inf_cl", "how": "pip install inf-cl"})
@@ -274,19 +257,15 @@ class Benchmark:
             return ((out.row_lse + out.column_lse) / 2 - positive).mean()
 
         def theirs(x: Tensor, y: Tensor) -> Tensor:
-            losses: Tensor = flash_loss(x, y, scale=scale) + flash_loss(y, x, scale=scale)
-            return losses.mean() / 2  # of every row
+            losses: Tensor = flash_loss(x, y, scale=scale) + flash_loss(y, x, scale=scale)  # (M,)
+            return losses.mean() / 2
 
         with tf32(True):
             print(f"inf_cl: losses {both(x, y).item():.6f} and {theirs(x, y).item():.6f}")
-            candidates = {
-                OURS: one_pass(both, (x, y), BOTH),
-                INF_CL: one_pass(theirs, (x, y), BOTH),
-            }
-            self.time("inf_cl", size, BOTH, candidates)
+            self.time("inf_cl", size, BOTH, passes({OURS: both, INF_CL: theirs}, (x, y), BOTH))
 
     def prediction(self) -> None:
-        """The prediction loss: four reads and a write, against copies of as many bytes."""
+        """The prediction loss, which reads four tensors and writes one, beside copies of these."""
         size = self.sizes.prediction
         target = torch.randn(size.rows, size.features, device=DEVICE).bfloat16()
         prediction = torch.randn_like(target).requires_grad_()
@@ -304,18 +283,15 @@ class Benchmark:
         self.time("prediction", size, BOTH, {OURS: lambda: run, BYTES: lambda: copies})
 
     def fp32(self, allowed: bool) -> None:
-        """Full fp32 accuracy or tf32, against eager with the same setting."""
-        inputs = views(self.sizes.fp32, torch.float32)
+        """The loss in fp32, or in tf32 if allowed, beside the plain formula in the same."""
         setting = "tf32" if allowed else "fp32"
-        candidates = {
-            OURS: one_pass(ours, inputs, BOTH),
-            f"eager {setting}": one_pass(eager, inputs, BOTH),
-        }
+        inputs = views(self.sizes.fp32, torch.float32)
+        candidates = passes({OURS: ours, f"eager {setting}": eager}, inputs, BOTH)
         with tf32(allowed):
             self.time(setting, self.sizes.fp32, BOTH, candidates)
 
     def memory(self, size: Size) -> None:
-        """Peak memory of forward + backward beyond the inputs and the gradients that it returns."""
+        """Peak memory of forward + backward beyond the inputs and the gradients."""
         inputs = views(size)
         bytes_in = sum(x.numel() * x.element_size() for x in inputs)
         torch.cuda.synchronize()
@@ -331,7 +307,7 @@ class Benchmark:
         print(f"memory M={size.rows}: extra {extra:.2f} x the input, {seconds:.1f} s", flush=True)
 
     def first_use(self) -> None:
-        """Seconds of forward + backward in a new process that finds nothing compiled."""
+        """Seconds of forward + backward in a new process that has nothing compiled yet."""
         size = self.sizes.first_use
         with tempfile.TemporaryDirectory() as cache:
             result = subprocess.run(
@@ -352,20 +328,16 @@ class Benchmark:
         print(f"first use, compiling: {seconds:.1f} s", flush=True)
 
     def accuracy(self, size: Size, dtype: torch.dtype) -> None:
-        """Errors against float64 of ours and of eager."""
-        inputs = views(size, dtype)
-        with torch.device(DEVICE):
-            truth = exact(*inputs, torch.arange(size.rows))
+        """Errors of the loss and of the plain formula against float64."""
+        inputs, anchors = views(size, dtype), torch.arange(size.rows)
+        truth = exact(*inputs, anchors)
         for name, formula in ((OURS, ours), ("eager", eager)):
-            loss = formula(*inputs)
-            gradient = torch.cat(torch.autograd.grad(loss, inputs))
             record = {
                 "M": size.rows,
                 "D": size.features,
                 "dtype": str(dtype).removeprefix("torch."),
                 "name": name,
-                "loss": relative_error(loss.detach(), truth.loss),
-                "gradient": relative_error(gradient, truth.gradient),
+                **of_formula(formula, inputs, truth, anchors),
             }
             self.results["accuracy"].append(record)
             errors = f"loss {record['loss']:.1e}, gradient {record['gradient']:.1e}"
@@ -375,7 +347,8 @@ class Benchmark:
 def time_first_use(size: Size) -> float:
     """Seconds of this process's first forward + backward."""
     inputs = views(size)
-    torch.autograd.grad(eager(*(z[:4] for z in inputs)), inputs)  # starts the libraries
+    # The plain formula starts CUDA's libraries, whose start is not timed.
+    torch.autograd.grad(eager(*(z[:4] for z in inputs)), inputs)
     torch.cuda.synchronize()
     start = time.perf_counter()
     torch.autograd.grad(ours(*inputs), inputs)
@@ -384,25 +357,21 @@ def time_first_use(size: Size) -> float:
 
 
 def save(name: str, results: Results, sizes: Sizes) -> None:
-    """Write the results file and the page beside it, each in one piece."""
+    """Write the results file."""
     gpu = {
         "device": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
         "triton": installed_version("triton"),
         "inf_cl": installed_version("inf-cl"),
     }
-    targets = judge(results, sizes)
-    path = write_results(name, **results, targets=targets, gpu=[gpu])
-    temporary = path.with_suffix(".md.tmp")
-    temporary.write_text(markdown(json.loads(path.read_text())))
-    os.replace(temporary, path.with_suffix(".md"))
+    write_results(name, **results, targets=judge(results, sizes), gpu=[gpu])
 
 
 def run(sizes: Sizes, name: str | None) -> int:
-    """Measure every cell, saving as ``name`` after each, and print the targets.
+    """Measure everything, save it as ``name`` after each measurement, and print the targets.
 
     Returns:
-        0 if nothing failed.
+        0 if nothing failed, else 1.
     """
     benchmark = Benchmark(sizes)
     results = benchmark.results

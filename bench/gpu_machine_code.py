@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.tables import print_table
-from cjepa_kernels.triton import backward, configs, forward, prediction
+from cjepa_kernels.triton import configs, cross_logsumexp, nt_xent, prediction_loss
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one block may take
@@ -208,8 +208,8 @@ def nt_xent_call(
         excluded = meta(rows // 2, rows // 2, dtype=torch.bool) if mask else None
         tau = meta() if tensor else None
         common = (temperature, cosine, 1e-8, "mean", None)
-        out = forward.nt_xent(z_i, z_j, excluded, tau, *common, False)
-        backward.nt_xent_backward(meta(), z_i, z_j, excluded, tau, *out[6:], *common)
+        out = nt_xent.forward(z_i, z_j, excluded, tau, *common, False)
+        nt_xent.backward(meta(), z_i, z_j, excluded, tau, *out[6:], *common)
 
     return call
 
@@ -222,9 +222,9 @@ def rectangle_call(
     def call() -> None:
         x, y = meta(rows, features, dtype=dtype), meta(columns, features, dtype=dtype)
         common = (None, 0.1, True, 1e-8, None)
-        out = forward.cross_logsumexp(x, y, *common)
+        out = cross_logsumexp.forward(x, y, *common)
         grads = meta(rows), meta(columns)
-        backward.cross_logsumexp_backward(*grads, x, y, None, *out[4:], *common[1:], True, True)
+        cross_logsumexp.backward(*grads, x, y, None, *out[4:], *common[1:], True, True)
 
     return call
 
@@ -236,10 +236,8 @@ def prediction_call(features: int, dtype: torch.dtype, normalization: str) -> Ca
         sides = [[meta(128, n, features, dtype=dtype) for n in (196, 49)] for _ in range(2)]
         masks = [meta(128, 196, dtype=torch.bool), meta(0, dtype=torch.bool)]
         common = ([1.0, 0.5], "smoothl1", normalization, 1.0, 1e-8, "mean")
-        loss, unweighted, levels, *saved = prediction.prediction_loss(*sides, masks, *common)
-        prediction.prediction_loss_backward(
-            loss, unweighted, levels, *sides, masks, *saved, *common, True
-        )
+        loss, unweighted, levels, *saved = prediction_loss.forward(*sides, masks, *common)
+        prediction_loss.backward(loss, unweighted, levels, *sides, masks, *saved, *common, True)
 
     return call
 

@@ -1,4 +1,4 @@
-"""Time and accuracy of nt_xent beside its matrix product, other formulas, and its targets.
+"""Time and accuracy of NT-Xent's CPU kernel beside other formulas, and its targets.
 
     python bench/nt_xent.py [--only targets,speedups] [--sizes 2048x256] [--seconds 3] [--quick]
 
@@ -11,7 +11,7 @@ is a training step's, with gradients enabled, unless a line says ``no_grad``. Pa
     small     native / eager for small batches
     bf16      native in fp32 / native in bf16
     accuracy  errors of loss and gradients against float64 at the sizes timed
-    sweep     further M at D = 256, for bench/plot.py
+    sweep     further M at D = 256, for bench/pictures.py
 
 A target that is missed is reported, never an error. Only a run of all parts at their own sizes
 writes bench/results/nt_xent_cpu.json, at its end.
@@ -20,22 +20,39 @@ writes bench/results/nt_xent_cpu.json, at its end.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import accuracy
-import targets
-from plan import BF16, FULL, PARTS, QUICK, TITLES, Cell, Sizes, callables, plan
+import torch
+from torch import Tensor
 
 from cjepa_kernels import backends
-from cjepa_kernels.bench import sizes as bench_sizes
+from cjepa_kernels.bench import candidates, sizes
+from cjepa_kernels.bench.candidates import (
+    BOTH,
+    CHUNKED,
+    COMPILED,
+    DIRECTIONS,
+    EAGER,
+    FORWARD,
+    MM,
+    NATIVE,
+    PRODUCTS,
+    TITLES,
+)
+from cjepa_kernels.bench.errors import checked_anchors, exact, relative_error
+from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.machine import instruction_set
 from cjepa_kernels.bench.records import write_results
-from cjepa_kernels.bench.sizes import Size
+from cjepa_kernels.bench.sizes import DTYPES, Size, views
 from cjepa_kernels.bench.tables import print_table
-from cjepa_kernels.bench.timing import interleaved
+from cjepa_kernels.bench.timing import Run, first_line, interleaved
 
+Record = dict[str, Any]
+
+BF16, NO_GRAD = "native-bf16", "native-no-grad"  # NATIVE in bf16 and under torch.no_grad
 HEADINGS = {
     "targets": "Targets: native over the bare matrix product",
     "speedups": "Speed-ups: other formulas over native",
@@ -44,22 +61,153 @@ HEADINGS = {
     "accuracy": "Accuracy: largest difference from float64 / largest magnitude",
     "sweep": "Time against the number of rows",
 }
-COMPILE = "compiled"
+PARTS = tuple(HEADINGS)
+RATIO_HEADER = ["M", "D", "pass", "ratio of", "ms / ms", "ratio", "target", ""]
+ERROR_HEADER = ["M", "D", "dtype", "rows checked", "relative error of", "native", "eager"]
+QUANTITIES = ("loss", "grad_z_i", "grad_z_j")
+
+# Upper bounds on native / bare mm: forward against one product, forward + backward against three.
+OVER_MM: dict[tuple[Size, str], float] = {
+    (Size(2048, 256), FORWARD): 0.42,
+    (Size(2048, 256), BOTH): 0.42,
+    (Size(8192, 128), FORWARD): 0.36,
+    (Size(8192, 128), BOTH): 0.45,
+    (Size(8192, 256), FORWARD): 0.37,
+    (Size(8192, 256), BOTH): 0.42,
+    (Size(8192, 768), FORWARD): 0.40,
+    (Size(8192, 768), BOTH): 0.45,
+    (Size(32768, 256), FORWARD): 0.38,
+    (Size(32768, 256), BOTH): 0.50,
+}
+# Lower bounds on another formula / native, forward + backward.
+SPEEDUPS: dict[tuple[Size, str], float] = {
+    (Size(8192, 256), EAGER): 4.5,
+    (Size(8192, 256), COMPILED): 2.7,
+    (Size(8192, 256), "lightly"): 7.0,
+    (Size(8192, 256), "hjepa"): 10.0,
+    (Size(256, 256), "metric_learning"): 50.0,
+}
+# Upper bounds on native / eager, either pass: never slower, and faster for a batch of 128.
+OVER_EAGER = 1.0
+OVER_EAGER_AT = {Size(256, 768): 0.7}
+# Lower bound on native in fp32 / native in bf16, on a CPU that has bf16 instructions.
+BF16_SPEEDUP = 1.6
 
 
-class Progress:
-    """Says what is being measured, how far the run is and how long it has taken."""
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of every part. Above ``comparable`` rows only mm and native are run."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps, self.done, self.start = steps, 0, time.perf_counter()
+    targets: tuple[Size, ...]
+    speedups: Size
+    metric_learning: Size
+    small: tuple[Size, ...]
+    bf16: tuple[Size, ...]
+    sweep: tuple[Size, ...]
+    comparable: int
 
-    def step(self, what: str) -> None:
-        self.done += 1
-        elapsed = time.perf_counter() - self.start
-        print(f"[{self.done}/{self.steps}, {elapsed:.0f} s] {what}", flush=True)
+
+FULL = Sizes(
+    targets=(Size(2048, 256), *(Size(8192, d) for d in (128, 256, 768)), Size(32768, 256)),
+    speedups=Size(8192, 256),
+    metric_learning=Size(256, 256),
+    small=tuple(
+        Size(rows, features) for rows in (16, 64, 256, 1024) for features in (64, 128, 768)
+    ),
+    bf16=(Size(2048, 256), Size(8192, 256)),
+    # With 2048, 8192 and 32768 of the targets: time against M at D = 256.
+    sweep=tuple(Size(rows, 256) for rows in (256, 512, 1024, 4096, 16384)),
+    comparable=16384,
+)
+QUICK = Sizes(
+    targets=(Size(32, 8), Size(96, 8)),
+    speedups=Size(32, 8),
+    metric_learning=Size(16, 8),
+    small=(Size(16, 8),),
+    bf16=(Size(32, 8),),
+    sweep=(Size(16, 8),),
+    comparable=64,
+)
 
 
-def measure(cell: Cell, seconds: float) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Cell:
+    """Candidates that are timed in turn on the same inputs.
+
+    Attributes:
+        part: One of ``PARTS``.
+        size: Rows and features.
+        direction: What one call does.
+        names: Candidates, ``mm`` being one bare product forward and three forward + backward.
+        share: Of the time for one cell.
+        least: Rounds at least.
+    """
+
+    part: str
+    size: Size
+    direction: str
+    names: tuple[str, ...]
+    share: float = 1.0
+    least: int = 5
+
+    def __str__(self) -> str:
+        where = f"M={self.size.rows} D={self.size.features} {self.direction}"
+        return f"{self.part} {where}: {', '.join(self.names)}"
+
+
+def plan(all_sizes: Sizes, parts: Sequence[str], *, compiled: bool = True) -> list[Cell]:
+    """The cells of the parts that were asked for, in the order of ``PARTS``."""
+    formulas = (MM, NATIVE, EAGER, COMPILED, "lightly", "hjepa", "four_blocks")
+    if not compiled:
+        formulas = tuple(name for name in formulas if name != COMPILED)
+    library = (MM, NATIVE, EAGER, "metric_learning")
+
+    def with_eager(part: str, size: Size, direction: str) -> Cell:
+        """mm and native, with the other paths beside them where the size allows it."""
+        names = (MM, NATIVE, NO_GRAD) if direction == FORWARD else (MM, NATIVE)
+        if size.rows > all_sizes.comparable:
+            return Cell(part, size, direction, names, least=3)
+        least = 3 if size.rows == all_sizes.comparable else 5
+        return Cell(part, size, direction, (*names, CHUNKED, EAGER), least=least)
+
+    cells = [
+        *(with_eager("targets", s, d) for s in all_sizes.targets for d in DIRECTIONS),
+        Cell("speedups", all_sizes.speedups, BOTH, formulas, least=4),
+        Cell("speedups", all_sizes.metric_learning, BOTH, library),
+        *(
+            Cell("small", size, direction, (MM, NATIVE, EAGER), share=0.5)
+            for size in all_sizes.small
+            for direction in DIRECTIONS
+        ),
+        *(Cell("bf16", s, d, (NATIVE, BF16)) for s in all_sizes.bf16 for d in DIRECTIONS),
+        *(with_eager("sweep", size, BOTH) for size in all_sizes.sweep),
+    ]
+    return [cell for cell in cells if cell.part in parts]
+
+
+def callables(cell: Cell) -> tuple[dict[str, Run], dict[str, str]]:
+    """What to time, by name, and why a name is left out."""
+    runs: dict[str, Run] = {}
+    missing = {}
+    for name in cell.names:
+        inputs = views(cell.size, dtype=torch.bfloat16 if name == BF16 else torch.float32)
+        if name == MM:
+            runs[name] = candidates.products(inputs, cell.direction)
+            continue
+        try:
+            candidate = candidates.find(NATIVE if name in (BF16, NO_GRAD) else name)
+            formula = candidate.make(TEMPERATURE)
+            candidates.one_pass(formula, inputs, BOTH)()
+        except (ImportError, RuntimeError) as error:
+            missing[name] = first_line(error)
+            continue
+        if name == NO_GRAD:
+            formula = torch.no_grad()(formula)
+        runs[name] = candidates.one_pass(formula, inputs, cell.direction)
+    return runs, missing
+
+
+def measure(cell: Cell, seconds: float) -> list[Record]:
     """Time a cell: one row of the results file for each candidate."""
     runs, missing = callables(cell)
     for name, reason in missing.items():
@@ -78,70 +226,191 @@ def measure(cell: Cell, seconds: float) -> list[dict[str, Any]]:
                 f"over_{other}": summary["median"] / times[other]["median"]
                 if other in times
                 else None
-                for other in ("mm", "eager")
+                for other in (MM, EAGER)
             },
         }
         for name, summary in times.items()
     ]
 
 
-def accuracy_cases(sizes: Sizes, parts: list[str]) -> list[tuple[Size, str, tuple[str, ...]]]:
+def accuracy_cases(all_sizes: Sizes) -> list[tuple[Size, str, tuple[str, ...]]]:
     """Size, dtype and names of every check against float64."""
-    if "accuracy" not in parts:
-        return []
+    of_targets = (
+        *all_sizes.small,
+        all_sizes.metric_learning,
+        *all_sizes.sweep,
+        *all_sizes.targets,
+    )
+    both = (NATIVE, EAGER)
     fp32 = [
-        (size, "fp32", ("native", "eager") if size.rows <= sizes.comparable else ("native",))
-        for size in dict.fromkeys(
-            (*sizes.small, sizes.metric_learning, *sizes.sweep, *sizes.targets)
-        )
+        (size, "fp32", both if size.rows <= all_sizes.comparable else (NATIVE,))
+        for size in dict.fromkeys(of_targets)
     ]
-    return [*fp32, *((size, "bf16", ("native", "eager")) for size in sizes.bf16)]
+    return [*fp32, *((size, "bf16", both) for size in all_sizes.bf16)]
 
 
-def run(sizes: Sizes, parts: list[str], seconds: float, *, compiled: bool) -> dict[str, Any]:
+def measure_errors(size: Size, dtype: str, names: tuple[str, ...]) -> list[Record]:
+    """Errors of each name at a size: one record each, for the results file."""
+    inputs = views(size, dtype=DTYPES[dtype])
+    anchors = checked_anchors(size.rows)
+    truth = exact(*inputs, anchors)
+    of_view_i = int((anchors < len(inputs[0])).sum())
+
+    def parts_of(loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return loss.detach(), gradient[:of_view_i], gradient[of_view_i:]
+
+    records = []
+    for name in names:
+        loss = candidates.find(name).make(TEMPERATURE)(*inputs)
+        gradient = torch.cat(torch.autograd.grad(loss, inputs))[anchors]
+        pairs = zip(parts_of(loss, gradient), parts_of(*truth), strict=True)
+        cell = {"M": size.rows, "D": size.features, "dtype": dtype, "name": name}
+        errors = {q: relative_error(*pair) for q, pair in zip(QUANTITIES, pairs, strict=True)}
+        records.append({**cell, "rows_checked": len(anchors), **errors})
+    return records
+
+
+def error_table(records: list[Record]) -> list[list[str]]:
+    """Rows under ``ERROR_HEADER``: native beside eager, one line a quantity."""
+    cases: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for record in records:
+        case = tuple(record[key] for key in ("M", "D", "dtype", "rows_checked"))
+        cases.setdefault(case, {})[record["name"]] = record
+    return [
+        [
+            *map(str, case),
+            quantity,
+            *(f"{of[name][quantity]:.1e}" if name in of else "-" for name in (NATIVE, EAGER)),
+        ]
+        for case, of in cases.items()
+        for quantity in QUANTITIES
+    ]
+
+
+def compare(part: str, rows: list[Record], *, bf16_instructions: bool) -> list[Record]:
+    """Every ratio that a part reports beside its target, for the results file.
+
+    Args:
+        part: One of ``PARTS``.
+        rows: Rows of the results file.
+        bf16_instructions: Whether the kernel uses bf16 instructions here.
+    """
+    cells: dict[tuple[Size, str], dict[str, float]] = {}
+    for row in rows:
+        if row["part"] == part:
+            cell = cells.setdefault((Size(row["M"], row["D"]), row["pass"]), {})
+            cell[row["name"]] = row["median"]
+    records = []
+    for (size, direction), medians in cells.items():
+        for numerator, denominator in _pairs(part, medians):
+            target, at_most = _target(part, size, direction, numerator, bf16_instructions)
+            ratio = medians[numerator] / medians[denominator]
+            verdict = "no target"
+            if target is not None:
+                met = ratio <= target if at_most else ratio >= target
+                verdict = "met" if met else "not met"
+            records.append(
+                {
+                    "part": part,
+                    "M": size.rows,
+                    "D": size.features,
+                    "pass": direction,
+                    "numerator": numerator,
+                    "denominator": denominator,
+                    "seconds": [medians[numerator], medians[denominator]],
+                    "ratio": ratio,
+                    "target": target,
+                    "bound": "at most" if at_most else "at least",
+                    "verdict": verdict,
+                }
+            )
+    return records
+
+
+def _pairs(part: str, medians: dict[str, float]) -> list[tuple[str, str]]:
+    if part == "bf16":
+        return [(NATIVE, BF16)]
+    if part == "speedups":
+        return [(name, NATIVE) for name in medians if name not in (MM, NATIVE)]
+    others = {"small": [EAGER], "targets": [MM], "sweep": [MM, EAGER]}[part]
+    own = [NATIVE, NO_GRAD] if part == "targets" else [NATIVE]
+    return [(name, other) for name in own for other in others if {name, other} <= medians.keys()]
+
+
+def _target(
+    part: str, size: Size, direction: str, numerator: str, bf16_instructions: bool
+) -> tuple[float | None, bool]:
+    """The bound, if there is one, and whether it is an upper one."""
+    if part == "targets":
+        return OVER_MM.get((size, direction)) if numerator == NATIVE else None, True
+    if part == "small":
+        return OVER_EAGER_AT.get(size, OVER_EAGER), True
+    if part == "bf16":
+        return BF16_SPEEDUP if bf16_instructions else None, False
+    if part == "speedups":
+        return SPEEDUPS.get((size, numerator)), False
+    return None, True
+
+
+def cells_of(record: Record) -> list[str]:
+    """The row of the printed table, in the order of ``RATIO_HEADER``."""
+    products = PRODUCTS[record["pass"]]
+    titles = TITLES | {BF16: "native bf16", NO_GRAD: "native under no_grad", MM: f"{products} mm"}
+    names = [titles[record[key]] for key in ("numerator", "denominator")]
+    target = "" if record["target"] is None else f"{record['bound']} {record['target']:g}"
+    return [
+        str(record["M"]),
+        str(record["D"]),
+        record["pass"],
+        " / ".join(names),
+        " / ".join(f"{1e3 * seconds:.3f}" for seconds in record["seconds"]),
+        f"{record['ratio']:.3f}",
+        target,
+        record["verdict"],
+    ]
+
+
+def run(
+    all_sizes: Sizes, parts: Sequence[str], seconds: float, *, compiled: bool
+) -> dict[str, list[Record]]:
     """Measure the parts and print each one's table.
 
     Returns:
         Sections of the results file: ``rows``, ``targets`` and ``accuracy``.
     """
-    cells = plan(sizes, parts)
-    cases = accuracy_cases(sizes, parts)
-    progress = Progress(len(cells) + len(cases))
-    sections: dict[str, list[dict[str, Any]]] = {"rows": [], "targets": [], "accuracy": []}
+    cells = plan(all_sizes, parts, compiled=compiled)
+    cases = accuracy_cases(all_sizes) if "accuracy" in parts else []
+    sections: dict[str, list[Record]] = {"rows": [], "targets": [], "accuracy": []}
+    start, steps, done = time.perf_counter(), len(cells) + len(cases), 0
+
+    def step(what: object) -> None:
+        nonlocal done
+        done += 1
+        print(f"[{done}/{steps}, {time.perf_counter() - start:.0f} s] {what}", flush=True)
+
+    has_bf16 = "bf16" in instruction_set()
     for part in (part for part in PARTS if part in parts):
-        for cell in (cell for cell in cells if cell.part == part):
-            if not compiled:
-                names = tuple(name for name in cell.names if name != COMPILE)
-                cell = dataclasses.replace(cell, names=names)
-            progress.step(
-                f"{part} M={cell.size.rows} D={cell.size.features} {cell.direction}: "
-                f"{', '.join(cell.names)}"
-            )
-            sections["rows"] += measure(cell, seconds)
-        for size, dtype, names in cases if part == "accuracy" else ():
-            progress.step(f"{part} M={size.rows} D={size.features} {dtype}: {', '.join(names)}")
-            sections["accuracy"] += accuracy.measure_errors(size, dtype, names)
-        sections["targets"] += report(part, sections)
+        if part == "accuracy":
+            for size, dtype, names in cases:
+                step(f"{part} M={size.rows} D={size.features} {dtype}: {', '.join(names)}")
+                sections["accuracy"] += measure_errors(size, dtype, names)
+            print(f"\n{HEADINGS[part]}")
+            print_table(ERROR_HEADER, error_table(sections["accuracy"]))
+        else:
+            for cell in (cell for cell in cells if cell.part == part):
+                step(cell)
+                sections["rows"] += measure(cell, seconds)
+            judged = compare(part, sections["rows"], bf16_instructions=has_bf16)
+            sections["targets"] += judged
+            print(f"\n{HEADINGS[part]}")
+            print_table(RATIO_HEADER, [cells_of(record) for record in judged])
+            if part == "bf16" and not has_bf16:
+                print(f"There is no target here: {instruction_set()} has no bf16 instructions.")
+        print(flush=True)
     return sections
 
 
-def report(part: str, sections: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Print a part's table and return its ratios for the results file."""
-    print(f"\n{HEADINGS[part]}")
-    if part == "accuracy":
-        print_table(accuracy.HEADER, accuracy.table(sections["accuracy"]))
-        print(flush=True)
-        return []
-    has_bf16 = "bf16" in instruction_set()
-    comparisons = targets.compare(part, sections["rows"], bf16_instructions=has_bf16)
-    print_table(targets.HEADER, [comparison.cells() for comparison in comparisons])
-    if part == "bf16" and not has_bf16:
-        print(f"No target here: {instruction_set()} has no bf16 instructions.")
-    print(flush=True)
-    return [comparison.record() for comparison in comparisons]
-
-
-def summary(judged: list[dict[str, Any]]) -> str:
+def summary(judged: list[Record]) -> str:
     """How many targets are met, and which are not."""
     with_target = [entry for entry in judged if entry["target"] is not None]
     missed = [entry for entry in with_target if entry["verdict"] != "met"]
@@ -158,7 +427,7 @@ def summary(judged: list[dict[str, Any]]) -> str:
 def parse_sizes(text: str) -> tuple[Size, ...]:
     """``2048x256,8192x128`` as sizes."""
     try:
-        return bench_sizes.parse_sizes(text)
+        return sizes.parse_sizes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
@@ -172,7 +441,7 @@ def parse_parts(text: str) -> list[str]:
     return parts
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -183,23 +452,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="time for each cell (default 3)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, without torch.compile")
     parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse_arguments()
-    native = backends()["native"]
+    options = parser.parse_args()
+    native = backends()[NATIVE]
     if not native.available:
         raise SystemExit(f"This benchmark times the native back end: {native.reason}")
-    sizes = QUICK if options.quick else FULL
+    all_sizes = QUICK if options.quick else FULL
     if options.sizes:
-        sizes = dataclasses.replace(sizes, targets=options.sizes)
+        all_sizes = replace(all_sizes, targets=options.sizes)
     default_seconds = 0.01 if options.quick else 3.0
     if options.quick:
-        print(f"{TITLES[COMPILE]} is left out: it takes long to compile, --quick goes without")
+        print(f"{TITLES[COMPILED]} is left out of --quick: compiling takes long")
     sections = run(
-        sizes,
-        options.only or list(PARTS),
+        all_sizes,
+        options.only or PARTS,
         default_seconds if options.seconds is None else options.seconds,
         compiled=not options.quick,
     )

@@ -344,7 +344,7 @@ def pair_similarity(
 
 def _round_rows(rows: Tensor, dtype: torch.dtype, tf32: bool) -> Tensor:
     """Operands of the product: rounded, but held in the dtype of sums."""
-    if tf32:  # to 10 bits of mantissa, as triton.common.round_to_tf32
+    if tf32:  # to 10 bits of mantissa, as round_to_tf32 in triton/kernels/operands.py
         bits = (rows.view(torch.int32) + 0x1000) & ~0x1FFF
         return torch.where(rows == rows, bits.view(torch.float32), rows)
     return rows.to(dtype).to(rows.dtype)

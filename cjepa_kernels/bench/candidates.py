@@ -20,6 +20,7 @@ from cjepa_kernels.bench.tensor_bytes import Bytes, count, scaled
 from cjepa_kernels.extras import require
 
 OURS, CHUNKED, MM, EAGER, COMPILED = "cjepa_kernels", "chunked", "mm", "eager", "compiled"
+NATIVE, REFERENCE = "native", "reference"
 FORWARD, BOTH = "forward", "forward+backward"
 DIRECTIONS = (FORWARD, BOTH)
 PRODUCTS = {FORWARD: 1, BOTH: 3}  # that the loss contains
@@ -120,7 +121,26 @@ CANDIDATES = {
         ),
     )
 }
-TITLES = {name: candidate.title for name, candidate in CANDIDATES.items()} | {MM: "bare products"}
+# What further scripts compare, and ``cjepa bench`` does not.
+FURTHER_CANDIDATES = {
+    candidate.name: candidate
+    for candidate in (
+        Candidate(NATIVE, "native", partial(_package, backend="native"), degree=1),
+        Candidate(REFERENCE, "reference", partial(_package, backend="reference")),
+        Candidate("four_blocks", "H-JEPA's formula, loss alone", _of(formulas.four_blocks)),
+    )
+}
+TITLES = {name: one.title for name, one in (CANDIDATES | FURTHER_CANDIDATES).items()}
+TITLES[MM] = "bare products"
+
+
+def find(name: str) -> Candidate:
+    """The candidate of a name.
+
+    Raises:
+        KeyError: If there is none.
+    """
+    return CANDIDATES[name] if name in CANDIDATES else FURTHER_CANDIDATES[name]
 
 
 def is_peer(name: str) -> bool:

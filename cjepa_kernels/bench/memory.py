@@ -77,7 +77,7 @@ def _on_cpu(name: str, size: Size, dtype: str, temperature: float) -> int:
     """In a new process: growth of the peak resident memory, in bytes."""
     # What is compiled for one size is compiled first, and the compiler's memory not counted.
     warm_up = size if name == candidates.COMPILED else WARM_UP
-    formula = candidates.CANDIDATES[name].make(temperature)
+    formula = candidates.find(name).make(temperature)
     inputs = views(size, dtype=DTYPES[dtype])
     before = views(warm_up, dtype=DTYPES[dtype])
     torch.autograd.grad(formula(*before), before)
@@ -100,7 +100,7 @@ def _status(field: str) -> int:
 
 
 def _on_cuda(name: str, size: Size, device: str, dtype: str, temperature: float) -> int:
-    formula = candidates.CANDIDATES[name].make(temperature)
+    formula = candidates.find(name).make(temperature)
     inputs = views(size, device=device, dtype=DTYPES[dtype])
     torch.autograd.grad(formula(*inputs), inputs)
     gc.collect()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from cjepa_kernels.bench.candidates import BOTH, CANDIDATES, COMPILED, EAGER, OURS, TITLES
 from cjepa_kernels.bench.comparison import Record, Results
 from cjepa_kernels.files import atomic_write
-from cjepa_kernels.plot_style import STYLES, Label, label_curves, svg, write_pngs
+from cjepa_kernels.plot_style import NATIVE, STYLES, Label, label_curves, svg, write_pngs
 
 Point = tuple[float, float]
 TALLEST_ERROR, SMALLEST_ERROR = 3.0, 1e-8
@@ -66,12 +66,45 @@ def _rows_axis(axes: Axes, sizes: Sequence[float]) -> None:
     axes.set_xlabel("M = 2B rows")
 
 
+def draw_bars(
+    axes: Axes,
+    values: Mapping[str, float],
+    texts: Sequence[str],
+    *,
+    colours: str | Sequence[str] = NATIVE,
+    ends: Sequence[float] | None = None,
+) -> None:
+    """Horizontal bars, each with a text beside it.
+
+    Args:
+        axes: Where they are drawn.
+        values: Lengths of the bars by their labels, from the bottom up.
+        texts: Of the bars.
+        colours: Of all bars, or of each.
+        ends: Where the texts begin. Default: at the ends of the bars.
+    """
+    axes.barh(range(len(values)), list(values.values()), color=colours, height=0.62)
+    axes.set_yticks(range(len(values)), list(values))
+    for position, (end, text) in enumerate(zip(ends or values.values(), texts, strict=True)):
+        axes.annotate(f" {text}", (end, position), verticalalignment="center")
+
+
 def draw_time(results: Results) -> Figure:
     """Forward + backward against M."""
-    features = widest_sweep(results)
-    rows = [row for row in results["rows"] if row["pass"] == BOTH]
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.subplots()
+    rows = [row for row in results["rows"] if row["pass"] == BOTH]
+    draw_times(figure.subplots(), rows, widest_sweep(results))
+    return figure
+
+
+def draw_times(axes: Axes, rows: Sequence[Record], features: int) -> None:
+    """Time of forward + backward against M, a curve for each candidate.
+
+    Args:
+        axes: Where they are drawn.
+        rows: With ``name``, ``M``, ``D``, ``median``, ``p20`` and ``p80`` in seconds.
+        features: The D that is drawn.
+    """
     curves = {name: curve(rows, name, "median", features) for name in STYLES}
     labels = [
         draw_curve(axes, [(m, 1e3 * seconds) for m, seconds in points], name)
@@ -87,7 +120,6 @@ def draw_time(results: Results) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_title(f"Time of forward + backward, ms (D = {features}; bars: p20 to p80)")
     label_curves(axes, labels)
-    return figure
 
 
 def draw_memory(results: Results) -> Figure:
@@ -242,37 +274,54 @@ def draw_temperatures(results: Results) -> Figure:
     figure = Figure(figsize=(3.1 * len(dtypes) + 1.2, 3.4), layout="constrained")
     panels = figure.subplots(1, len(dtypes), squeeze=False, sharey=True)[0]
     for axes, dtype in zip(panels, dtypes, strict=True):
-        labels = []
-        for name in STYLES:
-            points = sorted(
-                (
-                    row["temperature"],
-                    TALLEST_ERROR
-                    if math.isnan(row["gradient"])
-                    else min(max(row["gradient"], SMALLEST_ERROR), TALLEST_ERROR),
-                )
+        curves = {
+            name: sorted(
+                (row["temperature"], row["gradient"])
                 for row in records
                 if (row["dtype"], row["name"]) == (dtype, name)
             )
-            if points:
-                labels.append(draw_curve(axes, points, name))
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_ylim(SMALLEST_ERROR * 3, TALLEST_ERROR)
-        temperatures = sorted({row["temperature"] for row in records}, reverse=True)
-        axes.set_xticks(temperatures, [f"{value:g}" for value in temperatures], rotation=45)
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("temperature")
+            for name in STYLES
+        }
+        draw_errors(axes, curves, labelled=axes is panels[-1])
         axes.set_title(f"{dtype} inputs")
-        axes.axhline(1.0, color=rcParams["text.color"], linewidth=0.8)
-        if axes is panels[-1]:
-            label_curves(axes, labels)
     panels[0].set_ylabel("largest error of the gradient\n/ its largest magnitude")
     panels[0].annotate(
         "nothing right", (0.02, 1.0), xycoords=("axes fraction", "data"), xytext=(0, 3),
         textcoords="offset points",
     )  # fmt: skip
     return figure
+
+
+def draw_errors(
+    axes: Axes, curves: Mapping[str, Sequence[Point]], *, labelled: bool = True
+) -> None:
+    """Errors against the temperature.
+
+    Args:
+        axes: Where they are drawn.
+        curves: (temperature, error) of each candidate; without points it is left out.
+        labelled: Whether the curves have labels.
+    """
+    drawn = {name: points for name, points in curves.items() if points}
+    labels = [
+        draw_curve(axes, [(x, _within_errors(error)) for x, error in points], name)
+        for name, points in drawn.items()
+    ]
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(SMALLEST_ERROR * 3, TALLEST_ERROR)
+    temperatures = sorted({x for points in drawn.values() for x, _ in points}, reverse=True)
+    axes.set_xticks(temperatures, [f"{value:g}" for value in temperatures], rotation=45)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("temperature")
+    axes.axhline(1.0, color=rcParams["text.color"], linewidth=0.8)
+    if labelled:
+        label_curves(axes, labels)
+
+
+def _within_errors(error: float) -> float:
+    """The error within the axis; NaN is as wrong as it gets."""
+    return TALLEST_ERROR if math.isnan(error) else min(max(error, SMALLEST_ERROR), TALLEST_ERROR)
 
 
 PLOTS: dict[str, tuple[str, Callable[[Results], Figure]]] = {

@@ -39,13 +39,25 @@ def parse_sizes(text: str) -> tuple[Size, ...]:
 
 
 def views(
-    size: Size, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    size: Size,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    drawn_on: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Two correlated views (B, D), leaves of the graph; the same ones whenever the size is."""
-    generator = torch.Generator().manual_seed(0)
+    """Two correlated views (B, D), leaves of the graph; the same ones whenever the size is.
+
+    Args:
+        size: M = 2B rows and D features.
+        device: Where the views are.
+        dtype: Of the views.
+        drawn_on: The device that draws the numbers. A GPU draws millions of rows much faster than
+            the CPU, and draws other numbers.
+    """
+    generator = torch.Generator(drawn_on).manual_seed(0)
     shape = (size.rows // 2, size.features)
-    z_i = torch.randn(shape, generator=generator)
-    z_j = z_i + torch.randn(shape, generator=generator)
+    z_i = torch.randn(shape, generator=generator, device=drawn_on)
+    z_j = z_i + torch.randn(shape, generator=generator, device=drawn_on)
     return (
         z_i.to(device, dtype).requires_grad_(),
         z_j.to(device, dtype).requires_grad_(),

@@ -73,25 +73,25 @@ def rounds_to_tf32(x: Tensor) -> bool:
     return not _is_for_chunks(x) and allows_tf32()
 
 
-def nt_xent(z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def nt_xent_forward(z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """As ``ops.NT_XENT``."""
     if _is_for_chunks(z_i):
         return chunked.forward(z_i, *args)
-    return _call("forward", "nt_xent", (z_i, *args))
+    return _call("nt_xent", "forward", (z_i, *args))
 
 
 def nt_xent_backward(grad_loss: Tensor, z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """As ``ops.NT_XENT_BACKWARD``."""
     if _is_for_chunks(z_i):
         return chunked.backward(grad_loss, z_i, *args)
-    return _call("backward", "nt_xent_backward", (grad_loss, z_i, *args))
+    return _call("nt_xent", "backward", (grad_loss, z_i, *args))
 
 
-def cross_logsumexp(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def cross_logsumexp_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """As ``ops.CROSS_LOGSUMEXP``."""
     if _is_for_chunks(x):
         return chunked_cross_logsumexp.forward(x, *args)
-    return _call("forward", "cross_logsumexp", (x, *args))
+    return _call("cross_logsumexp", "forward", (x, *args))
 
 
 def cross_logsumexp_backward(
@@ -101,14 +101,14 @@ def cross_logsumexp_backward(
     args = (grad_row_lse, grad_column_lse, x, *args)
     if _is_for_chunks(x):
         return chunked_cross_logsumexp.backward(*args)
-    return _call("backward", "cross_logsumexp_backward", args)
+    return _call("cross_logsumexp", "backward", args)
 
 
-def prediction_loss(predictions: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
+def prediction_loss_forward(predictions: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
     """As ``ops.PREDICTION_LOSS``."""
     if _is_for_chunks(predictions[0]):
         return chunked_prediction_loss.forward(predictions, *args)
-    return _call("prediction", "prediction_loss", (predictions, *args))
+    return _call("prediction_loss", "forward", (predictions, *args))
 
 
 def prediction_loss_backward(
@@ -122,4 +122,4 @@ def prediction_loss_backward(
     all_args = (grad_loss, grad_unweighted, grad_levels, predictions, *args)
     if _is_for_chunks(predictions[0]):
         return chunked_prediction_loss.backward(*all_args)
-    return _call("prediction", "prediction_loss_backward", all_args)
+    return _call("prediction_loss", "backward", all_args)

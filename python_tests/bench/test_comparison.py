@@ -67,13 +67,11 @@ def bench(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, ["bench", *(str(argument) for argument in arguments)])
 
 
-@pytest.mark.parametrize("name", [*formulas.FORMULAS, "metric_learning"])
+@pytest.mark.parametrize("name", ["eager", "lightly", "four_blocks", "hjepa", "metric_learning"])
 def test_formula_makes_its_tensors_on_the_device_of_the_views(name: str) -> None:
     if name == "metric_learning":
         pytest.importorskip("pytorch_metric_learning")
-        formula = formulas.metric_learning(temperature=0.2)
-    else:
-        formula = candidates._of(formulas.FORMULAS[name])(0.2)
+    formula = candidates.find(name).make(0.2)
     z_i, z_j = leaves(7, 5)
     expected = nt_xent(z_i, z_j, temperature=0.2, backend="reference").loss
     with torch.device("cpu" if name == "metric_learning" else "meta"):

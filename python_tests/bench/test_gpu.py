@@ -12,10 +12,10 @@ import pytest
 import torch
 from bench_scripts import leaves, load, run_script
 
-from cjepa_kernels.bench import formulas, records
+from cjepa_kernels.bench import formulas, records, timing
 from cjepa_kernels.bench.sizes import Size
 
-gpu, gpu_targets, gpu_timing = (load(name) for name in ("gpu", "gpu_targets", "gpu_timing"))
+gpu, gpu_targets = load("gpu"), load("gpu_targets")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -74,8 +74,7 @@ def fake_device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
         "get_device_name": lambda: "Fake GPU",
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(gpu_timing, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_timing, "FLUSH", 8)
+    monkeypatch.setattr(timing, "FLUSHED_BYTES", 8)
     monkeypatch.setattr(gpu, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "BACKEND", "chunked")
     monkeypatch.setattr(gpu, "graphed", lambda build: build)
@@ -110,10 +109,10 @@ def test_gpu_clocks_tell_the_device_from_the_host(fake_device: FakeDevice) -> No
         run(10)
         fake_device.host = fake_device.free
 
-    idle, busy = gpu_timing.IdleDevice(), gpu_timing.BusyDevice()
+    idle, busy = timing.IdleDevice(), timing.BusyDevice("cpu")
     assert idle(lambda: run(10)) == pytest.approx(510e-6)
     assert busy(lambda: run(100)) == pytest.approx(1001e-6)
-    assert busy.cycles > gpu_timing.SHORTEST_WAIT
+    assert busy.cycles > timing.SHORTEST_WAIT
     assert busy.of == "device"
     busy(waits)
     assert busy.of == "device and host"
@@ -134,7 +133,9 @@ def test_gpu_candidates_fail_alone(fake_device: FakeDevice) -> None:
         "build": fails_at_once,
         "call": lambda: fails_later,
     }
-    times, errors = gpu_timing.in_turn(builds, seconds=0.0)
+    times, errors = timing.interleaved_on_gpu(
+        builds, seconds=0.0, clock=lambda: timing.BusyDevice("cpu")
+    )
     assert list(times) == ["works"]
     assert times["works"]["median"] == pytest.approx(1.001e-3)
     assert times["works"]["rounds"] == 5
@@ -210,7 +211,7 @@ def test_gpu_targets_without_a_value_say_why() -> None:
     assert (extra["value"], extra["verdict"]) == (None, "failed")
 
 
-def test_gpu_benchmark_writes_json_and_page(
+def test_gpu_benchmark_writes_json(
     fake_device: FakeDevice,
     few_sizes: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -239,10 +240,11 @@ def test_gpu_benchmark_writes_json_and_page(
     assert all(record["gradient"] < 0.1 for record in content["accuracy"])
     assert content["memory"][0]["over_input"] == pytest.approx(31.0)
     assert content["failed"] == []
-    page = (tmp_path / "gpu.md").read_text()
-    for expected in ("# Fake GPU, ", "commit ", "Triton ", "three products", "not installed"):
-        assert expected in page
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.md"]
+    assert content["gpu"][0]["device"] == "Fake GPU"
+    verdicts = {record["target"]: record["verdict"] for record in content["targets"]}
+    assert verdicts["forward+backward / three products"] in ("met", "missed")
+    assert verdicts["inf_cl / forward+backward"] == "not installed"
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
     assert "not installed: inf_cl" in capsys.readouterr().out
 
 
@@ -300,4 +302,3 @@ def test_gpu_benchmark_fails_by_size(
     assert {(record["part"], record["M"]) for record in content["failed"]} == {("targets", 16)}
     printed = capsys.readouterr().out.splitlines()
     assert printed[-1].startswith("failed: targets M=16 D=8: ")
-    assert "## Failed" in (tmp_path / "gpu.md").read_text()

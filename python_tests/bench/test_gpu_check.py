@@ -62,8 +62,8 @@ def test_gpu_check_shares_one_deadline() -> None:
         return "stopped", limit
 
     steps = [
-        gpu_check.Step(name, [], limit, kept)
-        for name, limit, kept in (("a", 100, 0), ("b", 300, 0), ("c", 200, 50), ("d", 100, 20))
+        gpu_check.Step(name, [], limit, reserved)
+        for name, limit, reserved in (("a", 100, 0), ("b", 300, 0), ("c", 200, 50), ("d", 100, 20))
     ]
     gpu_check.run_all(steps, 300.0, takes_all, lambda: now)
     grace = gpu_check.GRACE
@@ -72,8 +72,8 @@ def test_gpu_check_shares_one_deadline() -> None:
 
 def test_gpu_check_leaves_the_benchmark_its_time() -> None:
     steps = {step.name: step for step in gpu_check.steps()}
-    assert steps["benchmark"].kept >= 120
-    assert sum(step.kept for step in steps.values()) + gpu_check.GRACE < gpu_check.TOTAL / 2
+    assert steps["benchmark"].reserved >= 120
+    assert sum(step.reserved for step in steps.values()) + gpu_check.GRACE < gpu_check.TOTAL / 2
     assert all(
         Path(argument).exists()
         for step in steps.values()
@@ -130,6 +130,21 @@ def test_gpu_check_overrides_a_managed_environment_alone(
     monkeypatch.setattr(gpu_check.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.setattr(sys, "base_prefix", "elsewhere" if virtual else sys.prefix)
     assert ("--break-system-packages" in gpu_check.pip_install()) == breaks
+
+
+def test_gpu_check_names_files_that_exist() -> None:
+    files = {a for step in gpu_check.steps() for a in step.command if a.endswith(".py")}
+    assert len(files) > 8
+    assert not [file for file in files if not Path(file).exists()]
+
+
+@pytest.mark.parametrize("script", ["gpu.py", "gpu_check.py", "gpu_machine_code.py"])
+def test_gpu_scripts_show_their_options(script: str) -> None:
+    if script == "gpu_machine_code.py":
+        pytest.importorskip("triton")
+    result = run_script(f"bench/{script}", "--help")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: {script}")
 
 
 def test_gpu_check_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,10 @@ needs_native = pytest.mark.skipif(
 
 
 def turns(ratio: float, *, within: float = 0.02, between: float = 0.0, seed: int = 0) -> Any:
-    """Turns of 5 process pairs in which HEAD takes ``ratio`` times as long, with noise."""
+    """Turns of 8 process pairs in which HEAD takes ``ratio`` times as long, with noise."""
     draw = random.Random(seed)
     found = []
-    for _ in range(5):
+    for _ in range(8):
         shift = 1 + draw.uniform(-between, between)
         found.append(
             [
@@ -41,67 +41,77 @@ def turns(ratio: float, *, within: float = 0.02, between: float = 0.0, seed: int
 @pytest.mark.parametrize(
     ("ratio", "noise", "verdict"),
     [
-        (1.0, {}, ""),
+        (1.0, {}, "equal"),
         (1.1, {}, "slower"),
         (0.9, {}, "faster"),
-        (1.01, {"within": 0.001}, ""),  # beyond the noise, too small to count
-        (1.1, {"within": 0.5}, ""),
-        (1.0, {"between": 0.2}, ""),
+        (1.01, {"within": 0.001}, "equal"),  # beyond the noise, too small to count
+        (1.0, {"within": 0.5}, "unclear"),
+        (1.0, {"between": 0.2}, "unclear"),
     ],
     ids=["same", "slower", "faster", "too_small", "noisy", "processes_differ"],
 )
 def test_verdict_of_a_ratio(ratio: float, noise: dict[str, float], verdict: str) -> None:
     for seed in range(10):
         found = compare.summarise(turns(ratio, seed=seed, **noise))
-        assert found.low <= found.value <= found.high
+        assert found.ratio.low <= found.ratio.value <= found.ratio.high
         assert found.verdict == verdict
     if not noise:
-        assert found.value == pytest.approx(ratio, abs=0.02)
+        assert found.ratio.value == pytest.approx(ratio, abs=0.02)
 
 
 def test_noise_between_processes_widens_the_interval() -> None:
     """Many turns of few processes are not many measurements."""
-    within = compare.summarise(turns(1.0))
-    between = compare.summarise(turns(1.0, between=0.2))
+    within = compare.summarise(turns(1.0)).ratio
+    between = compare.summarise(turns(1.0, between=0.2)).ratio
     assert between.high - between.low > 2 * (within.high - within.low)
 
 
 def test_statement_names_what_changed() -> None:
     cases = [compare.Case(Size(256, 64), direction) for direction in (FORWARD, BOTH)]
     same, slower = compare.summarise(turns(1.0)), compare.summarise(turns(1.2))
-    assert compare.statement(dict.fromkeys(cases, same)) == "no change beyond the noise"
-    said = compare.statement({cases[0]: same, cases[1]: slower})
-    assert said == "HEAD is slower: M=256 D=64 forward+backward (20 %)"
+    both = "M=256 D=64 forward, M=256 D=64 forward+backward"
+    said = compare.statement(dict.fromkeys(cases, same))
+    assert said == f"HEAD is as fast, within 2 %: {both}"
+    said = compare.statement({cases[0]: same, cases[1]: slower}).splitlines()
+    assert said[0] == "HEAD is slower: M=256 D=64 forward+backward (20 %)"
+    assert said[1] == "HEAD is as fast, within 2 %: M=256 D=64 forward"
+    few = compare.summarise(turns(1.2)[:7])
+    assert compare.statement({cases[0]: few}) == "Too noisy to tell: M=256 D=64 forward"
+    assert compare.table({cases[0]: few})[0][-2:] == ["", "unclear"]
     table = compare.table({cases[1]: slower})
     assert len(table[0]) == len(compare.HEADER)
     assert table[0][-1] == "slower"
 
 
+def request(direction: str) -> dict[str, Any]:
+    return {"task": "nt_xent", "rows": 16, "features": 8, "direction": direction, "seconds": 0.0}
+
+
 @needs_native
 def test_processes_take_turns() -> None:
-    cases = [compare.Case(Size(16, 8), direction) for direction in (FORWARD, BOTH)]
-    found = compare.measure(ROOT, ROOT, cases, processes=1, rounds=2, seconds=0.0)
-    assert list(found) == cases
-    for of_case in found.values():
-        ((first, second),) = of_case
+    requests = [request(direction) for direction in (FORWARD, BOTH)]
+    found = revisions.measure_in_turn(ROOT, ROOT, requests, processes=1, rounds=2)
+    assert len(found) == len(requests)
+    for of_request in found:
+        ((first, second),) = of_request
         assert min(*first, *second) > 0
 
 
 @needs_native
 def test_a_package_of_another_folder_is_refused(tmp_path: Path) -> None:
-    revisions.check_package(str(ROOT))
+    revisions.check_package(ROOT)
     with pytest.raises(RuntimeError, match=f"is not {tmp_path} with its compiled module"):
-        revisions.check_package(str(tmp_path))
+        revisions.check_package(tmp_path)
 
 
 def test_a_process_that_ends_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "worker.py"
     script.write_text("input()")
-    monkeypatch.setattr(compare, "WORKER", script)
-    worker = compare.Worker(ROOT)
+    monkeypatch.setattr(revisions, "WORKER", script)
+    worker = revisions.Worker(ROOT)
     try:
         with pytest.raises(RuntimeError, match="ended"):
-            worker.time(compare.Case(Size(16, 8), FORWARD), 0.0)
+            worker.measure(request(FORWARD))
     finally:
         worker.close()
 

@@ -10,16 +10,15 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from bench_scripts import leaves, load, run_script
+from bench_scripts import ROOT, leaves, load, run_script
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 
 from cjepa_kernels import backends, nt_xent
-from cjepa_kernels.bench import errors, formulas, records
+from cjepa_kernels.bench import candidates, errors, formulas, plot_style, records
+from cjepa_kernels.bench.candidates import DIRECTIONS
 from cjepa_kernels.bench.sizes import Size, views
 
-accuracy, plan, plot, targets, nt_xent_bench = (
-    load(name) for name in ("accuracy", "plan", "plot", "targets", "nt_xent")
-)
+bench, pictures, revisions = map(load, ("nt_xent", "pictures", "revisions"))
 
 needs_native = pytest.mark.skipif(
     not backends()["native"].available, reason=backends()["native"].reason
@@ -48,12 +47,12 @@ def measured(part: str, direction: str, **seconds: float) -> list[dict[str, Any]
 
 
 @pytest.mark.parametrize("batch", [2, 7, 33])
-@pytest.mark.parametrize("name", [*formulas.FORMULAS, "metric_learning"])
+@pytest.mark.parametrize("name", ["eager", "lightly", "four_blocks", "hjepa", "metric_learning"])
 def test_formula_equals_the_reference(name: str, batch: int) -> None:
     if name == "metric_learning":
         pytest.importorskip("pytorch_metric_learning")
     z_i, z_j = leaves(batch, 5)
-    loss = plan.find_formula(name, (z_i, z_j))(z_i, z_j)
+    loss = candidates.find(name).make(formulas.TEMPERATURE)(z_i, z_j)
     gradients = torch.autograd.grad(loss, (z_i, z_j))
     expected_loss, expected = reference(z_i, z_j)
     assert relative_error(loss, expected_loss) <= FLOOR_VALUE[torch.float64]
@@ -77,11 +76,12 @@ def test_errors_see_a_wrong_gradient_in_a_checked_subset(monkeypatch: pytest.Mon
         loss: torch.Tensor = formulas.eager(z_i, z_j)
         return loss + (z_j[-1] - z_j[-1].detach()).sum()
 
-    monkeypatch.setitem(formulas.FORMULAS, "wrong", one_row_wrong)
-    monkeypatch.setattr(accuracy, "checked_anchors", lambda rows: torch.tensor([0, rows - 1]))
-    right, wrong = accuracy.measure_errors(Size(40, 6), "fp32", ("eager", "wrong"))
+    wrong_candidate = candidates.Candidate("wrong", "wrong", lambda temperature: one_row_wrong)
+    monkeypatch.setitem(candidates.CANDIDATES, "wrong", wrong_candidate)
+    monkeypatch.setattr(bench, "checked_anchors", lambda rows: torch.tensor([0, rows - 1]))
+    right, wrong = bench.measure_errors(Size(40, 6), "fp32", ("eager", "wrong"))
     assert right["rows_checked"] == 2
-    assert max(right[quantity] for quantity in accuracy.QUANTITIES) < 1e-5
+    assert max(right[quantity] for quantity in bench.QUANTITIES) < 1e-5
     assert wrong["loss"] < 1e-5
     assert wrong["grad_z_i"] < 1e-5
     assert wrong["grad_z_j"] > 0.1
@@ -99,7 +99,7 @@ def test_checked_anchors_are_all_or_a_fixed_subset() -> None:
     [
         ("targets", "forward", {"mm": 1.0, "native": 0.37}, "met"),
         ("targets", "forward", {"mm": 1.0, "native": 0.371}, "not met"),
-        ("targets", "forward", {"mm": 1.0, plan.NO_GRAD: 0.371}, "no target"),
+        ("targets", "forward", {"mm": 1.0, bench.NO_GRAD: 0.371}, "no target"),
         ("targets", "forward+backward", {"mm": 1.0, "native": 0.42}, "met"),
         ("targets", "forward+backward", {"mm": 1.0, "native": 0.43}, "not met"),
         ("small", "forward", {"eager": 1.0, "native": 1.0}, "met"),
@@ -114,27 +114,27 @@ def test_checked_anchors_are_all_or_a_fixed_subset() -> None:
 )
 def test_verdict(part: str, direction: str, seconds: dict[str, float], verdict: str) -> None:
     rows = measured(part, direction, **seconds)
-    (comparison,) = targets.compare(part, rows, bf16_instructions=True)
-    assert comparison.verdict == verdict
-    assert comparison.cells()[-1] == verdict
-    assert comparison.record()["verdict"] == verdict
+    (comparison,) = bench.compare(part, rows, bf16_instructions=True)
+    assert comparison["verdict"] == verdict
+    assert bench.cells_of(comparison)[-1] == verdict
 
 
 def test_bf16_has_no_target_without_its_instructions() -> None:
-    rows = measured("bf16", "forward", native=1.0, **{plan.BF16: 1.0})
-    (comparison,) = targets.compare("bf16", rows, bf16_instructions=False)
-    assert comparison.verdict == "no target"
+    rows = measured("bf16", "forward", native=1.0, **{bench.BF16: 1.0})
+    (comparison,) = bench.compare("bf16", rows, bf16_instructions=False)
+    assert comparison["verdict"] == "no target"
 
 
 def test_every_target_is_measured_by_a_whole_run() -> None:
-    cells = plan.plan(plan.FULL, plan.PARTS)
+    cells = bench.plan(bench.FULL, bench.PARTS)
     timed = {(cell.part, cell.size, cell.direction) for cell in cells}
-    assert {("targets", *case) for case in targets.OVER_MM} <= timed
-    assert {("small", size, d) for size in targets.OVER_EAGER_AT for d in plan.DIRECTIONS} <= timed
+    assert {("targets", *case) for case in bench.OVER_MM} <= timed
+    small = {("small", size, d) for size in bench.OVER_EAGER_AT for d in DIRECTIONS}
+    assert small <= timed
     speedups = {
         (cell.size, name) for cell in cells if cell.part == "speedups" for name in cell.names
     }
-    assert targets.SPEEDUPS.keys() <= speedups
+    assert bench.SPEEDUPS.keys() <= speedups
 
 
 def test_summary_names_what_is_not_met() -> None:
@@ -142,8 +142,8 @@ def test_summary_names_what_is_not_met() -> None:
         *measured("targets", "forward", mm=1.0, native=0.3),
         *measured("targets", "forward+backward", mm=1.0, native=0.5),
     ]
-    comparisons = targets.compare("targets", rows, bf16_instructions=False)
-    lines = nt_xent_bench.summary([entry.record() for entry in comparisons]).splitlines()
+    comparisons = bench.compare("targets", rows, bf16_instructions=False)
+    lines = bench.summary(comparisons).splitlines()
     assert lines[0] == "1 of 2 targets met"
     assert "native / mm at M=8192 D=256 forward+backward: 0.500, at most 0.42" in lines[1]
 
@@ -154,8 +154,8 @@ def test_a_missing_library_is_left_out_by_name(
     monkeypatch.setitem(sys.modules, "pytorch_metric_learning", None)
     monkeypatch.delitem(sys.modules, "pytorch_metric_learning.losses", raising=False)
     names = ("eager", "metric_learning")
-    cell = plan.Cell("speedups", Size(8, 4), "forward+backward", names)
-    rows = nt_xent_bench.measure(cell, 0.0)
+    cell = bench.Cell("speedups", Size(8, 4), "forward+backward", names)
+    rows = bench.measure(cell, 0.0)
     assert [row["name"] for row in rows] == ["eager"]
     printed = capsys.readouterr().out
     assert "pytorch-metric-learning is left out: " in printed
@@ -167,7 +167,7 @@ def test_quick_run_prints_every_table_and_writes_nothing() -> None:
     before = {path: path.read_bytes() for path in records.RESULTS.iterdir()}
     result = run_script("bench/nt_xent.py", "--quick", "--no-save")
     assert result.returncode == 0, result.stderr
-    headings = [nt_xent_bench.HEADINGS[part] for part in plan.PARTS]
+    headings = [bench.HEADINGS[part] for part in bench.PARTS]
     lines = result.stdout.splitlines()
     positions = [lines.index(heading) for heading in headings]
     assert positions == sorted(positions)
@@ -192,7 +192,7 @@ def test_bad_options_are_refused(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["nt_xent.py", *arguments])
     with pytest.raises(SystemExit):
-        nt_xent_bench.main()
+        bench.main()
     assert message in capsys.readouterr().err
 
 
@@ -201,7 +201,7 @@ def test_results_are_written_with_their_environment_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records, "RESULTS", tmp_path)
-    sections = nt_xent_bench.run(plan.QUICK, list(plan.PARTS), 0.0, compiled=False)
+    sections = bench.run(bench.QUICK, list(bench.PARTS), 0.0, compiled=False)
     path = records.write_results("nt_xent_cpu", **sections)
     results = json.loads(path.read_text())
     known = {"device", "threads", "instruction_set", "torch", "python", "commit", "date"}
@@ -210,11 +210,11 @@ def test_results_are_written_with_their_environment_and_drawn(
         assert {"M", "D", "pass", "name", "median", "p20", "p80", "rounds"} <= row.keys()
         assert row["over_mm"] is None or row["over_mm"] > 0
         assert row["over_eager"] is None or row["over_eager"] > 0
-    assert {entry["part"] for entry in results["targets"]} == set(plan.PARTS) - {"accuracy"}
+    assert {entry["part"] for entry in results["targets"]} == set(bench.PARTS) - {"accuracy"}
     assert {record["dtype"] for record in results["accuracy"]} == {"fp32", "bf16"}
-    svg = plot.draw(results)
+    svg = plot_style.svg(lambda: pictures.draw_nt_xent(results))
     ElementTree.fromstring(svg)
-    assert plot.INK not in svg
+    assert plot_style.INK not in svg
     assert "var(--ink)" in svg
 
 
@@ -249,8 +249,12 @@ def test_cjepa_loss_compares_equal_formulas() -> None:
             assert relative_error(ours, eager) <= FLOOR_GRADIENT[torch.float32]
 
 
+@needs_native
 def test_training_step_measures_a_step() -> None:
-    result = run_script("bench/training_step.py", "--one", "cjepa,0.1")
-    assert result.returncode == 0, result.stderr
-    measured = json.loads(result.stdout)
+    worker = revisions.Worker(ROOT)
+    request = {"task": "training_step", "configuration": "cjepa", "seconds": 0.1}
+    try:
+        measured = worker.measure(request)
+    finally:
+        worker.close()
     assert 0 < measured["loss"] < measured["step"]

@@ -20,6 +20,7 @@ from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor
 
 from cjepa_kernels import NTXentLoss, backends, nt_xent
+from cjepa_kernels.bench import formulas
 from cjepa_kernels.distributed import counting
 from cjepa_kernels.distributed.blocks import Blocks, merge_rows
 from cjepa_kernels.distributed.exchange import Exchange, Mail
@@ -29,9 +30,8 @@ from cjepa_kernels.distributed.strategies import GATHERED_BYTES, choose_strategy
 
 BENCH = ROOT / "bench"
 sys.path.insert(0, str(BENCH))
-# Any: the scripts of bench/ are not part of the package.
+# Its type is Any because the scripts of bench/ are not part of the package.
 distributed_cost: Any = importlib.import_module("distributed_cost")
-formulas: Any = importlib.import_module("distributed_formulas")
 
 Pool = Callable[[int], Ranks]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
+import subprocess
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -112,16 +114,25 @@ def test_make_targets_exist() -> None:
     assert not {entry for entry in asked if entry[1] not in targets}
 
 
-def test_contributing_lists_every_make_target() -> None:
+def test_contributing_points_to_make_help() -> None:
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^    make ([\w-]+)", page, re.MULTILINE)) == make_targets()
+    named = set(re.findall(r"^    make ([\w-]+)", page, re.MULTILINE))
+    assert "help" in named
+    assert named <= make_targets()
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_help_names_every_target() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    lines = [*makefile.splitlines()[:3], *re.findall(r'@echo "(make .*)"', makefile)]
-    named = set(re.findall(r"\bmake ([a-z][\w-]*)", "\n".join(lines)))
-    assert make_targets() - named == {"help"}
+    said = subprocess.run(
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    named = re.findall(r"^make ([a-z][\w-]*) +\S", said, re.MULTILINE)
+    assert set(named) == make_targets()
+    assert len(named) == len(set(named))
 
 
 def test_install_commands_agree_with_the_build() -> None:
@@ -202,7 +213,9 @@ def test_errors_against_the_temperature_are_the_recorded_ones() -> None:
     script = bench_scripts.load("temperature_error")
     recorded = json.loads((ROOT / "bench/results/temperature_error_cpu.json").read_text())
     page = (DOCS / "numerics.md").read_text(encoding="utf-8")
-    assert "\n".join(script.table(recorded["rows"])) in page
+    for row in recorded["rows"]:
+        cells = (f"{row[key]:.0e}" for key in script.KEYS)
+        assert f"| {row['temperature']} | {' | '.join(cells)} |" in page
     by_temperature = {row["temperature"]: row for row in recorded["rows"]}
     assert by_temperature[0.05]["here_gradient"] <= 1e-5
     now = script.measure(0.05)

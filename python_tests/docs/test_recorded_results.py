@@ -126,22 +126,14 @@ def test_every_plot_is_of_a_comparison() -> None:
 
 
 def test_pictures_of_the_other_pages_are_those_of_their_records() -> None:
-    speed, errors, costs = map(load, ("plot", "temperature_error", "distributed_cost"))
-    of_errors = record("bench/results/temperature_error_cpu.json")["rows"]
-    pictures = {
-        speed.OUT: speed.draw(record("bench/results/nt_xent_cpu.json")),
-        errors.OUT: svg(lambda: errors.draw(of_errors)),
-        ROOT / "docs/images/distributed.svg": costs.draw(
-            record("bench/results/distributed_cost.json")["rows"]
-        ),
-    }
-    for path, text in pictures.items():
+    drawn = {path: svg(draw) for path, draw in load("pictures").pictures().items()}
+    assert len(drawn) == 4
+    for path, text in drawn.items():
         assert text == path.read_text(encoding="utf-8"), path.name
 
 
 def test_picture_of_the_readme_is_that_of_the_records() -> None:
-    headline = load("headline")
-    (gpu_path,) = (ROOT / "bench/results").glob("NVIDIA-*.json")
-    gpu = json.loads(gpu_path.read_text(encoding="utf-8"))
-    cpu = record("docs/results/amd-epyc-avx2.json")
-    assert headline.svg(lambda: headline.draw(cpu, gpu)) == headline.OUT.read_text("utf-8")
+    pictures = load("pictures")
+    draw = pictures.pictures()[pictures.DOCS / "images" / "headline.svg"]
+    path = ROOT / "docs/images/headline.svg"
+    assert svg(draw) == path.read_text(encoding="utf-8")

@@ -313,7 +313,7 @@ def test_a_workspace_must_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_tuning_takes_the_fastest_and_leaves_out_what_fails(tmp_path: Any) -> None:
-    from cjepa_kernels.triton import tune
+    from cjepa_kernels import tune
 
     tiles = configs.Config(90, "tiles", 16, 256, 8, 3)
     strips = configs.Config(90, "strips", 16, 256, 4, 2)

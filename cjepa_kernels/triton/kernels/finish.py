@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cjepa_kernels.triton.common import LN2, read_scale
-from cjepa_kernels.triton.pack import load_rows, unit_rows
-from cjepa_kernels.triton.reduction import sum_in_order
+from cjepa_kernels.triton.kernels.pack import load_rows, unit_rows
+from cjepa_kernels.triton.kernels.reduction import sum_in_order
+from cjepa_kernels.triton.kernels.temperature import LN2, read_scale
 
 
 @triton.jit(do_not_specialize=["rows", "padded_rows", "splits", "product_count"])

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cjepa_kernels.triton import launch, reduction, similarity
+from cjepa_kernels.triton import launch
+from cjepa_kernels.triton.kernels import similarity
 from cjepa_kernels.triton.launch import TILE, Operands, Panel
 from cjepa_kernels.triton.pack import Packed, Temperature, round_up
 
@@ -127,90 +128,3 @@ class Tiles:
             num_warps=config.warps,
             num_stages=config.stages,
         )  # fmt: skip
-
-
-def nt_xent(
-    z_i: Tensor,
-    z_j: Tensor,
-    mask: Tensor | None,
-    temperature_tensor: Tensor | None,
-    temperature: float,
-    cosine: bool,
-    eps: float,
-    reduction_name: str,
-    product_dtype: torch.dtype | None,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    """Loss, metrics and what backward needs; arguments and results as in ``ops.NT_XENT``."""
-    if keep:
-        raise ValueError("keep must be False: this back end computes the exponentials again")
-    tau = Temperature(temperature, temperature_tensor)
-    operands = Operands.of(z_i.dtype, product_dtype)
-    z = operands.pack((z_i, z_j), cosine=cosine, eps=eps)
-    tiles = Tiles(z, z, operands, tau, tau.constant_shift(cosine), mask)
-    none = reduction_name == "none"
-    floats = tiles._floats
-    loss = floats(z.rows) if none else z_i.new_empty((), dtype=torch.float32)
-    scalars = [z_i.new_empty((), dtype=torch.float32) for _ in range(3)]
-    lse, hardest, shift, log_sum, positive = (floats(z.rows) for _ in range(5))
-    several = len(tiles.panels) > 1
-    running_sum, running_max = (floats(z.padded_rows if several else 0) for _ in range(2))
-    programs = tiles.row_blocks * (TILE // launch.ROWS)
-    features = z.sums.shape[1] // reduction.FEATURES.value
-    partial = z_i.new_empty(3 * programs + features, dtype=torch.float64)
-    for panel in tiles:
-        # Rows below the panel have nothing in it.
-        blocks = tiles.row_blocks if panel.is_last else panel.last
-        reduction.nt_xent_rows_kernel[(blocks * (TILE // launch.ROWS),)](
-            tiles.row_sum, tiles.row_max, tiles.column_sum, tiles.column_max,
-            running_sum, running_max, tiles.positive, loss, lse, hardest, shift, log_sum, positive,
-            partial, z.sums, z.squares, tiles.kept_sum, tiles.kept_count, z.counter, loss, *scalars,
-            tau.argument, z.rows, tiles.row_blocks, panel.first, panel.last, tiles.run,
-            len(z.squares),
-            len(tiles.kept_sum), 1 / z.rows if reduction_name == "mean" else 1.0,
-            CONSTANT=tiles.constant, TAU_TENSOR=tau.is_tensor, FIRST=panel.is_first,
-            LAST=panel.is_last, NONE=none, MASKED=mask is not None, WIDTH=z.sums.shape[1], BM=TILE,
-            ROWS=launch.ROWS, SLOTS=launch.SLOTS, num_warps=4,
-        )  # fmt: skip
-    kept = z_i.new_empty(0, dtype=torch.float32)
-    return loss, *scalars, lse, hardest, shift, log_sum, positive, kept
-
-
-def cross_logsumexp(
-    x: Tensor,
-    y: Tensor,
-    temperature_tensor: Tensor | None,
-    temperature: float,
-    cosine: bool,
-    eps: float,
-    product_dtype: torch.dtype | None,
-) -> tuple[Tensor, ...]:
-    """Log-sum-exps, maxima and what backward needs; as in ``ops.CROSS_LOGSUMEXP``."""
-    tau = Temperature(temperature, temperature_tensor)
-    operands = Operands.of(x.dtype, product_dtype)
-    packed_x, packed_y = (operands.pack((z,), cosine=cosine, eps=eps) for z in (x, y))
-    constant = tau.constant_shift(cosine) and min(len(x), len(y)) > launch.FEW
-    tiles = Tiles(packed_x, packed_y, operands, tau, constant)
-    floats = tiles._floats
-    of_rows = [floats(len(x)) for _ in range(4)]
-    of_columns = [floats(len(y)) for _ in range(4)]
-    several = len(tiles.panels) > 1
-    running = [floats(packed_x.padded_rows if several else 0) for _ in range(2)]
-
-    whole = len(x) // TILE, len(y) // TILE
-    for panel in tiles:
-        for columns in (False, True):
-            sums, maxima = (
-                (tiles.column_sum, tiles.column_max) if columns else (tiles.row_sum, tiles.row_max)
-            )
-            reduction.logsumexp_kernel[(panel.blocks if columns else tiles.row_blocks,)](
-                sums, maxima, *running, *(of_columns if columns else of_rows), tau.argument,
-                len(y) if columns else len(x),
-                panel.blocks * TILE if columns else packed_x.padded_rows, panel.first, panel.blocks,
-                tiles.row_blocks, *whole, tiles.run,
-                COLUMNS=columns, CONSTANT=tiles.constant, TAU_TENSOR=tau.is_tensor,
-                FIRST=columns or panel.is_first, LAST=columns or panel.is_last, BM=TILE,
-                SLOTS=launch.SLOTS, num_warps=4,
-            )  # fmt: skip
-    (row_lse, row_max, row_shift, row_log_sum), (lse, largest, shift, log_sum) = of_rows, of_columns
-    return row_lse, lse, row_max, largest, row_shift, row_log_sum, shift, log_sum

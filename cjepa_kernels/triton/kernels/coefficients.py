@@ -14,8 +14,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cjepa_kernels.triton.common import load_block, read_scale, round_to_tf32, triangle
-from cjepa_kernels.triton.similarity import negatives, product
+from cjepa_kernels.triton.kernels.operands import load_block, round_to_tf32
+from cjepa_kernels.triton.kernels.similarity import negatives, product
+from cjepa_kernels.triton.kernels.temperature import read_scale
+from cjepa_kernels.triton.kernels.tile_order import triangle
 
 
 @triton.jit

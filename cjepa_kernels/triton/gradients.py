@@ -8,13 +8,13 @@ import torch
 import triton
 from torch import Tensor
 
-from cjepa_kernels.triton import coefficients, finish, launch
+from cjepa_kernels.triton import launch
 from cjepa_kernels.triton.configs import Config
+from cjepa_kernels.triton.kernels import coefficients, finish
 from cjepa_kernels.triton.launch import TILE, Operands
 from cjepa_kernels.triton.pack import (
     Packed,
     Temperature,
-    Upstream,
     Weights,
     row_block,
     view_arguments,
@@ -200,78 +200,3 @@ def _weights(packed: Packed) -> Weights:
 
 def _pointers(packed: Packed) -> tuple[Tensor, Tensor]:
     return _weights(packed).weight, _weights(packed).shift
-
-
-def nt_xent_backward(
-    grad_loss: Tensor,
-    z_i: Tensor,
-    z_j: Tensor,
-    mask: Tensor | None,
-    temperature_tensor: Tensor | None,
-    shift: Tensor,
-    log_sum: Tensor,
-    positive: Tensor,
-    kept: Tensor,
-    temperature: float,
-    cosine: bool,
-    eps: float,
-    reduction: str,
-    product_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of z_i, z_j and the temperature; arguments as in ``ops.NT_XENT_BACKWARD``."""
-    tau = Temperature(temperature, temperature_tensor)
-    operands = Operands.of(z_i.dtype, product_dtype)
-    largest = grad_loss if grad_loss.ndim == 0 else grad_loss.abs().amax()
-    upstream = Upstream(
-        shift, log_sum, positive, grad_loss, largest, tau, tau.constant_shift(cosine)
-    )
-    z = operands.pack((z_i, z_j), cosine=cosine, eps=eps, upstream=upstream)
-    gradients = Gradients(z, z, operands, tau, cosine, eps, mask)
-    sums, _ = gradients.products()
-    like = shift if temperature_tensor is None else temperature_tensor
-    mean = 1 / z.rows if reduction == "mean" else 1.0
-    # L is a function of z z^T / tau, so dL/dtau = -(1 / 2 tau) sum z . dL/dz (Euler).
-    grads, of_temperature = gradients.finish(z, sums, largest, mean, -0.5, like)
-    return grads[0], grads[1], of_temperature
-
-
-def cross_logsumexp_backward(
-    grad_row_lse: Tensor,
-    grad_column_lse: Tensor,
-    x: Tensor,
-    y: Tensor,
-    temperature_tensor: Tensor | None,
-    row_shift: Tensor,
-    row_log_sum: Tensor,
-    column_shift: Tensor,
-    column_log_sum: Tensor,
-    temperature: float,
-    cosine: bool,
-    eps: float,
-    product_dtype: torch.dtype | None,
-    of_x: bool,
-    of_y: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, y and the temperature; as in ``ops.CROSS_LOGSUMEXP_BACKWARD``."""
-    tau = Temperature(temperature, temperature_tensor)
-    operands = Operands.of(x.dtype, product_dtype)
-    largest = torch.maximum(grad_row_lse.abs().amax(), grad_column_lse.abs().amax())
-    constant = tau.constant_shift(cosine)
-    by_row = Upstream(row_shift, row_log_sum, None, grad_row_lse, largest, tau, constant)
-    by_column = Upstream(
-        column_shift, column_log_sum, None, grad_column_lse, largest, tau, constant
-    )
-    packed_x = operands.pack((x,), cosine=cosine, eps=eps, upstream=by_row)
-    packed_y = operands.pack((y,), cosine=cosine, eps=eps, upstream=by_column)
-    with_x = of_x or not of_y  # one of both, for the temperature
-    gradients = Gradients(packed_x, packed_y, operands, tau, cosine, eps, of_x=with_x, of_y=of_y)
-    sums_x, sums_y = gradients.products()
-    like = row_shift if temperature_tensor is None else temperature_tensor
-    # L is a function of x y^T / tau, so dL/dtau = -(1 / tau) sum x . dL/dx, and so for y (Euler).
-    grad_x, grad_y, of_temperature = x.new_empty(0, x.shape[1]), y.new_empty(0, x.shape[1]), like
-    if of_y:
-        (grad_y,), of_temperature = gradients.finish(packed_y, sums_y, largest, 1.0, -1.0, like)
-    if with_x:
-        (along_x,), of_temperature = gradients.finish(packed_x, sums_x, largest, 1.0, -1.0, like)
-        grad_x = along_x if of_x else grad_x
-    return grad_x, grad_y, of_temperature

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cjepa_kernels.triton.common import LN2, read_scale
+from cjepa_kernels.triton.kernels.temperature import LN2, read_scale
 
 
 @triton.jit

@@ -15,7 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cjepa_kernels.triton.common import load_block, read_scale, tile_of
+from cjepa_kernels.triton.kernels.operands import load_block
+from cjepa_kernels.triton.kernels.temperature import read_scale
+from cjepa_kernels.triton.kernels.tile_order import edge_tile, tile_of
 
 # Pairs of planes whose products make up one of fp32, two bits each, the smallest first: all down to
 # 2^-24 of the largest, which comes last.
@@ -108,19 +110,6 @@ def reduce_tile(
     if WITH_COLUMNS:
         tl.store(column_sum + column_at, column_total)
         tl.store(column_max + column_at, column_top)
-
-
-@triton.jit
-def edge_tile(p, row_blocks, column_blocks, first_column, along, SELF: tl.constexpr):
-    """The p-th tile of the edge: ``along`` of the diagonal or of the last row of blocks, then those
-    of the last column of blocks."""
-    if SELF:
-        i = first_column + p
-    else:
-        i = row_blocks - 1
-    i = tl.where(p < along, i, p - along)
-    j = tl.where(p < along, first_column + p, column_blocks - 1)
-    return i, j
 
 
 @triton.jit(
