@@ -143,7 +143,7 @@ def data(
     """Show what is understood of the data, before anything is trained."""
     _require_training()
     from cjepa_kernels.train.config import load_config
-    from cjepa_kernels.train.data.dataset.summary import count_patches, inspect_data
+    from cjepa_kernels.train.data.summary import count_patches, inspect_data
 
     errors = Console(stderr=True, soft_wrap=True)
     experiment = load_config(config, overrides or ())
@@ -241,7 +241,7 @@ def probe(
     _require_training()
     from cjepa_kernels.train import runner
     from cjepa_kernels.train.config import apply_overrides, config_to_dict
-    from cjepa_kernels.train.data.dataset.dataset import load_dataset, resolve_pretrain_classes
+    from cjepa_kernels.train.data.dataset import load_dataset, resolve_pretrain_classes
     from cjepa_kernels.train.evaluation.probes import evaluate
 
     _check_probe_overrides(overrides or ())

@@ -20,9 +20,9 @@ from cjepa_kernels.files import atomic_write
 from cjepa_kernels.suggestions import nearest
 from cjepa_kernels.train import checksummed_json, runner
 from cjepa_kernels.train.config import ExperimentConfig, config_from_dict, config_to_dict
-from cjepa_kernels.train.data.dataset.dataset import Dataset, load_dataset, resolve_pretrain_classes
-from cjepa_kernels.train.data.dataset.fingerprint import check_fingerprint, fingerprint
-from cjepa_kernels.train.data.dataset.summary import summarize
+from cjepa_kernels.train.data.dataset import Dataset, load_dataset, resolve_pretrain_classes
+from cjepa_kernels.train.data.fingerprint import check_fingerprint, fingerprint
+from cjepa_kernels.train.data.summary import summarize
 from cjepa_kernels.train.evaluation.comparison import (
     PAIRS,
     ArmRun,
@@ -49,7 +49,7 @@ from cjepa_kernels.train.loop.run_directory import (
     load_result,
 )
 from cjepa_kernels.train.loop.worker_pool import Job, ReportProgress, run_jobs
-from cjepa_kernels.train.report.page.page import write_report
+from cjepa_kernels.train.report.page import write_report
 
 ARMS: dict[str, dict[str, float]] = {
     "cjepa": {},

@@ -27,16 +27,16 @@ from cjepa_kernels.train.config import (
     config_from_dict,
     config_to_dict,
 )
-from cjepa_kernels.train.data.dataset.batches import PretrainData
-from cjepa_kernels.train.data.dataset.dataset import (
+from cjepa_kernels.train.data.batches import PretrainData
+from cjepa_kernels.train.data.dataset import (
     Dataset,
     channel_statistics,
     load_dataset,
     pretrain_indices,
     resolve_pretrain_classes,
 )
-from cjepa_kernels.train.data.dataset.fingerprint import check_fingerprint, fingerprint
-from cjepa_kernels.train.data.dataset.summary import DataSummary, summarize
+from cjepa_kernels.train.data.fingerprint import check_fingerprint, fingerprint
+from cjepa_kernels.train.data.summary import DataSummary, summarize
 from cjepa_kernels.train.evaluation.probes import (
     FeatureExtractor,
     check_dataset,

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from cjepa_kernels.train.data.dataset.dataset import load_dataset
 from documents import ROOT
 from figures import record
 
 from cjepa_kernels.train.config import config_from_dict, load_config
+from cjepa_kernels.train.data.dataset import load_dataset
 from cjepa_kernels.train.evaluation.comparison import (
     ArmRun,
     Comparison,

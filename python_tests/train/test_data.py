@@ -14,17 +14,17 @@ import torch
 pytest.importorskip("datasets")
 
 import datasets
-from cjepa_kernels.train.data.dataset.dataset import (
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from cjepa_kernels.train.config import DataConfig
+from cjepa_kernels.train.data.dataset import (
     balanced_subset,
     channel_statistics,
     load_dataset,
     pretrain_indices,
     resolve_pretrain_classes,
 )
-from PIL import Image
-from sklearn.datasets import load_digits
-
-from cjepa_kernels.train.config import DataConfig
 
 COLOURS = ((250, 0, 0), (0, 250, 0), (0, 0, 250))
 

@@ -11,8 +11,6 @@ import pytest
 
 pytest.importorskip("typer")
 
-from cjepa_kernels.train.data.dataset.dataset import load_dataset
-from cjepa_kernels.train.data.dataset.summary import summarize
 from documents import DOCS, ROOT
 from image_sets import encode, grey, write_folder, write_table
 from train_experiments import tiny
@@ -21,6 +19,8 @@ from typer.testing import CliRunner
 from cjepa_kernels.train import runner
 from cjepa_kernels.train.cli import app
 from cjepa_kernels.train.config import config_from_dict
+from cjepa_kernels.train.data.dataset import load_dataset
+from cjepa_kernels.train.data.summary import summarize
 
 CONFIG = str(ROOT / "configs" / "cjepa.yaml")
 

@@ -13,9 +13,8 @@ from torch import Tensor
 pytest.importorskip("sklearn")
 pytest.importorskip("pydantic")
 
-from cjepa_kernels.train.data.dataset.dataset import Dataset, LabeledImages, load_dataset
-
 from cjepa_kernels.train.config import DataConfig, EvaluationConfig
+from cjepa_kernels.train.data.dataset import Dataset, LabeledImages, load_dataset
 from cjepa_kernels.train.evaluation import corruptions
 from cjepa_kernels.train.evaluation.probes import (
     FeatureExtractor,

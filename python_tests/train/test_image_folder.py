@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("datasets")
 
-from cjepa_kernels.train.data.dataset.dataset import load_dataset
 from image_sets import grey, grey_values, write_folder
 
 from cjepa_kernels.train.config import DataConfig
+from cjepa_kernels.train.data.dataset import load_dataset
 
 
 def read(source: Path | str, kind: str = "imagefolder:", **options: Any) -> tuple[Any, Any]:

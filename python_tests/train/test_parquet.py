@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("datasets")
 
 import datasets
-from cjepa_kernels.train.data.dataset.dataset import load_dataset
 from image_sets import grey, grey_values, write_table
 
 from cjepa_kernels.train.config import DataConfig
+from cjepa_kernels.train.data.dataset import load_dataset
 
 TWO = ["x", "y"] * 5
 

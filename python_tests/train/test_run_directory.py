@@ -16,8 +16,6 @@ import yaml
 
 pytest.importorskip("lightning")
 
-from cjepa_kernels.train.data.dataset.dataset import Dataset, LabeledImages, load_dataset
-from cjepa_kernels.train.data.dataset.fingerprint import fingerprint
 from kill_and_resume import FORKS, cjepa
 from train_experiments import TINY, tiny
 from typer.testing import CliRunner
@@ -27,6 +25,8 @@ from cjepa_kernels.train import runner
 from cjepa_kernels.train.cli import app
 from cjepa_kernels.train.compare import compare
 from cjepa_kernels.train.config import apply_overrides, config_from_dict, config_to_dict
+from cjepa_kernels.train.data.dataset import Dataset, LabeledImages, load_dataset
+from cjepa_kernels.train.data.fingerprint import fingerprint
 from cjepa_kernels.train.loop import directory_lock
 from cjepa_kernels.train.loop.directory_lock import LOCK_FILE, DirectoryLock, DirectoryLockedError
 from cjepa_kernels.train.loop.run_directory import check_run_directory

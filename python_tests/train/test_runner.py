@@ -17,14 +17,14 @@ import torch
 
 pytest.importorskip("lightning")
 
-from cjepa_kernels.train.data.dataset.batches import EpochBatches
-from cjepa_kernels.train.data.dataset.dataset import load_dataset
 from kill_and_resume import cjepa
 from train_experiments import tiny, weights
 
 from cjepa_kernels.backends import BackendStatus
 from cjepa_kernels.train import runner
 from cjepa_kernels.train.config import DataConfig, ExperimentConfig, config_to_dict
+from cjepa_kernels.train.data.batches import EpochBatches
+from cjepa_kernels.train.data.dataset import load_dataset
 from cjepa_kernels.train.loop.callbacks import DivergenceError, MetricHistory, to_csv
 from cjepa_kernels.train.loop.checkpoints import AtomicCheckpointIO
 from cjepa_kernels.train.loop.run_directory import RunResult, load_result

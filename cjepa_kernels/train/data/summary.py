@@ -11,14 +11,14 @@ import torch
 from rich.console import Console
 
 from cjepa_kernels.train.config import ExperimentConfig, MaskingConfig
-from cjepa_kernels.train.data.dataset.dataset import (
+from cjepa_kernels.train.data.dataset import (
     Dataset,
     EncodedDataset,
     open_dataset,
     pretrain_indices,
 )
-from cjepa_kernels.train.data.dataset.masking import PatchCounts, patch_counts
-from cjepa_kernels.train.data.dataset.split_names import listed
+from cjepa_kernels.train.data.masking import PatchCounts, patch_counts
+from cjepa_kernels.train.data.split_names import listed
 from cjepa_kernels.train.model.vit import patch_grid
 
 _NAMED_CLASSES = 20

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cjepa_kernels.files import atomic_write
 from cjepa_kernels.train import checksummed_json
-from cjepa_kernels.train.data.dataset.summary import DataSummary
+from cjepa_kernels.train.data.summary import DataSummary
 from cjepa_kernels.train.evaluation.probes import ProbeSizes
 from cjepa_kernels.train.evaluation.uncertainty import CONFIDENCE, difference_margin, wilson
 

@@ -22,7 +22,7 @@ from cjepa_kernels.train.evaluation import corruptions
 
 if TYPE_CHECKING:
     from cjepa_kernels.train.config import EvaluationConfig
-    from cjepa_kernels.train.data.dataset.dataset import Dataset, LabeledImages
+    from cjepa_kernels.train.data.dataset import Dataset, LabeledImages
 
 FeatureExtractor: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Takes uint8 images (n, C, H, W); returns the CLS token and the mean of the patch tokens,

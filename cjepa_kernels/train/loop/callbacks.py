@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from cjepa_kernels.files import atomic_write
-from cjepa_kernels.train.data.dataset.dataset import Dataset
+from cjepa_kernels.train.data.dataset import Dataset
 from cjepa_kernels.train.evaluation.probes import effective_rank, evaluate, standard_deviation
 from cjepa_kernels.train.loop.advisor import METRICS as ADVISOR_METRICS
 from cjepa_kernels.train.loop.advisor import Advisor

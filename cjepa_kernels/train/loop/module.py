@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, create_loss_from_config
 from cjepa_kernels.tokens import cls_tokens
 from cjepa_kernels.train.config import ExperimentConfig, config_to_dict
-from cjepa_kernels.train.data.dataset.masking import PatchMasks, multi_block_masks, patch_counts
-from cjepa_kernels.train.data.dataset.views import two_views
+from cjepa_kernels.train.data.masking import PatchMasks, multi_block_masks, patch_counts
+from cjepa_kernels.train.data.views import two_views
 from cjepa_kernels.train.model.vit import (
     Predictor,
     VisionTransformer,

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from cjepa_kernels.files import atomic_write
-from cjepa_kernels.train.data.dataset.dataset import Dataset
+from cjepa_kernels.train.data.dataset import Dataset
 from cjepa_kernels.train.evaluation.comparison import (
     ARM_TITLES,
     METRIC_TITLES,
@@ -29,8 +29,8 @@ from cjepa_kernels.train.evaluation.comparison import (
     text_tables,
 )
 from cjepa_kernels.train.evaluation.probes import FeatureExtractor
-from cjepa_kernels.train.report.page import figures
-from cjepa_kernels.train.report.page.style import STYLE
+from cjepa_kernels.train.report import figures
+from cjepa_kernels.train.report.style import STYLE
 
 Array = npt.NDArray[np.float32]
 
