@@ -114,9 +114,10 @@ bench: $(VENV)/.dev ## time each operator and compare the loss with other formul
 bench-quick: $(VENV)/.dev ## compare the loss with other formulas: about a minute
 	$(BIN)/cjepa bench --quick --out $(BENCH_OUT)
 
-bench-record: $(VENV)/.dev ## record that comparison in docs/ and draw the pictures of the documents
+bench-record: $(VENV)/.dev ## record that comparison in docs/; draw the pictures and write the figures of the documents
 	$(BIN)/python bench/record.py
 	$(BIN)/python bench/pictures.py
+	$(BIN)/python docs/generate_figures.py
 
 bench-compare: $(VENV)/.dev ## say whether HEAD is slower than a revision (BASE=main SIZES=256x256,2048x256)
 	$(BIN)/python bench/compare.py $(BASE) $(if $(SIZES),--sizes $(SIZES))

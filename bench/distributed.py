@@ -44,6 +44,7 @@ from cjepa_kernels import backends, cross_logsumexp, functional, nt_xent, pair_s
 from cjepa_kernels.bench.formulas import TEMPERATURE, gather_with_gradient, lightly_of_group
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.bench.timing import summarise
 from cjepa_kernels.distributed import Counts, counting
 
 SIZES = ((128, 128), (512, 128), (1024, 256), (4096, 256), (4096, 768))  # M_r, D
@@ -176,11 +177,11 @@ def summary(per_rank: list[list[list[float]]]) -> dict[str, float]:
     rounds = list(zip(*per_rank, strict=True))
     work = [sum(rank[0] for rank in a_round) for a_round in rounds]
     wall = [max(rank[1] for rank in a_round) for a_round in rounds]
-    deciles = statistics.quantiles(work, n=10, method="inclusive")
+    of_work = summarise(work)
     return {
-        "work": statistics.median(work),
-        "work_p20": deciles[1],
-        "work_p80": deciles[7],
+        "work": of_work["median"],
+        "work_p20": of_work["p20"],
+        "work_p80": of_work["p80"],
         "time": statistics.median(wall),
         "rounds": len(rounds),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,9 +19,7 @@ from tolerances import ALIGNED_LOSS, FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor, nn
 
 from cjepa_kernels import cross_logsumexp, nt_xent, pair_similarity
-from cjepa_kernels.bench.candidates import BOTH, OURS
-from cjepa_kernels.bench.report import by_name, sizes_of
-from cjepa_kernels.bench.tables import mebibytes, milliseconds
+from docs.generate_figures import TEMPLATES
 
 PAGES = sorted(page.stem for page in (DOCS / "migrate").glob("*.md"))
 
@@ -316,46 +313,12 @@ def test_extra_keys_are_negatives() -> None:
         assert relative_error(actual, of_formula) <= FLOOR_GRADIENT[torch.float32]
 
 
-MEASURED = {"lightly": "lightly", "pytorch-metric-learning": "metric_learning"}
-
-
-def gains(page: str) -> str:
-    """The table under *What you gain*, from what was recorded."""
-    titles = (page.replace("lightly", "lightly's"), "here")
-    columns = [f"{title}, {unit}" for unit in ("ms", "MiB") for title in titles]
-    lines = [
-        f"| | B | {' | '.join(columns[:2])} | times as fast | {' | '.join(columns[2:])} |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for stem in ("amd-epyc-avx2", "nvidia-h100-80gb-hbm3-bf16"):
-        results = json.loads((DOCS / "results" / f"{stem}.json").read_text(encoding="utf-8"))
-        environment, dtype = results["environment"], results["settings"]["dtype"]
-        threads = "" if environment["cuda"] else f"{environment['threads']} threads, "
-        for size in sizes_of(results):
-            times = by_name(results, "rows", size, **{"pass": BOTH})
-            memory = by_name(results, "memory", size)
-            if OURS not in times:
-                break
-            ours, peer = times[OURS]["median"], MEASURED[page]
-            cells = ["not run", milliseconds(ours), "", "", mebibytes(memory[OURS]["extra_bytes"])]
-            if peer in times:
-                cells[0] = milliseconds(times[peer]["median"])
-                times_as_fast = times[peer]["median"] / ours
-                cells[2] = f"{times_as_fast:.{0 if times_as_fast >= 100 else 1}f}"
-                cells[3] = mebibytes(memory[peer]["extra_bytes"])
-            else:
-                needed = by_name(results, "left_out", size)[peer]["needed_bytes"]
-                cells[3] = f"({needed / 2**20:,.0f})"
-            device = f"{environment['device']}, {threads}{dtype}"
-            lines.append(f"| {device} | {size.rows // 2:,} | {' | '.join(cells)} |")
-            if peer not in times:  # nor at any larger size
-                break
-    return "\n".join(lines)
+MEASURED = {"lightly": "gain_lightly", "pytorch-metric-learning": "gain_metric_learning"}
 
 
 @pytest.mark.parametrize("page", MEASURED)
 def test_what_one_gains_is_what_was_recorded(page: str) -> None:
-    table = gains(page)
+    table = TEMPLATES[MEASURED[page]]()
     assert table.count("\n") >= 5
     assert table in (DOCS / "migrate" / f"{page}.md").read_text(encoding="utf-8"), table
 

@@ -1,21 +1,24 @@
-"""The recorded results meet their targets; what documents say of them is in test_figures.py."""
+"""The recorded results meet their targets, and the advisor's thresholds are derived from them."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bench_scripts import load
-from figures import ROOT, record
+from repository import ROOT
 
 from cjepa_kernels.bench.plots import drawable
 from cjepa_kernels.plot_style import svg
-from cjepa_kernels.train.evaluation.comparison import load_comparison
+from cjepa_kernels.train.evaluation.comparison import ArmRun, load_comparison
 from cjepa_kernels.train.loop import advisor
+from docs.generate_figures import record
 
 COMPARISONS = ["digits", "digits-transfer", "cifar10"]
 
@@ -60,6 +63,151 @@ def test_rules_of_the_advisor_are_those_of_the_guide() -> None:
     assert re.findall(r"^\| `(\w+)` \|", findings, re.MULTILINE)[: len(advisor.NOTES)] == list(
         advisor.NOTES
     )
+
+
+TRAINED, ALONE = ("cjepa", "contrastive"), ("jepa",)  # arms that train the term, and that do not
+AT_CHANCE = 1 / (2 * 64 - 1)  # accuracy at chance with the batches of all recorded comparisons
+
+
+def recorded_runs(arms: tuple[str, ...], *names: str) -> Iterator[tuple[ArmRun, float]]:
+    """The runs of some arms in recorded comparisons (default: all), each with its warm-up."""
+    for name in names or COMPARISONS:
+        comparison = load_comparison(ROOT / "docs" / "results" / f"{name}.json")
+        trainer = comparison.config["trainer"]
+        assert trainer["batch_size"] == 64
+        warmup = trainer["epochs"] * comparison.config["optimizer"]["warmup_fraction"]
+        yield from ((run, warmup) for arm in arms for run in comparison.arm_runs(arm))
+
+
+def medians(
+    history: list[dict[str, float]], warmup: float, key: str, since: int = 0
+) -> list[float]:
+    """What the advisor judges: medians that end ``since`` epochs after warm-up or later."""
+    values = [
+        row["contrastive_pos_sim"] - row["contrastive_neg_sim"] if key == "gap" else row[key]
+        for row in history[math.floor(warmup) :]
+    ]
+    ends = range(max(since, advisor.WINDOW), len(values) + 1)
+    return [statistics.median(values[end - advisor.WINDOW : end]) for end in ends]
+
+
+def judged(arms: tuple[str, ...], key: str, since: int = 0, *names: str) -> list[float]:
+    """The medians of a metric in all runs of some arms."""
+    runs = recorded_runs(arms, *names)
+    return [value for run, warmup in runs for value in medians(run.history, warmup, key, since)]
+
+
+def gaps(arms: tuple[str, ...]) -> list[tuple[float, float]]:
+    """The gap and its growth over the patience, wherever the advisor judges them."""
+    found = []
+    for run, warmup in recorded_runs(arms):
+        values = medians(run.history, warmup, "gap")
+        later = values[advisor.PATIENCE :]
+        found += [(now, now - values[start]) for start, now in enumerate(later)]
+    return found
+
+
+def up(value: float) -> str:
+    """Two decimals that no value is above."""
+    return f"{math.ceil(100 * value) / 100:.2f}"
+
+
+def down(value: float) -> str:
+    """Two decimals that no value is below."""
+    return f"{math.floor(100 * value) / 100:.2f}"
+
+
+def advisor_run(setting: str) -> Any:
+    """A run that was made for the advisor, with a fault or an unusual value."""
+    return next(r for r in record("docs/results/advisor.json")["runs"] if r["setting"] == setting)
+
+
+def of_run(setting: str, key: str) -> list[float]:
+    run = advisor_run(setting)
+    return medians(run["history"], run["warmup_epochs"], key)
+
+
+def evidence() -> Iterator[tuple[str, bool, str]]:
+    """A rule, whether the groups lie on their sides of its threshold, and the numbers of a note."""
+    patience = advisor.PATIENCE
+    highest = max(judged(TRAINED, "contrastive_loss", patience)) / -math.log(AT_CHANCE)
+    lowest = min(judged(ALONE, "contrastive_loss", patience)) / -math.log(AT_CHANCE)
+    accuracies = [
+        [value / AT_CHANCE for value in judged(arms, "contrastive_accuracy", patience)]
+        for arms in (TRAINED, ALONE)
+    ]
+    ends = [run.history[-1]["contrastive_accuracy"] for run, _ in recorded_runs(TRAINED)]
+    yield (
+        "contrastive_at_chance",
+        highest < advisor.AT_CHANCE_LOSS < lowest
+        and max(accuracies[1]) < advisor.AT_CHANCE_ACCURACY < min(accuracies[0]),
+        f"{patience} epochs after warm-up, runs that train the term were at {up(highest)} of the "
+        "loss at chance or below, and JEPA alone, which does not train it, at "
+        f"{down(lowest)} or above",
+    )
+    yield (
+        "contrastive_at_chance",
+        True,
+        f"runs that probed well ended at {down(min(ends))} to {up(max(ends))}",
+    )
+    best = max(judged(TRAINED, "contrastive_accuracy"))
+    yield (
+        "high_accuracy",
+        best < advisor.HIGH_ACCURACY,
+        f"no run that probed well went beyond {up(best)}",
+    )
+    digits, cifar = (
+        max(judged(("cjepa",), "term_ratio", 0, *names)) for names in (COMPARISONS[:2], ["cifar10"])
+    )
+    heavy = max(of_run("weight 2", "term_ratio"))
+    collapsed = max(of_run("learning rate 0.1", "term_ratio"))
+    yield (
+        "contrastive_dominates",
+        max(digits, cifar, heavy) < advisor.DOMINATING_RATIO < collapsed,
+        f"the recipes reached ratios of {digits:.1f} (digits) and {cifar:.1f} (CIFAR-10), and "
+        f"weight 2 on digits a ratio of {heavy:.1f}",
+    )
+    trained, alone = gaps(TRAINED), gaps(ALONE)
+    narrow, widest = min(trained)[0], max(alone)[0]
+    slowest = min(growth for gap, growth in trained if gap < 0.5)
+    fastest = max(growth for _, growth in alone)
+    yield (
+        "gap_not_growing",
+        widest < advisor.SEPARATED_GAP < narrow and fastest < advisor.MIN_GAP_GROWTH < slowest,
+        f"from {patience + advisor.WINDOW} epochs after warm-up on, runs that train the term had "
+        f"a gap of {down(narrow)} or more; where it was below 0.5 it still grew by "
+        f"{down(slowest)} or more. JEPA alone had a gap of {up(widest)} at most, which grew by "
+        f"{up(fastest)} at most",
+    )
+    tuning = record("docs/results/tuning.json")
+    shared, recipe = tuning["one mask for both views"], tuning["rows"][0]
+    yield (
+        "shared_mask_shortcut",
+        shared["accuracy_at_epoch_7"] > advisor.SHORTCUT_ACCURACY,
+        f"accuracy {shared['accuracy_at_epoch_7']:.2f} at epoch 7, few-label probe "
+        f"{shared['mean/few_label']:.1f} instead of {recipe['mean/few_label'][0]:.1f}",
+    )
+    similar = max(judged(TRAINED + ALONE, "contrastive_neg_sim"))
+    narrowest = min(judged(TRAINED + ALONE, "cls_std"))
+    equal = max(of_run("learning rate 0.1", "contrastive_neg_sim"))
+    few = advisor_run("learning rate 0.1")["evaluation"]["mean/few_label"]
+    run, _ = next(recorded_runs(("cjepa",), "digits"))
+    yield (
+        "collapse",
+        similar < advisor.COLLAPSE_SIMILARITY < equal and narrowest > advisor.COLLAPSE_STD,
+        f"the negative similarity of the recorded comparisons was {up(similar)} at most, and the "
+        f"spread of CLS {down(narrowest)} or more. A learning rate of 0.1 collapsed them: a "
+        f"negative similarity of {equal:.2f}, few-label probe {few:.1f} instead of "
+        f"{run.evaluation['mean/few_label']:.1f}",
+    )
+
+
+def test_thresholds_of_the_advisor_lie_between_the_recorded_groups() -> None:
+    found = list(evidence())
+    assert {rule for rule, _, _ in found} == set(advisor.NOTES)
+    for rule, separates, text in found:
+        assert separates, rule
+        assert text in advisor.NOTES[rule]
 
 
 def test_the_whole_loss_misses_no_target() -> None:
