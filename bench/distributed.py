@@ -40,12 +40,13 @@ import torch.multiprocessing as mp
 from distributed_cost import Problem, cost
 from torch import Tensor
 
-from cjepa_kernels import backends, cross_logsumexp, functional, nt_xent, pair_similarity
+from cjepa_kernels import backends, cross_logsumexp, nt_xent, pair_similarity
 from cjepa_kernels.bench.formulas import TEMPERATURE, gather_with_gradient, lightly_of_group
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.timing import summarise
 from cjepa_kernels.distributed import Counts, counting
+from cjepa_kernels.functional import dispatch
 
 SIZES = ((128, 128), (512, 128), (1024, 256), (4096, 256), (4096, 768))  # M_r, D
 QUICK_SIZES = ((128, 16),)
@@ -157,7 +158,7 @@ def peak_bytes() -> int:
 def peak_memory(strategy: str, keep: bool, rows: int, features: int) -> int:
     """Extra bytes at the peak of one forward and backward, gradients included."""
     if not keep:
-        functional.KEPT_BYTES = 0
+        dispatch.SAVED_EXPONENTIALS_BYTES = 0
     if hasattr(ctypes.CDLL(None), "mallopt"):
         # Freed memory goes back to the system at once, so that the peak counts memory in use alone.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)

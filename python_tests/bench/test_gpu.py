@@ -1,4 +1,7 @@
-"""The GPU benchmark without a GPU: its clocks, its targets, what it writes. No time is asserted."""
+"""The GPU benchmark runs on a fake device here: its timers, its targets and what it writes.
+
+No test asserts a measured time.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def test_gpu_scripts_say_that_there_is_none(script: str, code: int) -> None:
 
 
 class FakeDevice:
-    """A host and a device with a queue, in seconds of no real clock."""
+    """A host and a device with a queue; their seconds pass only when a test says so."""
 
     def __init__(self) -> None:
         self.host = self.free = 0.0
@@ -61,7 +64,7 @@ class FakeEvent:
 
 @pytest.fixture
 def fake_device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
-    """The GPU scripts on the CPU: their calls of the device go to a fake."""
+    """Let the GPU scripts run on the CPU, with a fake instead of the device."""
     device = FakeDevice()
     for name, value in {
         "Event": device.event,
@@ -84,7 +87,7 @@ def fake_device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
 
 @pytest.fixture
 def few_sizes() -> Any:
-    """All parts of the GPU benchmark, as small as they get."""
+    """The smallest size of every part of the GPU benchmark."""
     size = Size(16, 8)
     return gpu_targets.Sizes(
         targets=(size, Size(32, 8)),
@@ -151,7 +154,7 @@ def test_gpu_eager_is_the_formula() -> None:
 
 
 def fake_results(sizes: Any, ours: float) -> dict[str, list[dict[str, Any]]]:
-    """Results in which everything takes 1 s, but for the loss under test and its baselines."""
+    """Results in which the loss under test takes ``ours`` seconds, and its baselines 1 to 10."""
     both, forward = gpu_targets.BOTH, gpu_targets.FORWARD
     others = {gpu_targets.MM: 1.0, gpu_targets.MM3: 3.0, gpu_targets.EAGER: 2.0}
     others[gpu_targets.BYTES] = 1.0

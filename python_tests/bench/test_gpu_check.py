@@ -1,4 +1,4 @@
-"""The steps of ``make gpu-check``, on any machine."""
+"""The steps of ``make gpu-check`` are started, limited and stopped as they should be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ gpu_check = load("gpu_check")
 
 
 def ended(process: int) -> bool:
-    """Whether a process is gone, or nothing of it is left but its exit code."""
+    """Whether a process is gone or only its exit code is left."""
     try:
         state = Path(f"/proc/{process}/stat").read_text()
     except OSError:

@@ -233,7 +233,7 @@ def test_micro_benchmarks_run_once_without_timing() -> None:
 
 @needs_native
 def test_cjepa_loss_prints_times_and_ratios() -> None:
-    result = run_script("bench/cjepa_loss.py", "--quick")
+    result = run_script("bench/prediction_loss.py", "--quick")
     assert result.returncode == 0, result.stderr
     for text in ("prediction / byte limit, fresh gradient", "eager / native, whole", "at least 8"):
         assert text in result.stdout
@@ -241,7 +241,7 @@ def test_cjepa_loss_prints_times_and_ratios() -> None:
 
 @needs_native
 def test_cjepa_loss_compares_equal_formulas() -> None:
-    bench = load("cjepa_loss")
+    bench = load("prediction_loss")
     inputs = bench.Inputs(bench.QUICK[0])
     runs = bench.candidates(inputs)
     for part in ("prediction", "whole"):
