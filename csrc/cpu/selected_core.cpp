@@ -1,4 +1,4 @@
-#include "tile_cores.h"
+#include "selected_core.h"
 
 #include <stdexcept>
 #include <string>
@@ -24,7 +24,7 @@ namespace {
 struct Cores {
   const FloatCore* f32;
   const DoubleCore* f64;
-  const Bf16Core* bf16;  // null: none
+  const Bf16Core* bf16;  // null if the instruction set has none
 };
 
 Cores select() {

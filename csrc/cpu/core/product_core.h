@@ -1,4 +1,4 @@
-// Coefficients from kept tiles, and their products. See Coefficients and Product.
+// Coefficients from stored tiles, and their products. See Coefficients and Product.
 // Only for files that tile_core_impl.h includes.
 #pragma once
 
@@ -11,20 +11,21 @@ template <typename T, typename Operand>
 struct ProductCore : MicroTile<T, Operand> {
   CJEPA_USING_MICRO_TILE(T, Operand)
 
-  static CJEPA_INLINE V coefficient(const Coefficients<T, P>& c, V kept, int64_t i, V row_weight,
+  static CJEPA_INLINE V coefficient(const Coefficients<T, P>& c, V stored, int64_t i, V row_weight,
                                     int64_t j) {
     const V column_weight = load(c.column_weight + j);
-    if (c.exponent.constant_shift) return kept * (row_weight + column_weight);
+    if (c.exponent.constant_shift) return stored * (row_weight + column_weight);
     const V scale = all(c.exponent.scale), rest = all(c.exponent.scale_rest);
     const V row = all(c.row_shift[i]), column = load(c.column_shift + j);
     const V x =
-        Tile::template exp2<true>(kept - row, scale, rest, V{}, Table::kValues) * row_weight +
-        Tile::template exp2<true>(kept - column, scale, rest, V{}, Table::kValues) * column_weight;
-    return kept > all(kLowest) ? x : V{};
+        Tile::template exp2<true>(stored - row, scale, rest, V{}, Table::kValues) * row_weight +
+        Tile::template exp2<true>(stored - column, scale, rest, V{}, Table::kValues) *
+            column_weight;
+    return stored > all(kLowest) ? x : V{};
   }
 
-  // Calls run(j) for vectors from column j that cover [0, width), the last one perhaps overlapping
-  // the one before: nothing beyond `width` is read if it holds a vector.
+  // Calls run(j) for vectors from column j on that together cover [0, width). The last one may
+  // overlap the one before, so that nothing beyond `width` is read if a vector fits into it.
   template <typename Run>
   static CJEPA_INLINE void for_each_vector(int64_t width, const Run& run) {
     int64_t j = 0;
@@ -34,13 +35,13 @@ struct ProductCore : MicroTile<T, Operand> {
 
   static void coefficients(const Coefficients<T, P>& c) {
     for (int64_t i = 0; i < c.height; ++i) {
-      const T* kept = c.kept + i * c.kept_stride;
+      const T* stored = c.stored + i * c.stored_stride;
       P* out = c.out + i * c.out_stride;
       const V weight = all(c.row_weight[i]);
-      // Pairs are whole: after an odd number of columns comes one of padding.
+      // Pairs are whole: an odd number of columns is followed by one of padding.
       for_each_vector(round_up(c.width, Operand::kNumbers), [&](int64_t j) {
-        Operand::store_along(out + j / Operand::kNumbers,
-                             coefficient(c, load(kept + j), i, weight, j));
+        Operand::store_in_row(out + j / Operand::kNumbers,
+                              coefficient(c, load(stored + j), i, weight, j));
       });
     }
   }
@@ -52,10 +53,10 @@ struct ProductCore : MicroTile<T, Operand> {
       for_each_vector(c.width, [&](int64_t j) {
         V x[N];
         for (int n = 0; n < N; ++n) {
-          const T* kept = c.kept + (i + n) * c.kept_stride + j;
-          x[n] = coefficient(c, load(kept), i + n, all(c.row_weight[i + n]), j);
+          const T* stored = c.stored + (i + n) * c.stored_stride + j;
+          x[n] = coefficient(c, load(stored), i + n, all(c.row_weight[i + n]), j);
         }
-        Operand::store_across(out + j, x);
+        Operand::store_across_rows(out + j, x);
       });
     }
   }
@@ -76,7 +77,7 @@ struct ProductCore : MicroTile<T, Operand> {
     }
   }
 
-  // Walks through what a product is to bring into the cache, some lines at each micro-tile.
+  // Brings what a product asks for into the cache, a few lines with each micro-tile.
   struct Prefetcher {
     const char *row, *line, *end;
     int64_t stride, bytes, left, lines;
@@ -112,8 +113,8 @@ struct ProductCore : MicroTile<T, Operand> {
         prefetcher.step();
         typename Tile::Ahead ahead(d + NR < p.features ? panel + p.panel_depth * NR : p.next_panels,
                                    p.depth * NR, i, p.height, p.depth);
-        // From zero, not from `out`: small terms added to a large sum one by one would each be
-        // rounded at its scale (20 times the error at M = 8200).
+        // The sum starts from zero, not from `out`. Small terms that are added to a large sum one
+        // by one would each be rounded at its scale, which is 20 times the error at M = 8200.
         V acc[MR][NV] = {};
         if (p.transposed) {
           Tile::template multiply<1>(acc, p.a + i, p.a_stride, panel, p.depth, ahead);

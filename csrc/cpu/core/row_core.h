@@ -1,5 +1,5 @@
-// Single rows: normalisation, packing, the last step of a gradient.
-// Only for files that tile_core_impl.h includes.
+// Single rows: normalisation, packing, and the last step of a gradient. Only tile_core_impl.h may
+// include this file.
 #pragma once
 
 #include "micro_tile.h"
@@ -11,7 +11,7 @@ template <typename T, typename Operand>
 struct RowCore : MicroTile<T, Operand> {
   CJEPA_USING_MICRO_TILE(T, Operand)
 
-  // Four sums, so that the additions do not wait for one another.
+  // There are four sums, so that an addition does not wait for the one before it.
   static T dot(const T* x, const T* y, int64_t count) {
     V sums[4] = {};
     int64_t d = 0;
@@ -36,7 +36,7 @@ struct RowCore : MicroTile<T, Operand> {
 
   static void pack(const T* rows, int64_t valid, int64_t features, P* panel, P* slices,
                    int64_t slice_rows) {
-    static_assert(sizeof(P) == sizeof(T));  // transposed as numbers, whatever they are
+    static_assert(sizeof(P) == sizeof(T));  // the transpose moves P as if they were T
     constexpr int N = Operand::kNumbers;
     const int64_t depth = (features + N - 1) / N;
     for (int64_t k = 0; k < depth; k += NR) {
@@ -81,14 +81,15 @@ struct RowCore : MicroTile<T, Operand> {
 
   static T finish(const FinishRow<T>& f) {
     T* g = f.gradient;
-    for (int64_t d = 0; d < f.features; ++d) g[d] = (g[d] - f.pull * f.positive[d]) * f.factor;
-    const T along = dot(g, f.own, f.features);
+    for (int64_t d = 0; d < f.features; ++d)
+      g[d] = (g[d] - f.positive_weight * f.positive[d]) * f.factor;
+    const T own_dot_gradient = dot(g, f.own, f.features);
     if (f.unit != nullptr) {
       const T projection = dot(g, f.unit, f.features);
       const T inverse = 1 / f.norm;
       for (int64_t d = 0; d < f.features; ++d) g[d] = (g[d] - projection * f.unit[d]) * inverse;
     }
-    return along;
+    return own_dot_gradient;
   }
 };
 

@@ -1,4 +1,5 @@
-// bf16 operands with the AVX512-BF16 dot product: twice the numbers a cycle of an fp32 product.
+// bf16 operands with the dot product of AVX512-BF16, which multiplies twice as many numbers in a
+// cycle as an fp32 product.
 #define CJEPA_VECTOR_BYTES 64
 #define CJEPA_MICRO_ROWS 12
 #define CJEPA_FENCE() _mm_sfence()
@@ -37,10 +38,10 @@ struct Bf16Operand {
   static CJEPA_INLINE P join_rows(const float* x, int64_t stride) {
     return high_half(x[0]) | high_half(x[stride]) << 16;
   }
-  // Coefficients are rounded here, pairs lying along the row or across two rows.
+  // Coefficients are rounded here. A pair lies in one row or across two rows.
   static CJEPA_INLINE Halves round(V x) { return (Halves)_mm512_cvtneps_pbh((__m512)x); }
-  static CJEPA_INLINE void store_along(P* out, V x) { *reinterpret_cast<Halves*>(out) = round(x); }
-  static CJEPA_INLINE void store_across(P* out, const V (&x)[2]) {
+  static CJEPA_INLINE void store_in_row(P* out, V x) { *reinterpret_cast<Halves*>(out) = round(x); }
+  static CJEPA_INLINE void store_across_rows(P* out, const V (&x)[2]) {
     *reinterpret_cast<Words*>(out) = __builtin_convertvector(round(x[0]), Words) |
                                      __builtin_convertvector(round(x[1]), Words) << 16;
   }

@@ -1,5 +1,5 @@
-// Tiles of similarities: exponentials, sums and maxima. See SimilarityTile.
-// Only for files that tile_core_impl.h includes.
+// Tiles of similarities: exponentials, sums and maxima (see SimilarityTile). Only tile_core_impl.h
+// may include this file.
 #pragma once
 
 #include "micro_tile.h"
@@ -18,8 +18,8 @@ struct SimilarityCore : MicroTile<T, Operand> {
     typename Tile::Ahead ahead(next, NR * t.depth, i, t.height, t.depth);
     const P* a = t.rows + i * NR;
     const P* panel = t.panels + j * t.depth;
-    // A long sum in one accumulator loses digits: parts of kLongest are added up apart, in memory,
-    // as there are no registers left.
+    // A long sum in one accumulator loses digits. So parts of kLongest features are added up
+    // separately, in memory because no registers are left.
     alignas(64) T sums[MR * NR];
     int64_t k = 0;
     for (int64_t part = 0; k + NR <= t.depth; k += NR) {
@@ -58,26 +58,27 @@ struct SimilarityCore : MicroTile<T, Operand> {
 
   static constexpr int kLanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-  // All ones where the entry stays, for L entries from (a, b).
-  static I keep_mask(const Exclusion& e, int64_t a, int64_t b) {
+  // For L entries from (a, b) on: all bits set if the entry is included.
+  static I included_mask(const Exclusion& e, int64_t a, int64_t b) {
     if (a >= e.rows) return I{};
     I lane;
     for (int l = 0; l < L; ++l) lane[l] = kLanes[l];
-    // Columns in [first, columns); with `self` those right of the row and of its positive.
+    // Columns in [first, columns) are included; with `self` these are the ones to the right of the
+    // row and of its positive.
     const int64_t first = e.self ? (a | 1) + 1 - b : 0, last = e.columns - b;
     using Lane = decltype(lane[0] + 0);
     const auto bound = [](int64_t x) { return static_cast<Lane>(x < 0 ? 0 : least(x, L)); };
-    I keep = (lane >= bound(first)) & (lane < bound(last));
+    I included = (lane >= bound(first)) & (lane < bound(last));
     if (e.self && e.mask != nullptr) {
       if (b >= e.columns) return I{};
-      const int64_t sample = b >> 1;  // those of L entries lie in one byte
+      const int64_t sample = b >> 1;  // the bits of L entries lie in one byte
       const auto excluded = e.mask[(a >> 1) * e.mask_stride + sample / 8] >> sample % 8;
-      keep &= ((I{} + static_cast<Lane>(excluded)) >> (lane >> 1) & 1) - 1;
+      included &= ((I{} + static_cast<Lane>(excluded)) >> (lane >> 1) & 1) - 1;
     }
-    return keep;
+    return included;
   }
 
-  // Whether some entry of the micro-tile, or of the micro-tiles below it, is excluded.
+  // Whether some entry of the micro-tile, or of one below it, is excluded.
   static bool needs_mask(const Exclusion& e, int64_t a, int64_t b) {
     return a + MR > e.rows || b + NR > e.columns || (e.self && (e.mask != nullptr || a + MR > b));
   }
@@ -89,7 +90,7 @@ struct SimilarityCore : MicroTile<T, Operand> {
     return i;
   }
 
-  // Rows of the panel that are looked at: with `self`, down to the diagonal.
+  // Rows of the panel that are computed: with `self` those down to the diagonal.
   static int64_t panel_height(const Similarity& t, int64_t j) {
     if (!t.exclusion.self) return t.height;
     return least(t.height, round_up(t.column + j + NR - t.row, MR));
@@ -101,19 +102,21 @@ struct SimilarityCore : MicroTile<T, Operand> {
     t.positive[a - t.row] = t.positive[a + 1 - t.row] = s[lane];
   }
 
-  // Side effects of a masked vector of entries; what is excluded becomes -inf.
+  // Excluded entries of a vector become -inf. On the way, positives and the sum of negatives are
+  // written.
   static V mask_entries(const Similarity& t, V s, int64_t a, int64_t b) {
-    const I keep = keep_mask(t.exclusion, a, b);
+    const I included = included_mask(t.exclusion, a, b);
     if (t.positive != nullptr) read_positive(t, s, a, b);
     if (t.negative_sum != nullptr)  // an entry stands for both orders
-      *t.negative_sum += 2 * static_cast<double>(total(keep != 0 ? s : V{}));
-    return keep != 0 ? s : all(kLowest);
+      *t.negative_sum += 2 * static_cast<double>(total(included != 0 ? s : V{}));
+    return included != 0 ? s : all(kLowest);
   }
 
-  enum Keep { kForgotten, kStored, kStreamed };
+  // What becomes of the exponentials; streamed ones are written around the caches.
+  enum Store { kNotStored, kStored, kStreamed };
 
   // Rows [begin, end) of the tile's panel j, with a constant shift.
-  template <bool MASKED, Keep KEEP, bool SUMS>
+  template <bool MASKED, Store STORE, bool SUMS>
   static CJEPA_NOINLINE void run_constant(const Similarity& t, int64_t j, int64_t begin,
                                           int64_t end) {
     T* lanes_sum = t.scratch;
@@ -147,10 +150,10 @@ struct SimilarityCore : MicroTile<T, Operand> {
             maximum = larger(maximum, s);
             column_max[v] = larger(column_max[v], s);
           }
-          if constexpr (KEEP != kForgotten) {
-            if (MASKED && !is_kept(t, i + m, j)) continue;
+          if constexpr (STORE != kNotStored) {
+            if (MASKED && !is_stored(t, i + m, j)) continue;
             T* to = t.out + (i + m) * t.out_stride + j + v * L;
-            KEEP == kStreamed ? stream(to, x) : store(to, x);
+            STORE == kStreamed ? stream(to, x) : store(to, x);
           }
         }
         if constexpr (SUMS) {
@@ -169,12 +172,12 @@ struct SimilarityCore : MicroTile<T, Operand> {
     }
   }
 
-  // Below its diagonal a tile is filled by mirror(), perhaps in another thread.
-  static bool is_kept(const Similarity& t, int64_t i, int64_t j) {
+  // mirror() fills a tile below its diagonal, perhaps in another thread.
+  static bool is_stored(const Similarity& t, int64_t i, int64_t j) {
     return !t.exclusion.self || t.row + i < t.column + j + NR;
   }
 
-  // Row sums and maxima from their lanes, L rows at a time.
+  // Adds the lanes of row sums and maxima, L rows at a time.
   static void add_lanes(const Similarity& t) {
     const T *sums = t.scratch, *maxima = t.scratch + t.height * L;
     int64_t i = 0;
@@ -202,7 +205,7 @@ struct SimilarityCore : MicroTile<T, Operand> {
     }
   }
 
-  template <Keep KEEP, bool SUMS>
+  template <Store STORE, bool SUMS>
   static void tile_constant(const Similarity& t) {
     if constexpr (SUMS) {
       for (int64_t i = 0; i < t.height * L; i += L) {
@@ -212,10 +215,10 @@ struct SimilarityCore : MicroTile<T, Operand> {
     }
     for (int64_t j = 0; j < t.width; j += NR) {
       const int64_t height = panel_height(t, j), plain = least(first_masked(t, j), height);
-      if (plain > 0) run_constant<false, KEEP, SUMS>(t, j, 0, plain);
-      if (plain < height) run_constant<true, KEEP, SUMS>(t, j, plain, height);
+      if (plain > 0) run_constant<false, STORE, SUMS>(t, j, 0, plain);
+      if (plain < height) run_constant<true, STORE, SUMS>(t, j, plain, height);
     }
-    if constexpr (KEEP == kStreamed) fence();
+    if constexpr (STORE == kStreamed) fence();
     if constexpr (SUMS) {
       add_lanes(t);
     }
@@ -231,14 +234,14 @@ struct SimilarityCore : MicroTile<T, Operand> {
           for (int v = 0; v < NV; ++v) {
             V s = acc[m][v];
             if (i >= plain) s = mask_entries(t, s, t.row + i + m, t.column + j + v * L);
-            if (is_kept(t, i + m, j)) store(t.out + (i + m) * t.out_stride + j + v * L, s);
+            if (is_stored(t, i + m, j)) store(t.out + (i + m) * t.out_stride + j + v * L, s);
           }
         }
       }
     }
   }
 
-  // Sums relative to running maxima from the stored similarities, first rows, then columns.
+  // Sums relative to running maxima, from the stored similarities: first of rows, then of columns.
   static void sum_running(const Similarity& t) {
     const V scale = all(t.exponent.scale), rest = all(t.exponent.scale_rest);
     const T* table = Table::kValues;
@@ -283,7 +286,7 @@ struct SimilarityCore : MicroTile<T, Operand> {
     }
   }
 
-  // A kept tile on the diagonal is symmetric: what is below it is copied from above.
+  // A stored tile on the diagonal is symmetric: the part above it is copied to the part below.
   static void mirror(const Similarity& t) {
     const int64_t offset = t.column - t.row;
     if (!t.exclusion.self || offset >= t.height) return;
@@ -299,7 +302,7 @@ struct SimilarityCore : MicroTile<T, Operand> {
       if (t.row_sum != nullptr) sum_running(t);
       mirror(t);
     } else if (t.out == nullptr) {
-      tile_constant<kForgotten, true>(t);
+      tile_constant<kNotStored, true>(t);
     } else if (t.row_sum == nullptr) {
       t.past_caches ? tile_constant<kStreamed, false>(t) : tile_constant<kStored, false>(t);
       mirror(t);

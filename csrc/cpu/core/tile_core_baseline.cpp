@@ -1,4 +1,4 @@
-// SSE2 on x86-64, NEON on aarch64: what every CPU of the architecture has.
+// The instructions that every CPU of the architecture has: SSE2 on x86-64, NEON on aarch64.
 #define CJEPA_VECTOR_BYTES 16
 #ifdef __aarch64__
 #define CJEPA_MICRO_ROWS 12  // 24 accumulators of 32 registers

@@ -1,5 +1,5 @@
-// Vectors, the exponential and the product of a micro-tile: what the parts of a tile core share.
-// Only for files that tile_core_impl.h includes.
+// Vectors, the exponential and the product of a micro-tile, which the parts of a tile core share.
+// Only tile_core_impl.h may include this file, directly or not.
 #pragma once
 
 #include <utility>
@@ -25,7 +25,7 @@ struct VectorOf<double> {
   typedef int64_t bits __attribute__((vector_size(CJEPA_VECTOR_BYTES)));
 };
 
-// How operands of type P are multiplied: one number by one number.
+// How operands of type P are multiplied. Here each holds one number.
 template <typename T>
 struct PlainOperand {
   using P = T;
@@ -37,13 +37,14 @@ struct PlainOperand {
   static CJEPA_INLINE V multiply_add(V sum, Packed a, Packed b) { return sum + a * b; }
   static CJEPA_INLINE P join(const T* row, int64_t k, int64_t) { return row[k]; }
   static CJEPA_INLINE P join_rows(const T* x, int64_t) { return *x; }
-  static CJEPA_INLINE void store_along(P* out, V x) { *reinterpret_cast<V*>(out) = x; }
-  static CJEPA_INLINE void store_across(P* out, const V (&x)[1]) { store_along(out, x[0]); }
+  static CJEPA_INLINE void store_in_row(P* out, V x) { *reinterpret_cast<V*>(out) = x; }
+  static CJEPA_INLINE void store_across_rows(P* out, const V (&x)[1]) { store_in_row(out, x[0]); }
 };
 
-// Coefficients of the exponentials' polynomial, the highest power first, then 1.5 2^mantissa bits.
-// They are read through pointers that the compiler cannot follow, or it would keep them in
-// registers over the loop of the product and spill accumulators for them (a third of the speed).
+// Coefficients of the exponential's polynomial, the highest power first, then 1.5 * 2^mantissa
+// bits. They are read through pointers that the compiler cannot follow. It would otherwise keep
+// them in registers throughout the loop of the product and spill accumulators, which costs a third
+// of the speed.
 template <typename T>
 struct Exp2Table;
 constexpr double taylor(int n) {  // ln(2)^n / n!
@@ -71,6 +72,7 @@ struct Exp2Table<double> {  // Taylor series: the last term is below 2e-17
                                        taylor(6),  taylor(5),  taylor(4),  taylor(3),
                                        taylor(2),  taylor(1),  taylor(0),  6755399441055744.0};
 };
+
 // A tile of MR rows by two vectors, whose sums stay in registers.
 template <typename T, typename Operand>
 struct MicroTile {
@@ -94,7 +96,7 @@ struct MicroTile {
     store(p, x);
 #endif
   }
-  // After stream(), before another thread may read.
+  // To be called after stream(), before another thread may read.
   static CJEPA_INLINE void fence() {
 #ifdef CJEPA_FENCE
     CJEPA_FENCE();
@@ -121,8 +123,9 @@ struct MicroTile {
   }
 
   // 2^(d (scale + rest) - shift). The exponent is split into an integer and a fraction in
-  // [-1/2, 1/2], whose power is a polynomial, and the integer is added to the exponent's bits.
-  // Unbounded, the exponent must be within the dtype's range; bounded, it is raised into it.
+  // [-1/2, 1/2]. A polynomial gives the power of the fraction, and the integer is added to the bits
+  // of its exponent. With BOUNDED, an exponent below the range of the dtype is raised into it.
+  // Without, the exponent must lie in that range.
   template <bool BOUNDED>
   static CJEPA_INLINE V exp2(V d, V scale, V rest, V shift, const T* table) {
     V x = d * scale - shift, correction = d * rest;
@@ -143,7 +146,7 @@ struct MicroTile {
   }
 
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
-  // Of 2 S lanes, the first S of both arguments, or with HIGH the last S of both.
+  // Of every 2 S lanes: the first S of both arguments, or with HIGH the last S of both.
   template <int S, bool HIGH, int... LANE>
   static CJEPA_INLINE V interleave(V a, V b, std::integer_sequence<int, LANE...>) {
     return __builtin_shufflevector(
@@ -176,13 +179,14 @@ struct MicroTile {
   }
 #endif
 
-  // What to bring into the cache while a micro-tile is computed: `step` bytes for each of the
-  // product's depth.
+  // What to bring into the cache while a micro-tile is computed: `step` bytes with each step of the
+  // product.
   struct Ahead {
     const char* at;
     int64_t step;
 
-    // The share of the micro-tile in row i of `height` in `count` numbers from `next`.
+    // The `count` numbers from `next` on are shared among the micro-tiles of `height` rows. This is
+    // the share of the micro-tile in row i.
     Ahead(const P* next, int64_t count, int64_t i, int64_t height, int64_t depth)
         : at(reinterpret_cast<const char*>(next)), step(0) {
       if (next == nullptr) return;
@@ -212,7 +216,7 @@ struct MicroTile {
   }
 };
 
-// The names of MicroTile in a struct that derives from it.
+// Makes the names of MicroTile known in a struct that derives from it.
 #define CJEPA_USING_MICRO_TILE(T, Operand)                                           \
   using Tile = MicroTile<T, Operand>;                                                \
   using V = typename Tile::V;                                                        \

@@ -1,7 +1,7 @@
-// Rows of the prediction loss. Only for files that tile_core_impl.h includes.
+// Rows of the prediction loss. Only tile_core_impl.h may include this file.
 //
-// Both sides go through one map, u = p scale_p and v = (t - shift) scale_t, whatever normalisation
-// it stands for; a row is read from memory once and is in the L1 cache from then on.
+// All normalisations are one map, u = p scale_p and v = (t - shift) scale_t. A row is read from
+// memory once and stays in the L1 cache from then on.
 #pragma once
 
 #include "micro_tile.h"
@@ -20,9 +20,9 @@ struct PredictionCore : MicroTile<T, PlainOperand<T>> {
   using Tile::L;
   using Tile::load;
   using Tile::total;
-  static constexpr T kLayerEps = T(1e-5);
 
-  // f(vector of L numbers at d) and, for what is left, f(single number at d).
+  // Calls f(d, vector) for each vector of L numbers from d on and f(d, number) for the numbers
+  // left.
   template <typename F>
   static CJEPA_INLINE void over(int64_t features, const F& f) {
     int64_t d = 0;
@@ -34,7 +34,7 @@ struct PredictionCore : MicroTile<T, PlainOperand<T>> {
   static CJEPA_INLINE V spread(T x, V) { return all(x); }
   static CJEPA_INLINE T spread(T x, T) { return x; }
 
-  // Sums of single numbers and of vectors, so that additions do not wait for one another.
+  // Sums vectors and single numbers separately, so that additions do not wait for one another.
   struct Sum {
     V vectors = {};
     T numbers = 0;
@@ -44,14 +44,14 @@ struct PredictionCore : MicroTile<T, PlainOperand<T>> {
   };
 
   template <typename X>
-  static CJEPA_INLINE X held(X x, X limit) {  // NaN stays NaN
+  static CJEPA_INLINE X clamp(X x, X limit) {  // NaN stays NaN
     x = x > limit ? limit : x;
     return x < -limit ? -limit : x;
   }
   template <bool SQUARE, typename X>
   static CJEPA_INLINE X slope(X d, const Penalty<T>& p) {
     if constexpr (SQUARE) return d + d;
-    return held<X>(d * p.slope, spread(p.limit, X{}));
+    return clamp<X>(d * p.slope, spread(p.limit, X{}));
   }
   template <bool SQUARE, typename X>
   static CJEPA_INLINE X value(X d, const Penalty<T>& p) {
@@ -62,7 +62,9 @@ struct PredictionCore : MicroTile<T, PlainOperand<T>> {
 
   struct Map {
     T scale_p = 1, shift = 0, scale_t = 1;
-    bool regular_p = true, regular_t = true;  // else the row is a constant: no gradient
+    // Whether the norm is above eps. A shorter row is divided by the constant eps instead, and its
+    // gradient is 0.
+    bool regular_p = true, regular_t = true;
 
     template <typename X>
     CJEPA_INLINE X prediction(const T* p, X like) const {
@@ -108,15 +110,15 @@ struct PredictionCore : MicroTile<T, PlainOperand<T>> {
       });
       const T variance = squares.value() / row.features;
       if (!(variance <= kLargest)) return moments_of_large(t, row.features);
-      return {mean, 1 / root(variance + kLayerEps)};
+      return {mean, 1 / root(variance + T(kLayerEps))};
     }
     return {0, 0};
   }
 
   static constexpr T kLargest = sizeof(T) == 4 ? T(3.4028234663852886e38) : T(1.79e308);
 
-  // The same of a row whose squares overflow, scaled by a power of two; NaN of one with a NaN or an
-  // infinity, of which the scale ends as 0.
+  // The same numbers for a row whose squares overflow, which is scaled by a power of two. They are
+  // NaN for a row with a NaN or an infinity, whose scale ends as 0.
   static RowStatistics<T> moments_of_large(const T* t, int64_t features) {
     T largest = 0, scale = 1, mean = 0, rest = 0, squares = 0;
     for (int64_t d = 0; d < features; ++d) {
@@ -132,7 +134,7 @@ struct PredictionCore : MicroTile<T, PlainOperand<T>> {
       const T x = t[d] * scale - mean;
       squares += x * x;
     }
-    return {mean / scale, scale / root(squares / features + kLayerEps)};
+    return {mean / scale, scale / root(squares / features + T(kLayerEps))};
   }
 
   template <bool SQUARE>
@@ -182,50 +184,50 @@ struct PredictionCore : MicroTile<T, PlainOperand<T>> {
     const T *p = row.prediction, *t = row.target, *upstream = out.upstream;
     const Map map = map_of(row, out.statistics);
     const T factor = out.factor;
-    const auto pull = [&](int64_t d, auto u, auto v) CJEPA_INLINED {
+    const auto gradient_of = [&](int64_t d, auto u, auto v) CJEPA_INLINED {
       if constexpr (UPSTREAM)
         return (read(upstream + d, u) + factor) * slope<SQUARE>(u - v, row.penalty);
       else
         return slope<SQUARE>(u - v, row.penalty) * factor;
     };
-    T along_p = 0, along_t = 0, mean = 0;
+    T u_dot_g = 0, v_dot_g = 0, mean = 0;
     constexpr bool kTarget = TARGET && N != Normalization::kNone;
     if constexpr (N == Normalization::kL2 || kTarget) {
       Sum sum_p, sum_t, sum;
       over(row.features, [&](int64_t d, auto like) CJEPA_INLINED {
         const auto u = map.prediction(p + d, like), v = map.target(t + d, like);
-        const auto g = pull(d, u, v);
+        const auto g = gradient_of(d, u, v);
         if constexpr (N == Normalization::kL2) sum_p.add(g * u);
         if constexpr (kTarget) sum_t.add(g * v);
         if constexpr (kTarget && N == Normalization::kLayer) sum.add(g);
       });
-      along_p = sum_p.value();
-      along_t = sum_t.value();
+      u_dot_g = sum_p.value();
+      v_dot_g = sum_t.value();
       if constexpr (N == Normalization::kLayer) {
-        along_t /= row.features;
+        v_dot_g /= row.features;
         mean = sum.value() / row.features;
       }
     }
     over(row.features, [&](int64_t d, auto like) CJEPA_INLINED {
       const auto u = map.prediction(p + d, like), v = map.target(t + d, like);
-      const auto g = pull(d, u, v);
+      const auto g = gradient_of(d, u, v);
       if constexpr (N == Normalization::kL2) {
-        write<STREAM>(out.prediction + d, (g - u * along_p) * map.scale_p);
+        write<STREAM>(out.prediction + d, (g - u * u_dot_g) * map.scale_p);
       } else {
         write<STREAM>(out.prediction + d, g);
       }
       if constexpr (kTarget) {
-        write<STREAM>(out.target + d, (v * along_t - (g - mean)) * map.scale_t);
+        write<STREAM>(out.target + d, (v * v_dot_g - (g - mean)) * map.scale_t);
       } else if constexpr (TARGET) {
         write<STREAM>(out.target + d, -g);
       }
     });
-    if (!map.regular_p) constant(out.statistics.first, row, out.prediction);
-    if (TARGET && !map.regular_t) constant(out.statistics.second, row, out.target);
+    if (!map.regular_p) short_row_gradient(out.statistics.first, row, out.prediction);
+    if (TARGET && !map.regular_t) short_row_gradient(out.statistics.second, row, out.target);
   }
 
-  // The gradient of a row of that norm, which is not above eps: 0, or NaN as the norm is.
-  static void constant(T norm, const PredictionRow<T>& row, T* out) {
+  // The gradient of a row whose norm is not above eps: 0, or NaN if the norm is NaN.
+  static void short_row_gradient(T norm, const PredictionRow<T>& row, T* out) {
     for (int64_t d = 0; d < row.features; ++d) out[d] = norm <= row.eps ? 0 : norm;
   }
 
@@ -277,7 +279,11 @@ struct PredictionCore : MicroTile<T, PlainOperand<T>> {
   }
 
   static constexpr PredictionFunctions<T> table() {
-    return {&forward, &gradient, [] { Tile::fence(); }, &widen, &narrow};
+    return {.forward = &forward,
+            .gradient = &gradient,
+            .fence = [] { Tile::fence(); },
+            .widen = &widen,
+            .narrow = &narrow};
   }
 };
 
