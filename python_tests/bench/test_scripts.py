@@ -13,8 +13,8 @@ import torch
 from bench_scripts import ROOT, leaves, load, run_script
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 
-from cjepa_kernels import backends, nt_xent
-from cjepa_kernels.bench import candidates, errors, formulas, plot_style, records
+from cjepa_kernels import backends, nt_xent, plot_style
+from cjepa_kernels.bench import candidates, errors, formulas, records
 from cjepa_kernels.bench.candidates import DIRECTIONS
 from cjepa_kernels.bench.sizes import Size, views
 

@@ -16,12 +16,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from cjepa_kernels.train.advisor import METRICS as ADVISOR_METRICS
-from cjepa_kernels.train.advisor import Advisor
-from cjepa_kernels.train.atomic import atomic_write
-from cjepa_kernels.train.data import Dataset
-from cjepa_kernels.train.evaluate import effective_rank, evaluate, standard_deviation
-from cjepa_kernels.train.module import CJEPAModule, feature_extractor
+from cjepa_kernels.files import atomic_write
+from cjepa_kernels.train.data.dataset import Dataset
+from cjepa_kernels.train.evaluation.probes import effective_rank, evaluate, standard_deviation
+from cjepa_kernels.train.loop.advisor import METRICS as ADVISOR_METRICS
+from cjepa_kernels.train.loop.advisor import Advisor
+from cjepa_kernels.train.loop.module import CJEPAModule, feature_extractor
 from cjepa_kernels.train.reported_error import ReportedError
 
 Row = dict[str, float]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, create_loss_from_config
 from cjepa_kernels.tokens import cls_tokens
 from cjepa_kernels.train.config import ExperimentConfig, config_to_dict
-from cjepa_kernels.train.masking import PatchMasks, multi_block_masks, patch_counts
-from cjepa_kernels.train.views import two_views
-from cjepa_kernels.train.vit import (
+from cjepa_kernels.train.data.masking import PatchMasks, multi_block_masks, patch_counts
+from cjepa_kernels.train.data.views import two_views
+from cjepa_kernels.train.model.vit import (
     Predictor,
     VisionTransformer,
     patch_grid,
@@ -24,7 +24,7 @@ from cjepa_kernels.train.vit import (
 )
 
 if TYPE_CHECKING:
-    from cjepa_kernels.train.evaluate import FeatureExtractor
+    from cjepa_kernels.train.evaluation.probes import FeatureExtractor
 
 _CONTRASTIVE_METRICS = (
     "contrastive_loss",

@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cjepa_kernels.train.atomic import atomic_path
+from cjepa_kernels.files import atomic_path
 
 # Matplotlib wants real colours; these are replaced by the reader's in SVG text.
 INK, GRID = "#010203", "#040506"

@@ -16,9 +16,9 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from cjepa_kernels.train import report_figures as figures
-from cjepa_kernels.train.atomic import atomic_write
-from cjepa_kernels.train.comparison import (
+from cjepa_kernels.files import atomic_write
+from cjepa_kernels.train.data.dataset import Dataset
+from cjepa_kernels.train.evaluation.comparison import (
     ARM_TITLES,
     METRIC_TITLES,
     Comparison,
@@ -28,9 +28,9 @@ from cjepa_kernels.train.comparison import (
     pair_title,
     text_tables,
 )
-from cjepa_kernels.train.data import Dataset
-from cjepa_kernels.train.evaluate import FeatureExtractor
-from cjepa_kernels.train.report_style import STYLE
+from cjepa_kernels.train.evaluation.probes import FeatureExtractor
+from cjepa_kernels.train.report import figures
+from cjepa_kernels.train.report.style import STYLE
 
 Array = npt.NDArray[np.float32]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cjepa_kernels.train.config import ViewsConfig
-from cjepa_kernels.train.randomness import normal, stream_key, uniform
+from cjepa_kernels.train.data.randomness import normal, stream_key, uniform
 
 _STREAM = 1
 _NOISE_STREAM = 2

@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
-from cjepa_kernels.train.image_decoding import EncodedImage
+from cjepa_kernels.train.data.image_decoding import EncodedImage
 
 
 @dataclass(frozen=True)

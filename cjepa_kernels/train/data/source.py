@@ -10,17 +10,17 @@ from typing import Any, Protocol
 import pyarrow as pa
 
 from cjepa_kernels.suggestions import closest
-from cjepa_kernels.train.columns import (
+from cjepa_kernels.train.config import DataConfig
+from cjepa_kernels.train.data.columns import (
     LABEL_NAMES,
     choose_image_column,
     choose_label_column,
     columns_of,
 )
-from cjepa_kernels.train.config import DataConfig
-from cjepa_kernels.train.image_decoding import ImageSource
-from cjepa_kernels.train.image_folder import has_image_suffix, list_image_folder
-from cjepa_kernels.train.parquet_table import ParquetTable, find_parquet_files
-from cjepa_kernels.train.split_names import (
+from cjepa_kernels.train.data.image_decoding import ImageSource
+from cjepa_kernels.train.data.image_folder import has_image_suffix, list_image_folder
+from cjepa_kernels.train.data.parquet_table import ParquetTable, find_parquet_files
+from cjepa_kernels.train.data.split_names import (
     choose_splits,
     expanded_path,
     listed,
@@ -134,7 +134,7 @@ def _parquet_source(config: DataConfig, location: Path) -> Source:
 
 def _named_source(config: DataConfig, name: str, **options: Any) -> Source:
     # `datasets` takes a second to import, and most sources do without it.
-    from cjepa_kernels.train.named_dataset import open_named
+    from cjepa_kernels.train.data.named_dataset import open_named
 
     splits = open_named(name, config.source, **options)
     chosen = choose_splits(splits, repr(config.source))

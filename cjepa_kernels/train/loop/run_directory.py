@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from cjepa_kernels.train import checksummed_json
-from cjepa_kernels.train.checkpoints import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, remedy
 from cjepa_kernels.train.config import (
     ExperimentConfig,
     config_to_dict,
     differing_keys,
 )
+from cjepa_kernels.train.loop.checkpoints import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, remedy
 from cjepa_kernels.yaml_reader import read_yaml
 
 RESULT = "result.json"

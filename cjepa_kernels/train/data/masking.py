@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels.train.config import MaskingConfig
-from cjepa_kernels.train.randomness import stream_key, uniform
+from cjepa_kernels.train.data.randomness import stream_key, uniform
 
 _STREAM = 3
 _PER_BLOCK = 4

@@ -12,11 +12,11 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from cjepa_kernels.files import atomic_write
 from cjepa_kernels.train import checksummed_json
-from cjepa_kernels.train.atomic import atomic_write
-from cjepa_kernels.train.data_summary import DataSummary
-from cjepa_kernels.train.evaluate import ProbeSizes
-from cjepa_kernels.train.uncertainty import CONFIDENCE, difference_margin, wilson
+from cjepa_kernels.train.data.summary import DataSummary
+from cjepa_kernels.train.evaluation.probes import ProbeSizes
+from cjepa_kernels.train.evaluation.uncertainty import CONFIDENCE, difference_margin, wilson
 
 FORMAT = 1  # version of the JSON layout
 

@@ -14,10 +14,14 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from cjepa_kernels.train.config import DataConfig
-from cjepa_kernels.train.data_source import Source, find_source
-from cjepa_kernels.train.image_decoding import EncodedImages, ImageLayout, treatment_lines
-from cjepa_kernels.train.image_folder import nearest_class
-from cjepa_kernels.train.split_names import listed
+from cjepa_kernels.train.data.image_decoding import (
+    EncodedImages,
+    ImageLayout,
+    treatment_lines,
+)
+from cjepa_kernels.train.data.image_folder import nearest_class
+from cjepa_kernels.train.data.source import Source, find_source
+from cjepa_kernels.train.data.split_names import listed
 
 # Splits and subsets are part of the task, not of a run: every seed of an experiment shares them.
 _SPLIT_SEED = 0

@@ -11,15 +11,15 @@ import torch
 from rich.console import Console
 
 from cjepa_kernels.train.config import ExperimentConfig, MaskingConfig
-from cjepa_kernels.train.data import (
+from cjepa_kernels.train.data.dataset import (
     Dataset,
     EncodedDataset,
     open_dataset,
     pretrain_indices,
 )
-from cjepa_kernels.train.masking import PatchCounts, patch_counts
-from cjepa_kernels.train.split_names import listed
-from cjepa_kernels.train.vit import patch_grid
+from cjepa_kernels.train.data.masking import PatchCounts, patch_counts
+from cjepa_kernels.train.data.split_names import listed
+from cjepa_kernels.train.model.vit import patch_grid
 
 _NAMED_CLASSES = 20
 # The masks of published recipes leave a quarter of an image (MAE) to half of it (I-JEPA) visible,

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from cjepa_kernels.train.callbacks import MetricHistory
-from cjepa_kernels.train.module import CJEPAModule
+from cjepa_kernels.train.loop.callbacks import MetricHistory
+from cjepa_kernels.train.loop.module import CJEPAModule
 
 
 class RunProgressBar(Callback):

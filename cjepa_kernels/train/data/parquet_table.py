@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cjepa_kernels.train.columns import columns_of
-from cjepa_kernels.train.image_decoding import EncodedImage
-from cjepa_kernels.train.split_names import listed, split_files, walk_files
+from cjepa_kernels.train.data.columns import columns_of
+from cjepa_kernels.train.data.image_decoding import EncodedImage
+from cjepa_kernels.train.data.split_names import listed, split_files, walk_files
 
 _ROWS_AT_ONCE = 64
 

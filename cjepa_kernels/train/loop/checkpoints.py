@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from cjepa_kernels.train.atomic import atomic_path
+from cjepa_kernels.files import atomic_path
 
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 PREVIOUS_CHECKPOINT = Path("checkpoints") / "previous.ckpt"

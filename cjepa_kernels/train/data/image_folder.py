@@ -11,8 +11,8 @@ from stat import S_ISREG
 from PIL import Image
 
 from cjepa_kernels.suggestions import closest
-from cjepa_kernels.train.image_decoding import EncodedImage
-from cjepa_kernels.train.split_names import (
+from cjepa_kernels.train.data.image_decoding import EncodedImage
+from cjepa_kernels.train.data.split_names import (
     SPLIT_NAMES,
     choose_splits,
     class_name,

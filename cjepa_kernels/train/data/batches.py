@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from cjepa_kernels.train.data import Dataset
-from cjepa_kernels.train.module import IndexedImages
-from cjepa_kernels.train.randomness import permutation, stream_key
+from cjepa_kernels.train.data.dataset import Dataset
+from cjepa_kernels.train.data.randomness import permutation, stream_key
+from cjepa_kernels.train.loop.module import IndexedImages
 
 _ORDER_STREAM = 0
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from cjepa_kernels.train.worker_pool import Event
+from cjepa_kernels.train.loop.worker_pool import Event
 
 _LINE_SECONDS = 10.0
 

@@ -17,9 +17,9 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from cjepa_kernels.bench.plot_style import GRID, INK, settings
-from cjepa_kernels.train import corruptions
-from cjepa_kernels.train.comparison import ARM_TITLES, FEATURE_TITLES, Comparison
+from cjepa_kernels.plot_style import GRID, INK, settings
+from cjepa_kernels.train.evaluation import corruptions
+from cjepa_kernels.train.evaluation.comparison import ARM_TITLES, FEATURE_TITLES, Comparison
 
 Array = npt.NDArray[np.float32]
 

@@ -18,11 +18,11 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional as F
 
-from cjepa_kernels.train import corruptions
+from cjepa_kernels.train.evaluation import corruptions
 
 if TYPE_CHECKING:
     from cjepa_kernels.train.config import EvaluationConfig
-    from cjepa_kernels.train.data import Dataset, LabeledImages
+    from cjepa_kernels.train.data.dataset import Dataset, LabeledImages
 
 FeatureExtractor: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Takes uint8 images (n, C, H, W); returns the CLS token and the mean of the patch tokens,

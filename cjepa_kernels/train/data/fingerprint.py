@@ -6,7 +6,7 @@ import hashlib
 import logging
 from typing import Any
 
-from cjepa_kernels.train.data import Dataset
+from cjepa_kernels.train.data.dataset import Dataset
 
 _LOG = logging.getLogger(__name__)
 
