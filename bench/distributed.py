@@ -2,23 +2,22 @@
 
     python bench/distributed.py [--seconds 6] [--quick] [--no-save]
 
-Two gloo processes of one thread each hold M_r of the M = 2 M_r rows; forward + backward, fp32.
-*Work* is the CPU time of both, in which waiting does not count; *time* is what the slower one
-takes. All candidates run in turn, round after round:
+Each of two gloo processes has one thread and holds M_r of the M = 2 M_r rows in fp32. A round runs
+forward + backward of every candidate in turn. *Work* is the CPU time of both processes, in which
+waiting does not count. *Time* is the wall-clock time of the slower one.
 
-    ring        each pair of shards multiplied once
-    all_gather  features gathered, own rows against all others; (g r, LSE-) exchanged for the
-                backward
-    strips      two independent passes over row strips: features gathered, one rectangle of own rows
-                and all rows a rank, gradients of both its sides, those of the gathered rows summed
-                over the ranks. The same kernels; nothing is left out of its sums, which changes no
-                work
+    ring        each pair of shards is multiplied once
+    all_gather  a rank gathers all features and multiplies its own rows with all others; the ranks
+                exchange (g r, LSE-) for the backward
+    strips      a rank gathers all features, computes one rectangle of its own rows and all rows
+                with the same kernels, and the gradients of both sides; the ranks add up the
+                gradients of the gathered rows. Its sums leave nothing out, which changes no work
     lightly     lightly's formula with gather_distributed=True, in eager PyTorch
 
-Then what each rank sends and multiplies in groups of 1 to 8 ranks, by the code's own counters
-beside the formulas of distributed_cost.py, and the peak memory of a rank against its rows, with
-exponentials kept for the backward (see CJEPA_KEPT_MIB) and without. A target that is missed is
-reported, never an error. Writes bench/results/distributed_cpu.json.
+Then the script counts what each rank sends and multiplies in groups of 1 to 8 ranks, beside the
+formulas of distributed_cost.py. Last, it measures the peak memory of a rank, with exponentials
+saved for the backward (see CJEPA_KEPT_MIB) and without. A target that is missed is reported and is
+no error. The script writes bench/results/distributed_cpu.json.
 """
 
 from __future__ import annotations
@@ -39,51 +38,35 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from distributed_cost import Problem, cost
-from distributed_formulas import lightly_of_group
 from torch import Tensor
 
 from cjepa_kernels import backends, cross_logsumexp, functional, nt_xent, pair_similarity
-from cjepa_kernels.bench.formulas import TEMPERATURE
+from cjepa_kernels.bench.formulas import TEMPERATURE, gather_with_gradient, lightly_of_group
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.bench.timing import summarise
 from cjepa_kernels.distributed import Counts, counting
 
 SIZES = ((128, 128), (512, 128), (1024, 256), (4096, 256), (4096, 768))  # M_r, D
 QUICK_SIZES = ((128, 16),)
 STRATEGIES = ("ring", "all_gather")
 WORK_TARGET = 0.6  # ring / strips
-# Ranks, M_r, D, whether exponentials may be kept: M_r doubled, then the number of ranks.
+# Ranks, M_r, D, and whether exponentials may be saved. First M_r doubles, then the ranks do.
 MEMORY_CASES = (
     *((2, rows, 256, keep) for keep in (True, False) for rows in (4096, 8192, 16384, 32768)),
     *((ranks, 512, 2048, False) for ranks in (2, 4, 8, 16)),
 )
-M_MMAP_THRESHOLD = -3  # of glibc
+M_MMAP_THRESHOLD = -3  # An option of glibc's mallopt.
 QUICK_MEMORY_CASES = ((2, 256, 16, True),)
 COUNTED_RANKS = range(1, 9)
 QUICK_RANKS = (2,)
 COUNTED_PAIRS, COUNTED_FEATURES = 12, 16
 
 
-class Gather(torch.autograd.Function):
-    """(R n, D) of every rank, and the sum of every rank's gradient of the own rows."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor) -> Tensor:
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, own.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.contiguous()
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def strips(z_i: Tensor, z_j: Tensor) -> Tensor:
-    """Own rows against all rows, rows of the rectangle alone; a sum over own anchors."""
+    """The mean over the own anchors, from the row sums of one rectangle of own and all rows."""
     own = torch.cat([z_i, z_j])
-    out = cross_logsumexp(own, Gather.apply(own), temperature=TEMPERATURE)
+    out = cross_logsumexp(own, gather_with_gradient(own), temperature=TEMPERATURE)
     positive = pair_similarity(z_i, z_j).repeat(2)
     return (out.row_lse - positive / TEMPERATURE).mean()
 
@@ -100,7 +83,7 @@ def of_group(strategy: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def candidates() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Losses by name; eager PyTorch holds (M_r, M) matrices."""
+    """The losses by name."""
     losses = {"ring": of_group("ring"), "all_gather": of_group("all_gather"), "strips": strips}
     return {**losses, "lightly": lightly_of_group}
 
@@ -115,7 +98,7 @@ def views(rows: int, features: int) -> tuple[Tensor, Tensor]:
 def start_rank(
     rank: int, ranks: int, directory: str, task: str, arguments: tuple[Any, ...]
 ) -> None:
-    """One process: joins the group, runs the task, leaves its result as JSON."""
+    """Join the group as one process, run the task, and write its result as JSON."""
     torch.set_num_threads(1)
     store = f"file://{directory}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
@@ -125,7 +108,7 @@ def start_rank(
 
 
 def on_ranks(ranks: int, task: str, *arguments: Any) -> list[Any]:
-    """The results of a task on every rank of a new group."""
+    """Run a task on every rank of a new group; the results in the order of the ranks."""
     with tempfile.TemporaryDirectory() as directory:
         mp.start_processes(
             start_rank, (ranks, directory, task, arguments), nprocs=ranks, start_method="forkserver"
@@ -151,7 +134,7 @@ def time_losses(rows: int, features: int, seconds: float) -> dict[str, list[list
         for name, loss in candidates().items():
             times[name].append(run(loss))
         going.fill_(time.perf_counter() - started < seconds)
-        dist.broadcast(going, src=0)  # as many rounds on every rank
+        dist.broadcast(going, src=0)  # Every rank must make as many rounds.
     return times
 
 
@@ -176,7 +159,7 @@ def peak_memory(strategy: str, keep: bool, rows: int, features: int) -> int:
     if not keep:
         functional.KEPT_BYTES = 0
     if hasattr(ctypes.CDLL(None), "mallopt"):
-        # Freed memory goes back to the system at once: the peak is that of what is in use.
+        # Freed memory goes back to the system at once, so that the peak counts memory in use alone.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
     z_i, z_j = views(rows, features)
     small = views(64, features)
@@ -194,11 +177,11 @@ def summary(per_rank: list[list[list[float]]]) -> dict[str, float]:
     rounds = list(zip(*per_rank, strict=True))
     work = [sum(rank[0] for rank in a_round) for a_round in rounds]
     wall = [max(rank[1] for rank in a_round) for a_round in rounds]
-    deciles = statistics.quantiles(work, n=10, method="inclusive")
+    of_work = summarise(work)
     return {
-        "work": statistics.median(work),
-        "work_p20": deciles[1],
-        "work_p80": deciles[7],
+        "work": of_work["median"],
+        "work_p20": of_work["p20"],
+        "work_p80": of_work["p80"],
         "time": statistics.median(wall),
         "rounds": len(rounds),
     }
@@ -265,7 +248,7 @@ def measure_counts(groups: Iterable[int]) -> list[dict[str, Any]]:
 
 
 def measure_memory(cases: tuple[tuple[int, int, int, bool], ...]) -> list[dict[str, Any]]:
-    """Peak extra memory of a rank, the largest of all."""
+    """Peak extra memory of the rank that takes most."""
     records = []
     for ranks, rows, features, keep in cases:
         print(f"measuring the memory of {ranks} ranks of {rows} rows", flush=True)

@@ -1,12 +1,16 @@
-"""Everything that needs a GPU, in one command: ``make gpu-check`` (within 8 minutes).
+"""Run the tests and the benchmark that need a GPU, in at most 8 minutes: ``make gpu-check``.
 
-Each step goes on when another fails; the end says which did. Needs PyTorch, Triton, pytest and
-hypothesis, for the first step setuptools, CMake, Ninja, pybind11 and a compiler too; no network.
-Only that step installs: the others use the checkout as it is.
+    python bench/gpu_check.py
+
+Each step runs even if another fails, and a table at the end says which did. The steps need
+PyTorch, Triton, pytest and hypothesis, and no network. The first step installs the package, which
+also needs setuptools, CMake, Ninja, pybind11 and a compiler. The other steps do not depend on it,
+because they import the package from the checkout.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import shutil
@@ -22,29 +26,30 @@ from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).parents[1]
-PARITY = ["nt_xent", "cross_logsumexp", "cross_logsumexp_calls", "limits", "ops", "prediction_loss"]
-TOTAL = 480.0  # seconds of all steps
-GRACE = 15.0  # seconds from asking a step to stop to stopping it; pytest-xdist takes ten
-SHORTEST = 5.0  # seconds below which a step is not worth its start
+PARITY = ["nt_xent", "cross_logsumexp", "cross_logsumexp_calls", "limits"]
+PARITY += ["prediction_loss", "registration"]
+TOTAL = 480.0  # Seconds of all steps together.
+GRACE = 15.0  # Seconds that a step has to stop by itself; pytest-xdist takes ten.
+SHORTEST = 5.0  # A step with fewer seconds left is not started.
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command with what it may take.
+    """A command and its limits.
 
     Attributes:
-        name: Of the printed line.
+        name: Its name in the table at the end.
         command: Program and arguments.
-        limit: Seconds at most.
-        kept: Seconds that the steps before leave it.
-        needs: Modules without which it cannot run.
-        environment: Variables on top of this process's.
+        limit: Seconds that it may take at most.
+        reserved: Seconds that the earlier steps must leave for it.
+        needs: Modules that it cannot run without.
+        environment: Variables that are added to those of this process.
     """
 
     name: str
     command: list[str]
     limit: float
-    kept: float = 0.0
+    reserved: float = 0.0
     needs: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -55,9 +60,9 @@ def installed(module: str) -> bool:
 
 
 def pytest(*arguments: str) -> list[str]:
-    """The suite's runner, on several processes if it can: compiling takes most of the time.
+    """The command of pytest, on several processes if xdist is there, as compiling takes longest.
 
-    The project's own options ask for pytest-benchmark, which may be missing.
+    It leaves out the project's own options, which ask for plugins that may be missing.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-ra", "--strict-markers"]
     command += ["-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:benchmark"]
@@ -67,7 +72,7 @@ def pytest(*arguments: str) -> list[str]:
 
 
 def pip_install() -> list[str]:
-    """Installs the checkout where it is, with the build tools that are here."""
+    """The command that installs the checkout in place, with the build tools that are here."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     command += ["--no-build-isolation", "--editable", str(ROOT)]
     managed = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists()
@@ -77,65 +82,65 @@ def pip_install() -> list[str]:
 
 
 def sanitizer() -> str | None:
-    """compute-sanitizer, which CUDA's toolkit often keeps off the path."""
+    """Path of compute-sanitizer, which CUDA's toolkit often does not put on PATH."""
     found = shutil.which("compute-sanitizer")
     return found or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
 
 def steps() -> list[Step]:
-    """In the order of their worth, should the time run out."""
+    """The steps, the most useful first, because the time may run out."""
     tests = ROOT / "python_tests"
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    repeatable = {"CUBLAS_WORKSPACE_CONFIG": workspace}  # for deterministic products
+    repeatable = {"CUBLAS_WORKSPACE_CONFIG": workspace}  # Makes products deterministic.
     device = Step(
         "device",
-        pytest(str(tests / "test_triton_gpu.py")),
+        pytest(str(tests / "triton/test_gpu.py")),
         90,
         needs=("pytest",),
         environment=repeatable,
     )
     kernels = Step(
         "kernels",
-        pytest(str(tests / "test_triton.py")),
+        pytest(str(tests / "triton/test_kernels.py")),
         150,
         needs=("pytest",),
         environment=repeatable,
     )
     parity = Step(
         "parity",
-        pytest("-k", "triton", *(str(tests / f"test_{name}.py") for name in PARITY)),
+        pytest("-k", "triton", *(str(tests / f"ops/test_{name}.py") for name in PARITY)),
         150,
         needs=("pytest", "hypothesis"),
         environment={**repeatable, "CJEPA_TEST_DEVICE": "cuda"},
     )
-    # One process compiles for minutes: then what users call goes before the ways inside.
+    # One process compiles for minutes. Then the tests of what users call come first.
     tested = (kernels, parity) if installed("xdist") else (parity, kernels)
     small = [sys.executable, str(ROOT / "bench/gpu_small.py")]
     found = [
         Step("build", pip_install(), 120, needs=("pip", "setuptools", "pybind11")),
         device,
         *tested,
-        Step("benchmark", [sys.executable, str(ROOT / "bench/gpu.py")], 270, kept=180),
+        Step("benchmark", [sys.executable, str(ROOT / "bench/gpu.py")], 270, reserved=180),
     ]
     checker = sanitizer()
     if checker is not None:
         checked = [checker, "--error-exitcode", "1"]
-        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor with its own bounds
+        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # Every tensor has its own bounds.
         found += [
-            Step("small", small, 90),  # compiles what is checked next
-            Step("memcheck", [*checked, *small], 120, kept=30, environment=uncached),
+            Step("small", small, 90),  # Compiles the kernels that the next steps check.
+            Step("memcheck", [*checked, *small], 120, reserved=30, environment=uncached),
             Step("racecheck", [*checked, "--tool", "racecheck", *small], 90),
         ]
     return found
 
 
 def allowance(step: Step, later: list[Step], left: float) -> float:
-    """Seconds that a step gets of those left."""
-    return min(step.limit, left - GRACE - sum(other.kept for other in later))
+    """The seconds that a step may take of those that are left."""
+    return min(step.limit, left - GRACE - sum(other.reserved for other in later))
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a step: it may say what it has so far, and none of its children stays on the device."""
+    """Stop a step and all of its children. An interrupt first lets it print what it has."""
     if process.poll() is None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)
@@ -147,7 +152,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def run(step: Step, limit: float) -> tuple[str, float]:
-    """What became of a step within ``limit``, and the seconds that it took."""
+    """Run a step for at most ``limit`` seconds; its outcome and the seconds that it took."""
     print(f"\n=== {step.name}: {' '.join(step.command)}", flush=True)
     missing = [module for module in step.needs if not installed(module)]
     if missing:
@@ -161,7 +166,7 @@ def run(step: Step, limit: float) -> tuple[str, float]:
 
 
 def run_process(step: Step, limit: float) -> tuple[str, float]:
-    """The same of a step that can run."""
+    """Start the process of a step and wait for it; its outcome and the seconds that it took."""
     environment = {**os.environ, **step.environment}
     path = [str(ROOT), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
@@ -186,7 +191,7 @@ def run_all(
     runner: Callable[[Step, float], tuple[str, float]] = run,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[tuple[str, str, float]]:
-    """Name, outcome and seconds of every step, all within ``total`` seconds."""
+    """Run every step, within ``total`` seconds; the name, outcome and seconds of each."""
     deadline = clock() + total
     outcomes = []
     for index, step in enumerate(todo):
@@ -196,18 +201,22 @@ def run_all(
 
 
 def end(signum: int, frame: FrameType | None) -> None:
-    """Leave through ``finally``, so that the step ends too."""
+    """Exit by an exception, so that ``finally`` stops the running step."""
     sys.exit(128 + signum)
 
 
 def main() -> int:
+    if not installed("torch"):
+        print(f"PyTorch is not installed for {sys.executable}: nothing was checked")
+        return 1
     import torch
 
     if not torch.cuda.is_available():
         print("there is no CUDA device: nothing was checked")
         return 1
     signal.signal(signal.SIGTERM, end)
-    # A shell that starts this in the background has it and its steps ignore what ends pytest.
+    # In a process that a shell started in the background, SIGINT is ignored. Its children inherit
+    # that, and pytest would not stop.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}")
     outcomes = run_all(steps())
@@ -220,4 +229,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     sys.exit(main())

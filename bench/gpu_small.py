@@ -1,4 +1,9 @@
-"""Small calls that take every way through the Triton kernels, for a memory or race checker."""
+"""Call every Triton kernel of the contrastive losses on small inputs.
+
+    compute-sanitizer python bench/gpu_small.py
+
+It is meant to run under a checker of memory accesses or races, which slows kernels down a lot.
+"""
 
 from __future__ import annotations
 

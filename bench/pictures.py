@@ -1,7 +1,7 @@
 """Draw the pictures of the documents from the recorded results: ``python bench/pictures.py``.
 
-Writes docs/images/headline.svg, nt_xent_cpu.svg and temperature_error.svg. The SVGs follow the
-reader's light or dark colours. Needs Matplotlib, from the extra ``bench``.
+It writes headline.svg, nt_xent_cpu.svg, temperature_error.svg and distributed.svg to docs/images.
+The SVGs follow the reader's light or dark colours. It needs Matplotlib, from the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from distributed_cost import HIDDEN, NETWORK, NVLINK, SHOWN, Problem, simulate
 from gpu_targets import AUTOCAST, MM3
 from gpu_targets import COMPILED as COMPILED_GPU
 from gpu_targets import OURS as TRITON
@@ -37,6 +38,7 @@ Content = dict[str, Any]
 DOCS = RESULTS.parents[1] / "docs"
 CPU_OF_HEADLINE = DOCS / "results" / "amd-epyc-avx2.json"
 CPU_ROWS, GPU_ROWS, FEATURES = 8192, 65536, 256  # of the README's picture
+MANY_RANKS = 64  # Of the picture of what ranks send.
 MOST_BARS = 5  # in a panel of the README's picture
 
 
@@ -102,6 +104,59 @@ def draw_temperature_errors(rows: list[Content]) -> Figure:
         }
         plots.draw_errors(axes, curves)
         axes.set_title(f"Relative error of the {quantity}, fp32")
+    return figure
+
+
+def draw_distributed(rows: list[Content]) -> Figure:
+    """What each scheme costs a rank, and the simulated time that waiting adds to the ring.
+
+    Args:
+        rows: What bench/distributed_cost.py recorded.
+    """
+    names = {
+        "ring": "ring (here)",
+        "all_gather": "all-gather (here)",
+        "lightly": "lightly",
+        "open_clip": "open_clip",
+        "inf_cl": "Inf-CL's ring",
+    }
+    colours = [STYLES[OURS].colour] * 2 + [OTHER] * 3
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    sent, multiplied, waiting = figure.subplots(1, 3)
+    for axes, key, unit, title in (
+        (sent, "bytes", 2**20, "Sent by a rank, MiB"),
+        (multiplied, "flops", 1e12, "Multiplied by a rank, TFLOP"),
+    ):
+        of_scheme = {row["scheme"]: row[key] / unit for row in rows if row["ranks"] == MANY_RANKS}
+        values = {label: of_scheme[scheme] for scheme, label in names.items()}
+        texts = [f"{value:.3g}" for value in values.values()]
+        plots.draw_bars(axes, values, texts, colours=colours)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.grid(axis="y", visible=False)
+        axes.set_title(title)
+        axes.set_xlabel(f"{MANY_RANKS} ranks of {SHOWN.rows // 2} pairs, {SHOWN.features} features")
+    pairs = [2**k for k in range(8, 15)]
+    for link, ranks, name in ((NVLINK, 8, OURS), (NETWORK, MANY_RANKS, EAGER)):
+        problems = [Problem(ranks, 2 * count, SHOWN.features, SHOWN.itemsize) for count in pairs]
+        waiting.plot(
+            pairs,
+            [100 * simulate(problem, link)["exposed"] for problem in problems],
+            label=f"{ranks} ranks, {link.name}",
+            color=STYLES[name].colour,
+            linestyle=STYLES[name].dash,
+        )
+    waiting.axhline(100 * HIDDEN, color=OTHER, linewidth=1)
+    waiting.annotate(
+        f"{100 * HIDDEN:.0f} %", (pairs[0], 100 * HIDDEN), (2, 3), textcoords="offset points"
+    )
+    waiting.set_xscale("log", base=2)
+    waiting.set_yscale("log")
+    waiting.set_xticks(pairs, [str(count) for count in pairs])
+    waiting.set_ylim(0.5, 1e4)
+    waiting.set_xlabel("pairs a rank")
+    waiting.set_title("Simulated: time that waiting adds, %")
+    waiting.legend()
     return figure
 
 
@@ -186,11 +241,13 @@ def pictures() -> dict[Path, Callable[[], Figure]]:
     """What draws each picture, from the records."""
     (gpu,) = RESULTS.glob("NVIDIA-*.json")
     errors = _read(RESULTS / "temperature_error_cpu.json")["rows"]
+    costs = _read(RESULTS / "distributed_cost.json")["rows"]
     images = DOCS / "images"
     return {
         images / "headline.svg": partial(draw_headline, _read(CPU_OF_HEADLINE), _read(gpu)),
         images / "nt_xent_cpu.svg": partial(draw_nt_xent, _read(RESULTS / "nt_xent_cpu.json")),
         images / "temperature_error.svg": partial(draw_temperature_errors, errors),
+        images / "distributed.svg": partial(draw_distributed, costs),
     }
 
 

@@ -1,7 +1,8 @@
-"""Checkouts of revisions, each with its compiled module, and programs run with them."""
+"""Checkouts of revisions with their compiled modules, and processes that take turns."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,8 +11,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
+WORKER = Path(__file__).with_name("revision_worker.py")
 NATIVE_SOURCES = ("csrc", "CMakeLists.txt", "setup.py")
 
 
@@ -92,15 +95,80 @@ def build(checkout: Path) -> None:
         raise RuntimeError(f"the build of {checkout} failed:\n{result.stdout[-3000:]}")
 
 
-def environment(checkout: Path) -> dict[str, str]:
-    """Variables with which a program imports the package of a checkout."""
-    return os.environ | {"PYTHONPATH": str(checkout)}
-
-
-def check_package(expected: str) -> None:
+def check_package(expected: Path) -> None:
     """Raise unless the package that this process imports is that of the folder, and compiled."""
     import cjepa_kernels
 
     found = Path(cjepa_kernels.__file__).parents[1]
-    if found != Path(expected) or not cjepa_kernels.backends()["native"].available:
+    if found != expected or not cjepa_kernels.backends()["native"].available:
         raise RuntimeError(f"{found} is not {expected} with its compiled module")
+
+
+class Worker:
+    """A process of bench/revision_worker.py that measures one revision, on request."""
+
+    def __init__(self, checkout: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(checkout)},
+        )
+
+    def measure(self, request: dict[str, Any]) -> Any:
+        """The worker's answer to a request."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process of {self.process.args} ended: see above")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()
+
+
+def measure_in_turn(
+    base: Path,
+    head: Path,
+    requests: Sequence[dict[str, Any]],
+    *,
+    processes: int,
+    rounds: int,
+) -> list[list[list[tuple[Any, Any]]]]:
+    """What two revisions answer, taking turns; with new processes again and again.
+
+    Where memory lies changes times from process to process, so many turns of one process are not
+    many measurements.
+
+    Args:
+        base: Checkout of one revision.
+        head: That of the other.
+        requests: For bench/revision_worker.py.
+        processes: Of each revision.
+        rounds: Turns of each process for a request.
+
+    Returns:
+        For each request and each pair of processes, the answers (base, head) of every turn.
+    """
+    found: list[list[list[tuple[Any, Any]]]] = [[] for _ in requests]
+    for number in range(processes):
+        print(f"processes {number + 1} of {processes}", flush=True)
+        workers = [Worker(base), Worker(head)]
+        try:
+            for request, of_request in zip(requests, found, strict=True):
+                turns = []
+                for turn in range(rounds):
+                    order = (0, 1) if turn % 2 == 0 else (1, 0)
+                    answers = {side: workers[side].measure(request) for side in order}
+                    turns.append((answers[0], answers[1]))
+                of_request.append(turns)
+        finally:
+            for worker in workers:
+                worker.close()
+    return found

@@ -12,18 +12,12 @@ os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CJEPA_POISO
 
 import pytest
 import torch
+from overloads import BACKENDS, DEVICE
 from ranks import Ranks
 from torch import Tensor
 
-from cjepa_kernels import backends, chunked, triton
+from cjepa_kernels import chunked, triton
 
-# "cuda" makes the suite's tensors on the GPU: bench/gpu_check.py runs it so.
-DEVICE = os.environ.get("CJEPA_TEST_DEVICE", "cpu")
-BACKENDS = [
-    name
-    for name, status in backends().items()
-    if status.available and not {DEVICE, "any"}.isdisjoint(status.devices)
-]
 torch.set_default_device(DEVICE)
 _SKIPPED = pytest.StashKey[bool]()
 

@@ -1,7 +1,7 @@
 """Exact losses and gradients in float64, and how far others are from them.
 
 The closed form of the gradient, a block of rows at a time; it shares no code with the losses, and
-python_tests/test_bench.py holds it against the reference.
+python_tests/bench/test_scripts.py holds it against the reference.
 """
 
 from __future__ import annotations

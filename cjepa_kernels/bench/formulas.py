@@ -1,14 +1,16 @@
 """The formulas that nt_xent is compared with, each as a project that users come from computes it.
 
 Every function takes ``z_i`` and ``z_j`` of (B, D) on any device and returns the mean loss over the
-M = 2B anchors. python_tests/test_bench.py holds them against the reference.
+M = 2B anchors. python_tests/bench/test_scripts.py holds them against the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,6 +45,48 @@ def lightly(z_i: Tensor, z_j: Tensor, *, temperature: float = TEMPERATURE) -> Te
         within = torch.einsum("bd,cd->bc", own, own) / temperature
         logits.append(torch.cat([across, within[off_diagonal].view(batch, -1)], dim=1))
     labels = torch.arange(batch, device=z_i.device).repeat(2)
+    return F.cross_entropy(torch.cat(logits), labels)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_with_gradient(own: Tensor) -> Tensor:
+    """The rows of all ranks, (R n, D), of a group whose R ranks hold n rows each.
+
+    The backward adds up the gradients of all ranks for all rows over the ranks.
+    """
+    rows: Tensor = _Gather.apply(own)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def lightly_of_group(z_i: Tensor, z_j: Tensor, *, temperature: float = TEMPERATURE) -> Tensor:
+    """Lightly's ``NTXentLoss`` with ``gather_distributed=True``: the mean over the own anchors.
+
+    Four blocks of own rows against the gathered rows of all ranks, each of which holds as many.
+    """
+    batch, rank = len(z_i), dist.get_rank()
+    own = [F.normalize(z, dim=1) for z in (z_i, z_j)]
+    gathered = [gather_with_gradient(z) for z in own]
+    off_diagonal = torch.ones(batch, len(gathered[0]), dtype=torch.bool)
+    off_diagonal[:, rank * batch : (rank + 1) * batch].fill_diagonal_(False)
+    logits = []
+    for view in (0, 1):
+        across = torch.einsum("bd,cd->bc", own[view], gathered[1 - view]) / temperature
+        within = torch.einsum("bd,cd->bc", own[view], gathered[view]) / temperature
+        logits.append(torch.cat([across, within[off_diagonal].view(batch, -1)], dim=1))
+    labels = (torch.arange(batch) + rank * batch).repeat(2)
     return F.cross_entropy(torch.cat(logits), labels)
 
 

@@ -227,24 +227,18 @@ def _verdicts(results: Results, sizes: list[Size]) -> Iterator[str]:
 def _times_as_long(place: Place) -> str:
     """Where we are slower, and how much: the ratio the other way round, and its interval."""
     size, row = place
-    paired = Ratio(**row["over_ours"])
-    assert paired.low is not None  # else it is unclear
-    assert paired.high is not None
+    paired = Ratio(**row["over_ours"]).inverse()
     return (
-        f"M = {size.rows} ({times(1 / paired.value)} x its time, {LEVEL} interval "
-        f"{times(1 / paired.high)} to {times(1 / paired.low)})"
+        f"M = {size.rows} ({times(paired.value)} x its time, {LEVEL} interval {interval(paired)})"
     )
 
 
 def _unclear(place: Place) -> str:
     size, row = place
-    paired = Ratio(**row["over_ours"])
-    if paired.low is None or paired.high is None:
+    paired = Ratio(**row["over_ours"]).inverse()
+    if not interval(paired):
         return f"M = {size.rows} ({paired.rounds} rounds; {MIN_ROUNDS} are needed)"
-    return (
-        f"M = {size.rows} (our time is {times(1 / paired.high)} to {times(1 / paired.low)} x its "
-        f"time, {LEVEL} interval)"
-    )
+    return f"M = {size.rows} (our time is {interval(paired)} x its time, {LEVEL} interval)"
 
 
 def _unpaired(results: Results, found: dict[str, list[Place]]) -> Iterator[str]:

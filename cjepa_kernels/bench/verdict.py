@@ -56,6 +56,11 @@ class Ratio(NamedTuple):
             return "slower"
         return "equal" if self.low >= 1 / MARGIN and self.high <= MARGIN else "unclear"
 
+    def inverse(self) -> Ratio:
+        """Our time divided by the other's."""
+        low, high = (None if end is None else 1 / end for end in (self.high, self.low))
+        return Ratio(1 / self.value, low, high, self.rounds)
+
     def record(self) -> dict[str, Any]:
         """For the results file."""
         return self._asdict()
@@ -71,11 +76,22 @@ def ratio_of(ours: Sequence[float], other: Sequence[float]) -> Ratio:
     ratios = [theirs / mine for mine, theirs in zip(ours, other, strict=False)]
     blocks = min(len(ratios), BLOCKS)
     bounds = [len(ratios) * i // blocks for i in range(blocks + 1)]
-    medians = sorted(statistics.median(ratios[bounds[i] : bounds[i + 1]]) for i in range(blocks))
-    value, k = statistics.median(medians), _order(blocks)
+    medians = [statistics.median(ratios[bounds[i] : bounds[i + 1]]) for i in range(blocks)]
+    return ratio_of_blocks(medians, rounds=len(ratios))
+
+
+def ratio_of_blocks(medians: Sequence[float], *, rounds: int) -> Ratio:
+    """The ratio and its interval from the median ratio of each block.
+
+    Args:
+        medians: Of blocks that are independent draws, at least one.
+        rounds: In all blocks together.
+    """
+    ordered = sorted(medians)
+    value, k = statistics.median(ordered), _order(len(ordered))
     if k == 0:
-        return Ratio(value, None, None, len(ratios))
-    return Ratio(value, medians[k - 1], medians[blocks - k], len(ratios))
+        return Ratio(value, None, None, rounds)
+    return Ratio(value, ordered[k - 1], ordered[-k], rounds)
 
 
 def _order(blocks: int) -> int:

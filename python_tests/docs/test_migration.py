@@ -1,0 +1,360 @@
+"""docs/migrate: the code before and the code after have the same loss and gradients."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import peers
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from documents import DOCS, gradients, python_blocks, run_block
+from pytorch_metric_learning import losses, reducers
+from ranks import Ranks
+from tolerances import ALIGNED_LOSS, FLOOR_GRADIENT, FLOOR_VALUE, relative_error
+from torch import Tensor, nn
+
+from cjepa_kernels import cross_logsumexp, nt_xent, pair_similarity
+from docs.generate_figures import TEMPLATES
+
+PAGES = sorted(page.stem for page in (DOCS / "migrate").glob("*.md"))
+
+
+def run_under(page: str, heading: str, namespace: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Run the first block under a heading."""
+    namespace = {} if namespace is None else namespace
+    blocks = python_blocks(DOCS / "migrate" / f"{page}.md")
+    run_block(next(block for block in blocks if block.heading == heading), namespace)
+    return namespace
+
+
+def run_page(page: str) -> dict[str, Any]:
+    """Run all blocks, as a reader does who follows the page."""
+    namespace: dict[str, Any] = {"__name__": "document"}
+    for block in python_blocks(DOCS / "migrate" / f"{page}.md"):
+        run_block(block, namespace)
+    return namespace
+
+
+@pytest.fixture
+def projects(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in peers.stand_ins().items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.usefixtures("projects")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("page", PAGES)
+def test_after_equals_before(page: str, dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        before, after = (run_under(page, heading) for heading in ("Before", "After"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert before["loss"].dtype == after["loss"].dtype == dtype
+    assert relative_error(after["loss"], before["loss"]) <= FLOOR_VALUE[dtype]
+    expected, actual = gradients(before), gradients(after)
+    assert set(actual) == set(expected)
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 0, name
+        assert relative_error(actual[name], gradient) <= FLOOR_GRADIENT[dtype], name
+
+
+def test_there_are_four_pages() -> None:
+    assert PAGES == ["h-jepa", "lightly", "open_clip", "pytorch-metric-learning"]
+
+
+@pytest.mark.usefixtures("projects")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_the_bank_is_that_of_lightly(dtype: torch.dtype) -> None:
+    page = run_page("lightly")
+    here = page["NTXentWithBank"](memory_bank_size=(25, 16)).to(dtype)
+    there = importlib.import_module("lightly.loss").NTXentLoss(memory_bank_size=(25, 16)).to(dtype)
+    assert here.temperature == there.temperature == 0.5
+    torch.testing.assert_close(here.bank.norm(dim=1), torch.ones(25, dtype=dtype))
+    assert set(here.state_dict()) == {"bank", "position"}
+    there.memory_bank.bank.copy_(F.normalize(there.memory_bank.bank, dim=1))  # unit in fp64 too
+    here.bank.copy_(there.memory_bank.bank)
+    encoder = nn.Linear(32, 16, dtype=dtype)
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+
+    def compare(*, query_has_gradient: bool = True) -> None:
+        found = []
+        views = torch.randn(2, 10, 32, dtype=dtype)
+        for loss_fn in (there, here):
+            optimizer.zero_grad()
+            z_i, z_j = encoder(views[0]), encoder(views[1])
+            loss = loss_fn(z_i, z_j.detach()) + loss_fn(z_j, z_i)  # two pushes, one backward
+            if query_has_gradient:
+                loss.backward()
+            found.append((loss.detach(), gradients({"encoder": encoder})["encoder.weight"]))
+        (loss, gradient), (loss_here, gradient_here) = found
+        assert relative_error(loss_here, loss) <= FLOOR_VALUE[dtype]
+        if query_has_gradient:
+            assert relative_error(gradient_here, gradient) <= FLOOR_GRADIENT[dtype]
+        assert relative_error(here.bank, there.memory_bank.bank) <= FLOOR_VALUE[dtype]
+        assert here.position == there.memory_bank.bank_ptr
+
+    positions = []
+    for _ in range(5):
+        compare()
+        optimizer.step()
+        positions.append(int(here.position))
+    assert positions == [20, 10, 0, 20, 10]  # the third push of ten is five, up to the last row
+    here.eval()
+    there.eval()
+    before = here.bank.clone()
+    with torch.no_grad():
+        compare(query_has_gradient=False)
+    assert torch.equal(here.bank, before)
+    compare()
+    assert not torch.equal(here.bank, before)
+
+
+@pytest.mark.usefixtures("projects")
+def test_a_bank_of_one_row() -> None:
+    """Its log-sum-exp is a single logit, near 0 where the row is orthogonal to the query."""
+    bank = run_page("lightly")["NTXentWithBank"]
+    there = importlib.import_module("lightly.loss").NTXentLoss
+    for seed in range(30):
+        torch.manual_seed(seed)
+        here, lightly = bank(memory_bank_size=(1, 16)), there(memory_bank_size=(1, 16)).double()
+        lightly.memory_bank.bank.copy_(here.bank)
+        z_i, z_j = torch.randn(2, 3, 16)
+        with torch.no_grad():
+            expected = lightly(z_i.double(), z_j.double())
+            assert relative_error(here(z_i, z_j), expected) <= FLOOR_VALUE[torch.float32] / 2
+
+
+def views_with_hard_pairs() -> tuple[Tensor, Tensor]:
+    """Aligned views, the last four of other samples."""
+    generator = torch.Generator().manual_seed(0)
+    z_i = torch.randn(64, 128, generator=generator)
+    z_j = z_i + 0.6 * torch.randn(64, 128, generator=generator)
+    z_j[60:] = torch.randn(4, 128, generator=generator)
+    return z_i, z_j
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.03, 0.02, 0.01])
+def test_reducers_are_those_of_metric_learning(temperature: float) -> None:
+    mean_above = run_page("pytorch-metric-learning")["mean_above"]
+    z_i, z_j = views_with_hard_pairs()
+    embeddings, labels = torch.cat([z_i, z_j]), torch.arange(64).repeat(2)
+    terms = nt_xent(z_i, z_j, temperature=temperature, reduction="none").loss
+    theirs = losses.NTXentLoss(temperature, reducer=reducers.DoNothingReducer())
+    kept = (theirs(embeddings, labels)["loss"]["losses"] > 0).sum()
+    assert (terms > 2**-24).sum() == kept
+    if temperature <= 0.02:
+        assert (terms > 0).sum() > 2 * kept
+    for options, reducer in (
+        ({}, reducers.AvgNonZeroReducer()),
+        ({"low": 0.1}, reducers.ThresholdReducer(low=0.1)),
+    ):
+        expected = losses.NTXentLoss(temperature, reducer=reducer)(embeddings, labels)
+        loss = mean_above(z_i, z_j, temperature=temperature, **options)
+        assert relative_error(loss, expected) <= ALIGNED_LOSS
+
+
+def test_nothing_above_the_bound_is_zero_with_a_gradient() -> None:
+    z = torch.eye(4, requires_grad=True)
+    loss = run_page("pytorch-metric-learning")["mean_above"](z, z, temperature=0.01)
+    (gradient,) = torch.autograd.grad(loss, z)
+    assert loss == 0
+    assert torch.equal(gradient, torch.zeros(4, 4))
+
+
+def test_labels_in_any_order() -> None:
+    by_label = run_page("pytorch-metric-learning")["nt_xent_by_label"]
+    order = torch.randperm(128)
+    embeddings, labels = torch.cat(views_with_hard_pairs())[order], torch.arange(128)[order] % 64
+    expected = losses.NTXentLoss()(embeddings, labels)
+    assert relative_error(by_label(embeddings, labels), expected) <= FLOOR_VALUE[torch.float32]
+    for wrong in (torch.zeros_like(labels), torch.arange(128)):
+        with pytest.raises(ValueError, match="exactly twice"):
+            by_label(embeddings, wrong)
+
+
+def test_without_negatives() -> None:
+    """One pair, and a mask of all True."""
+    z = torch.randn(2, 8, 16, requires_grad=True)
+    for out in (
+        nt_xent(z[0, :1], z[1, :1]),
+        nt_xent(z[0], z[1], mask=torch.ones(8, 8, dtype=torch.bool)),
+    ):
+        assert out.loss == 0
+        assert out.negative_similarity.isnan()
+        (gradient,) = torch.autograd.grad(out.loss, z)
+        assert torch.equal(gradient, torch.zeros_like(z))
+    diagonal = nt_xent(z[0], z[1], mask=torch.eye(8, dtype=torch.bool))
+    assert torch.equal(diagonal.loss, nt_xent(z[0], z[1]).loss)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.02])
+def test_where_gradients_vanish_in_fp16(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(256, 128, generator=generator)
+    other = z + 0.3 * torch.randn(256, 128, generator=generator)
+    zeros = {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        z_i = z.to(dtype, copy=True).requires_grad_()
+        loss = nt_xent(z_i, other.to(dtype), temperature=temperature).loss
+        (gradient,) = torch.autograd.grad(loss, z_i)
+        zeros[dtype] = gradient.eq(0).double().mean().item()
+    assert zeros[torch.float16] >= (0.9 if temperature == 0.05 else 1)
+    assert zeros[torch.bfloat16] < 0.01
+    assert zeros[torch.float32] < 0.01
+
+
+def contrasted(
+    samples: int, features: int, noise: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    image = torch.randn(samples, features)
+    return image.to(dtype), (image + noise * torch.randn(samples, features)).to(dtype)
+
+
+def direction_losses(image: Tensor, text: Tensor, rounded: torch.dtype) -> Tensor:
+    """(2, B) losses of both directions at a scale of 100, in fp64 from unit rows rounded alike."""
+    rows = [F.normalize(z.float(), dim=1).to(rounded).double() for z in (image, text)]
+    logits = 100 * rows[0] @ rows[1].T
+    return torch.stack([logits.logsumexp(dim) - logits.diagonal() for dim in (1, 0)])
+
+
+@pytest.mark.usefixtures("projects")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "autocast"])
+def test_clip_in_half_precision(dtype: Any) -> None:
+    """Aligned pairs at a scale of 100 have a loss of 0, and no loss is negative."""
+    page = run_page("open_clip")
+    autocast = dtype == "autocast"
+    scale = torch.tensor(100.0)
+    for samples, features, noise in ((1, 8, 0.0), (64, 32, 0.0), (512, 256, 0.05), (96, 16, 1.0)):
+        inputs = contrasted(samples, features, noise, torch.float32 if autocast else dtype)
+        image, text = (z.requires_grad_() for z in inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses = [page["clip_loss"](image, text, scale)]
+            losses += [page["clip_loss_of_all_ranks"](image, text, scale)]
+            losses += [page["info_nce"](*pair, 0.01) for pair in ((image, text), (text, image))]
+        rounded = torch.bfloat16 if autocast else dtype
+        expected = direction_losses(image.detach(), text.detach(), rounded).mean(dim=1)
+        means = [expected.mean(), expected.mean(), *expected]
+        for loss, mean in zip(losses, means, strict=True):
+            assert loss >= 0
+            # A feature between two numbers of the dtype may be rounded either way: a logit by 0.1.
+            bound = 1e-4 + 0.1 / samples * (rounded != torch.float32)
+            assert abs(loss - mean) <= bound + 1e-3 * mean
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = cross_logsumexp(image, text, temperature=0.01)
+            positive = pair_similarity(image, text) / 0.01
+        of_pairs = (torch.stack([out.row_lse, out.column_lse]) - positive).clamp(min=0)
+        error = (of_pairs - direction_losses(image.detach(), text.detach(), rounded)).abs()
+        assert error.max() <= (1e-4 if rounded == torch.float32 else 0.15)
+        assert error.median() <= 1e-4
+        (gradient,) = torch.autograd.grad(losses[0], image)
+        assert gradient.dtype == image.dtype
+        assert gradient.isfinite().all()
+
+
+def test_a_cosine_in_bf16_is_off_by_a_hundredth() -> None:
+    """What the page warns of."""
+    image, text = contrasted(256, 1024, 0.05, torch.bfloat16)
+    rows = [F.normalize(z.float(), dim=1).bfloat16().double() for z in (image, text)]
+    exact = (rows[0] * rows[1]).sum(dim=1)
+    assert 0.003 < (F.cosine_similarity(image, text) - exact).abs().max() < 0.015
+    assert (pair_similarity(image, text) - exact).abs().median() < 1e-6
+
+
+@pytest.mark.usefixtures("projects")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_the_retrieval_accuracy_is_that_of_the_similarities(
+    dtype: torch.dtype, autocast: bool
+) -> None:
+    accuracy_of = run_page("open_clip")["retrieval_accuracy"]
+
+    def accuracy(image: Tensor, text: Tensor) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return float(accuracy_of(image, text))
+
+    for samples, features, noise in ((64, 32, 0.0), (200, 16, 1.0), (200, 8, 3.0)):
+        image, text = contrasted(samples, features, noise, dtype)
+        s = F.normalize(image.double(), dim=1) @ F.normalize(text.double(), dim=1).T
+        others = s.masked_fill(torch.eye(samples, dtype=torch.bool), -torch.inf)
+        margin = (s.diagonal() - others.amax(dim=1)).abs().amin()
+        assert margin > 1e-6 or noise == 0
+        expected = (s.diagonal() > others.amax(dim=1)).double().mean()
+        assert accuracy(image, text) == pytest.approx(expected.item(), abs=0.006)
+        assert expected == 1 if noise == 0 else expected < 1
+    image, text = contrasted(64, 32, 0.0, dtype)
+    same = image[:1].repeat(64, 1)
+    assert accuracy(same, same) == 0  # every other text is as near
+    text[1] = text[0]
+    image[1] = image[0]
+    assert accuracy(image, text) == pytest.approx(62 / 64)
+    assert accuracy(image[:1], text[:1]) == 1
+
+
+@pytest.mark.usefixtures("projects")
+def test_extra_keys_are_negatives() -> None:
+    """Sixteen queries, forty keys."""
+    info_nce = run_page("open_clip")["info_nce"]
+    query, key = torch.randn(16, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / 0.07
+    expected = F.cross_entropy(logits, torch.arange(16))
+    loss = info_nce(query, key)
+    assert relative_error(loss, expected) <= FLOOR_VALUE[torch.float32]
+    for actual, of_formula in zip(
+        torch.autograd.grad(loss, (query, key)),
+        torch.autograd.grad(expected, (query, key)),
+        strict=True,
+    ):
+        assert relative_error(actual, of_formula) <= FLOOR_GRADIENT[torch.float32]
+
+
+MEASURED = {"lightly": "gain_lightly", "pytorch-metric-learning": "gain_metric_learning"}
+
+
+@pytest.mark.parametrize("page", MEASURED)
+def test_what_one_gains_is_what_was_recorded(page: str) -> None:
+    table = TEMPLATES[MEASURED[page]]()
+    assert table.count("\n") >= 5
+    assert table in (DOCS / "migrate" / f"{page}.md").read_text(encoding="utf-8"), table
+
+
+def clip_of_ranks(function: str) -> tuple[float, dict[str, Tensor]]:
+    """The page's loss of a whole batch, or of this rank's half; gradients as DDP averages them."""
+    torch.set_default_dtype(torch.float64)
+    page = run_under("open_clip", "After")
+    run_under("open_clip", "Many GPUs", page)
+    generator = torch.Generator().manual_seed(1)
+    images, texts = (
+        torch.randn(12, 48, generator=generator),
+        torch.randn(12, 24, generator=generator),
+    )
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    own = slice(rank * 12 // ranks, (rank + 1) * 12 // ranks)
+    for module in (page["image_tower"], page["text_tower"]):
+        module.zero_grad()
+    page["log_scale"].grad = None
+    features = page["image_tower"](images[own]), page["text_tower"](texts[own])
+    loss = page[function](*features, page["log_scale"].exp())
+    loss.backward()
+    found = gradients(page)
+    total = loss.detach().clone()
+    if dist.is_initialized():
+        for tensor in (total, *found.values()):
+            dist.all_reduce(tensor)
+            tensor /= ranks
+    torch.set_default_dtype(torch.float32)
+    return total.item(), found
+
+
+def test_clip_loss_of_all_ranks_is_that_of_one_process(ranks: Callable[[int], Ranks]) -> None:
+    loss, expected = clip_of_ranks("clip_loss")
+    for total, found in ranks(2).run(clip_of_ranks, "clip_loss_of_all_ranks"):
+        assert total == pytest.approx(loss, rel=FLOOR_VALUE[torch.float64])
+        for name, gradient in expected.items():
+            assert relative_error(found[name], gradient) <= FLOOR_GRADIENT[torch.float64], name

@@ -1,0 +1,434 @@
+"""The operators under PyTorch's own checks, torch.compile and torch.export."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from overloads import OVERLOADS, RUNNABLE
+from sample_inputs import cross_inputs, sample_inputs
+from tolerances import AUTOCAST_LOSS, EXACT, FLOOR_GRADIENT, FLOOR_VALUE, relative_error
+from torch import Tensor, nn
+
+from cjepa_kernels import (
+    ContrastiveJEPALoss,
+    HJEPALoss,
+    NTXentLoss,
+    backends,
+    cross_logsumexp,
+    nt_xent,
+    ops,
+)
+
+pytestmark = pytest.mark.usefixtures("kernels_only")
+
+
+def with_kept_exponentials(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*inputs[:-1], True)
+
+
+# Any two of the overload, the case and the dtype meet; opcheck is slow, and all three would say no
+# more.
+OPCHECKED = pytest.mark.parametrize(
+    ("overload", "case", "dtype"),
+    [
+        pytest.param(
+            overload, case, dtype, id=f"{overload.lstrip('.') or 'dispatched'}-{case}-{dtype}"
+        )
+        for k, overload in enumerate(RUNNABLE)
+        for case in range(5)
+        for n, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16))
+        if (k + case + n) % 2 == 0
+    ],
+)
+KEEPS = pytest.mark.skipif(not backends()["native"].available, reason="no compiled kernel here")
+CASES = pytest.mark.parametrize("case", range(5))
+
+
+@OPCHECKED
+def test_opcheck_forward(overload: str, case: int, dtype: torch.dtype) -> None:
+    torch.library.opcheck(ops.operator("nt_xent", overload), sample_inputs(dtype)[case])
+
+
+@KEEPS
+@CASES
+def test_opcheck_with_kept_exponentials(case: int) -> None:
+    inputs = with_kept_exponentials(sample_inputs()[case])
+    out = ops.operator("nt_xent")(*inputs)
+    assert out[-1].numel() == ops.kept_size(2 * len(inputs[0]))
+    # Not the comparison of outputs: what no pair of rows stands for is left as it was in memory.
+    utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(ops.operator("nt_xent"), inputs, test_utils=utilities)
+    arguments = (torch.ones_like(out[0]), *inputs[:4], *out[-4:], *inputs[4:-1])
+    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+    torch.library.opcheck(ops.operator("nt_xent_backward"), detached)
+
+
+@CASES
+def test_chunked_keeps_nothing(case: int) -> None:
+    with pytest.raises(ValueError, match="keep must be False"):
+        ops.operator("nt_xent", ".chunked")(*with_kept_exponentials(sample_inputs()[case]))
+
+
+@OPCHECKED
+def test_opcheck_backward(overload: str, case: int, dtype: torch.dtype) -> None:
+    inputs = sample_inputs(dtype)[case]
+    out = ops.operator("nt_xent", overload)(*inputs)
+    arguments = (torch.ones_like(out[0]), *inputs[:4], *out[-4:], *inputs[4:-1])
+    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+    torch.library.opcheck(ops.operator("nt_xent_backward", overload), detached)
+
+
+@pytest.mark.parametrize(
+    ("overload", "keep"), [("", False), pytest.param("", True, marks=KEEPS), (".chunked", False)]
+)
+@CASES
+def test_gradcheck(overload: str, keep: bool, case: int) -> None:
+    inputs = (*sample_inputs()[case][:-1], keep)
+    operator = ops.operator("nt_xent", overload)
+
+    def loss(z_i: Tensor, z_j: Tensor, temperature: Tensor | None) -> Tensor:
+        result: Tensor = operator(z_i, z_j, inputs[2], temperature, *inputs[4:])[0]
+        return result
+
+    assert torch.autograd.gradcheck(loss, (inputs[0], inputs[1], inputs[3]))
+
+
+def test_gradgradcheck_of_the_reference() -> None:
+    z_i, z_j = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return nt_xent(a, b, temperature=0.5, backend="reference").loss
+
+    assert torch.autograd.gradgradcheck(loss, (z_i, z_j))
+
+
+@OPCHECKED
+def test_opcheck_cross_logsumexp(overload: str, case: int, dtype: torch.dtype) -> None:
+    torch.library.opcheck(ops.operator("cross_logsumexp", overload), cross_inputs(dtype)[case])
+
+
+@OPCHECKED
+def test_opcheck_cross_logsumexp_backward(overload: str, case: int, dtype: torch.dtype) -> None:
+    inputs = cross_inputs(dtype)[case]
+    out = ops.operator("cross_logsumexp", overload)(*inputs)
+    arguments = (torch.ones_like(out[0]), torch.ones_like(out[1]), *inputs[:3], *out[-4:])
+    arguments = (*arguments, *inputs[3:], case != 1, case != 2)
+    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+    torch.library.opcheck(ops.operator("cross_logsumexp_backward", overload), detached)
+
+
+@pytest.mark.parametrize("overload", ["", ".chunked"], ids=["dispatched", "chunked"])
+@CASES
+def test_gradcheck_cross_logsumexp(overload: str, case: int) -> None:
+    inputs = cross_inputs()[case]
+    operator = ops.operator("cross_logsumexp", overload)
+
+    def both(x: Tensor, y: Tensor, temperature: Tensor | None) -> tuple[Tensor, ...]:
+        result: tuple[Tensor, ...] = operator(x, y, temperature, *inputs[3:])[:2]
+        return result
+
+    assert torch.autograd.gradcheck(both, inputs[:3])
+
+
+@OVERLOADS
+def test_registered_and_direct_autograd_agree(overload: str) -> None:
+    """Below functions the operator itself is called while compiling, an autograd function else."""
+    for name, inputs, differentiable in (
+        ("nt_xent", sample_inputs(torch.float32)[2], 1),
+        ("cross_logsumexp", cross_inputs(torch.float32)[1], 2),
+    ):
+        leaves = [a for a in inputs if isinstance(a, Tensor) and a.requires_grad]
+        results = []
+        for outputs in (ops.operator(name, overload)(*inputs), ops.call(name, overload, *inputs)):
+            assert [o.requires_grad for o in outputs] == [
+                index < differentiable for index in range(len(outputs))
+            ]
+            loss = torch.stack([o.sum() for o in outputs[:differentiable]]).sum()
+            results.append([*outputs, *torch.autograd.grad(loss, leaves)])
+        for actual, expected in zip(*results, strict=True):
+            assert torch.equal(actual, expected)
+
+
+def gradients_of_saved(
+    name: str,
+    saver: str,
+    overload: str,
+    sides: Tensor,
+    temperature: float = 0.2,
+    later_temperature: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A backward of what another overload's forward saved, maybe at another temperature."""
+    pairs = name == "nt_xent"
+    inputs = (*sides, None) if pairs else tuple(sides)
+    options = (temperature, True, 1e-8, *(("mean", None) if pairs else (None,)))
+    out = ops.operator(name, saver)(*inputs, None, *options, *((False,) if pairs else ()))
+    upstream = [torch.ones_like(o) for o in out[: 1 if pairs else 2]]
+    backward = ops.operator(f"{name}_backward", overload)
+    both = () if pairs else (True, True)
+    x, y, _ = backward(*upstream, *inputs, later_temperature, *out[-4:], *options, *both)
+    return x, y
+
+
+OPERATORS = pytest.mark.parametrize("name", ["nt_xent", "cross_logsumexp"])
+
+
+@OVERLOADS
+@OPERATORS
+@pytest.mark.parametrize("temperature", [0.2, 0.02], ids=["constant_shift", "running_maxima"])
+def test_backward_takes_what_another_back_end_saved(
+    overload: str, name: str, temperature: float
+) -> None:
+    """Shifts and sums mean the same to all, whatever each makes them relative to."""
+    sides = torch.randn(2, 9, 5)
+    results = [
+        gradients_of_saved(name, saver, overload, sides, temperature)
+        for saver in (overload, *RUNNABLE)
+    ]
+    for other in results[1:]:
+        for gradient, expected in zip(other, results[0], strict=True):
+            assert relative_error(gradient, expected) <= 2 * FLOOR_GRADIENT[torch.float32]
+
+
+@OVERLOADS
+@OPERATORS
+@pytest.mark.parametrize("value", [0.0, -0.5, torch.nan])
+def test_backward_with_a_bad_temperature_gives_nan(overload: str, name: str, value: float) -> None:
+    """Though all that the forward saved is finite."""
+    bad = torch.tensor(value)
+    for gradient in gradients_of_saved(name, overload, overload, torch.randn(2, 9, 5), 0.2, bad):
+        assert gradient.isnan().all()
+
+
+@OVERLOADS
+def test_autocast_reaches_the_backward(overload: str) -> None:
+    """The functions tell the operator what autocast would: both directions round alike."""
+    x, y = (torch.randn(9, 5, requires_grad=True) for _ in range(2))
+    backend: Any = overload.lstrip(".") or "auto"
+    options = (None, 0.1, True, 1e-8)
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
+        pairs = [
+            (
+                nt_xent(x, y, backend=backend).loss,
+                ops.operator("nt_xent", overload)(x, y, None, *options, "mean", None, False)[0],
+            ),
+            (
+                cross_logsumexp(x, y, backend=backend).row_lse.sum(),
+                ops.operator("cross_logsumexp", overload)(x, y, *options, None)[0].sum(),
+            ),
+        ]
+    for pair in pairs:
+        actual, expected = (torch.autograd.grad(loss, (x, y)) for loss in pair)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=EXACT, atol=FLOOR_VALUE[torch.float32])
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+def test_double_backward_names_the_way_out(backend: Any) -> None:
+    z_i, z_j = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    loss = nt_xent(z_i, z_j, backend=backend).loss
+    (gradient,) = torch.autograd.grad(loss, z_i, create_graph=True)
+    with pytest.raises(RuntimeError, match='backend="reference"'):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked"])
+def test_double_backward_of_cross_logsumexp_names_the_way_out(backend: Any) -> None:
+    x, y = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    out = cross_logsumexp(x, y, backend=backend)
+    (gradient,) = torch.autograd.grad(out.row_lse.sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r'cross_logsumexp has no .*backend="reference"'):
+        gradient.sum().backward()
+
+
+class Model(nn.Module):
+    """An encoder with the loss inside, as a user would compile or export it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(6, 5)
+        self.loss_fn = NTXentLoss(**options)
+
+    def forward(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        result: dict[str, Tensor] = self.loss_fn(self.encoder(a), self.encoder(b))
+        return result
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """Every test compiles the same code: without this they would share its recompile limit."""
+    torch._dynamo.reset()
+
+
+# Any two of the choices meet.
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("backend", "learnt", "dynamic"),
+    [
+        ("auto", False, False),
+        ("auto", True, True),
+        ("chunked", False, True),
+        ("chunked", True, False),
+    ],
+)
+def test_compile_takes_the_whole_graph(backend: str, learnt: bool, dynamic: bool) -> None:
+    model = Model(backend=backend, learnable_temperature=learnt)
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch in (4, 7):
+        a, b = torch.randn(batch, 6), torch.randn(batch, 6)
+        expected, actual = model(a, b), compiled(a, b)
+        for key, value in expected.items():
+            torch.testing.assert_close(actual[key], value)
+        parameters = list(model.parameters())
+        for x, y in zip(
+            torch.autograd.grad(actual["loss"], parameters),
+            torch.autograd.grad(expected["loss"], parameters),
+            strict=True,
+        ):
+            torch.testing.assert_close(x, y)
+
+
+# Any two of the choices meet; 0 are the rows' log-sum-exps, 1 the columns'.
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize(
+    ("backend", "outputs", "learnt", "dynamic"),
+    [
+        ("auto", (0,), False, False),
+        ("chunked", (0,), True, True),
+        ("auto", (1,), True, True),
+        ("chunked", (1,), False, False),
+        ("auto", (0, 1), False, True),
+        ("chunked", (0, 1), True, False),
+    ],
+    ids=str,
+)
+def test_compile_takes_cross_logsumexp(
+    backend: Any, outputs: tuple[int, ...], learnt: bool, dynamic: bool
+) -> None:
+    temperature: Any = torch.tensor(0.3, requires_grad=True) if learnt else 0.3
+
+    def loss_fn(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        out = cross_logsumexp(x, y, temperature=temperature, backend=backend)
+        return torch.stack([out[index].mean() for index in outputs]).sum(), out.column_max
+
+    compiled = torch.compile(loss_fn, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows, columns in ((4, 9), (7, 3)):
+        leaves = [torch.randn(n, 5, requires_grad=True) for n in (rows, columns)]
+        (expected, column_max), (actual, actual_max) = loss_fn(*leaves), compiled(*leaves)
+        torch.testing.assert_close((actual, actual_max), (expected, column_max))
+        wanted = [*leaves, temperature] if learnt else leaves
+        for a, b in zip(
+            torch.autograd.grad(actual, wanted), torch.autograd.grad(expected, wanted), strict=True
+        ):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_takes_c_jepa_with_features_that_carry_no_gradient() -> None:
+    """Eagerly this warns; a warning must not break the graph."""
+    loss_fn = ContrastiveJEPALoss(HJEPALoss(num_hierarchies=1))
+    prediction, target = torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 4, 5)
+    features = torch.randn(2, 3, 5, 5)
+    compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
+    out = compiled([prediction], [target], None, None, features[0], features[1])
+    with pytest.warns(UserWarning, match="carry no gradient"):
+        expected = loss_fn([prediction], [target], None, None, features[0], features[1])
+    torch.testing.assert_close(out["loss"], expected["loss"])
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile_with_inductor_under_autocast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Inductor's cache does not see a change of our operators' schemas.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True)
+    a, b = torch.randn(5, 6), torch.randn(5, 6)
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
+        expected, actual = model(a, b)["loss"], compiled(a, b)["loss"]
+    assert relative_error(actual, expected) < AUTOCAST_LOSS
+    actual.backward()
+    assert model.encoder.weight.grad.isfinite().all()
+
+
+def test_export_keeps_the_operator() -> None:
+    model = Model()
+    example = (torch.randn(4, 6), torch.randn(4, 6))
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(model, example, dynamic_shapes=({0: batch}, {0: batch}))
+    assert "cjepa_kernels.nt_xent" in str(program.graph)
+    other = (torch.randn(9, 6), torch.randn(9, 6))
+    torch.testing.assert_close(program.module()(*other), model(*other))
+
+
+def test_meta_tensors_have_the_shapes_of_real_ones() -> None:
+    samples = {"nt_xent": sample_inputs(), "cross_logsumexp": cross_inputs()}
+    for name, inputs in ((name, inputs) for name, cases in samples.items() for inputs in cases):
+        meta = [a.to("meta") if isinstance(a, Tensor) else a for a in inputs]
+        real_out, meta_out = ops.operator(name)(*inputs), ops.operator(name)(*meta)
+        for real, fake in zip(real_out, meta_out, strict=True):
+            assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
+
+
+@pytest.mark.parametrize("later", [None, -1, 1], ids=["before_versions", "older", "newer"])
+def test_a_module_of_another_revision_is_not_used(later: int | None) -> None:
+    """Its kernels may want other arguments: it counts as missing, and no call gets to them."""
+    schema = importlib.import_module("cjepa_kernels.backends").SCHEMA_VERSION
+    build_info = {"instruction_set": "avx2"} if later is None else {"schema": schema + later}
+    code = f"""
+import sys, types
+module = types.ModuleType("cjepa_kernels._C")
+module.build_info = lambda: {build_info}
+def register_operators():
+    raise AssertionError("kernels of another revision")
+module.register_operators = register_operators
+sys.modules[module.__name__] = module
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+import cjepa_kernels
+from cjepa_kernels.backends import compiled_module
+status = cjepa_kernels.backends()["native"]
+assert not status.available
+assert "built for another revision" in status.reason and "reinstall" in status.reason
+assert compiled_module() is None
+calls = set()
+class Recorded(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "cjepa_kernels":
+            calls.add(str(func))
+        return func(*args, **(kwargs or {{}}))
+z = torch.randn(2, 5, 4, requires_grad=True)
+for training in (True, False):
+    with Recorded(), torch.set_grad_enabled(training):
+        out = cjepa_kernels.cross_logsumexp(z[0], z[1])
+        loss = cjepa_kernels.nt_xent(z[0], z[1]).loss + out.row_lse.sum()
+        if training:
+            loss.backward()
+names = ("nt_xent", "nt_xent_backward", "cross_logsumexp", "cross_logsumexp_backward")
+assert calls == {{f"cjepa_kernels.{{name}}.chunked" for name in names}}, calls
+try:
+    cjepa_kernels.nt_xent(z[0], z[1], backend="native")
+except RuntimeError as error:
+    assert "another revision" in str(error)
+else:
+    raise AssertionError("native was taken")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_schema_version_is_that_of_the_compiled_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = importlib.import_module("cjepa_kernels.backends")  # not the function of that name
+    if not backends()["native"].available:
+        pytest.skip("no compiled kernel here")
+    assert module.compiled_module().build_info()["schema"] == module.SCHEMA_VERSION
+    monkeypatch.setattr(module, "SCHEMA_VERSION", module.SCHEMA_VERSION + 1)
+    assert module.compiled_module() is None

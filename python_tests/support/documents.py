@@ -1,0 +1,52 @@
+"""Blocks of code in the documents, and what becomes of them when they run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from repository import ROOT
+from torch import Tensor, nn
+
+DOCS = ROOT / "docs"
+FENCED = re.compile(r"^(```+)(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    """A block of Python, where its first line stands, and the heading of level 2 above it."""
+
+    document: Path
+    code: str
+    line: int
+    heading: str
+
+
+def python_blocks(document: Path) -> list[Block]:
+    text = document.read_text(encoding="utf-8")
+    blocks = []
+    for match in FENCED.finditer(text):
+        if match[2] == "python":
+            headings = re.findall(r"^## (.*)$", text[: match.start()], re.MULTILINE)
+            line = text.count("\n", 0, match.start(3)) + 1
+            blocks.append(Block(document, match[3], line, headings[-1] if headings else ""))
+    return blocks
+
+
+def run_block(block: Block, namespace: dict[str, Any]) -> None:
+    """Execute it; a traceback names the document and its line."""
+    source = "\n" * (block.line - 1) + block.code
+    exec(compile(source, str(block.document), "exec"), namespace)
+
+
+def gradients(namespace: dict[str, Any]) -> dict[str, Tensor]:
+    """Of every parameter that a block made, by name."""
+    found = {}
+    for name, value in namespace.items():
+        if isinstance(value, nn.Parameter):
+            found[name] = value.grad
+        elif isinstance(value, nn.Module):
+            found |= {f"{name}.{key}": p.grad for key, p in value.named_parameters()}
+    assert found, "no parameter to compare the gradients of"
+    return {name: torch.zeros(()) if grad is None else grad for name, grad in found.items()}

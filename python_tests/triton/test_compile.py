@@ -1,0 +1,196 @@
+"""The Triton kernels compile for GPUs that are not here: no spills, tensor cores, shared memory."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from repository import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+sys.path.insert(0, str(ROOT / "bench"))
+# Any: the scripts of bench/ are not part of the package.
+gpu_machine_code = importlib.import_module("gpu_machine_code")
+
+ARCHITECTURES = [80, 90, 100]
+THOROUGH = 90  # the architecture that everything is compiled for
+# Rows, features, dtype, what makes other kernels or constants of them; and, as compiling is slow,
+# where else: each case on another architecture, every dtype and kind of kernel on all.
+CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any], tuple[int, ...]]] = {
+    "small": (256, 768, torch.bfloat16, {}, (80,)),
+    "one_block": (64, 16, torch.bfloat16, {}, (100,)),
+    "strips_64": (65536, 64, torch.bfloat16, {}, (100,)),
+    "strips_256": (65536, 256, torch.bfloat16, {}, (80,)),
+    "ragged": (50000, 100, torch.float16, {}, (80,)),
+    "wide": (65536, 768, torch.bfloat16, {}, (80, 100)),
+    "running_maxima": (65536, 768, torch.bfloat16, {"temperature": 0.01}, (100,)),
+    "temperature_tensor": (65536, 256, torch.float16, {"tensor": True}, (80, 100)),
+    "dot_product": (4096, 192, torch.bfloat16, {"cosine": False}, (80,)),
+    "mask": (4096, 256, torch.bfloat16, {"mask": True}, (100,)),
+    "fp32": (65536, 256, torch.float32, {}, (100,)),
+    "fp32_mask": (4096, 768, torch.float32, {"mask": True, "tensor": True}, (80, 100)),
+    "tf32_128": (65536, 128, torch.float32, {"tf32": True}, (80,)),
+    "tf32_768": (65536, 768, torch.float32, {"tf32": True}, (100,)),
+}
+
+
+@pytest.fixture
+def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Set and restore what PyTorch's products of fp32 may use."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def nt_xent_call(case: str) -> Callable[[], None]:
+    """The call of a case."""
+    rows, features, dtype, options, _ = CASES[case]
+    options = dict(options)
+    torch.backends.cuda.matmul.allow_tf32 = options.pop("tf32", False)
+    return gpu_machine_code.nt_xent_call(rows, features, dtype, **options)
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize(
+    ("case", "architecture"),
+    [(case, architecture) for case in CASES for architecture in (THOROUGH, *CASES[case][-1])],
+)
+def test_compiles_without_spills(case: str, architecture: int) -> None:
+    check(gpu_machine_code.launches(architecture, nt_xent_call(case)), architecture)
+
+
+@pytest.mark.parametrize(
+    ("features", "architecture"), [(128, 90), (768, 90), (768, 80), (128, 100)]
+)
+def test_rectangles_compile_without_spills(features: int, architecture: int) -> None:
+    call = gpu_machine_code.rectangle_call(50000, 8100, features, torch.bfloat16)
+    check(gpu_machine_code.launches(architecture, call), architecture)
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_large_products_of_planes_are_added_apart(architecture: int) -> None:
+    """In fp32, as the tensor cores' own sum is cut off: the compiler has not merged them."""
+    names = {"tiles_kernel", "coefficient_tiles_kernel", "products_kernel"}
+    launches = gpu_machine_code.launches(architecture, nt_xent_call("fp32_mask"))
+    first = {x.name: x for x in launches if x.name in names}
+    assert first.keys() == names
+    for launch in first.values():
+        text = gpu_machine_code.compile_launch(launch, architecture).intermediate
+        assert re.search(r"%acc\S* = arith.addf .*tensor<128x\d+xf32", text), launch.name
+
+
+def check(launches: list[Any], architecture: int) -> None:
+    """Each fits the GPU and keeps its numbers in registers; products take the tensor cores."""
+    checked = set()
+    for launch in dict.fromkeys(launches):
+        product = launch.name in gpu_machine_code.PRODUCTS
+        if launch.name in checked and not product and architecture != THOROUGH:
+            continue  # bound by memory, and alike everywhere: one of its variants is enough
+        checked.add(launch.name)
+        binary = gpu_machine_code.compile_launch(launch, architecture)
+        text = f"{launch.name} {dict(launch.constants)} {dict(launch.options)}: {binary}"
+        assert binary.shared <= gpu_machine_code.SHARED_MEMORY[architecture], text
+        assert binary.registers > 8, text  # an empty kernel: the compiler found it undefined
+        if not product:
+            continue
+        assert (binary.stack, binary.spills) == (0, 0), text
+        opcodes = [
+            o for o in binary.opcodes if o.startswith(gpu_machine_code.TENSOR_CORE[architecture])
+        ]
+        assert opcodes, text
+
+
+@pytest.mark.parametrize(
+    ("rows", "features"),
+    [(2, 1), (256, 256), (8192, 1), (8192, 4096), (2**17, 4096), (2**21, 256), (2**22, 256)],
+)
+def test_every_size_can_be_launched(rows: int, features: int) -> None:
+    """Grids within their limits; at most 4 kernels for few rows."""
+    launches = gpu_machine_code.launches(
+        90, gpu_machine_code.nt_xent_call(rows, features, torch.bfloat16)
+    )
+    names = [launch.name for launch in launches]
+    forward = names.index("pack_kernel", 1)
+    if rows <= 8192:
+        assert forward <= 4, names
+        assert len(names) - forward <= 4, names
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of all tensors that are made."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "empty" in str(func) or "zeros" in str(func):
+            self.total += out.numel() * out.element_size()
+        return out
+
+
+@pytest.mark.parametrize("options", [{}, {"tensor": True}], ids=str)
+def test_memory_grows_with_the_rows_and_not_their_square(options: dict[str, Any]) -> None:
+    totals = []
+    for rows in (2**18, 2**19):
+        with Allocations() as allocations:
+            gpu_machine_code.launches(
+                90, gpu_machine_code.nt_xent_call(rows, 256, torch.bfloat16, **options)
+            )
+        totals.append(allocations.total)
+    assert totals[1] < 2.05 * totals[0]
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype", "normalization", "architecture"),
+    [
+        (768, torch.bfloat16, "l2", 90),
+        (768, torch.bfloat16, "l2", 100),
+        (384, torch.float32, "layer", 80),
+        (384, torch.float32, "layer", 90),
+        (4096, torch.float32, "l2", 80),
+        (4096, torch.float32, "l2", 100),
+    ],
+    ids=str,
+)
+def test_the_prediction_loss_compiles_without_spills(
+    features: int, dtype: torch.dtype, normalization: str, architecture: int
+) -> None:
+    """It is bound by memory: a spill would be read and written there."""
+    call = gpu_machine_code.prediction_call(features, dtype, normalization)
+    for launch in dict.fromkeys(gpu_machine_code.launches(architecture, call)):
+        binary = gpu_machine_code.compile_launch(launch, architecture)
+        assert (binary.stack, binary.spills) == (0, 0), f"{launch.name}: {binary}"
+
+
+def test_instructions_are_counted_in_the_tightest_loop() -> None:
+    assembly = """
+    .L_x_0:
+        /*0000*/ MUFU.EX2 R1, R2 ;
+        /*0010*/ MOV R1, R2 ;
+    .L_x_1:
+        /*0020*/ MUFU.EX2 R1, R2 ;
+        /*0030*/ @P0 BRA `(.L_x_1) ;
+        /*0040*/ @!P0 BRA `(.L_x_0) ;
+        /*0050*/ EXIT ;
+    """
+    assert gpu_machine_code.per_element(assembly) == 2
+    with pytest.raises(ValueError, match="no exponentials"):
+        gpu_machine_code.per_element("/*0000*/ EXIT ;")
+
+
+def test_a_strip_spends_few_instructions_on_an_element() -> None:
+    """A sum of columns by shuffles, or a spill, would multiply them."""
+    records = {r["kernel"]: r for r in gpu_machine_code.count(128, 90)}
+    assert records.keys() == {"strips_kernel", "tiles_kernel", "owned_rows_kernel"}
+    assert records["strips_kernel"]["instructions"] < 9
