@@ -40,12 +40,13 @@ import torch.multiprocessing as mp
 from distributed_cost import Problem, cost
 from torch import Tensor
 
-from cjepa_kernels import backends, cross_logsumexp, functional, nt_xent, pair_similarity
+from cjepa_kernels import backends, cross_logsumexp, nt_xent, pair_similarity
 from cjepa_kernels.bench.formulas import TEMPERATURE, gather_with_gradient, lightly_of_group
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.timing import summarise
 from cjepa_kernels.distributed import Counts, counting
+from cjepa_kernels.functional import dispatch
 
 SIZES = ((128, 128), (512, 128), (1024, 256), (4096, 256), (4096, 768))  # M_r, D
 QUICK_SIZES = ((128, 16),)
@@ -53,7 +54,7 @@ STRATEGIES = ("ring", "all_gather")
 WORK_TARGET = 0.6  # ring / strips
 # Ranks, M_r, D, and whether exponentials may be saved. First M_r doubles, then the ranks do.
 MEMORY_CASES = (
-    *((2, rows, 256, keep) for keep in (True, False) for rows in (4096, 8192, 16384, 32768)),
+    *((2, rows, 256, saved) for saved in (True, False) for rows in (4096, 8192, 16384, 32768)),
     *((ranks, 512, 2048, False) for ranks in (2, 4, 8, 16)),
 )
 M_MMAP_THRESHOLD = -3  # An option of glibc's mallopt.
@@ -154,10 +155,10 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def peak_memory(strategy: str, keep: bool, rows: int, features: int) -> int:
+def peak_memory(strategy: str, saved: bool, rows: int, features: int) -> int:
     """Extra bytes at the peak of one forward and backward, gradients included."""
-    if not keep:
-        functional.KEPT_BYTES = 0
+    if not saved:
+        dispatch.SAVED_EXPONENTIALS_BYTES = 0
     if hasattr(ctypes.CDLL(None), "mallopt"):
         # Freed memory goes back to the system at once, so that the peak counts memory in use alone.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)
@@ -227,12 +228,12 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def measure_counts(groups: Iterable[int]) -> list[dict[str, Any]]:
     """Counted sends and FLOPs of a rank, the mean over the ranks, beside the formulas."""
     rows = []
-    kept = backends()["native"].available
+    saved = backends()["native"].available
     for ranks in groups:
         counted = on_ranks(ranks, "count", COUNTED_PAIRS, COUNTED_FEATURES)
         problem = Problem(ranks, 2 * COUNTED_PAIRS, COUNTED_FEATURES, 4)
         for strategy in STRATEGIES:
-            expected = cost(strategy, problem, kept=kept)
+            expected = cost(strategy, problem, saved=saved)
             for name in vars(Counts()):
                 mean = sum(rank[strategy][name] for rank in counted) / ranks
                 rows.append(
@@ -250,17 +251,17 @@ def measure_counts(groups: Iterable[int]) -> list[dict[str, Any]]:
 def measure_memory(cases: tuple[tuple[int, int, int, bool], ...]) -> list[dict[str, Any]]:
     """Peak extra memory of the rank that takes most."""
     records = []
-    for ranks, rows, features, keep in cases:
+    for ranks, rows, features, saved in cases:
         print(f"measuring the memory of {ranks} ranks of {rows} rows", flush=True)
         for strategy in STRATEGIES:
-            extra = max(on_ranks(ranks, "memory", strategy, keep, rows, features))
+            extra = max(on_ranks(ranks, "memory", strategy, saved, rows, features))
             records.append(
                 {
                     "strategy": strategy,
                     "ranks": ranks,
                     "M_r": rows,
                     "D": features,
-                    "kept": keep,
+                    "kept": saved,
                     "extra_bytes": extra,
                     "over_input": extra / (4 * rows * features),
                 }
@@ -314,7 +315,7 @@ def main() -> None:
     )
     memory = measure_memory(QUICK_MEMORY_CASES if options.quick else MEMORY_CASES)
     print_table(
-        ["strategy", "R", "M_r", "D", "kept", "extra MiB", "/ own rows"],
+        ["strategy", "R", "M_r", "D", "saved", "extra MiB", "/ own rows"],
         [
             [
                 *(str(m[key]) for key in ("strategy", "ranks", "M_r", "D", "kept")),

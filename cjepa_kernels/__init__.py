@@ -4,9 +4,8 @@ from cjepa_kernels._version import __version__
 from cjepa_kernels.backends import BackendStatus, backends
 from cjepa_kernels.config import create_cjepa_loss_from_config, create_loss_from_config
 from cjepa_kernels.definitions import CrossLogSumExp, NTXentOutput
-from cjepa_kernels.functional import cross_logsumexp, nt_xent, pair_similarity
+from cjepa_kernels.functional import cross_logsumexp, nt_xent, pair_similarity, prediction_loss
 from cjepa_kernels.modules import ContrastiveJEPALoss, HJEPALoss, NTXentLoss
-from cjepa_kernels.prediction import prediction_loss
 
 __all__ = [
     "BackendStatus",

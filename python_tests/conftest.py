@@ -86,7 +86,7 @@ def pytest_runtest_makereport(
 @pytest.fixture(params=[1, 5, 4096], ids=["one_row", "five_rows", "whole"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Rows that the chunked back end takes at a time."""
-    monkeypatch.setattr(chunked, "chunk_rows", lambda rows: min(rows, request.param))
+    monkeypatch.setattr(chunked.nt_xent, "chunk_rows", lambda rows: min(rows, request.param))
     return int(request.param)
 
 

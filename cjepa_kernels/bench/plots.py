@@ -15,8 +15,8 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 
 from cjepa_kernels.bench.candidates import BOTH, CANDIDATES, COMPILED, EAGER, OURS, TITLES
 from cjepa_kernels.bench.comparison import Record, Results
-from cjepa_kernels.bench.plot_style import NATIVE, STYLES, Label, label_curves, svg, write_pngs
-from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.files import atomic_write
+from cjepa_kernels.plot_style import NATIVE, STYLES, Label, label_curves, svg, write_pngs
 
 Point = tuple[float, float]
 TALLEST_ERROR, SMALLEST_ERROR = 3.0, 1e-8

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cjepa_kernels.bench.machine import ROOT, environment
-from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.files import atomic_write
 
 RESULTS = ROOT / "bench" / "results"  # of a clone
 

@@ -5,7 +5,8 @@ group        who holds how many pairs          ring         who meets whom, and 
 exchange     what ranks send each other        blocks       parts of S, by the operators
 """
 
-from cjepa_kernels.distributed.blocks import STRATEGIES, Options, Strategy
+from cjepa_kernels.definitions import STRATEGIES, Strategy
+from cjepa_kernels.distributed.blocks import Options
 from cjepa_kernels.distributed.exchange import Counts, counting
 from cjepa_kernels.distributed.group import SharedGroup, resolve_group
 

@@ -14,14 +14,16 @@ travels with a row is (g r, LSE-). A positive is always of the own rank.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cjepa_kernels import chunked, reference
-from cjepa_kernels.distributed.blocks import STRATEGIES, Blocks, Options
+from cjepa_kernels import reference
+from cjepa_kernels.chunked.rows import operands
+from cjepa_kernels.definitions import FLOATING, REDUCTIONS, STRATEGIES, NTXentOutput
+from cjepa_kernels.distributed.blocks import Blocks, Options
 from cjepa_kernels.distributed.exchange import Exchange
 from cjepa_kernels.distributed.group import GlobalBatch, Setting, agree
 from cjepa_kernels.distributed.reference import gather_pairs
@@ -40,10 +42,11 @@ REFERENCE = "reference"
 def nt_xent(
     z_i: Tensor,
     z_j: Tensor,
+    *,
     temperature: Tensor | None,
     options: Options,
     group: dist.ProcessGroup,
-) -> tuple[Tensor, ...]:
+) -> NTXentOutput:
     """NT-Xent of this rank's pairs with negatives from every rank of the group.
 
     Args:
@@ -54,7 +57,7 @@ def nt_xent(
         group: The ranks.
 
     Returns:
-        As ``NTXentOutput``, of this rank's rows; the metrics are those of all ranks.
+        The loss and the log-sum-exps of this rank's rows, and the metrics of all ranks.
 
     Raises:
         ValueError: On all ranks alike, if one of them has no pair or asks for something else.
@@ -62,34 +65,49 @@ def nt_xent(
     """
     batch = agree(z_i, _settings(z_i, temperature, options), group)
     if options.overload == REFERENCE:
-        return _reference(z_i, z_j, temperature, options, batch, group)
+        return _reference(
+            z_i, z_j, temperature=temperature, options=options, batch=batch, group=group
+        )
     strategy = choose_strategy(options.strategy, batch, z_i)
     options = replace(options, strategy=strategy)
     function: Any = _GroupNTXent.apply
-    outputs: tuple[Tensor, ...] = function(z_i, z_j, temperature, options, batch, group)
-    return outputs
+    return NTXentOutput(*function(*Inputs(z_i, z_j, temperature, options, batch, group)))
 
 
 def _settings(z: Tensor, temperature: Tensor | None, options: Options) -> list[Setting]:
+    """The arguments that must be the same on every rank."""
     yes_or_no = (False, True)
     number = options.temperature
     if temperature is not None and temperature.device.type == "cpu":
-        number = temperature.item()  # elsewhere reading it would have the host wait
+        number = temperature.item()  # on another device the host would wait for it
     return [
-        Setting("the dtype of z_i and z_j", z.dtype, reference.FLOATING),
-        Setting("autocast's dtype", options.product_dtype, (None, *reference.FLOATING)),
+        Setting("the dtype of z_i and z_j", z.dtype, FLOATING),
+        Setting("autocast's dtype", options.product_dtype, (None, *FLOATING)),
         Setting("whether backend is the reference", options.overload == REFERENCE, yes_or_no),
         Setting("requires_grad of z_i, z_j or temperature", options.needs_gradient, yes_or_no),
         Setting("whether temperature is a tensor", temperature is not None, yes_or_no),
         Setting("temperature", number),
-        Setting("use_cosine_similarity", options.cosine, yes_or_no),
+        Setting("use_cosine_similarity", options.use_cosine_similarity, yes_or_no),
         Setting("eps", options.eps),
-        Setting("reduction", options.reduction, reference.REDUCTIONS),
+        Setting("reduction", options.reduction, REDUCTIONS),
         Setting("strategy", options.strategy, STRATEGIES),
     ]
 
 
+class Inputs(NamedTuple):
+    """Inputs of the autograd function, and their gradients."""
+
+    z_i: Any
+    z_j: Any
+    temperature: Any
+    options: Any = None
+    batch: Any = None
+    group: Any = None
+
+
 class _GroupNTXent(torch.autograd.Function):
+    """The loss of the own rows, in a group of ranks."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -104,19 +122,39 @@ class _GroupNTXent(torch.autograd.Function):
         with torch.autocast(z_i.device.type, enabled=False):
             exchange, blocks = Exchange(group), Blocks(options, temperature, z_i.dtype)
             left = forward(z_i, z_j, blocks, batch, exchange)
-            outputs = _finish(z_i, z_j, left.rows, left.positive, blocks, batch, exchange)
-        lse = left.rows[:, :2].to(left.positive.dtype)
-        ctx.save_for_backward(z_i, z_j, temperature, lse, left.positive, left.kept, left.others)
+            out = _finish(
+                z_i,
+                z_j,
+                rows=left.rows,
+                positive=left.positive,
+                blocks=blocks,
+                batch=batch,
+                exchange=exchange,
+            )
+        saved = Saved(
+            z_i=z_i,
+            z_j=z_j,
+            temperature=temperature,
+            shift_and_log_sum=left.rows[:, :2].to(left.positive.dtype),
+            positive=left.positive,
+            saved_exponentials=left.saved_exponentials,
+            others=left.others,
+        )
+        ctx.save_for_backward(*saved)
         ctx.options, ctx.batch, ctx.group = options, batch, group
-        ctx.mark_non_differentiable(*outputs[1:])
+        ctx.mark_non_differentiable(
+            out.accuracy, out.positive_similarity, out.negative_similarity, out.lse
+        )
         ctx.set_materialize_grads(False)
-        return outputs
+        return tuple(out)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return (None,) * 6
-        z_i, z_j, temperature, lse, positive, kept, others = ctx.saved_tensors
+            return Inputs(z_i=None, z_j=None, temperature=None)
+        saved = Saved(*ctx.saved_tensors)
+        z_i, z_j, temperature = saved.z_i, saved.z_j, saved.temperature
+        positive = saved.positive
         options, batch = ctx.options, ctx.batch
         backward = ring_backward if options.strategy == "ring" else gather_backward
         with torch.no_grad(), torch.autocast(z_i.device.type, enabled=False):
@@ -125,25 +163,50 @@ class _GroupNTXent(torch.autograd.Function):
             upstream = grad_loss.to(positive.dtype).expand(len(positive))
             if options.reduction == "mean":
                 upstream = upstream * (batch.ranks / batch.rows)
-            shift, log_sum = lse.unbind(dim=1)
-            pull = torch.sigmoid((shift - positive) / blocks.tau + log_sum) * upstream
-            weights = torch.stack([pull.to(positive.dtype), shift, log_sum], dim=1)  # (M_r, 3)
-            state = Backward(z_i, z_j, upstream, weights, positive, kept, others)
+            shift, log_sum = saved.shift_and_log_sum.unbind(dim=1)
+            grad_logit = torch.sigmoid((shift - positive) / blocks.tau + log_sum) * upstream  # g r
+            # (M_r, 3)
+            weights = torch.stack([grad_logit.to(positive.dtype), shift, log_sum], dim=1)
+            state = Backward(
+                z_i=z_i,
+                z_j=z_j,
+                upstream=upstream,
+                weights=weights,
+                positive=positive,
+                saved_exponentials=saved.saved_exponentials,
+                others=saved.others,
+            )
             grad, grad_temperature = backward(state, blocks, batch, exchange)
             if temperature is not None:
                 grad_temperature = grad_temperature.to(temperature.dtype)
-            gradients = [grad[: len(z_i)].to(z_i.dtype), grad[len(z_i) :].to(z_j.dtype)]
+            grad_z_i, grad_z_j = grad[: len(z_i)].to(z_i.dtype), grad[len(z_i) :].to(z_j.dtype)
         if torch.is_grad_enabled():
             apply: Any = _NoSecondDerivative.apply
-            *gradients, grad_temperature = apply(
-                z_i, z_j, temperature, *gradients, grad_temperature
+            grad_z_i, grad_z_j, grad_temperature = apply(
+                z_i, z_j, temperature, grad_z_i, grad_z_j, grad_temperature
             )
-        wanted = zip(ctx.needs_input_grad, (*gradients, grad_temperature), strict=False)
-        return (*(gradient if needed else None for needed, gradient in wanted), *(None,) * 3)
+        needs = Inputs(*ctx.needs_input_grad)
+        return Inputs(
+            z_i=grad_z_i if needs.z_i else None,
+            z_j=grad_z_j if needs.z_j else None,
+            temperature=grad_temperature if needs.temperature else None,
+        )
+
+
+class Saved(NamedTuple):
+    """Tensors that the forward saves for the backward."""
+
+    z_i: Tensor  # (B_r, D)
+    z_j: Tensor  # (B_r, D)
+    temperature: Tensor | None  # ()
+    shift_and_log_sum: Tensor  # (M_r, 2), LSE- over the negatives of all ranks
+    positive: Tensor  # (M_r,) similarity of each row and its positive
+    saved_exponentials: Tensor  # of the own block
+    others: Tensor  # features of other ranks
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Gradients as functions of what they were taken of, which refuse to be differentiated."""
+    """Gradients as functions of the inputs, whose own gradient is an error."""
 
     @staticmethod
     def forward(ctx: Any, z_i: Tensor, z_j: Tensor, tau: Any, *gradients: Tensor) -> Any:
@@ -157,36 +220,44 @@ class _NoSecondDerivative(torch.autograd.Function):
 def _finish(
     z_i: Tensor,
     z_j: Tensor,
+    *,
     rows: Tensor,
     positive: Tensor,
     blocks: Blocks,
     batch: GlobalBatch,
     exchange: Exchange,
-) -> tuple[Tensor, ...]:
-    """Loss and LSE of the own rows, the metrics of all."""
+) -> NTXentOutput:
+    """Loss and LSE of the own rows, and the metrics of all ranks."""
     options, tau = blocks.options, blocks.tau
-    shift, log_sum, hardest = rows.unbind(dim=1)
+    shift, log_sum, largest_negative = rows.unbind(dim=1)
     own = positive.double()
     loss = -torch.nn.functional.logsigmoid((own - shift) / tau - log_sum)
     lse = torch.logaddexp(shift / tau + log_sum, own / tau)
-    # |sum z|^2 - sum |z|^2 - sum s_pos over the negatives: sums of rows, no pass over pairs.
-    hits = (own > hardest).sum(dtype=torch.float64)
+    # The sum of s over the negatives is |sum z|^2 - sum |z|^2 - sum s_pos, from sums of rows alone.
+    hits = (own > largest_negative).sum(dtype=torch.float64)
     sums = torch.cat([own.new_zeros(z_i.shape[1] + 1), torch.stack([own.sum(), hits])])
     for z in (z_i, z_j):
-        unit = chunked.operands(z, options.cosine, options.eps, options.product_dtype)
+        unit = operands(z, options.use_cosine_similarity, options.eps, options.product_dtype)
         sums[:-3] += unit.sum(dim=0, dtype=torch.float64)
         sums[-3] += unit.square().sum(dtype=torch.float64)
     exchange.all_reduce(sums)
     squares, positives, hits = sums[-3:].unbind()
-    hits = hits.where(~squares.isnan(), 0.0)  # of any rank: kernels may leave a NaN out of maxima
+    # A NaN of any rank makes the accuracy 0. Kernels may leave a NaN out of their maxima.
+    hits = hits.where(~squares.isnan(), 0.0)
     negatives = batch.rows * (batch.rows - 2)
     negative = (sums[:-3].square().sum() - squares - positives) / (negatives or torch.nan)
-    metrics = hits / batch.rows, positives / batch.rows, negative
-    outputs = (_reduce(loss, options, batch), *metrics, lse)
-    return tuple(output.to(positive.dtype) for output in outputs)
+    out = NTXentOutput(
+        loss=_reduce(loss, options, batch),
+        accuracy=hits / batch.rows,
+        positive_similarity=positives / batch.rows,
+        negative_similarity=negative,
+        lse=lse,
+    )
+    return NTXentOutput(*(x.to(positive.dtype) for x in out))
 
 
 def _reduce(loss: Tensor, options: Options, batch: GlobalBatch) -> Tensor:
+    """The loss of this rank, whose mean over the ranks is the loss of the whole batch."""
     if options.reduction == "mean":
         return loss.sum() * (batch.ranks / batch.rows)
     return reference.reduce(loss, options.reduction)
@@ -195,19 +266,27 @@ def _reduce(loss: Tensor, options: Options, batch: GlobalBatch) -> Tensor:
 def _reference(
     z_i: Tensor,
     z_j: Tensor,
+    *,
     temperature: Tensor | None,
     options: Options,
     batch: GlobalBatch,
     group: dist.ProcessGroup,
-) -> tuple[Tensor, ...]:
+) -> NTXentOutput:
+    """Loss and LSE of the own rows by the formula in plain autograd, on the pairs of all ranks."""
     pairs = gather_pairs(z_i, z_j, batch, group)
     with torch.autocast(z_i.device.type, enabled=False):
         terms = reference.nt_xent(
             pairs.z_i,
             pairs.z_j,
             temperature=options.temperature if temperature is None else temperature,
-            use_cosine_similarity=options.cosine,
+            use_cosine_similarity=options.use_cosine_similarity,
             eps=options.eps,
         )
         loss, lse = (x.view(2, -1)[:, pairs.own].flatten() for x in (terms.loss, terms.lse))
-        return _reduce(loss, options, batch), *terms[1:4], lse
+        return NTXentOutput(
+            loss=_reduce(loss, options, batch),
+            accuracy=terms.accuracy,
+            positive_similarity=terms.positive_similarity,
+            negative_similarity=terms.negative_similarity,
+            lse=lse,
+        )

@@ -1,6 +1,6 @@
-"""How ranks share the blocks of S: the ring, and the all-gather.
+"""How ranks share the blocks of S: by the ring or by the all-gather.
 
-Both directions of both begin with the own rank's features and end with its own rows' results.
+Both directions of both begin with the own rank's features and end with the results of its own rows.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cjepa_kernels.distributed.blocks import Blocks, Strategy, merge_rows, rows_of
+from cjepa_kernels.definitions import NTXentForward, Strategy
+from cjepa_kernels.distributed.blocks import Blocks, merge_rows, rows_of
 from cjepa_kernels.distributed.exchange import Exchange
 from cjepa_kernels.distributed.group import GlobalBatch
 from cjepa_kernels.distributed.ring import Rectangle, Ring, circulate
 
-# "auto" takes the ring where the products that it saves take longer than the exchanges that it has
-# more of: FLOPs in the time that one exchange takes, by type of device. On CPUs by measurement
-# (two gloo processes), elsewhere by assumption.
+# FLOPs in the time that one exchange takes, by type of device. "auto" takes the ring if the
+# products that it saves take longer than its additional exchanges. The number for CPUs was measured
+# with two gloo processes; the other one is an assumption.
 FLOPS_PER_EXCHANGE = {"cpu": 2e8, "cuda": 1e10}
-# And wherever the features of all ranks would take more than that; at its peak the all-gather holds
-# about four copies of them.
+# "auto" also takes the ring if the features of all ranks would take more than this, because the
+# all-gather holds about four copies of them at its peak.
 GATHERED_BYTES = 2**28
 
 
 def choose_strategy(strategy: Strategy, batch: GlobalBatch, z: Tensor) -> Strategy:
-    """The ring or the all-gather, by size unless one is asked for; the same on every rank.
+    """The ring or the all-gather: as asked for, or by size. The choice is the same on every rank.
 
     The all-gather takes 6 M_r M D FLOPs a rank and 2 exchanges, the ring 4 M_r M D and more
     exchanges, one after the other.
@@ -42,9 +43,10 @@ def choose_strategy(strategy: Strategy, batch: GlobalBatch, z: Tensor) -> Strate
 
 
 def exchanges_of_ring(ranks: int) -> int:
-    """Exchanges one after the other, in both directions.
+    """Number of exchanges one after the other, in both directions together.
 
-    One for each visitor, one more for what the last of several has collected, the way home.
+    There is one for each visitor, one for the results that the last of several visitors has
+    collected, and one that sends the results home.
     """
     steps = ranks // 2
     return 2 * (steps + (steps > 1) + 1)
@@ -52,30 +54,30 @@ def exchanges_of_ring(ranks: int) -> int:
 
 @dataclass
 class Forward:
-    """What a forward leaves.
+    """Results of a forward.
 
     Attributes:
         rows: (M_r, 3) as of ``rows_of``, over the negatives of all ranks.
         positive: (M_r,) similarity of each row and its positive.
-        kept: What the own block keeps for the backward.
-        others: Features for the backward: of the first visitor, or of all other ranks.
+        saved_exponentials: Exponentials that the own block saves for the backward.
+        others: Features for the backward: those of the first visitor, or of all other ranks.
     """
 
     rows: Tensor
     positive: Tensor
-    kept: Tensor
+    saved_exponentials: Tensor
     others: Tensor
 
 
 @dataclass
 class Backward:
-    """What a backward begins with.
+    """Arguments of a backward.
 
     Attributes:
         z_i, z_j: (B_r, D) features of this rank.
         upstream: (M_r,) gradients of the losses of the own rows.
         weights: (M_r, 3): g r, shift and log_sum of the own rows.
-        positive, kept, others: As the forward left them.
+        positive, saved_exponentials, others: As the forward returned them.
     """
 
     z_i: Tensor
@@ -83,32 +85,40 @@ class Backward:
     upstream: Tensor
     weights: Tensor
     positive: Tensor
-    kept: Tensor
+    saved_exponentials: Tensor
     others: Tensor
 
     def add_own_block(self, blocks: Blocks, grad: Tensor) -> Tensor:
-        """Add what the own block gives to ``grad`` (M_r, D); its part of the temperature's."""
+        """Add the own block's gradient to ``grad`` (M_r, D); returns that of the temperature."""
         shift, log_sum = (self.weights[:, column].contiguous() for column in (1, 2))
-        of_i, of_j, of_temperature = blocks.own_backward(
-            self.upstream, self.z_i, self.z_j, (shift, log_sum, self.positive, self.kept)
+        own = blocks.own_backward(
+            self.upstream,
+            self.z_i,
+            self.z_j,
+            shift=shift,
+            log_sum=log_sum,
+            positive=self.positive,
+            saved_exponentials=self.saved_exponentials,
         )
-        grad[: len(of_i)] += of_i
-        grad[len(of_i) :] += of_j
-        return of_temperature
+        pairs = len(self.z_i)
+        grad[:pairs] += own.grad_z_i
+        grad[pairs:] += own.grad_z_j
+        return own.grad_temperature
 
 
 def ring_forward(
     z_i: Tensor, z_j: Tensor, blocks: Blocks, batch: GlobalBatch, exchange: Exchange
 ) -> Forward:
-    """Each visitor's rectangle serves its rows and the own ones."""
+    """The forward by the ring: each rectangle serves the visitor's rows and the own ones."""
     ring, shard = Ring(batch), torch.cat([z_i, z_j])
-    rows = positive = kept = shard.new_empty(0)
+    rows = shard.new_empty(0)
+    own: NTXentForward | None = None
     visitors: list[Tensor] = []
 
     def first() -> None:
-        nonlocal rows, positive, kept
-        *_, hardest, shift, log_sum, positive, kept = blocks.own(z_i, z_j)
-        rows = rows_of(shift, log_sum, hardest)
+        nonlocal rows, own
+        own = blocks.own(z_i, z_j)
+        rows = rows_of(own.shift, own.log_sum, own.largest_negative)
 
     def visit(rectangle: Rectangle, visitor: Sequence[Tensor]) -> Tensor:
         of_own, of_visitor = blocks.rectangle(shard[rectangle.own], visitor[0])
@@ -123,7 +133,13 @@ def ring_forward(
     home = circulate(ring, exchange, [shard], visit, merge, first=first)
     if home is not None:
         merge(rows[ring.collected(batch.rank)], home)
-    return Forward(rows, positive, kept, visitors[0] if visitors else shard[:0])
+    assert own is not None  # circulate() calls first()
+    return Forward(
+        rows=rows,
+        positive=own.positive,
+        saved_exponentials=own.saved_exponentials,
+        others=visitors[0] if visitors else shard[:0],
+    )
 
 
 def ring_backward(
@@ -136,16 +152,20 @@ def ring_backward(
 
     def visit(rectangle: Rectangle, visitor: Sequence[Tensor]) -> Tensor:
         features, weights = visitor
-        of_own, of_visitor, along = blocks.rectangle_backward(
-            shard[rectangle.own], features, state.weights[rectangle.own], weights, of_y=True
+        found = blocks.rectangle_backward(
+            x=shard[rectangle.own],
+            y=features,
+            of_rows=state.weights[rectangle.own],
+            of_columns=weights,
+            of_y=True,
         )
-        grad[rectangle.own] += of_own
-        of_temperature.append(along)
-        return of_visitor
+        grad[rectangle.own] += found.grad_x
+        of_temperature.append(found.grad_temperature)
+        return found.grad_y
 
     def last() -> None:
-        # The longest exchange, of gradients going home, hides behind the own block; the first
-        # visitor's features are here since the forward, so that the first one is short.
+        # The own block hides the longest exchange, that of gradients on their way home. The first
+        # visitor's features are here since the forward, so the first exchange is short.
         of_temperature.append(state.add_own_block(blocks, grad))
 
     home = circulate(
@@ -165,36 +185,42 @@ def ring_backward(
 def gather_forward(
     z_i: Tensor, z_j: Tensor, blocks: Blocks, batch: GlobalBatch, exchange: Exchange
 ) -> Forward:
-    """The own rows against all others."""
+    """The forward by the all-gather: the own rows against all others."""
     shard = torch.cat([z_i, z_j])
     gathering = _GatherOthers(shard, batch, exchange)
-    *_, hardest, shift, log_sum, positive, kept = blocks.own(z_i, z_j)
-    rows, others = rows_of(shift, log_sum, hardest), gathering.finish()
+    own = blocks.own(z_i, z_j)
+    rows, others = rows_of(own.shift, own.log_sum, own.largest_negative), gathering.finish()
     if len(others) > 0:
         rows = merge_rows(rows, blocks.rectangle(shard, others)[0], blocks.tau)
-    return Forward(rows, positive, kept, others)
+    return Forward(
+        rows=rows,
+        positive=own.positive,
+        saved_exponentials=own.saved_exponentials,
+        others=others,
+    )
 
 
 def gather_backward(
     state: Backward, blocks: Blocks, batch: GlobalBatch, exchange: Exchange
 ) -> tuple[Tensor, Tensor]:
-    """Own rows' gradients alone: with (g r, LSE-) of all rows, no gradient has to travel."""
+    """Gradients of the own rows. With (g r, LSE-) of all rows here, no gradient has to travel."""
     shard = torch.cat([state.z_i, state.z_j])
     grad = shard.new_zeros(shard.shape, dtype=blocks.wide)
     gathering = _GatherOthers(state.weights, batch, exchange)
     of_temperature = state.add_own_block(blocks, grad)
     weights = gathering.finish()
     if len(weights) > 0:
-        of_own, _, along = blocks.rectangle_backward(
-            shard, state.others, state.weights, weights, of_y=False
+        found = blocks.rectangle_backward(
+            x=shard, y=state.others, of_rows=state.weights, of_columns=weights, of_y=False
         )
-        grad += of_own
-        of_temperature = of_temperature + along / 2  # the other half is the other ranks'
+        grad += found.grad_x
+        # The other half of this rectangle's part is added by the other ranks.
+        of_temperature = of_temperature + found.grad_temperature / 2
     return grad, of_temperature
 
 
 class _GatherOthers:
-    """An all-gather under way, of tensors with a row for each row of a shard."""
+    """An all-gather that is under way, of tensors with a row for each row of a shard."""
 
     def __init__(self, own: Tensor, batch: GlobalBatch, exchange: Exchange) -> None:
         self.batch, self.exchange = batch, exchange

@@ -20,10 +20,15 @@ from cjepa_kernels.definitions import (
     Reduction,
     Strategy,
 )
-from cjepa_kernels.functional import as_float, check_bool, check_floating_tensor, is_number
+from cjepa_kernels.functional import cls_tokens
+from cjepa_kernels.functional.checks import (
+    as_float,
+    check_bool,
+    check_floating_tensor,
+    is_number,
+)
 from cjepa_kernels.modules.hjepa import Levels
 from cjepa_kernels.modules.nt_xent import NTXentLoss
-from cjepa_kernels.tokens import cls_tokens
 
 
 class ContrastiveJEPALoss(nn.Module):

@@ -18,8 +18,8 @@ from cjepa_kernels.definitions import (
     Reduction,
     TargetNorm,
 )
-from cjepa_kernels.functional import as_float, check_bool, is_number
-from cjepa_kernels.prediction import (
+from cjepa_kernels.functional.checks import as_float, check_bool, is_number
+from cjepa_kernels.functional.hierarchy import (
     PredictionOptions,
     check_levels,
     hierarchical_prediction_loss,
@@ -95,14 +95,14 @@ class HJEPALoss(nn.Module):
 
     def _options(self) -> PredictionOptions:
         return PredictionOptions(
-            self.loss_type,
-            self.normalize_embeddings,
-            self.target_norm,
-            self.reduction,
-            self.smoothl1_beta,
-            self.huber_delta,
-            self.eps,
-            self.backend,
+            loss_type=self.loss_type,
+            normalize_embeddings=self.normalize_embeddings,
+            target_norm=self.target_norm,
+            reduction=self.reduction,
+            smoothl1_beta=self.smoothl1_beta,
+            huber_delta=self.huber_delta,
+            eps=self.eps,
+            backend=self.backend,
         )
 
     def forward(
@@ -141,7 +141,11 @@ class HJEPALoss(nn.Module):
         if self.detach_targets:
             target_levels = [target.detach() for target in target_levels]
         out = hierarchical_prediction_loss(
-            levels, target_levels, mask_levels, self.hierarchy_weights, self._options()
+            predictions=levels,
+            targets=target_levels,
+            masks=mask_levels,
+            weights=self.hierarchy_weights,
+            options=self._options(),
         )
         parts = {f"loss_h{index}": level for index, level in enumerate(out.levels)}
         return {**parts, "loss": out.loss, "loss_unweighted": out.unweighted}

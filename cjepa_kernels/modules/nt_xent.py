@@ -15,15 +15,15 @@ from cjepa_kernels import reference
 from cjepa_kernels.backends import Backend, check_backend
 from cjepa_kernels.definitions import EPS, TEMPERATURE, Reduction, Strategy
 from cjepa_kernels.distributed import SharedGroup, resolve_group
-from cjepa_kernels.functional import (
+from cjepa_kernels.functional.checks import (
     as_float,
     check_bool,
     check_in_range,
     check_reduction,
     check_strategy,
     check_temperature,
-    nt_xent,
 )
+from cjepa_kernels.functional.nt_xent import nt_xent
 
 
 class NTXentLoss(nn.Module):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cjepa_kernels import chunked, chunked_cross_logsumexp, chunked_prediction_loss
+from cjepa_kernels import chunked
 from cjepa_kernels.backends import OLDEST_CAPABILITY
 
 
@@ -30,13 +31,21 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+Implementation = Callable[..., tuple[Any, ...]]
+
+
+def _first_tensor(args: tuple[Any, ...]) -> Tensor:
+    """The first tensor, also inside a list. All are on one device, and if one is fp64, all are."""
+    flat = (x for arg in args for x in (arg if isinstance(arg, list) else (arg,)))
+    return next(x for x in flat if isinstance(x, Tensor))
+
+
 def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Call a function of a module of this package, with the device of its tensors as current."""
     if interpreted():
         importlib.import_module("cjepa_kernels.triton.interpreter").repair()
     function = getattr(importlib.import_module(f"cjepa_kernels.triton.{module}"), name)
-    flat = (x for arg in args for x in (arg if isinstance(arg, list) else (arg,)))
-    device = next(x for x in flat if isinstance(x, Tensor)).device
+    device = _first_tensor(args).device
     # Triton launches on the current device.
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.no_grad(), torch.cuda.device(device) if elsewhere else nullcontext():
@@ -83,53 +92,20 @@ def rounds_to_tf32(x: Tensor) -> bool:
     return not _goes_to_chunked(x) and allows_tf32()
 
 
-def nt_xent_forward(z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """The operator ``nt_xent``."""
-    if _goes_to_chunked(z_i):
-        return chunked.forward(z_i, *args)
-    return _call("nt_xent", "forward", (z_i, *args))
+def _implementation(operator: str, direction: str) -> Implementation:
+    """One direction of an operator, by our kernels or, where they do not serve, by chunks."""
+    chunked_function: Implementation = getattr(getattr(chunked, operator), direction)
+
+    def implementation(*args: Any) -> tuple[Any, ...]:
+        if _goes_to_chunked(_first_tensor(args)):
+            return chunked_function(*args)
+        return _call(operator, direction, args)
+
+    return implementation
 
 
-def nt_xent_backward(grad_loss: Tensor, z_i: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """The operator ``nt_xent_backward``."""
-    if _goes_to_chunked(z_i):
-        return chunked.backward(grad_loss, z_i, *args)
-    return _call("nt_xent", "backward", (grad_loss, z_i, *args))
-
-
-def cross_logsumexp_forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """The operator ``cross_logsumexp``."""
-    if _goes_to_chunked(x):
-        return chunked_cross_logsumexp.forward(x, *args)
-    return _call("cross_logsumexp", "forward", (x, *args))
-
-
-def cross_logsumexp_backward(
-    grad_row_lse: Tensor, grad_column_lse: Tensor, x: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    """The operator ``cross_logsumexp_backward``."""
-    args = (grad_row_lse, grad_column_lse, x, *args)
-    if _goes_to_chunked(x):
-        return chunked_cross_logsumexp.backward(*args)
-    return _call("cross_logsumexp", "backward", args)
-
-
-def prediction_loss_forward(predictions: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
-    """The operator ``prediction_loss``."""
-    if _goes_to_chunked(predictions[0]):
-        return chunked_prediction_loss.forward(predictions, *args)
-    return _call("prediction_loss", "forward", (predictions, *args))
-
-
-def prediction_loss_backward(
-    grad_loss: Tensor | None,
-    grad_unweighted: Tensor | None,
-    grad_levels: Tensor | None,
-    predictions: list[Tensor],
-    *args: Any,
-) -> tuple[Any, ...]:
-    """The operator ``prediction_loss_backward``."""
-    all_args = (grad_loss, grad_unweighted, grad_levels, predictions, *args)
-    if _goes_to_chunked(predictions[0]):
-        return chunked_prediction_loss.backward(*all_args)
-    return _call("prediction_loss", "backward", all_args)
+# The implementations of each operator and of its backward. Their first call imports Triton.
+OPERATORS = {
+    operator: (_implementation(operator, "forward"), _implementation(operator, "backward"))
+    for operator in ("nt_xent", "cross_logsumexp", "prediction_loss")
+}

@@ -20,8 +20,8 @@ GROUP = 8  # blocks of the side of the squares in which programs take tiles
 REDUCTION_ROWS = 32  # rows for each program of the reduction: a small batch has enough programs
 SLOTS = 64  # partial sums that a program of the reduction reads at a time
 # So few rows or columns may all have a log-sum-exp near 0. A constant shift leaves an error of a
-# few roundings of 1 / tau, which is large beside that. The CPU's number is kFew in
-# csrc/cpu/cross_logsumexp.cpp. test_limits.py holds both to the same tolerance.
+# few roundings of 1 / tau, which is large beside that. The CPU's number is kFewRows in
+# csrc/cpu/constants.h. A test compares both.
 FEW = 8
 STRIP_FEATURES = 256  # at most, because a strip keeps a block of columns in shared memory
 RUN_LENGTH = 16  # row blocks of a strip, at most

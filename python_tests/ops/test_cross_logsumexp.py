@@ -118,8 +118,8 @@ def test_sizes_around_the_blocks(
 def test_chunks_of_any_size(
     rows: int, temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)
-    monkeypatch.setattr(chunked, "MIN_CHUNK_ROWS", rows)
+    monkeypatch.setattr(chunked.rows, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(chunked.rows, "MIN_CHUNK_ROWS", rows)
     check(*sides(17, 23, 9, dtype), "chunked", temperature=temperature)
     check(*sides(23, 17, 9, dtype), "chunked", temperature=temperature)
 
@@ -130,7 +130,7 @@ def test_chunks_of_any_size(
     ids=str,
 )
 def test_a_chunk_is_bounded_whatever_the_shape(shape: tuple[int, int], chunk: int) -> None:
-    assert chunked.chunk_rows(*shape) == chunk
+    assert chunked.rows.chunk_rows(*shape) == chunk
 
 
 def hard_sides(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import platform
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from cjepa_kernels import (
     NTXentOutput,
     backends,
     cross_logsumexp,
-    functional,
+    definitions,
     nt_xent,
     ops,
     reference,
 )
 from cjepa_kernels.backends import compiled_module
+from cjepa_kernels.functional import dispatch
 
 TESTS = Path(__file__).parent
 pytestmark = pytest.mark.skipif(
@@ -105,7 +107,7 @@ def test_sizes_around_the_blocks(
     batch: int, features: int, temperature: float, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kept:
-        monkeypatch.setattr(functional, "KEPT_BYTES", 0)
+        monkeypatch.setattr(dispatch, "SAVED_EXPONENTIALS_BYTES", 0)
     z_i, z_j, same_dtype, truth = chunked_results(batch, features, temperature)
     actual = run(z_i, z_j, temperature=temperature, backend="native")
     floors = [FLOOR_VALUE[torch.float32], *[FLOOR_GRADIENT[torch.float32]] * 2]
@@ -331,23 +333,48 @@ def test_huge_loss_scale_with_antipodal_negatives() -> None:
 def test_python_knows_how_much_is_kept(rows: int) -> None:
     z = torch.randn(rows // 2, 2)
     out = ops.operator("nt_xent")(z, z, None, None, 0.1, True, 1e-8, "mean", None, True)
-    assert out[-1].numel() == ops.kept_size(rows)
+    assert out[-1].numel() == ops.saved_exponentials_size(rows)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 96, 97, 1534, 1535, 1536, 1537, 10_000])
+def test_python_counts_the_saved_exponentials_as_the_module_does(rows: int) -> None:
+    module = compiled_module()
+    assert module is not None
+    assert ops.saved_exponentials_size(rows) == module.saved_exponentials_size(rows)
+
+
+def test_python_and_the_module_hold_the_same_numbers() -> None:
+    module = compiled_module()
+    assert module is not None
+    constants = module.constants()
+    assert constants["smallest_temperature"] == definitions.SMALLEST
+    assert constants["largest_temperature"] == definitions.LARGEST
+    assert constants["layer_eps"] == definitions.LAYER_EPS
+
+
+def test_triton_and_the_module_hold_the_same_numbers() -> None:
+    pytest.importorskip("triton")
+    launch = importlib.import_module("cjepa_kernels.triton.launch")
+    module = compiled_module()
+    assert module is not None
+    assert module.constants()["few_rows"] == launch.FEW
 
 
 def test_exponentials_are_kept_for_a_gradient_within_the_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    keeps = functional._keeps_exponentials
+    keeps = partial(dispatch.saves_exponentials, "")
     z = torch.randn(50, 4)
     wanted = z.clone().requires_grad_()
     temperature = torch.tensor(0.1, requires_grad=True)
     assert keeps(wanted, z, None)
     assert keeps(z, wanted, None)
     assert keeps(z, z, temperature)
+    assert not dispatch.saves_exponentials(".chunked", wanted, z, None)
     assert not keeps(z, z, None)
     with torch.no_grad():
         assert not keeps(wanted, z, None)
-    monkeypatch.setattr(functional, "KEPT_BYTES", 4 * ops.kept_size(100))
+    monkeypatch.setattr(dispatch, "SAVED_EXPONENTIALS_BYTES", 4 * ops.saved_exponentials_size(100))
     assert keeps(wanted, z, None)
     assert not keeps(wanted.double(), z.double(), None)  # twice the bytes
 

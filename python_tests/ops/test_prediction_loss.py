@@ -18,7 +18,7 @@ from torch import Tensor
 from cjepa_kernels import (
     HJEPALoss,
     backends,
-    chunked_prediction_loss,
+    chunked,
     ops,
     prediction_loss,
     reference,
@@ -464,7 +464,7 @@ def test_double_backward_names_the_way_out(backend: str) -> None:
 
 def test_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (1, 40, 10**6):
-        monkeypatch.setattr(chunked_prediction_loss, "CHUNK_ELEMENTS", size)
+        monkeypatch.setattr(chunked.prediction_loss, "CHUNK_ELEMENTS", size)
         for reduction in ("mean", "none"):
             mask = torch.rand(5, 4) < 0.7
             check(*sides((5, 4, 10), torch.float32), "chunked", mask=mask, reduction=reduction)
@@ -475,9 +475,9 @@ def test_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_chunks_are_of_bounded_size_and_hold_each_row_once(
     shape: tuple[int, ...], size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked_prediction_loss, "CHUNK_ELEMENTS", size)
+    monkeypatch.setattr(chunked.prediction_loss, "CHUNK_ELEMENTS", size)
     x = torch.arange(float(torch.Size(shape).numel())).view(shape)
-    chunks = [p for p, _, _ in chunked_prediction_loss._chunks(x, x, None)]
+    chunks = [p for p, _, _ in chunked.prediction_loss._chunks(x, x, None)]
     assert torch.equal(torch.cat(chunks), x.view(-1, shape[-1]))
     assert max(map(torch.numel, chunks)) <= max(size, shape[-1])
 

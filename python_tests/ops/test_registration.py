@@ -60,7 +60,7 @@ def test_opcheck_forward(overload: str, case: int, dtype: torch.dtype) -> None:
 def test_opcheck_with_kept_exponentials(case: int) -> None:
     inputs = with_kept_exponentials(sample_inputs()[case])
     out = ops.operator("nt_xent")(*inputs)
-    assert out[-1].numel() == ops.kept_size(2 * len(inputs[0]))
+    assert out[-1].numel() == ops.saved_exponentials_size(2 * len(inputs[0]))
     # Not the comparison of outputs: what no pair of rows stands for is left as it was in memory.
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(ops.operator("nt_xent"), inputs, test_utils=utilities)

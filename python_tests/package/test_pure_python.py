@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cjepa_kernels import NTXentLoss, cross_logsumexp, functional, nt_xent, prediction_loss
+from cjepa_kernels import NTXentLoss, cross_logsumexp, nt_xent, prediction_loss
+from cjepa_kernels.functional import dispatch
 
 module: Any = importlib.import_module("cjepa_kernels.backends")  # a function has its name
 CALLS: dict[str, Callable[..., Any]] = {
@@ -24,7 +25,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 @pytest.fixture(autouse=True)
 def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "HAS_NATIVE", False)
+    monkeypatch.setattr(dispatch, "HAS_NATIVE", False)
     monkeypatch.setattr(module, "_NATIVE_REASON", "the reason that backends() gives")
     monkeypatch.setattr(module, "_warned", False)
     monkeypatch.delenv("CJEPA_NO_NATIVE", raising=False)
@@ -60,8 +61,8 @@ def test_a_back_end_that_was_asked_for_warns_of_nothing(
 
 
 def test_other_devices_warn_of_nothing(caught: list[warnings.WarningMessage]) -> None:
-    assert functional.choose_overload("auto", torch.device("cuda")) == ""
-    assert functional.choose_overload("auto", torch.device("meta")) == ""
+    assert dispatch.choose_overload("auto", torch.device("cuda")) == ""
+    assert dispatch.choose_overload("auto", torch.device("meta")) == ""
     assert not caught
 
 

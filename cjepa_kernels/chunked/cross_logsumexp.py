@@ -1,0 +1,119 @@
+"""Log-sum-exp of both sides in pure PyTorch with O(chunk x N) memory, with its own backward.
+
+It serves any device. A chunk of rows at a time is multiplied with all N columns, and every chunk
+updates the maximum and the sum of each column:
+
+    h_a = max_b s_ab,  S_a = sum_b exp((s_ab - h_a) / tau),  LSE_a = h_a / tau + log S_a
+    k_b = max_a s_ab,  T_b = sum_a exp((s_ab - k_b) / tau);  when k_b grows to k', T_b shrinks by
+                       exp((k_b - k') / tau)
+    dL/ds_ab = (1/tau) [ g_a exp((s_ab - h_a) / tau) / S_a + f_b exp((s_ab - k_b) / tau) / T_b ]
+    dL/dx_a  = sum_b dL/ds_ab y_b,  dL/dy_b = sum_a dL/ds_ab x_a   (x, y: unit rows)
+    dL/dtau  = -(1/tau) sum_a x_a . dL/dx_a   (L depends on tau through x.y / tau alone)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cjepa_kernels.chunked.rows import choose_temperature, chunk_rows, operands, project
+from cjepa_kernels.definitions import CrossLogSumExpBackward, CrossLogSumExpForward
+
+
+def forward(
+    x: Tensor,
+    y: Tensor,
+    temperature_tensor: Tensor | None,
+    temperature: float,
+    cosine: bool,
+    eps: float,
+    product_dtype: torch.dtype | None,
+) -> CrossLogSumExpForward:
+    """Log-sum-exps, maxima and the numbers that the backward needs, of ``cross_logsumexp``."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        x, y = (operands(z, cosine, eps, product_dtype) for z in (x, y))
+        tau = choose_temperature(temperature_tensor, temperature)
+        rows, columns = len(x), len(y)
+        row_max, row_sum = x.new_empty(rows), x.new_empty(rows)
+        column_max, column_sum = x.new_full((columns,), -torch.inf), x.new_zeros(columns)
+        step = chunk_rows(rows, columns)
+        buffers = x.new_empty(2, step, columns)
+        for start in range(0, rows, step):
+            chunk = slice(start, min(start + step, rows))
+            tile, by_column = buffers[:, : chunk.stop - start]
+            torch.mm(x[chunk], y.T, out=tile)  # (chunk, N)
+            row_max[chunk] = tile.amax(dim=1)
+            largest = torch.maximum(column_max, tile.amax(dim=0))
+            torch.sub(tile, largest, out=by_column).div_(tau).exp_()
+            column_sum.mul_((column_max - largest).div_(tau).exp_()).add_(by_column.sum(dim=0))
+            column_max = largest
+            tile.sub_(row_max[chunk, None]).div_(tau).exp_()
+            torch.sum(tile, dim=1, out=row_sum[chunk])
+        row_log_sum, column_log_sum = row_sum.log(), column_sum.log()
+        # Copies: the outputs of an operator must not share memory.
+        return CrossLogSumExpForward(
+            row_lse=row_max / tau + row_log_sum,
+            column_lse=column_max / tau + column_log_sum,
+            row_max=row_max,
+            column_max=column_max,
+            row_shift=row_max.clone(),
+            row_log_sum=row_log_sum,
+            column_shift=column_max.clone(),
+            column_log_sum=column_log_sum,
+        )
+
+
+def backward(
+    grad_row_lse: Tensor,
+    grad_column_lse: Tensor,
+    x: Tensor,
+    y: Tensor,
+    temperature_tensor: Tensor | None,
+    row_shift: Tensor,
+    row_log_sum: Tensor,
+    column_shift: Tensor,
+    column_log_sum: Tensor,
+    temperature: float,
+    cosine: bool,
+    eps: float,
+    product_dtype: torch.dtype | None,
+    of_x: bool,
+    of_y: bool,
+) -> CrossLogSumExpBackward:
+    """Gradients of x, y and the temperature, of the operator ``cross_logsumexp_backward``."""
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        x_rows, y_rows = (operands(z, cosine, eps, product_dtype) for z in (x, y))
+        tau = choose_temperature(temperature_tensor, temperature)
+        row_weight = grad_row_lse / row_log_sum.exp()  # (M,), g_a / S_a
+        column_weight = grad_column_lse / column_log_sum.exp()  # (N,), f_b / T_b
+        with_x = of_x or not of_y  # the gradient of the temperature follows from either
+        grad_x = x_rows.new_empty((x if with_x else x[:0]).shape)
+        grad_y = y_rows.new_zeros((y if of_y else y[:0]).shape)
+        rows, columns = len(x), len(y)
+        step = chunk_rows(rows, columns)
+        buffers = x_rows.new_empty(2, step, columns)
+        for start in range(0, rows, step):
+            chunk = slice(start, min(start + step, rows))
+            tile, by_column = buffers[:, : chunk.stop - start]
+            torch.mm(x_rows[chunk], y_rows.T, out=tile)
+            torch.sub(tile, column_shift, out=by_column).div_(tau).exp_().mul_(column_weight)
+            tile.sub_(row_shift[chunk, None]).div_(tau).exp_().mul_(row_weight[chunk, None])
+            tile.add_(by_column)
+            if with_x:
+                torch.mm(tile, y_rows, out=grad_x[chunk])
+            if of_y:
+                grad_y.addmm_(tile.T, x_rows[chunk])
+        grad_x.div_(tau)
+        grad_y.div_(tau)
+        grad, operand = (grad_x, x_rows) if with_x else (grad_y, y_rows)
+        grad_temperature = (grad * operand).sum() / -tau
+        grad_x = grad_x if of_x else grad_x[:0].clone()
+        for grad, z, wanted in ((grad_x, x, of_x), (grad_y, y, of_y)):
+            if cosine and wanted:
+                project(grad, z.to(grad.dtype, copy=True), eps)
+        like = row_shift if temperature_tensor is None else temperature_tensor
+        return CrossLogSumExpBackward(
+            grad_x=grad_x.to(x.dtype),
+            grad_y=grad_y.to(y.dtype),
+            grad_temperature=grad_temperature.to(like.dtype),
+        )

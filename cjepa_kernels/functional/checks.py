@@ -1,0 +1,236 @@
+"""Arguments of the functions: checked, and in the form in which the operators take them."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import SupportsFloat
+
+import torch
+from torch import Tensor
+
+from cjepa_kernels.definitions import FLOATING, LARGEST, REDUCTIONS, SMALLEST, STRATEGIES
+
+LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_strategy(strategy: str) -> None:
+    """Raise unless ``strategy`` is known."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {list(STRATEGIES)}, got {strategy!r}")
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number: of Python or, as ``np.float32(0.1)``, of NumPy."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float, Real))
+
+
+def as_float(value: SupportsFloat) -> float:
+    """A number of any kind; an int beyond every float is infinite.
+
+    A float stays the same object. For torch.compile another object is a result of the graph, and a
+    new value of it would mean another compilation.
+    """
+    if type(value) is float:
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise unless ``value`` is a finite positive number."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < as_float(value) < math.inf:  # torch.compile traces it for symbolic floats
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_in_range(name: str, value: float) -> None:
+    """Raise unless ``value`` is a positive number that fp32 has, and its inverse too."""
+    check_positive(name, value)
+    if not SMALLEST <= as_float(value) <= LARGEST:
+        raise ValueError(f"{name} must lie between {SMALLEST} and {LARGEST}, got {value}")
+
+
+def check_bool(name: str, value: bool) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_temperature(temperature: float | Tensor) -> None:
+    """Raise unless ``temperature`` is a positive finite float, or a () or (1,) floating tensor."""
+    if isinstance(temperature, Tensor):
+        if temperature.shape not in ((), (1,)) or temperature.dtype not in FLOATING:
+            raise ValueError(
+                "temperature must be a float, or a floating-point tensor (fp64, fp32, bf16 or "
+                "fp16) of shape () or (1,), got a tensor of "
+                f"shape {tuple(temperature.shape)} and dtype {temperature.dtype}"
+            )
+        return
+    if not is_number(temperature):
+        raise TypeError(
+            f"temperature must be a float or a tensor of shape () or (1,), got {temperature!r}"
+        )
+    if not 0 < as_float(temperature) < math.inf:
+        raise ValueError(f"Temperature must be positive, and finite, got {temperature}")
+    if not SMALLEST <= as_float(temperature) <= LARGEST:
+        raise ValueError(
+            f"temperature must lie between {SMALLEST} and {LARGEST}, got {temperature}"
+        )
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise unless ``reduction`` is ``mean``, ``sum`` or ``none``."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {list(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_floating_tensor(name: str, value: object) -> None:
+    """Raise unless ``value`` is a tensor of fp64, fp32, bf16 or fp16."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name} must be of fp64, fp32, bf16 or fp16, got {value.dtype}")
+
+
+def check_views(z_i: Tensor, z_j: Tensor, *, allow_empty: bool) -> None:
+    """Raise unless both are (B, D) or (B, N, D) embeddings of the same shape and device."""
+    check_floating_tensor("z_i", z_i)
+    if isinstance(z_j, Tensor) and z_j.ndim == 1 and z_j.dtype in LABELS:
+        raise TypeError(
+            "z_j must be the embeddings of the second view, got what looks like labels, a tensor "
+            f"of shape {tuple(z_j.shape)} and dtype {z_j.dtype}: row k of z_i and row k of z_j are "
+            "a pair, and labels are not needed (docs/migrate/pytorch-metric-learning.md)"
+        )
+    check_floating_tensor("z_j", z_j)
+    if z_i.shape != z_j.shape:
+        raise ValueError(
+            f"z_i and z_j must have the same shape, got {tuple(z_i.shape)} and {tuple(z_j.shape)}"
+        )
+    if z_i.ndim not in (2, 3):
+        raise ValueError(f"z_i and z_j must be (B, D) or (B, N, D), got {tuple(z_i.shape)}")
+    if 0 in (z_i.shape[-1:] if allow_empty else z_i.shape):
+        raise ValueError(
+            f"z_i and z_j must hold at least one pair and one feature, got {tuple(z_i.shape)}"
+        )
+    check_same_device("z_i and z_j", z_i, z_j)
+
+
+def check_rectangle(x: Tensor, y: Tensor) -> None:
+    """Raise unless they are (M, D) and (N, D) features on the same device."""
+    for name, z, shape in (("x", x, "(M, D)"), ("y", y, "(N, D)")):
+        check_floating_tensor(name, z)
+        if z.ndim != 2:
+            raise ValueError(f"{name} must be {shape}, got {tuple(z.shape)}")
+        if 0 in z.shape:
+            raise ValueError(
+                f"{name} must hold at least one row and one feature, got {tuple(z.shape)}"
+            )
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(
+            f"x and y must have the same D, got {x.shape[1]} and {y.shape[1]} features"
+        )
+    check_same_device("x and y", x, y)
+
+
+def check_same_device(names: str, a: Tensor, b: Tensor) -> None:
+    """Raise unless both are on the same device."""
+    if a.device != b.device:
+        raise ValueError(f"{names} must be on the same device, got {a.device} and {b.device}")
+
+
+def check_temperature_device(temperature: float | Tensor, name: str, z: Tensor) -> None:
+    """Raise unless a tensor temperature is on the device of the features."""
+    if isinstance(temperature, Tensor) and temperature.device != z.device:
+        raise ValueError(
+            f"temperature must be on the device of {name}, {z.device}, got {temperature.device}"
+        )
+
+
+def check_negatives_mask(mask: Tensor, z_i: Tensor) -> None:
+    """Raise unless the mask is (B, B) of bool on the device of the views."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, got {got}")
+    batch = z_i.shape[0]
+    if mask.shape != (batch, batch):
+        raise ValueError(
+            f"mask must be ({batch}, {batch}), one entry a pair of samples, got {tuple(mask.shape)}"
+        )
+    if mask.device != z_i.device:
+        raise ValueError(f"mask must be on the device of z_i, {z_i.device}, got {mask.device}")
+
+
+def promote(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype that ``torch.cat`` of them has."""
+    if a.dtype == b.dtype:
+        return a, b
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
+
+
+def without_arrays(temperature: float | Tensor, z: Tensor) -> float | Tensor:
+    """A tensor in place of a NumPy number, which torch.compile would take for an array."""
+    if isinstance(temperature, (float, Tensor)) or not torch.compiler.is_compiling():
+        return temperature
+    if hasattr(temperature, "__array__") and isinstance(z, Tensor):
+        return torch.as_tensor(temperature, device=z.device)
+    return temperature
+
+
+def as_float_or_scalar(temperature: float | Tensor) -> float | Tensor:
+    """A checked temperature as the back ends take it: a float, or a 0-dim tensor."""
+    if not isinstance(temperature, Tensor):
+        return as_float(temperature)
+    return temperature.reshape(()) if temperature.ndim else temperature
+
+
+def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """The operators' two arguments: a tensor or None, and a number for the case of None."""
+    if isinstance(temperature, Tensor):
+        return temperature, 1.0
+    return None, temperature
+
+
+def check_embeddings(name: str, x: object) -> None:
+    """Raise unless it is a (B, N, D) or (B, D) tensor of a floating dtype."""
+    check_floating_tensor(name, x)
+    if isinstance(x, Tensor) and (x.ndim not in (2, 3) or 0 in x.shape):
+        raise ValueError(f"{name} must be (B, N, D) or (B, D) and not empty, got {tuple(x.shape)}")
+
+
+def check_target(names: tuple[str, str], prediction: Tensor, target: Tensor) -> None:
+    """Raise unless the target has the prediction's shape and device, and a floating dtype."""
+    check_floating_tensor(names[1], target)
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must have the same shape, got {tuple(prediction.shape)} "
+            f"and {tuple(target.shape)}"
+        )
+    if prediction.device != target.device:
+        raise ValueError(
+            f"{names[0]} and {names[1]} must be on the same device, got {prediction.device} and "
+            f"{target.device}"
+        )
+
+
+def check_rows_mask(name: str, mask: Tensor, prediction: Tensor) -> None:
+    """Raise unless the mask is of bool, with the prediction's shape without D, on its device."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool tensor, got {got}")
+    if mask.device != prediction.device:
+        raise ValueError(
+            f"{name} must be on the device of the predictions, {prediction.device}, got "
+            f"{mask.device}"
+        )
+    if mask.shape != prediction.shape[:-1]:
+        raise ValueError(
+            f"{name} must be {tuple(prediction.shape[:-1])}, one entry a patch, got "
+            f"{tuple(mask.shape)}"
+        )

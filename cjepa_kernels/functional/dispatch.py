@@ -1,0 +1,76 @@
+"""Decisions of a call: which overload of an operator, in which dtypes, and what it saves."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from cjepa_kernels import ops
+from cjepa_kernels.backends import HAS_NATIVE, Backend, warn_without_native
+from cjepa_kernels.environment import read_when_imported
+
+# torch.amp.is_autocast_available says so too, but PyTorch 2.11 cannot compile a function that calls
+# it.
+WITHOUT_AUTOCAST = ("meta",)
+SAVED_EXPONENTIALS_BYTES = int(read_when_imported("CJEPA_KEPT_MIB", 256) * 2**20)
+for _variable in ("CJEPA_CACHE_MIB", "CJEPA_WORKSPACE_MIB"):  # kernels read them, much later
+    read_when_imported(_variable, 256)
+
+
+def choose_overload(backend: Backend, device: torch.device) -> str:
+    """The overload of the operators that runs a back end on a device.
+
+    The dispatcher chooses by the device, except on a CPU without the compiled kernels: a module of
+    an early revision registers its kernels when it is imported, for schemas that may differ.
+
+    Args:
+        backend: A checked name.
+        device: Device of the features.
+
+    Returns:
+        An empty string for the dispatcher's choice, or ``.<back end>``.
+    """
+    if backend in ("auto", "native"):
+        if device.type != "cpu" or HAS_NATIVE:
+            return ""
+        if backend == "auto":
+            warn_without_native()
+        return ".chunked"
+    if backend == "triton" and device.type == "cuda":
+        return ""  # the dispatcher chooses the same kernels
+    return f".{backend}"
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off, on a device that has it."""
+    if device.type in WITHOUT_AUTOCAST:
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def product_dtype(z: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast rounds the operands of a product; None without autocast."""
+    if z.dtype == torch.float64 or z.device.type in WITHOUT_AUTOCAST:
+        return None
+    if torch.is_autocast_enabled(z.device.type):
+        return torch.get_autocast_dtype(z.device.type)
+    return None
+
+
+def saves_exponentials(overload: str, z_i: Tensor, z_j: Tensor, temperature: Tensor | None) -> bool:
+    """Whether the compiled forward of NT-Xent saves its exponentials for the backward.
+
+    It does so for a call that has a backward, and within a budget of memory.
+    """
+    if overload != "":
+        return False
+    if z_i.device.type != "cpu" or not HAS_NATIVE or not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_exporting():  # the size would tie the exported program to this batch
+        return False
+    if not any(z is not None and z.requires_grad for z in (z_i, z_j, temperature)):
+        return False
+    size = 8 if z_i.dtype == torch.float64 else 4
+    return ops.saved_exponentials_size(2 * z_i.shape[0]) * size <= SAVED_EXPONENTIALS_BYTES

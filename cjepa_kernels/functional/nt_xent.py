@@ -1,0 +1,223 @@
+"""NT-Xent as a function: it checks the arguments, flattens, and calls the operator."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cjepa_kernels import ops, reference
+from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.definitions import (
+    EPS,
+    TEMPERATURE,
+    NTXentForward,
+    NTXentOutput,
+    Reduction,
+    Strategy,
+)
+from cjepa_kernels.distributed import Options
+from cjepa_kernels.distributed import nt_xent as of_group
+from cjepa_kernels.functional import checks, dispatch
+
+
+def nt_xent(
+    z_i: Tensor,
+    z_j: Tensor,
+    *,
+    temperature: float | Tensor = TEMPERATURE,
+    use_cosine_similarity: bool = True,
+    eps: float = EPS,
+    reduction: Reduction = "mean",
+    mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    strategy: Strategy = "auto",
+    backend: Backend = "auto",
+) -> NTXentOutput:
+    """NT-Xent of two views, with its metrics, without the (2B, 2B) similarity matrix.
+
+    Args:
+        z_i: (B, D), or (B, N, D) which counts as B*N pairs. fp64, fp32, bf16 or fp16.
+        z_j: Same shape and device; ``z_j[k]`` is the positive of ``z_i[k]``. Two dtypes become
+            the one that ``torch.promote_types`` gives; gradients have each input's own.
+        temperature: Float from 1e-30 to 1e30, or a tensor of shape () or (1,), which then gets a
+            gradient of its shape. A tensor outside of that range gives NaN, because the host never
+            reads it.
+        use_cosine_similarity: Cosine similarity, else the plain dot product.
+        eps: Lower bound on the norm used for normalisation; a row below it gets a zero
+            gradient.
+        reduction: ``mean`` over the 2B anchors, ``sum``, or ``none``.
+        mask: (B, B) bool (B*N for 3-D inputs); True takes the pair of samples (k, l) out of the
+            negatives, in all four blocks of views and both ways. The diagonal is ignored.
+        group: Take the negatives from every rank of this process group. With R ranks and M rows
+            in all, rank r returns for ``mean``
+
+                (R / M) * sum over its own anchors a of loss_a
+
+            whose mean over the ranks is the loss of one process on the whole batch, and so is the
+            gradient that DDP averages. ``sum`` and ``none`` cover this rank's anchors, the metrics
+            are global. Ranks may hold different numbers of pairs. Every rank has to take part in
+            every forward and backward.
+        strategy: How the ranks work together. ``all_gather``: every rank gathers the features of
+            all, quick for small batches. ``ring``: shards travel from rank to rank while the one
+            before is worked on, each pair of shards is multiplied once, and memory grows with this
+            rank's rows. ``auto`` chooses by size.
+        backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
+
+    Returns:
+        NTXentOutput.
+
+    Raises:
+        TypeError: A tensor of the wrong kind or dtype.
+        ValueError: A wrong shape, device or value; the message names it. With a group also, on
+            all ranks alike, a rank without pairs or one that asks for something else.
+        RuntimeError: A back end that was asked for by name and is missing; a rank of the group that
+            ended, or did not take part within the process group's timeout.
+
+    Source: SimCLR, arXiv 2002.05709, equation 1.
+
+    Example:
+        >>> z_i, z_j = torch.eye(4), torch.eye(4)
+        >>> out = nt_xent(z_i, z_j, temperature=0.5)
+        >>> round(out.loss.item(), 4), out.accuracy.item()
+        (0.5944, 1.0)
+    """
+    check_backend(backend)
+    temperature = checks.without_arrays(temperature, z_i)
+    checks.check_temperature(temperature)
+    checks.check_reduction(reduction)
+    checks.check_in_range("eps", eps)
+    checks.check_strategy(strategy)
+    checks.check_bool("use_cosine_similarity", use_cosine_similarity)
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a process group or None, got {type(group).__name__}")
+    # Under a group, a rank without pairs must not raise here and leave the other ranks waiting.
+    checks.check_views(z_i, z_j, allow_empty=group is not None)
+    if z_i.ndim == 3:
+        z_i, z_j = z_i.flatten(0, 1), z_j.flatten(0, 1)
+    if mask is not None:
+        if group is not None:
+            raise ValueError("mask must be None with a group: it names pairs of one rank only")
+        checks.check_negatives_mask(mask, z_i)
+    checks.check_temperature_device(temperature, "z_i", z_i)
+    temperature, eps = checks.as_float_or_scalar(temperature), checks.as_float(eps)
+    z_i, z_j = checks.promote(z_i, z_j)
+    if group is None:
+        return _nt_xent(
+            z_i,
+            z_j,
+            temperature=temperature,
+            use_cosine_similarity=use_cosine_similarity,
+            eps=eps,
+            reduction=reduction,
+            mask=mask,
+            backend=backend,
+        )
+    if backend == "reference" and strategy == "ring":
+        raise ValueError('strategy must be "auto" or "all_gather" with backend="reference"')
+    of_group_eagerly = _nt_xent_of_group
+    # Without the condition disable() would import the compiler, which takes as long as torch.
+    if torch.compiler.is_compiling():
+        of_group_eagerly = torch.compiler.disable(_nt_xent_of_group)  # type: ignore[no-untyped-call]
+    return of_group_eagerly(
+        z_i,
+        z_j,
+        temperature=temperature,
+        use_cosine_similarity=use_cosine_similarity,
+        eps=eps,
+        reduction=reduction,
+        group=group,
+        strategy=strategy,
+        backend=backend,
+    )
+
+
+def _nt_xent_of_group(
+    z_i: Tensor,
+    z_j: Tensor,
+    *,
+    temperature: float | Tensor,
+    use_cosine_similarity: bool,
+    eps: float,
+    reduction: Reduction,
+    group: dist.ProcessGroup,
+    strategy: Strategy,
+    backend: Backend,
+) -> NTXentOutput:
+    """NT-Xent of all ranks of a group, with checked arguments.
+
+    It is not compiled, because the numbers of pairs of the ranks are known at run time only.
+    """
+    tensor, number = checks.split_temperature(temperature)
+    overload = of_group.REFERENCE
+    if backend != "reference":
+        ops.refuse_transforms("nt_xent", (z_i, z_j, tensor))
+        overload = dispatch.choose_overload(backend, z_i.device)
+    options = Options(
+        temperature=number,
+        use_cosine_similarity=use_cosine_similarity,
+        eps=eps,
+        reduction=reduction,
+        product_dtype=dispatch.product_dtype(z_i),
+        save_exponentials=dispatch.saves_exponentials(overload, z_i, z_j, tensor),
+        overload=overload,
+        strategy=strategy,
+        needs_gradient=torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (z_i, z_j, tensor)),
+    )
+    z_i, z_j, tensor = (ops.saveable(x) for x in (z_i, z_j, tensor))
+    return of_group.nt_xent(z_i, z_j, temperature=tensor, options=options, group=group)
+
+
+def _nt_xent(
+    z_i: Tensor,
+    z_j: Tensor,
+    *,
+    temperature: float | Tensor,
+    use_cosine_similarity: bool,
+    eps: float,
+    reduction: Reduction,
+    mask: Tensor | None,
+    backend: Backend,
+) -> NTXentOutput:
+    """NT-Xent of one process, with checked arguments."""
+    if backend == "reference":
+        with dispatch.without_autocast(z_i.device):
+            terms = reference.nt_xent(
+                ops.saveable(z_i),
+                ops.saveable(z_j),
+                temperature=ops.saveable(temperature),
+                use_cosine_similarity=use_cosine_similarity,
+                eps=eps,
+                mask=ops.saveable(mask),
+            )
+        return NTXentOutput(
+            loss=reference.reduce(terms.loss, reduction),
+            accuracy=terms.accuracy,
+            positive_similarity=terms.positive_similarity,
+            negative_similarity=terms.negative_similarity,
+            lse=terms.lse,
+        )
+    tensor, number = checks.split_temperature(temperature)
+    overload = dispatch.choose_overload(backend, z_i.device)
+    out: NTXentForward = ops.call(
+        "nt_xent",
+        overload,
+        z_i=z_i,
+        z_j=z_j,
+        mask=mask,
+        temperature_tensor=tensor,
+        temperature=number,
+        use_cosine_similarity=use_cosine_similarity,
+        eps=eps,
+        reduction=reduction,
+        product_dtype=dispatch.product_dtype(z_i),
+        keep=dispatch.saves_exponentials(overload, z_i, z_j, tensor),
+    )
+    return NTXentOutput(
+        loss=out.loss,
+        accuracy=out.accuracy,
+        positive_similarity=out.positive_similarity,
+        negative_similarity=out.negative_similarity,
+        lse=out.lse,
+    )

@@ -1,0 +1,40 @@
+"""The operators ``torch.ops.cjepa_kernels.*``.
+
+Arguments are checked above, in ``functional``. If you change a schema, increase
+``SCHEMA_VERSION`` in ``backends.py`` and ``kSchemaVersion`` in ``csrc/cpu/operators.h``.
+"""
+
+import torch
+from torch import Tensor
+
+from cjepa_kernels import chunked, triton
+from cjepa_kernels.backends import HAS_TRITON
+from cjepa_kernels.ops import cross_logsumexp, nt_xent, pad_tokens, prediction_loss
+from cjepa_kernels.ops.calls import call, is_transformed, refuse_transforms, run, saveable
+from cjepa_kernels.ops.nt_xent import saved_exponentials_size
+from cjepa_kernels.ops.registration import NAMESPACE, define, register_backend, register_plain
+from cjepa_kernels.ops.registry import operator, overloads
+
+define(nt_xent.DEFINITION)
+define(cross_logsumexp.DEFINITION)
+define(prediction_loss.DEFINITION)
+register_plain("copy", "(Tensor x) -> Tensor", Tensor.clone, torch.empty_like)
+register_plain("pad_tokens", pad_tokens.SCHEMA, pad_tokens.pad_tokens, pad_tokens.fake)
+
+register_backend("chunked", chunked.OPERATORS, dispatch_key="CompositeExplicitAutograd")
+register_backend("triton", triton.OPERATORS, dispatch_key="CUDA" if HAS_TRITON else None)
+OVERLOADS = overloads()
+
+__all__ = [
+    "NAMESPACE",
+    "OVERLOADS",
+    "call",
+    "is_transformed",
+    "operator",
+    "overloads",
+    "refuse_transforms",
+    "register_backend",
+    "run",
+    "saveable",
+    "saved_exponentials_size",
+]

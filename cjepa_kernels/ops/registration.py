@@ -1,0 +1,342 @@
+"""How an operator and its backward are registered with PyTorch: the same way for all of them.
+
+``cjepa_kernels::<name>`` is one operator with a kernel for each device: the compiled module
+registers its own for the CPU, the Triton kernels are registered for CUDA, and the chunked back end
+serves every other device. Each back end also has an overload, ``<name>.<back end>``, which always
+runs that back end.
+
+``<name>_dynamic`` is the same operator with each number as a tensor on the CPU. torch.compile
+recompiles for every new value of a number in a schema, but not for a new value of a tensor. The
+operator reads the numbers when it runs and calls ``<name>`` with them. Its results, and the choices
+that a kernel makes by a number, are therefore those of ``<name>``.
+
+To add an operator, write one file in ``ops`` with its :class:`Definition`, one file in the folder
+of each back end, and one line in ``ops/__init__.py`` and in each back end's ``OPERATORS``.
+
+To add a back end, write a folder whose ``OPERATORS`` maps the name of an operator to its
+implementations in both directions, and two lines: one in ``backends.py`` that says whether the back
+end can run here, and one call of :func:`register_backend` in ``ops/__init__.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cjepa_kernels.ops import registry
+from cjepa_kernels.ops.definition import (
+    Binding,
+    Definition,
+    Implementation,
+    Implementations,
+    bind,
+    named_arguments,
+)
+from cjepa_kernels.ops.registry import flatten, operator, unflatten
+
+NAMESPACE = "cjepa_kernels"
+# This guard skips the registered autograd, which is Python code under every call. torch._library
+# uses it too.
+_below_autograd: Any = torch._C._AutoDispatchBelowAutograd
+AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
+
+# Any: the methods of Library carry no annotations.
+_library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
+_definitions: dict[str, Definition] = {}
+
+
+def define(definition: Definition) -> None:
+    """Define an operator and its backward, for back ends to be registered.
+
+    Args:
+        definition: The operator.
+    """
+    names = (definition.name, f"{definition.name}_backward")
+    _definitions[definition.name] = definition
+    _define_schemas(definition, "")
+    results = (definition.results, definition.results_backward)
+    for name, result in zip(names, results, strict=True):
+        registry.arguments[name] = named_arguments(name, operator(name)._schema)
+        registry.results[name] = result
+    registry.numbers[definition.name] = _number_positions(operator(definition.name))
+    _define_overload(definition, "")
+
+
+def register_backend(
+    backend: str, operators: Mapping[str, Implementations], *, dispatch_key: str | None = None
+) -> None:
+    """Make a back end's implementations the overload ``.<back end>`` of the operators.
+
+    Args:
+        backend: Name of the back end.
+        operators: By the name of an operator, its implementation and that of its backward. They
+            take the arguments of the schema by position and return the results as a tuple.
+        dispatch_key: Where a call names no back end, run this one for tensors of this key,
+            for example ``"CUDA"``. ``"CompositeExplicitAutograd"`` stands for every other device.
+    """
+    for name, implementations in operators.items():
+        definition = _definitions[name]
+        definition.implementations[backend] = implementations
+        overload = f".{backend}"
+        _define_schemas(definition, overload)
+        for direction, implementation in zip(
+            (name, f"{name}_backward"), implementations, strict=True
+        ):
+            _library.impl(direction + overload, implementation, "CompositeExplicitAutograd")
+            if dispatch_key is not None:
+                _library.impl(direction, implementation, dispatch_key)
+        _define_overload(definition, overload)
+
+
+def register_plain(
+    name: str, schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]
+) -> None:
+    """Define an operator without a gradient, in PyTorch; the compiled module may have one too."""
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    registry.operators[name, ""] = getattr(torch.ops.cjepa_kernels, name).default
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
+def _define_schemas(definition: Definition, overload: str) -> None:
+    """Define the schemas of an overload, in both directions."""
+    schemas = (definition.schema, definition.schema_backward)
+    for name, schema in zip((definition.name, f"{definition.name}_backward"), schemas, strict=True):
+        _library.define(name + overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        packet = getattr(torch.ops.cjepa_kernels, name)
+        registry.operators[name, overload] = getattr(packet, overload.lstrip(".") or "default")
+
+
+def _define_overload(definition: Definition, overload: str) -> None:
+    """Give an overload all that back ends share, and define the same with numbers as tensors."""
+    name = definition.name
+    binding = bind(definition)
+    gradients = _register_shared(definition, overload, binding)
+    registry.functions[name, overload] = _make_function(definition, overload, binding, gradients)
+    dynamic = replace(
+        definition,
+        name=f"{name}_dynamic",
+        schema=_numbers_as_tensors(definition.schema),
+        schema_backward=_numbers_as_tensors(definition.schema_backward),
+    )
+    _define_schemas(dynamic, overload)
+    for suffix in ("", "_backward"):
+        implementation = _read_numbers(operator(name + suffix, overload))
+        key = "CompositeExplicitAutograd"
+        _library.impl(f"{dynamic.name}{suffix}{overload}", implementation, key)
+    _register_shared(dynamic, overload, binding)
+
+
+def _taker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes the elements at some positions of a sequence, as a tuple."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda sequence: tuple(sequence[k] for k in positions)
+
+
+def _numbers_as_tensors(schema: str) -> str:
+    arguments, results = schema.split("->")
+    return re.sub(r"\bfloat(\[\])? ", "Tensor ", arguments) + "->" + results
+
+
+def _number_positions(operator: Any) -> tuple[int, ...]:
+    """Which arguments are floats or lists of floats."""
+    types = [str(argument.type) for argument in operator._schema.arguments]
+    return tuple(k for k, of in enumerate(types) if of in ("float", "List[float]"))
+
+
+def _read_numbers(operator: Any) -> Implementation:
+    """The implementation of ``<name>_dynamic``: it reads its numbers and calls the operator."""
+    numbers = _number_positions(operator)
+
+    def call_with_numbers(*args: Any) -> Any:
+        return operator(*(arg.tolist() if k in numbers else arg for k, arg in enumerate(args)))
+
+    return call_with_numbers
+
+
+def _register_shared(
+    definition: Definition, overload: str, binding: Binding
+) -> Callable[..., tuple[Any, ...]]:
+    """Register fakes, autograd and autocast of an overload; returns its gradients."""
+    forward, backward = f"{definition.name}{overload}", f"{definition.name}_backward{overload}"
+    fakes = (definition.fake, definition.fake_backward)
+    schemas = (operator(definition.name), operator(f"{definition.name}_backward"))
+    for name, fake, of in zip((forward, backward), fakes, schemas, strict=True):
+        named_fake = _make_fake(fake, named_arguments(definition.name, of._schema))
+        torch.library.register_fake(f"{NAMESPACE}::{name}", named_fake, lib=_library)
+    gradients = _make_gradients(definition, overload, binding)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{forward}",
+        gradients,
+        setup_context=_make_setup_context(binding),
+        lib=_library,
+    )
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{backward}", _make_no_double_backward(definition.name), lib=_library
+    )
+    takes_autocast = "product_dtype" in definition.schema
+    for device_type, key in AUTOCAST_DEVICES.items() if takes_autocast else ():
+        _library.impl(forward, _make_autocast(definition.name, overload, device_type), key)
+    return gradients
+
+
+def _make_fake(fake: Callable[[Any], tuple[Any, ...]], arguments: Any) -> Callable[..., Any]:
+    def named_fake(*args: Any, **kwargs: Any) -> Any:
+        # A plain tuple, as the dispatcher returns for an operator.
+        return tuple(fake(arguments(*args, **kwargs)))
+
+    return named_fake
+
+
+def _make_setup_context(
+    binding: Binding,
+) -> Callable[[Any, Sequence[Any], tuple[Tensor, ...]], None]:
+    """The function by which a forward saves what the backward takes."""
+    take_saved, take_options = _taker(binding.saved_positions), _taker(binding.options)
+    take_not_differentiable = _taker(binding.not_differentiable)
+    tensors = {*binding.flags, *binding.inputs}
+
+    def setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+        saved = take_saved((*inputs, *output))
+        ctx.options = take_options(inputs)
+        ctx.mark_non_differentiable(*take_not_differentiable(output))
+        ctx.set_materialize_grads(False)
+        if not binding.lists:
+            ctx.save_for_backward(*saved)
+            return
+        ctx.of_inputs = [len(inputs[k]) if k in binding.lists else -1 for k in range(len(inputs))]
+        ctx.needs = {k: _requires_grad(inputs[k]) for k in tensors}
+        ctx.of_saved, flat = flatten([list(x) if isinstance(x, tuple) else x for x in saved])
+        ctx.save_for_backward(*flat)
+
+    return setup_context
+
+
+def _requires_grad(x: Any) -> bool:
+    """Whether a tensor, or any tensor of a list, requires a gradient."""
+    tensors = x if isinstance(x, (list, tuple)) else (x,)
+    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+
+
+def _make_gradients(
+    definition: Definition, overload: str, binding: Binding
+) -> Callable[..., tuple[Any, ...]]:
+    """The function that runs the backward and gives each input its gradient."""
+    backward = operator(f"{definition.name}_backward", overload)
+    take_upstream, complete = _taker(binding.upstream), definition.complete
+    none = (None,) * len(binding.arguments._fields)
+
+    def quick_backward(*args: Any) -> Any:
+        with _below_autograd():
+            return backward(*args)
+
+    def gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        # vmap has no way to run an operator with lists for one gradient at a time.
+        if binding.lists and any(x is not None and _is_batched(x) for x in upstream):
+            raise RuntimeError(
+                f"{definition.name} takes one gradient at a time in this back end, not a batch of "
+                '(is_grads_batched, vectorize); use backend="reference"'
+            )
+        given = take_upstream(upstream)
+        found: list[Any] = list(none)
+        for k in binding.lists:
+            found[k] = [None] * ctx.of_inputs[k]
+        if all(x is None for x in given):
+            return tuple(found)
+        saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if binding.lists:
+            saved, needs = unflatten(ctx.of_saved, saved), ctx.needs
+        if complete is not None:
+            given = complete(binding.saved(*saved), *given)
+        # A second derivative meets the registered autograd, which says that there is none.
+        run = backward if torch.is_grad_enabled() else quick_backward
+        flags = [needs[k] for k in binding.flags]
+        grads = run(*given, *saved, *ctx.options, *flags)
+        for k, grad in zip(binding.inputs, grads, strict=True):
+            if needs[k]:
+                found[k] = grad
+        return tuple(found)
+
+    return gradients
+
+
+def _is_batched(x: Tensor) -> bool:
+    functorch: Any = torch._C._functorch
+    return bool(functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x))
+
+
+def _make_no_double_backward(name: str) -> Callable[..., None]:
+    def no_double_backward(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(
+            f'{name} has no second derivative in this back end; use backend="reference" for '
+            "double backward"
+        )
+
+    return no_double_backward
+
+
+def _make_autocast(name: str, overload: str, device_type: str) -> Callable[..., Any]:
+    forward = operator(name, overload)
+    position = [argument.name for argument in forward._schema.arguments].index("product_dtype")
+
+    def autocast(*args: Any) -> Any:
+        product_dtype = args[position]
+        if product_dtype is None:
+            product_dtype = torch.get_autocast_dtype(device_type)
+            if args[0].dtype == torch.float64:
+                product_dtype = torch.float64
+        with torch.autocast(device_type, enabled=False):
+            return forward(*args[:position], product_dtype, *args[position + 1 :])
+
+    return autocast
+
+
+def _make_function(
+    definition: Definition,
+    overload: str,
+    binding: Binding,
+    gradients: Callable[..., tuple[Any, ...]],
+) -> Callable[..., Any]:
+    """The operator with its autograd, in the way that costs the least time per call."""
+    operator_forward = operator(definition.name, overload)
+    setup_context = _make_setup_context(binding)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Any:
+            with _below_autograd():
+                output = operator_forward(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        backward = staticmethod(gradients)
+
+    class FunctionOfLists(torch.autograd.Function):
+        """Autograd sees no tensor inside a list, so lists are taken apart on the way in and out."""
+
+        @staticmethod
+        def forward(ctx: Any, lengths: list[int], *flat: Any) -> Any:
+            args = unflatten(lengths, flat)
+            with _below_autograd():
+                output = operator_forward(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+            return None, *flatten(gradients(ctx, *upstream))[1]
+
+    def call_with_lists(*args: Any) -> Any:
+        lengths, flat = flatten(args)
+        return FunctionOfLists.apply(lengths, *flat)  # type: ignore[no-untyped-call]
+
+    Function.__name__ = FunctionOfLists.__name__ = definition.name
+    return call_with_lists if binding.lists else Function.apply

@@ -1,0 +1,35 @@
+"""Ground truth: every formula of the package in plain PyTorch autograd.
+
+It is written to be read and compared with, not to be fast. Tests compare every back end with these
+functions in float64. They support double backward.
+
+The letters are those of ``definitions``; a is an anchor (one row) and pos(a) its positive.
+"""
+
+from cjepa_kernels.definitions import FLOATING, CrossLogSumExp, NTXentTerms, accumulation_dtype
+from cjepa_kernels.reference.cross_logsumexp import cross_logsumexp
+from cjepa_kernels.reference.nt_xent import nt_xent, nt_xent_logits
+from cjepa_kernels.reference.prediction_loss import prediction_loss
+from cjepa_kernels.reference.rows import (
+    embed_rows,
+    normalize_rows,
+    positive_temperature,
+    reduce,
+    scale_of_rows,
+)
+
+__all__ = [
+    "FLOATING",
+    "CrossLogSumExp",
+    "NTXentTerms",
+    "accumulation_dtype",
+    "cross_logsumexp",
+    "embed_rows",
+    "normalize_rows",
+    "nt_xent",
+    "nt_xent_logits",
+    "positive_temperature",
+    "prediction_loss",
+    "reduce",
+    "scale_of_rows",
+]

@@ -1,0 +1,73 @@
+"""Rows, temperatures and reductions as every formula of the reference uses them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cjepa_kernels.definitions import LARGEST, SMALLEST, Reduction, accumulation_dtype
+
+
+def normalize_rows(z: Tensor, eps: float) -> Tensor:
+    """Divide rows by max(norm, eps); a row with norm <= eps is a constant (zero gradient).
+
+    Args:
+        z: (..., D) floating point.
+        eps: Lower bound on the norm used for normalisation.
+
+    Returns:
+        (..., D) in fp32 (fp64 for fp64): unit rows, so their products are cosines.
+    """
+    z = z.to(accumulation_dtype(z.dtype))
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    regular = norm > eps
+    # The inner where keeps 0 / 0 out of the branch that is not taken, whose gradient would be NaN.
+    return torch.where(regular, z / torch.where(regular, norm, 1.0), z.detach() / eps)
+
+
+def scale_of_rows(z: Tensor) -> Tensor:
+    """A power of two for each row that keeps the squares of its elements from overflowing.
+
+    The factor is 1 for rows whose largest element is at most 2^50. It brings larger rows to about
+    2^40: their squares do not overflow, and the eps of a LayerNorm is still negligible beside them.
+
+    Args:
+        z: (..., D) in fp32 or fp64.
+
+    Returns:
+        (..., 1) like z, detached.
+    """
+    largest = z.detach().abs().amax(dim=-1, keepdim=True)
+    large = (largest > 2.0**50) & largest.isfinite()
+    exponent = torch.frexp(largest.where(large, 2.0**39)).exponent
+    return torch.ldexp(torch.ones_like(largest), (40 - exponent).to(z.dtype))
+
+
+def embed_rows(z: Tensor, use_cosine_similarity: bool, eps: float) -> Tensor:
+    """The M rows whose inner products are the similarities s.
+
+    An infinity becomes NaN in both modes: by the division by the norm for cosine similarity, and
+    by an explicit term for the dot product.
+
+    Returns:
+        (M, D) in fp32 (fp64 for fp64).
+    """
+    if use_cosine_similarity:
+        return normalize_rows(z, eps)
+    z = z.to(accumulation_dtype(z.dtype))
+    return z + (z - z).detach()
+
+
+def positive_temperature(temperature: float | Tensor) -> float | Tensor:
+    """NaN in place of a tensor temperature out of range, without reading it on the host."""
+    if isinstance(temperature, Tensor):
+        valid = (temperature >= SMALLEST) & (temperature <= LARGEST)
+        return torch.where(valid, temperature, float("nan"))
+    return temperature
+
+
+def reduce(loss: Tensor, reduction: Reduction) -> Tensor:
+    """Apply ``mean``, ``sum`` or ``none`` to per-element losses."""
+    if reduction == "mean":
+        return loss.mean()
+    return loss.sum() if reduction == "sum" else loss
