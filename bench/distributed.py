@@ -14,10 +14,10 @@ waiting does not count. *Time* is the wall-clock time of the slower one.
                 gradients of the gathered rows. Its sums leave nothing out, which changes no work
     lightly     lightly's formula with gather_distributed=True, in eager PyTorch
 
-Then the script counts what each rank sends and multiplies in groups of 1 to 8 ranks, beside the
-formulas of distributed_cost.py. Last, it measures the peak memory of a rank, with exponentials
-saved for the backward (see CJEPA_KEPT_MIB) and without. A target that is missed is reported and is
-no error. The script writes bench/results/distributed_cpu.json.
+Then the script measures the peak memory of a rank, with exponentials saved for the backward (see
+CJEPA_KEPT_MIB) and without. A target that is missed is reported and is no error. The script writes
+bench/results/distributed_cpu.json. What a rank sends and multiplies is the subject of
+distributed_cost.py.
 """
 
 from __future__ import annotations
@@ -30,22 +30,20 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from distributed_cost import Problem, cost
 from torch import Tensor
 
-from cjepa_kernels import backends, cross_logsumexp, nt_xent, pair_similarity
+from cjepa_kernels import cross_logsumexp, nt_xent, pair_similarity
 from cjepa_kernels.bench.formulas import TEMPERATURE, gather_with_gradient, lightly_of_group
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.timing import summarise
-from cjepa_kernels.distributed import Counts, counting
 from cjepa_kernels.functional import dispatch
 
 SIZES = ((128, 128), (512, 128), (1024, 256), (4096, 256), (4096, 768))  # M_r, D
@@ -59,9 +57,6 @@ MEMORY_CASES = (
 )
 M_MMAP_THRESHOLD = -3  # An option of glibc's mallopt.
 QUICK_MEMORY_CASES = ((2, 256, 16, True),)
-COUNTED_RANKS = range(1, 9)
-QUICK_RANKS = (2,)
-COUNTED_PAIRS, COUNTED_FEATURES = 12, 16
 
 
 def strips(z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -139,17 +134,6 @@ def time_losses(rows: int, features: int, seconds: float) -> dict[str, list[list
     return times
 
 
-def count(pairs: int, features: int) -> dict[str, dict[str, int]]:
-    """What this rank sends and multiplies in one forward and backward of each strategy."""
-    z_i, z_j = views(2 * pairs, features)
-    found = {}
-    for strategy in STRATEGIES:
-        with counting() as counts:
-            of_group(strategy)(z_i, z_j).backward()
-        found[strategy] = vars(counts)
-    return found
-
-
 def peak_bytes() -> int:
     """The most resident memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -170,7 +154,7 @@ def peak_memory(strategy: str, saved: bool, rows: int, features: int) -> int:
     return peak_bytes() - before
 
 
-TASKS = {"time": time_losses, "count": count, "memory": peak_memory}
+TASKS = {"time": time_losses, "memory": peak_memory}
 
 
 def summary(per_rank: list[list[list[float]]]) -> dict[str, float]:
@@ -223,29 +207,6 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def measure_counts(groups: Iterable[int]) -> list[dict[str, Any]]:
-    """Counted sends and FLOPs of a rank, the mean over the ranks, beside the formulas."""
-    rows = []
-    saved = backends()["native"].available
-    for ranks in groups:
-        counted = on_ranks(ranks, "count", COUNTED_PAIRS, COUNTED_FEATURES)
-        problem = Problem(ranks, 2 * COUNTED_PAIRS, COUNTED_FEATURES, 4)
-        for strategy in STRATEGIES:
-            expected = cost(strategy, problem, saved=saved)
-            for name in vars(Counts()):
-                mean = sum(rank[strategy][name] for rank in counted) / ranks
-                rows.append(
-                    {
-                        "ranks": ranks,
-                        "strategy": strategy,
-                        "what": name,
-                        "counted": mean,
-                        "formula": getattr(expected, name),
-                    }
-                )
-    return rows
 
 
 def measure_memory(cases: tuple[tuple[int, int, int, bool], ...]) -> list[dict[str, Any]]:
@@ -305,14 +266,6 @@ def main() -> None:
     rows = measure_times(QUICK_SIZES if options.quick else SIZES, options.seconds)
     targets = ratios(rows)
     print_times(rows, targets)
-    counts = measure_counts(QUICK_RANKS if options.quick else COUNTED_RANKS)
-    print_table(
-        ["R", "strategy", "a rank's", "counted", "formula"],
-        [
-            [str(c[key]) for key in ("ranks", "strategy", "what", "counted", "formula")]
-            for c in counts
-        ],
-    )
     memory = measure_memory(QUICK_MEMORY_CASES if options.quick else MEMORY_CASES)
     print_table(
         ["strategy", "R", "M_r", "D", "saved", "extra MiB", "/ own rows"],
@@ -326,7 +279,7 @@ def main() -> None:
         ],
     )
     if not options.no_save:
-        path = write_results("distributed_cpu", rows, targets=targets, counts=counts, memory=memory)
+        path = write_results("distributed_cpu", rows, targets=targets, memory=memory)
         print(f"written: {path}")
 
 
