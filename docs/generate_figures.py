@@ -176,10 +176,10 @@ def headline() -> str:
     )
     products = gpu_median("targets", gpu, TRITON) / gpu_median("targets", gpu, MM3)
     return f"""
-The bars show forward + backward of NT-Xent with D = 256 features. On the CPU ({at["threads"]} threads of an
-{at["device"]}, {at["instruction_set"].upper()}, fp32, {rows // 2:,} pairs) the loss is {eager}
-times as fast as the plain formula, {compiled} times as fast as `torch.compile` of it, {lightly}
-times as fast as lightly's formula and {hjepa} times as fast as H-JEPA's. On an NVIDIA H100 (bf16,
+The bars show forward + backward of NT-Xent with D = 256 features. On the CPU ({at["threads"]}
+threads of an {at["device"]}, {at["instruction_set"].upper()}, fp32, {rows // 2:,} pairs) the loss is
+{eager} times as fast as the plain formula, {compiled} times as fast as `torch.compile` of it,
+{lightly} times as fast as lightly's formula and {hjepa} times as fast as H-JEPA's. On an NVIDIA H100 (bf16,
 {gpu[0] // 2:,} pairs) it is {eager_gpu} times as fast as the plain formula and {compiled_gpu} times
 as fast as `torch.compile` of it, and takes {products:.2f} of the time of its three matrix products.
 """
