@@ -162,8 +162,13 @@ def compile_launch(launch: Launch, architecture: int) -> Binary:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"no resource usage in {usage!r}")
-    shared = kernel.metadata.shared
-    return Binary(int(found[1]), int(found[2]), shared, kernel.asm["ttgir"], machine_code)
+    return Binary(
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=kernel.metadata.shared,
+        intermediate=kernel.asm["ttgir"],
+        machine_code=machine_code,
+    )
 
 
 def run_tool(tool: str, *args: str, machine_code: bytes) -> str:
