@@ -14,10 +14,10 @@ waiting does not count. *Time* is the wall-clock time of the slower one.
                 gradients of the gathered rows. Its sums leave nothing out, which changes no work
     lightly     lightly's formula with gather_distributed=True, in eager PyTorch
 
-Then the script counts what each rank sends and multiplies in groups of 1 to 8 ranks, beside the
-formulas of distributed_cost.py. Last, it measures the peak memory of a rank, with exponentials
-saved for the backward (see CJEPA_KEPT_MIB) and without. A target that is missed is reported and is
-no error. The script writes bench/results/distributed_cpu.json.
+Then the script measures the peak memory of a rank, with exponentials saved for the backward (see
+CJEPA_KEPT_MIB) and without. A target that is missed is reported and is no error. The script writes
+bench/results/distributed_cpu.json. What a rank sends and multiplies is the subject of
+distributed_cost.py.
 """
 
 from __future__ import annotations
@@ -30,22 +30,20 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from distributed_cost import Problem, cost
 from torch import Tensor
 
-from cjepa_kernels import backends, cross_logsumexp, nt_xent, pair_similarity
+from cjepa_kernels import cross_logsumexp, nt_xent, pair_similarity
 from cjepa_kernels.bench.formulas import TEMPERATURE, gather_with_gradient, lightly_of_group
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.timing import summarise
-from cjepa_kernels.distributed import Counts, counting
 from cjepa_kernels.functional import dispatch
 
 SIZES = ((128, 128), (512, 128), (1024, 256), (4096, 256), (4096, 768))  # M_r, D
@@ -54,14 +52,11 @@ STRATEGIES = ("ring", "all_gather")
 WORK_TARGET = 0.6  # ring / strips
 # Ranks, M_r, D, and whether exponentials may be saved. First M_r doubles, then the ranks do.
 MEMORY_CASES = (
-    *((2, rows, 256, keep) for keep in (True, False) for rows in (4096, 8192, 16384, 32768)),
+    *((2, rows, 256, saved) for saved in (True, False) for rows in (4096, 8192, 16384, 32768)),
     *((ranks, 512, 2048, False) for ranks in (2, 4, 8, 16)),
 )
 M_MMAP_THRESHOLD = -3  # An option of glibc's mallopt.
 QUICK_MEMORY_CASES = ((2, 256, 16, True),)
-COUNTED_RANKS = range(1, 9)
-QUICK_RANKS = (2,)
-COUNTED_PAIRS, COUNTED_FEATURES = 12, 16
 
 
 def strips(z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -139,25 +134,14 @@ def time_losses(rows: int, features: int, seconds: float) -> dict[str, list[list
     return times
 
 
-def count(pairs: int, features: int) -> dict[str, dict[str, int]]:
-    """What this rank sends and multiplies in one forward and backward of each strategy."""
-    z_i, z_j = views(2 * pairs, features)
-    found = {}
-    for strategy in STRATEGIES:
-        with counting() as counts:
-            of_group(strategy)(z_i, z_j).backward()
-        found[strategy] = vars(counts)
-    return found
-
-
 def peak_bytes() -> int:
     """The most resident memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def peak_memory(strategy: str, keep: bool, rows: int, features: int) -> int:
+def peak_memory(strategy: str, saved: bool, rows: int, features: int) -> int:
     """Extra bytes at the peak of one forward and backward, gradients included."""
-    if not keep:
+    if not saved:
         dispatch.SAVED_EXPONENTIALS_BYTES = 0
     if hasattr(ctypes.CDLL(None), "mallopt"):
         # Freed memory goes back to the system at once, so that the peak counts memory in use alone.
@@ -170,7 +154,7 @@ def peak_memory(strategy: str, keep: bool, rows: int, features: int) -> int:
     return peak_bytes() - before
 
 
-TASKS = {"time": time_losses, "count": count, "memory": peak_memory}
+TASKS = {"time": time_losses, "memory": peak_memory}
 
 
 def summary(per_rank: list[list[list[float]]]) -> dict[str, float]:
@@ -225,43 +209,20 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def measure_counts(groups: Iterable[int]) -> list[dict[str, Any]]:
-    """Counted sends and FLOPs of a rank, the mean over the ranks, beside the formulas."""
-    rows = []
-    kept = backends()["native"].available
-    for ranks in groups:
-        counted = on_ranks(ranks, "count", COUNTED_PAIRS, COUNTED_FEATURES)
-        problem = Problem(ranks, 2 * COUNTED_PAIRS, COUNTED_FEATURES, 4)
-        for strategy in STRATEGIES:
-            expected = cost(strategy, problem, kept=kept)
-            for name in vars(Counts()):
-                mean = sum(rank[strategy][name] for rank in counted) / ranks
-                rows.append(
-                    {
-                        "ranks": ranks,
-                        "strategy": strategy,
-                        "what": name,
-                        "counted": mean,
-                        "formula": getattr(expected, name),
-                    }
-                )
-    return rows
-
-
 def measure_memory(cases: tuple[tuple[int, int, int, bool], ...]) -> list[dict[str, Any]]:
     """Peak extra memory of the rank that takes most."""
     records = []
-    for ranks, rows, features, keep in cases:
+    for ranks, rows, features, saved in cases:
         print(f"measuring the memory of {ranks} ranks of {rows} rows", flush=True)
         for strategy in STRATEGIES:
-            extra = max(on_ranks(ranks, "memory", strategy, keep, rows, features))
+            extra = max(on_ranks(ranks, "memory", strategy, saved, rows, features))
             records.append(
                 {
                     "strategy": strategy,
                     "ranks": ranks,
                     "M_r": rows,
                     "D": features,
-                    "kept": keep,
+                    "kept": saved,
                     "extra_bytes": extra,
                     "over_input": extra / (4 * rows * features),
                 }
@@ -305,17 +266,9 @@ def main() -> None:
     rows = measure_times(QUICK_SIZES if options.quick else SIZES, options.seconds)
     targets = ratios(rows)
     print_times(rows, targets)
-    counts = measure_counts(QUICK_RANKS if options.quick else COUNTED_RANKS)
-    print_table(
-        ["R", "strategy", "a rank's", "counted", "formula"],
-        [
-            [str(c[key]) for key in ("ranks", "strategy", "what", "counted", "formula")]
-            for c in counts
-        ],
-    )
     memory = measure_memory(QUICK_MEMORY_CASES if options.quick else MEMORY_CASES)
     print_table(
-        ["strategy", "R", "M_r", "D", "kept", "extra MiB", "/ own rows"],
+        ["strategy", "R", "M_r", "D", "saved", "extra MiB", "/ own rows"],
         [
             [
                 *(str(m[key]) for key in ("strategy", "ranks", "M_r", "D", "kept")),
@@ -326,7 +279,7 @@ def main() -> None:
         ],
     )
     if not options.no_save:
-        path = write_results("distributed_cpu", rows, targets=targets, counts=counts, memory=memory)
+        path = write_results("distributed_cpu", rows, targets=targets, memory=memory)
         print(f"written: {path}")
 
 

@@ -30,8 +30,8 @@ from cjepa_kernels.bench.candidates import (
     OURS,
     TITLES,
 )
-from cjepa_kernels.bench.plot_style import INK, OTHER, STYLES, svg
 from cjepa_kernels.bench.records import RESULTS
+from cjepa_kernels.plot_style import INK, OTHER, STYLES, svg
 
 Content = dict[str, Any]
 

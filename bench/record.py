@@ -18,7 +18,7 @@ from rich.console import Console
 from cjepa_kernels.bench import cli, plots, report
 from cjepa_kernels.bench.comparison import Results
 from cjepa_kernels.bench.records import as_json
-from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.files import atomic_write
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,4 +1,4 @@
-// Instruction sets: what this build holds, what the CPU offers, what is in use.
+// The instruction sets that the CPU offers and the one in use.
 #pragma once
 
 #include <string>
@@ -6,11 +6,11 @@
 
 namespace cjepa {
 
-// Those that are compiled in and that the CPU has, weakest first.
+// The instruction sets that are compiled in and that the CPU has, the weakest first.
 std::vector<std::string> available_instruction_sets();
 
-// The strongest one, or the one that CJEPA_INSTRUCTION_SET names; throws std::runtime_error if that
-// is not available. Read once.
+// The strongest one, or the one that CJEPA_INSTRUCTION_SET names. The variable is read once. Throws
+// std::runtime_error if the CPU lacks what it names.
 const std::string& selected_instruction_set();
 
 }  // namespace cjepa

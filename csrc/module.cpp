@@ -1,10 +1,13 @@
-// The compiled module cjepa_kernels._C: how it was built and what this CPU offers.
+// The compiled module cjepa_kernels._C: how it was built, what this CPU offers, and the numbers
+// that Python shares with it. The operators register themselves with PyTorch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
 #include <thread>
 
+#include "cpu/constants.h"
+#include "cpu/core/prediction_row.h"
 #include "cpu/operators.h"
 #include "instruction_sets.h"
 
@@ -28,6 +31,19 @@ py::dict build_info() {
   return info;
 }
 
+py::dict constants() {
+  py::dict numbers;
+  numbers["small_block"] = cjepa::kSmallBlock;
+  numbers["large_block"] = cjepa::kLargeBlock;
+  numbers["large_block_rows"] = cjepa::kLargeBlockRows;
+  numbers["few_rows"] = cjepa::kFewRows;
+  numbers["smallest_temperature"] = cjepa::kSmallestTemperature;
+  numbers["largest_temperature"] = cjepa::kLargestTemperature;
+  numbers["largest_logits"] = cjepa::kLargestLogits;
+  numbers["layer_eps"] = cjepa::kLayerEps;
+  return numbers;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -36,6 +52,10 @@ PYBIND11_MODULE(_C, module) {
              "How this module was built and which instruction sets the CPU offers: a dict with "
              "version, schema, compiler, build_type, target, cxx_standard, pybind11, "
              "instruction_sets, instruction_set and hardware_threads.");
+  module.def("constants", &constants,
+             "The numbers on which Python has to agree with this module: a dict.");
+  module.def("saved_exponentials_size", &cjepa::saved_exponentials_size, py::arg("rows"),
+             "How many numbers the forward of NT-Xent saves for a backward over that many rows.");
   module.def("register_operators", &cjepa::register_operators,
-             "Make the operators' CPU kernels known to PyTorch; a second call does nothing.");
+             "Register the operators' CPU kernels with PyTorch. A second call does nothing.");
 }

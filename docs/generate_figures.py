@@ -25,8 +25,12 @@ from typing import Any
 
 from cjepa_kernels.bench.candidates import BOTH, COMPILED, EAGER, FORWARD, MM, OURS
 from cjepa_kernels.bench.tables import markdown_table, mebibytes, milliseconds, two_digits
-from cjepa_kernels.train import advisor
-from cjepa_kernels.train.comparison import comparison_markdown, load_comparison, text_tables
+from cjepa_kernels.train.evaluation.comparison import (
+    comparison_markdown,
+    load_comparison,
+    text_tables,
+)
+from cjepa_kernels.train.loop import advisor
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^<!-- figures: (\w+) -->\n.*?^<!-- end of figures -->$", re.M | re.S)

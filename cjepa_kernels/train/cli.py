@@ -25,7 +25,7 @@ from cjepa_kernels.bench.cli import bench
 from cjepa_kernels.bench.machine import installed_version
 from cjepa_kernels.extras import require
 from cjepa_kernels.train.command_errors import Program
-from cjepa_kernels.train.interruption import resumable
+from cjepa_kernels.train.loop.interruption import resumable
 from cjepa_kernels.train.outputs import check_directory, check_file, write_file
 
 # What the training program needs beyond this file.
@@ -143,7 +143,7 @@ def data(
     """Show what is understood of the data, before anything is trained."""
     _require_training()
     from cjepa_kernels.train.config import load_config
-    from cjepa_kernels.train.data_summary import count_patches, inspect_data
+    from cjepa_kernels.train.data.summary import count_patches, inspect_data
 
     errors = Console(stderr=True, soft_wrap=True)
     experiment = load_config(config, overrides or ())
@@ -241,8 +241,8 @@ def probe(
     _require_training()
     from cjepa_kernels.train import runner
     from cjepa_kernels.train.config import apply_overrides, config_to_dict
-    from cjepa_kernels.train.data import load_dataset, resolve_pretrain_classes
-    from cjepa_kernels.train.evaluate import evaluate
+    from cjepa_kernels.train.data.dataset import load_dataset, resolve_pretrain_classes
+    from cjepa_kernels.train.evaluation.probes import evaluate
 
     _check_probe_overrides(overrides or ())
     if json_file is not None:

@@ -26,8 +26,8 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from cjepa_kernels.suggestions import nearest
+from cjepa_kernels.train.loop.worker_pool import JobDefectError
 from cjepa_kernels.train.reported_error import ReportedError
-from cjepa_kernels.train.worker_pool import JobDefectError
 
 USER_ERROR, DEFECT = 2, 1
 MOST_LINES = 20  # of one error

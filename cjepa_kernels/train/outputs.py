@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.files import atomic_write
 
 
 def check_directory(option: str, directory: Path) -> None:

@@ -19,8 +19,8 @@ SMALL = 16  # blocks: up to here one launch takes all tiles, each with its mask
 GROUP = 8
 ROWS = 32  # that a program of the reduction takes: few, so that a small batch has enough programs
 # So few rows or columns may all have a log-sum-exp near 0, beside which the error that a constant
-# shift leaves, a few roundings of 1 / tau, is large. The CPU's number is kFew in
-# csrc/cpu/cross_logsumexp.cpp; both are held to the same tolerance by test_limits.py.
+# shift leaves, a few roundings of 1 / tau, is large. The CPU's number is kFewRows in
+# csrc/cpu/constants.h; a test compares both.
 FEW = 8
 SLOTS = 64  # partial sums that are read at a time
 

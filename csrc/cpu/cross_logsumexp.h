@@ -1,27 +1,60 @@
-// Log-sum-exp of the rows and of the columns of X Y^T / tau.
+// Log-sum-exp of the rows and of the columns of X Y^T / tau on the CPU, both directions of the
+// operator.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include <torch/csrc/stable/library.h>
 
 #include <optional>
-#include <tuple>
+
+#include "arguments.h"
+#include "tensors.h"
 
 namespace cjepa {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// Arguments of both directions.
+struct CrossLogSumExpOptions {
+  Tensor x, y;                               // (M, D), (N, D)
+  std::optional<Tensor> temperature_tensor;  // one number, which takes the place of `temperature`
+  double temperature;
+  bool cosine;
+  double eps;
+  std::optional<ScalarType> product_dtype;
 
-// row lse, column lse, row max, column max, row shift, row log_sum, column shift, column log_sum
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cross_logsumexp(
-    Tensor x, Tensor y, std::optional<Tensor> temperature_tensor, double temperature, bool cosine,
-    double eps, std::optional<ScalarType> product_dtype);
+  ScalarType rounded_dtype() const { return product_dtype.value_or(x.scalar_type()); }
+};
 
-// Gradients of x, of y (both empty where not asked for) and of the temperature.
-std::tuple<Tensor, Tensor, Tensor> cross_logsumexp_backward(
-    Tensor grad_row, Tensor grad_column, Tensor x, Tensor y,
-    std::optional<Tensor> temperature_tensor, Tensor row_shift, Tensor row_log_sum,
-    Tensor column_shift, Tensor column_log_sum, double temperature, bool cosine, double eps,
-    std::optional<ScalarType> product_dtype, bool of_x, bool of_y);
+// Results of the forward, in the order of the schema: (M,) of rows, (N,) of columns. A log-sum-exp
+// is shift / tau + log_sum.
+struct CrossLogSumExpForward {
+  Tensor row_lse, column_lse;
+  Tensor row_max, column_max;  // the largest similarity
+  Tensor row_shift, row_log_sum;
+  Tensor column_shift, column_log_sum;
+};
+
+// What the backward takes of the forward.
+struct CrossLogSumExpSaved {
+  Tensor row_shift, row_log_sum, column_shift, column_log_sum;
+};
+
+// The upstream gradients, and which gradients are wanted.
+struct CrossLogSumExpUpstream {
+  Tensor grad_row, grad_column;  // (M,), (N,)
+  bool of_x, of_y;
+};
+
+struct CrossLogSumExpBackward {
+  Tensor grad_x, grad_y;  // empty unless wanted
+  Tensor grad_temperature;
+};
+
+CrossLogSumExpForward cross_logsumexp_forward(const CrossLogSumExpOptions& options);
+
+CrossLogSumExpBackward cross_logsumexp_backward(const CrossLogSumExpOptions& options,
+                                                const CrossLogSumExpUpstream& upstream,
+                                                const CrossLogSumExpSaved& saved);
+
+// Registers the operators cross_logsumexp and cross_logsumexp_backward.
+void implement_cross_logsumexp(torch::stable::detail::StableLibrary& library);
 
 }  // namespace cjepa

@@ -1,18 +1,30 @@
-// Gradients of X and Y from weights of the exponentials of S = X Y^T: what the backward of NT-Xent
-// and that of the rectangle share.
+// Gradients of X and Y from weights of the exponentials of S = X Y^T, which the backward of NT-Xent
+// and that of cross_logsumexp share.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "core/tile_core.h"
+#include "memory.h"
+#include "packing.h"
+#include "tensors.h"
 #include "tiles.h"
 
 namespace cjepa {
 
-// Exponentials (or similarities) of the tiles (i, j) for blocks i in [first, last) and j in
+static_assert(kLargeBlock <= kCoefficientStride, "a row of coefficients holds a block's columns");
+
+// Exponentials, or similarities, of the tiles (i, j) for blocks i in [first, last) and j in
 // [column_first, column_last).
 template <typename T>
-struct KeptTiles {
+struct StoredTiles {
   T* data;
   int64_t block, blocks;
-  bool triangle;  // every tile on and above the diagonal, as a forward keeps them
+  bool triangle;  // whether `data` holds every tile on and above the diagonal, as a forward saves
+                  // them
   int64_t first, last, column_first, column_last;
 
   T* tile(int64_t i, int64_t j) const {
@@ -22,81 +34,100 @@ struct KeptTiles {
   }
 };
 
+// Computes the exponentials of those tiles.
 template <typename T, typename P>
-void fill_tiles(const Logits<T, P>& logits, const KeptTiles<T>& kept) {
-  const int64_t block = kept.block, columns = kept.column_last - kept.column_first;
-  const int64_t tiles = (kept.last - kept.first) * columns;
-  // A thread takes whole tiles if there are many: their rows stay in its cache.
+void fill_tiles(const Logits<T, P>& logits, const StoredTiles<T>& stored) {
+  const int64_t block = stored.block, columns = stored.column_last - stored.column_first;
+  const int64_t tiles = (stored.last - stored.first) * columns;
+  // If there are many tiles, a thread takes whole ones, whose rows then stay in its cache.
   const int64_t width = tiles >= 64 ? block : logits.core.panel, parts = block / width;
   const double work = 1.0 * tiles * block * block * logits.x.depth;
-  deal(tiles * parts, work, [&](const auto& take) {
+  parallel_tasks(tiles * parts, work, [&](const auto& take) {
     for (int64_t k; (k = take()) < tiles * parts;) {
-      const int64_t i = kept.first + k / parts / columns;
-      const int64_t j = kept.column_first + k / parts % columns;
+      const int64_t i = stored.first + k / parts / columns;
+      const int64_t j = stored.column_first + k / parts % columns;
       const int64_t begin = k % parts * width;
       if ((logits.self() && i > j) || begin >= logits.y.layout.valid(j)) continue;
       SimilarityTile<T, P> t = logits.tile(i, j, begin, begin + width);
-      if (width == block && j + 1 < kept.column_last) t.next_panels = logits.y.panels_of(j + 1);
-      t.out = kept.tile(i, j) + begin;
+      if (width == block && j + 1 < stored.column_last) t.next_panels = logits.y.panels_of(j + 1);
+      t.out = stored.tile(i, j) + begin;
       t.out_stride = block;
-      t.past_caches = tiles * block * block * sizeof(T) > kPastCaches;
+      t.past_caches = tiles * block * block * sizeof(T) > kStreamedBytes;
       logits.core.similarity(t);
     }
   });
 }
 
-// Per row or column, padded with zeros: what multiplies its exponentials, and their shift.
+// For each row or column, padded with zeros: the factor of its exponentials, and their shift.
 template <typename T>
 struct Weights {
   Buffer<T> weight, shift;
 };
 
-// Where sums of gradients are kept: rows alternate between two bases.
+// Where sums of gradients are stored: the rows alternate between two bases.
 template <typename T>
-struct Rows {
+struct GradientRows {
   T* base[2];
   int64_t stride;
 
-  static Rows contiguous(T* data, int64_t length) { return {{data, data + length}, 2 * length}; }
+  static GradientRows contiguous(T* data, int64_t length) {
+    return {{data, data + length}, 2 * length};
+  }
   T* row(int64_t a) const { return base[a & 1] + (a >> 1) * stride; }
-  Rows from(int64_t a) const { return {{row(a), row(a + 1)}, stride}; }  // a is even
+  GradientRows from(int64_t a) const { return {{row(a), row(a + 1)}, stride}; }  // a is even
 };
 
-// Some rows of a block of X that a thread works on, or with `of_y` of Y.
+// Rows [begin, end) of a block of X, or with `of_y` of Y, whose gradients one thread computes.
 struct Unit {
   bool of_y;
-  int64_t block, begin, end;  // rows [begin, end) of the block
+  int64_t block, begin, end;
 };
 
-// Adds to `out`, whose row 0 is the unit's first row, the products with the blocks [first, last) of
-// the other side. With `self` a tile below the diagonal is the one above it, taken by its columns.
+// What all units share: S, the weights of its exponentials, and tiles of these.
 template <typename T, typename P>
-void add_products(const Logits<T, P>& logits, const Weights<T>& row_weights,
-                  const Weights<T>& column_weights, const KeptTiles<T>& kept, const Unit& unit,
-                  int64_t first, int64_t last, bool accumulate, const Rows<T>& out,
-                  P* coefficients) {
+struct WeightedTiles {
+  const Logits<T, P>& logits;
+  const Weights<T>& row_weights;
+  const Weights<T>& column_weights;
+  const StoredTiles<T>& stored;
+};
+
+// The blocks [first, last) of the other side with which a unit is multiplied.
+struct OtherBlocks {
+  int64_t first, last;
+  bool accumulate;  // whether other blocks were added before
+};
+
+// Adds the products of a unit with blocks of the other side to `out`, whose row 0 is the unit's
+// first row. `coefficients` is room for block * kCoefficientStride numbers. With `self` the tiles
+// below the diagonal are read from above it, by columns.
+template <typename T, typename P>
+void add_products(const WeightedTiles<T, P>& tiles, const Unit& unit, const OtherBlocks& others,
+                  const GradientRows<T>& out, P* coefficients) {
   constexpr int64_t kNumbers = PackedBatch<T, P>::kNumbers;
+  const Logits<T, P>& logits = tiles.logits;
+  const StoredTiles<T>& stored = tiles.stored;
   const PackedBatch<T, P>& other = unit.of_y ? logits.x : logits.y;
-  const int64_t block = kept.block, i = unit.block, begin = unit.begin;
+  const int64_t block = stored.block, i = unit.block, begin = unit.begin;
   const int64_t own_row = i * block + begin, height = unit.end - begin;
   const auto by_columns = [&](int64_t j) { return unit.of_y || (logits.self() && i > j); };
   const auto source = [&](int64_t j) {
-    return by_columns(j) ? kept.tile(j, i) + begin : kept.tile(i, j) + begin * block;
+    return by_columns(j) ? stored.tile(j, i) + begin : stored.tile(i, j) + begin * block;
   };
-  for (int64_t j = first; j < last; ++j) {
+  for (int64_t j = others.first; j < others.last; ++j) {
     const bool transposed = by_columns(j);
     const int64_t depth = other.layout.valid(j), other_row = j * block;
     Coefficients<T, P> c{};
-    c.kept = source(j);
-    c.kept_stride = block;
+    c.stored = source(j);
+    c.stored_stride = block;
     c.height = transposed ? depth : height;
     c.width = transposed ? height : depth;
     c.exponent = logits.exponent;
     const int64_t row = transposed ? other_row : own_row, column = transposed ? own_row : other_row;
-    c.row_shift = row_weights.shift.get() + row;
-    c.row_weight = row_weights.weight.get() + row;
-    c.column_shift = column_weights.shift.get() + column;
-    c.column_weight = column_weights.weight.get() + column;
+    c.row_shift = tiles.row_weights.shift.get() + row;
+    c.row_weight = tiles.row_weights.weight.get() + row;
+    c.column_shift = tiles.column_weights.shift.get() + column;
+    c.column_weight = tiles.column_weights.weight.get() + column;
     c.out = coefficients;
     c.out_stride = kCoefficientStride;
     transposed ? logits.core.coefficients_over_rows(c) : logits.core.coefficients(c);
@@ -112,8 +143,8 @@ void add_products(const Logits<T, P>& logits, const Weights<T>& row_weights,
     p.out[0] = out.base[0];
     p.out[1] = out.base[1];
     p.stride = out.stride;
-    p.accumulate = accumulate || j > first;
-    if (j + 1 < last) {
+    p.accumulate = others.accumulate || j > others.first;
+    if (j + 1 < others.last) {
       const int64_t next_depth = other.layout.valid(j + 1);
       p.next_panels = other.products_of(j + 1);
       p.prefetch = reinterpret_cast<const char*>(source(j + 1));
@@ -125,28 +156,20 @@ void add_products(const Logits<T, P>& logits, const Weights<T>& row_weights,
   }
 }
 
-template <typename To, typename T>
-To round_to(T x) {
-  if constexpr (sizeof(To) == 2) return static_cast<To>(static_cast<float>(x));
-  return static_cast<To>(x);
-}
-
+// Writes row `row` of a contiguous tensor of any floating dtype.
 template <typename T>
 void write_row(Tensor& out, int64_t row, int64_t features, const T* from) {
-  const auto write = [&](auto zero) {
-    auto* to = data_of<decltype(zero)>(out) + row * features;
-    for (int64_t d = 0; d < features; ++d) to[d] = round_to<decltype(zero)>(from[d]);
-  };
-  switch (out.scalar_type()) {
-    case ScalarType::Double:
-      return write(double());
-    case ScalarType::Half:
-      return write(torch::headeronly::Half());
-    case ScalarType::BFloat16:
-      return write(torch::headeronly::BFloat16());
-    default:
-      return write(float());
-  }
+  with_number(out.scalar_type(), [&](auto zero) {
+    using To = decltype(zero);
+    To* to = data_of<To>(out) + row * features;
+    for (int64_t d = 0; d < features; ++d) {
+      if constexpr (sizeof(To) == 2) {
+        to[d] = static_cast<To>(static_cast<float>(from[d]));
+      } else {
+        to[d] = static_cast<To>(from[d]);
+      }
+    }
+  });
 }
 
 // Turns sums into gradients of the raw embeddings.
@@ -155,14 +178,14 @@ struct Finisher {
   const TileCore<T, P>& core;
   Source source;
   Rounding<T> rounding;
-  const T* pull;  // of the positives, or null
+  const T* positive_weight;  // of each row's positive, (rows), or null without positives
   T factor;
-  Tensor* grads;  // of the source's views
-  bool in_place;  // the sums lie in `grads`
-  T* along;       // row . gradient of each row, for the temperature
+  Tensor* grads;        // gradients of the source's views
+  bool in_place;        // whether the sums lie in `grads`
+  T* row_dot_gradient;  // (rows) row . gradient, from which the temperature's gradient follows
 
   // Rows [begin, end), `begin` being even; sums.row(0) is row `begin`.
-  void run(int64_t begin, int64_t end, const Rows<T>& sums) const {
+  void run(int64_t begin, int64_t end, const GradientRows<T>& sums) const {
     const int64_t features = source.views->features;
     Buffer<T> raw(features), unit(2 * features), rounded(2 * features);
     for (int64_t a = begin; a < end; a += 2) {
@@ -178,13 +201,16 @@ struct Finisher {
         FinishRow<T> f{};
         f.gradient = sums.row(a + v - begin);
         f.own = rounded.get() + v * features;
-        f.positive = pull == nullptr ? f.own : rounded.get() + (1 - v) * features;
+        f.positive = f.own;
+        if (positive_weight != nullptr) {
+          f.positive = rounded.get() + (1 - v) * features;
+          f.positive_weight = positive_weight[a] + positive_weight[a + 1];
+        }
         f.unit = rounding.cosine ? unit.get() + v * features : nullptr;
-        f.pull = pull == nullptr ? T{0} : pull[a] + pull[a + 1];
         f.factor = factor;
         f.norm = norm[v];
         f.features = features;
-        along[a + v] = core.finish(f);
+        row_dot_gradient[a + v] = core.finish(f);
         if (rounding.cosine && norm[v] <= rounding.eps)
           std::fill(f.gradient, f.gradient + features, T{0});
         if (!in_place)
@@ -194,36 +220,39 @@ struct Finisher {
   }
 };
 
-// Sums of the gradients of one side's rows while they are not complete: in the gradients themselves
-// where those are of type T and need no padding. Not needed if `single`.
+// Sums of the gradients of one side's rows while they are incomplete. They lie in the gradients
+// themselves if those are of type T and need no padding, else in a buffer. If `needed` is false
+// there are none.
 template <typename T>
 struct GradientSums {
   bool in_place;
   Buffer<T> buffer;
-  Rows<T> rows;
+  GradientRows<T> rows;
 
-  GradientSums(Tensor* grads, int64_t count, int64_t total_rows, int64_t padded_features,
-               bool single)
-      : in_place(!single && grads[0].scalar_type() == dtype_of<T>() &&
+  // `grads` are the gradients of the views of `source`.
+  GradientSums(Tensor* grads, const Source& source, int64_t padded_features, bool needed)
+      : in_place(needed && grads[0].scalar_type() == dtype_of<T>() &&
                  grads[0].size(1) == padded_features),
-        buffer(single || in_place ? 0 : total_rows * padded_features),
-        rows(Rows<T>::contiguous(in_place ? data_of<T>(grads[0]) : buffer.get(), padded_features)) {
-    if (in_place && count == 2)
+        buffer(needed && !in_place ? source.rows() * padded_features : 0),
+        rows(GradientRows<T>::contiguous(in_place ? data_of<T>(grads[0]) : buffer.get(),
+                                         padded_features)) {
+    if (in_place && source.count == 2)
       rows = {{data_of<T>(grads[0]), data_of<T>(grads[1])}, padded_features};
   }
 };
 
-inline constexpr int64_t kWorkspaceBytes = int64_t{64} << 20;  // for exponentials computed again
+// Memory for exponentials that a backward computes again.
+inline constexpr int64_t kWorkspaceBytes = int64_t{64} << 20;
 
-// A backward that has to compute the exponentials again works on squares of that many blocks, whose
-// exponentials fit the workspace.
+// A backward that computes the exponentials again works on squares of tiles whose exponentials fit
+// the workspace. This is the number of blocks along a side of such a square.
 template <typename T>
-int64_t square_side(int64_t block) {
+int64_t blocks_of_square(int64_t block) {
   return static_cast<int64_t>(std::sqrt(static_cast<double>(kWorkspaceBytes) /
                                         static_cast<double>(block * block * sizeof(T))));
 }
 
-// Rows of a unit: few enough that the threads end together.
+// Rows of a unit: few enough that all threads end at about the same time.
 inline int64_t unit_rows(int64_t rows) {
   const int64_t threads = torch::stable::get_num_threads();
   int64_t unit = 96;
@@ -231,72 +260,94 @@ inline int64_t unit_rows(int64_t rows) {
   return unit;
 }
 
+// The gradient of X or of Y.
 template <typename T, typename P>
 struct Side {
   Finisher<T, P> finisher;
-  Rows<T> sums;
+  GradientRows<T> sums;
 };
 
-// The gradients of X and Y from the kept exponentials or, where `kept` is null, with exponentials
-// computed again, a square of blocks at a time. A unit's rows belong to one thread, so nothing is
-// added by two. Where one square is all, sums are complete after a unit and finished there.
-// With `self` there is one side only, `x`; a side that is null is not computed.
 template <typename T, typename P>
-void run_backward(const Logits<T, P>& logits, const Weights<T>& row_weights,
-                  const Weights<T>& column_weights, const T* kept, int64_t side,
-                  const Side<T, P>* x, const Side<T, P>* y) {
+struct BackwardInputs {
+  const Logits<T, P>& logits;
+  const Weights<T>& row_weights;
+  const Weights<T>& column_weights;
+  const T* saved_exponentials;  // of all tiles on and above the diagonal; null: computed again
+  int64_t square_blocks;        // blocks along a side of the squares that are worked on
+  const Side<T, P>* x;          // null: this gradient is not computed
+  const Side<T, P>* y;          // the same; always null with `self`, which has one side only
+};
+
+// Computes the gradients of X and Y, a square of blocks at a time. The rows of a unit belong to one
+// thread, so no two threads add to the same sum. If one square covers S, the sums are complete
+// after a unit, and the thread finishes them at once.
+template <typename T, typename P>
+void run_backward(const BackwardInputs<T, P>& in) {
+  const Logits<T, P>& logits = in.logits;
   const Layout &rows = logits.x.layout, &columns = logits.y.layout;
+  const int64_t side = in.square_blocks;
   const bool self = logits.self(), single = side >= std::max(rows.blocks, columns.blocks);
   const int64_t block = rows.block, padded = logits.x.padded_features;
   const int64_t unit_height = unit_rows(std::max(rows.rows, columns.rows));
   const int64_t units = block / unit_height;
   const int64_t tiles = std::min(side, rows.blocks) * std::min(side, columns.blocks);
-  const Buffer<T> workspace(kept == nullptr ? tiles * block * block : 0);
+  const bool saved = in.saved_exponentials != nullptr;
+  const Buffer<T> workspace(saved ? 0 : tiles * block * block);
   for (int64_t first = 0; first < rows.blocks; first += side) {
     const int64_t last = std::min(first + side, rows.blocks);
     for (int64_t other = self ? first : 0; other < columns.blocks; other += side) {
       const int64_t other_last = std::min(other + side, columns.blocks);
-      KeptTiles<T> square{workspace.get(), block, columns.blocks, false,
-                          first,           last,  other,          other_last};
-      if (kept != nullptr) {
-        square.data = const_cast<T*>(kept);
-        square.triangle = true;
-      } else {
-        fill_tiles(logits, square);
-      }
-      // The rows of the square's one side, then of its other, unless they are the same.
-      const int64_t own = x == nullptr ? 0 : (last - first) * units;
-      const bool only_own = self ? other == first : y == nullptr;
-      const int64_t all = own + (only_own ? 0 : (other_last - other) * units);
-      const double work = 1.0 * all * unit_height * (last - first) * block * rows.features;
-      deal(all, work, [&](const auto& take) {
+      const StoredTiles<T> square{
+          .data = saved ? const_cast<T*>(in.saved_exponentials) : workspace.get(),
+          .block = block,
+          .blocks = columns.blocks,
+          .triangle = saved,
+          .first = first,
+          .last = last,
+          .column_first = other,
+          .column_last = other_last};
+      if (!saved) fill_tiles(logits, square);
+      const WeightedTiles<T, P> weighted{.logits = logits,
+                                         .row_weights = in.row_weights,
+                                         .column_weights = in.column_weights,
+                                         .stored = square};
+      // First come the units of the square's rows, then those of its columns. A square on the
+      // diagonal of a symmetric S has the same rows as columns.
+      const int64_t row_units = in.x == nullptr ? 0 : (last - first) * units;
+      const bool rows_only = self ? other == first : in.y == nullptr;
+      const int64_t all_units = row_units + (rows_only ? 0 : (other_last - other) * units);
+      const double work = 1.0 * all_units * unit_height * (last - first) * block * rows.features;
+      parallel_tasks(all_units, work, [&](const auto& take) {
         Buffer<P> coefficients(block * kCoefficientStride);
         Buffer<T> space(single ? unit_height * padded : 0);
-        for (int64_t k; (k = take()) < all;) {
-          const bool second = k >= own, of_y = second && !self;
-          const Side<T, P>& mine = of_y ? *y : *x;
-          Unit unit{of_y, second ? other + (k - own) / units : first + k / units,
-                    k % units * unit_height, 0};
+        for (int64_t k; (k = take()) < all_units;) {
+          const bool of_columns = k >= row_units, of_y = of_columns && !self;
+          const Side<T, P>& mine = of_y ? *in.y : *in.x;
+          Unit unit{.of_y = of_y,
+                    .block = of_columns ? other + (k - row_units) / units : first + k / units,
+                    .begin = k % units * unit_height,
+                    .end = 0};
           const int64_t valid = (of_y ? columns : rows).valid(unit.block);
           unit.end = std::min(unit.begin + unit_height, valid);
           if (unit.begin >= unit.end) continue;
+          const OtherBlocks others{.first = of_columns ? first : other,
+                                   .last = of_columns ? last : other_last,
+                                   .accumulate = of_columns ? first > 0 : other > 0};
           const int64_t row = unit.block * block + unit.begin;
-          const Rows<T> out =
-              single ? Rows<T>::contiguous(space.get(), padded) : mine.sums.from(row);
-          add_products(logits, row_weights, column_weights, square, unit, second ? first : other,
-                       second ? last : other_last, second ? first > 0 : other > 0, out,
-                       coefficients.get());
+          const GradientRows<T> out =
+              single ? GradientRows<T>::contiguous(space.get(), padded) : mine.sums.from(row);
+          add_products(weighted, unit, others, out, coefficients.get());
           if (single) mine.finisher.run(row, row + unit.end - unit.begin, out);
         }
       });
     }
   }
   if (single) return;
-  for (const Side<T, P>* mine : {x, y}) {
+  for (const Side<T, P>* mine : {in.x, in.y}) {
     if (mine == nullptr) continue;
     const int64_t total = mine->finisher.source.rows();
     const int64_t parts = (total + kPackedRows - 1) / kPackedRows;
-    deal(parts, 20.0 * total * rows.features, [&](const auto& take) {
+    parallel_tasks(parts, 20.0 * total * rows.features, [&](const auto& take) {
       for (int64_t k; (k = take()) < parts;) {
         const int64_t begin = k * kPackedRows, end = std::min(begin + kPackedRows, total);
         mine->finisher.run(begin, end, mine->sums.from(begin));
@@ -305,10 +356,10 @@ void run_backward(const Logits<T, P>& logits, const Weights<T>& row_weights,
   }
 }
 
-// The gradient of a temperature: `total` of the type of `like`, 0-dim.
+// The gradient of a temperature, 0-dim, in the dtype of `like`.
 template <typename T>
 Tensor scalar_gradient(const Tensor& like, double value) {
-  Tensor out = make(like, {1}, like.scalar_type());
+  Tensor out = new_tensor(like, {1}, like.scalar_type());
   const T number = static_cast<T>(value);
   write_row(out, 0, 1, &number);
   return torch::stable::view(out, {});

@@ -1,5 +1,7 @@
 #include "memory.h"
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -21,10 +23,10 @@ namespace cjepa {
 namespace {
 
 constexpr size_t kAlignment = 64;
-constexpr size_t kSmall = size_t{64} << 10;  // below this the C++ library's own cache serves
+constexpr size_t kSmall = size_t{64} << 10;  // the C++ library caches smaller blocks itself
 
-// As in cjepa_kernels/environment.py, which has read the variable before unless it was set since.
-// A stream can be told not to expect the decimal comma of the process's locale.
+// Reads a variable by the rules of cjepa_kernels/environment.py, which has read it already unless
+// it was set later. The stream is told not to expect the decimal comma of the process's locale.
 size_t read_mebibytes(const char* variable, double otherwise) {
   constexpr double kMost = double{1 << 30} * (1 << 10);  // MiB: in bytes a size_t holds it
   const char* const value = std::getenv(variable);
@@ -42,7 +44,7 @@ size_t read_mebibytes(const char* variable, double otherwise) {
   return static_cast<size_t>(number * (1 << 20));
 }
 
-// Tests fill new memory with NaNs.
+// Whether new memory is filled with NaNs, as the tests ask for.
 bool poisoned() {
   static const bool set = [] {
     const char* const value = std::getenv("CJEPA_POISON_MEMORY");
@@ -63,7 +65,7 @@ void advise_huge_pages(void* data, size_t bytes) {
 #endif
 }
 
-// Blocks that are free, the one that was given back first in front.
+// Free blocks, in the order in which they were given back.
 class Cache {
  public:
   Block take(size_t bytes) {
@@ -92,7 +94,7 @@ class Cache {
     }
   }
 
-  // A fork waits for whoever holds the lock, or the child would find it locked for good.
+  // A fork takes the lock first, because no thread of the child would ever release it.
   void lock() { mutex_.lock(); }
   void unlock() { mutex_.unlock(); }
 
@@ -110,14 +112,14 @@ Cache& cache() {
     const auto unlock = [] { cache().unlock(); };
     pthread_atfork(lock, unlock, unlock);
 #endif
-    return new Cache;  // never destroyed: tensors may outlive the module
+    return new Cache;  // It is never destroyed, because tensors may outlive the module.
   }();
   return *instance;
 }
 
-// The C library's aligned allocation leaves pieces behind that it does not use again (glibc bug
-// 14581: 0.8 MiB a backward of 8192 rows), so the address that it gave is kept in front of the
-// data.
+// Memory that is aligned by hand. The C library's own aligned allocation leaves pieces behind that
+// it does not use again (glibc bug 14581), 0.8 MiB with every backward over 8192 rows. The address
+// that malloc returned lies in front of the data.
 void* allocate(size_t bytes) {
   void* const given = std::malloc(bytes + kAlignment);
   if (given == nullptr) throw std::bad_alloc();
@@ -151,7 +153,7 @@ void give_back(Block block) {
 
 namespace {
 
-// A contiguous CPU tensor around `data`, which `give` takes back.
+// A contiguous CPU tensor around `data`. `give` is called with the data when the tensor ends.
 template <typename Give>
 torch::stable::Tensor wrap(void* data, const std::vector<int64_t>& shape,
                            torch::headeronly::ScalarType dtype, Give give) {

@@ -1,4 +1,4 @@
-// Buffers of the kernel, and work dealt to threads.
+// Memory of the kernels, and tasks that threads share.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,33 +7,34 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <utility>
 #include <vector>
 
 namespace cjepa {
 
-// A piece of memory, 64 bytes aligned, not cleared. What is given back may be kept for the next
-// call, CJEPA_CACHE_MIB (256) in all: large memory that is new costs a page fault and a cleared
-// page for each of its pages.
+// A piece of memory, aligned to 64 bytes and not cleared. The cache keeps blocks that are given
+// back for the next call, up to CJEPA_CACHE_MIB (256) in all, because new memory costs a page fault
+// and a cleared page for each of its pages.
 struct Block {
   void* data;
   size_t bytes;
 };
 Block take_block(size_t bytes);
-void give_back(Block block);  // to the cache, if there is room
+void give_back(Block block);  // to the cache if it has room, else to the system
 void release(Block block);    // to the system
 
-// A contiguous CPU tensor of such memory, to which it returns with the tensor.
+// A contiguous CPU tensor on such a block, which is given back when the tensor ends.
 torch::stable::Tensor cached_tensor(const std::vector<int64_t>& shape,
                                     torch::headeronly::ScalarType dtype);
 
-// A contiguous CPU tensor of zeros. Where it is large, the system gives its pages only when they
-// are written, and one page of zeros for all that are read.
+// A contiguous CPU tensor of zeros. The system provides the pages of a large one only when they are
+// written. All pages that are only read are one and the same page of zeros.
 torch::stable::Tensor zero_tensor(const std::vector<int64_t>& shape,
                                   torch::headeronly::ScalarType dtype);
 
+// An array of numbers on such a block.
 template <typename T>
 class Buffer {
  public:
@@ -46,15 +47,17 @@ class Buffer {
   T& operator[](int64_t i) const { return get()[i]; }
 
  private:
-  static constexpr size_t kLargest = size_t{28} << 20;  // above this, what is new hardly matters
+  // Above this size the time for new pages hardly matters, and the cache is left to others.
+  static constexpr size_t kLargest = size_t{28} << 20;
   Block block_;
 };
 
-// Runs worker(take) in every thread; take() returns the next of 0 … count - 1 until it returns
-// `count`. Which thread takes what must not matter for the result. `work` counts operations: a
-// small job is not worth waking threads for.
+// Shares the tasks 0 … count - 1 among threads: runs worker(take) in every thread, in which take()
+// returns the next task, and `count` once all are taken. The result must not depend on which thread
+// takes which task. `work` is the number of operations of all tasks together, because it is not
+// worth waking threads for few of them.
 template <typename Worker>
-void deal(int64_t count, double work, const Worker& worker) {
+void parallel_tasks(int64_t count, double work, const Worker& worker) {
   std::atomic<int64_t> next{0};
   const auto take = [&] { return std::min(next.fetch_add(1, std::memory_order_relaxed), count); };
   constexpr double kWorkPerThread = 5e5;

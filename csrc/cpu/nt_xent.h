@@ -1,76 +1,58 @@
-// NT-Xent on the CPU: what its two directions share.
+// NT-Xent on the CPU, both directions of the operator.
 #pragma once
 
-#include <string>
-#include <tuple>
+#include <torch/csrc/stable/library.h>
 
-#include "sample_mask.h"
+#include <optional>
+
+#include "arguments.h"
+#include "tensors.h"
 
 namespace cjepa {
 
-// Arguments of both operators.
-struct Options {
-  Tensor z_i, z_j;
-  std::optional<Tensor> mask, temperature_tensor;
+// Arguments of both directions.
+struct NTXentOptions {
+  Tensor z_i, z_j;                           // (B, D)
+  std::optional<Tensor> mask;                // (B, B) of bool
+  std::optional<Tensor> temperature_tensor;  // one number, which takes the place of `temperature`
   double temperature;
   bool cosine;
   double eps;
-  std::string reduction;
+  Reduction reduction;
   std::optional<ScalarType> product_dtype;
 
   ScalarType rounded_dtype() const { return product_dtype.value_or(z_i.scalar_type()); }
 };
 
-// Two views as one batch, row 2k being view i of sample k, so that an anchor and its positive
-// (row ^ 1) lie side by side.
-template <typename T, typename P>
-struct Pairs {
-  View views[2];
-  Rounding<T> rounding;
-  PackedBatch<T, P> z;
-  Shift<T> shift;
-  SampleMask mask;
-  Logits<T, P> logits;
-
-  Pairs(const Options& o, const TileCore<T, P>& core, typename PackedBatch<T, P>::Wanted wanted)
-      : views{View(o.z_i), View(o.z_j)},
-        rounding{o.cosine, static_cast<T>(o.eps), o.rounded_dtype()},
-        z(source(), Layout::block_of(source().rows()), rounding, core, wanted),
-        shift(read_temperature(o.temperature_tensor, o.temperature), z.bounded),
-        mask(o.mask.has_value() && wanted.similarity ? SampleMask(*o.mask) : SampleMask()),
-        logits{core,
-               z,
-               z,
-               {z.layout.rows, z.layout.rows, true, mask.get(), mask.stride},
-               shift.exponent} {}
-  Pairs(const Pairs&) = delete;
-  Pairs& operator=(const Pairs&) = delete;
-
-  Source source() const { return {views, 2}; }
-  // Position in the caller's order (view i, then view j) of a row.
-  int64_t original(int64_t row) const { return (row & 1) * views[0].rows + (row >> 1); }
+// Results of the forward, in the order of the schema. Rows are those of view i, then those of view
+// j.
+struct NTXentForward {
+  Tensor loss;                                                // (), or (M,) without a reduction
+  Tensor accuracy, positive_similarity, negative_similarity;  // ()
+  Tensor lse;                                                 // (M,)
+  Tensor largest_negative;                                    // (M,), -inf without negatives
+  Tensor shift, log_sum;      // (M,), LSE- of a row is shift / tau + log_sum
+  Tensor positive;            // (M,)
+  Tensor saved_exponentials;  // saved_exponentials_size(M), or none
 };
 
-// Exponentials that the forward keeps for the backward: one tile after the other.
-inline int64_t kept_size(int64_t rows) {
-  const int64_t block = Layout::block_of(rows), blocks = (rows + block - 1) / block;
-  return blocks * (blocks + 1) / 2 * block * block;
-}
+// What the backward takes of the forward.
+struct NTXentSaved {
+  Tensor shift, log_sum, positive, saved_exponentials;
+};
 
-// loss, accuracy, positive and negative similarity, lse, hardest, shift, log_sum, positive, kept
-using Outputs =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-template <typename T, typename P>
-Outputs nt_xent_forward(const Options& options, bool keep);
-
-// What the forward saved.
-struct Saved {
-  Tensor shift, log_sum, positive, kept;
+struct NTXentBackward {
+  Tensor grad_z_i, grad_z_j, grad_temperature;
 };
 
 template <typename T, typename P>
-std::tuple<Tensor, Tensor, Tensor> nt_xent_backward(const Options& options, const Tensor& grad_loss,
-                                                    const Saved& saved);
+NTXentForward nt_xent_forward(const NTXentOptions& options, bool save_exponentials);
+
+template <typename T, typename P>
+NTXentBackward nt_xent_backward(const NTXentOptions& options, const Tensor& grad_loss,
+                                const NTXentSaved& saved);
+
+// Registers the operators nt_xent and nt_xent_backward.
+void implement_nt_xent(torch::stable::detail::StableLibrary& library);
 
 }  // namespace cjepa

@@ -1,12 +1,14 @@
-// The operators under the dispatch key CPU.
+// Registers the operators under the dispatch key CPU.
 #pragma once
 
 namespace cjepa {
 
-// Their schemas, which Python defines. To be raised with every change to one of them.
+// The version of the schemas, which Python defines. If you change a schema, increase this number
+// and SCHEMA_VERSION in cjepa_kernels/backends.py: Python uses no module of another version.
 inline constexpr int kSchemaVersion = 4;
 
-// Not done on loading: Python first compares the schema versions.
+// Loading the module does not register anything: Python compares the schema versions first. A
+// second call does nothing.
 void register_operators();
 
 }  // namespace cjepa

@@ -1,29 +1,21 @@
 // The kernel's own copy of a batch: rows normalised, rounded, padded, and laid out as operands.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <optional>
 #include <type_traits>
 #include <vector>
 
+#include "constants.h"
 #include "memory.h"
-#include "tile_core.h"
+#include "selected_core.h"
+#include "tensors.h"
 
 namespace cjepa {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-struct View {  // a (rows, D) tensor of any strides and any floating dtype
+// A (rows, D) tensor of any strides and any floating dtype.
+struct View {
   const char* data;
   ScalarType dtype;
   int64_t rows, features, row_stride, column_stride;
@@ -36,19 +28,10 @@ struct View {  // a (rows, D) tensor of any strides and any floating dtype
         row_stride(z.stride(0)),
         column_stride(z.stride(1)) {}
 
-  // The row itself where it lies contiguous in T, else a copy of it in `space`.
+  // The row itself if it lies contiguous in memory as numbers T, else a copy of it in `space`.
   template <typename T>
   const T* row(int64_t index, T* space) const {
-    switch (dtype) {
-      case ScalarType::Double:
-        return convert<double>(index, space);
-      case ScalarType::Half:
-        return convert<torch::headeronly::Half>(index, space);
-      case ScalarType::BFloat16:
-        return convert<torch::headeronly::BFloat16>(index, space);
-      default:
-        return convert<float>(index, space);
-    }
+    return with_number(dtype, [&](auto zero) { return convert<decltype(zero)>(index, space); });
   }
 
  private:
@@ -67,8 +50,9 @@ struct View {  // a (rows, D) tensor of any strides and any floating dtype
   }
 };
 
+// Rounds numbers to a dtype, in place.
 template <typename T>
-void round_to(ScalarType dtype, int64_t count, T* x) {
+void round_numbers(ScalarType dtype, int64_t count, T* x) {
   const auto through = [&](auto narrow) {
     using Narrow = decltype(narrow);
     for (int64_t i = 0; i < count; ++i)
@@ -79,14 +63,15 @@ void round_to(ScalarType dtype, int64_t count, T* x) {
   if (dtype == ScalarType::Float && sizeof(T) > sizeof(float)) return through(float());
 }
 
-// How rows become operands.
+// How rows become the operands of a product.
 template <typename T>
 struct Rounding {
   bool cosine;
   T eps;
   ScalarType dtype;
 
-  // Both results for one raw row: normalised, and rounded after that. Returns the norm.
+  // Writes one raw row twice: normalised to `unit`, and rounded after that to `rounded`. Returns
+  // the norm of the raw row.
   template <typename Core>
   T apply(const Core& core, const T* raw, int64_t features, T* unit, T* rounded) const {
     T norm = 1;
@@ -96,7 +81,7 @@ struct Rounding {
       std::copy(raw, raw + features, unit);
     }
     if (rounded != unit) std::copy(unit, unit + features, rounded);
-    round_to(dtype, features, rounded);
+    round_numbers(dtype, features, rounded);
     return norm;
   }
 };
@@ -105,8 +90,7 @@ inline int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 
-// How rows are cut into blocks, the sides of tiles: by their number alone, never by the number of
-// threads.
+// How rows are cut into blocks, which are the sides of the tiles.
 struct Layout {
   int64_t rows, features, block, blocks;
 
@@ -114,37 +98,40 @@ struct Layout {
       : rows(rows_), features(features_), block(block_) {
     blocks = (rows + block - 1) / block;
   }
-  static int64_t block_of(int64_t rows) { return rows >= 1536 ? 192 : 96; }
   int64_t padded_rows() const { return blocks * block; }
-  int64_t valid(int64_t b) const { return std::min(block, rows - b * block); }
+  int64_t valid(int64_t b) const { return std::min(block, rows - b * block); }  // rows of block b
 };
 
-inline constexpr int64_t kPackedRows = 32;  // packed at a time: a multiple of every panel
+inline constexpr int64_t kPackedRows = 32;  // packed at a time; a multiple of every core's panel
 
-// Rows of one tensor, or of two interleaved: row 2k is row k of the first, 2k + 1 of the second.
+// The rows of one tensor, or of two interleaved ones: row 2k is row k of the first tensor, and row
+// 2k + 1 is row k of the second.
 struct Source {
   const View* views;
   int64_t count;
   int64_t rows() const { return count * views->rows; }
 };
 
+// The rows of a source as operands: P is the type of an operand, T that of the sums (see
+// core/tile_core.h).
 template <typename T, typename P>
 struct PackedBatch {
   static constexpr int64_t kNumbers = std::is_same_v<T, P> ? 1 : 2;  // in a P
 
+  const TileCore<T, P>& core;
   Layout layout;
-  int64_t depth;            // features in P
-  int64_t padded_depth;     // of slices
-  int64_t padded_features;  // of the products' operand
+  int64_t depth;            // of the product over features, in P
+  int64_t padded_depth;     // depth of the slices, a multiple of the panel
+  int64_t padded_features;  // of the operand of products, a multiple of the panel
   Buffer<P> slices;         // [block][padded_depth / panel][block rows][panel]
   Buffer<P> panels;         // [rows / panel][depth][panel]
   Buffer<P> products_own;   // [block][padded_features / panel][block rows / kNumbers][panel]
   bool finite = true;
-  bool bounded = true;  // no row is longer than 1.02
-  std::vector<T> sums;  // [group of rows][features], if asked for
-  std::vector<double> squares;
+  bool bounded = true;          // whether no row is longer than kLongestRow
+  std::vector<T> sums;          // [group of rows][features], if wanted
+  std::vector<double> squares;  // [group of rows] sum of the squares of all numbers, if wanted
 
-  // At the first row of block b:
+  // Operands from the first row of block b on.
   const P* slices_of(int64_t b) const { return slices.get() + b * layout.block * padded_depth; }
   const P* panels_of(int64_t b) const { return panels.get() + b * layout.block * depth; }
   const P* products_of(int64_t b) const {
@@ -152,17 +139,18 @@ struct PackedBatch {
     return operand.get() + b * layout.block / kNumbers * padded_features;
   }
 
+  // Which operands and sums the caller needs.
   struct Wanted {
-    bool similarity, products, sums;
+    bool similarity = false, products = false, sums = false;
   };
 
-  PackedBatch(const Source& source, int64_t block, const Rounding<T>& rounding,
-              const TileCore<T, P>& core, Wanted wanted)
-      : layout(source.rows(), source.views->features, block),
+  PackedBatch(const Source& source, int64_t block, const Rounding<T>& rounding, Wanted wanted)
+      : core(tile_core<T, P>()),
+        layout(source.rows(), source.views->features, block),
         depth((layout.features + kNumbers - 1) / kNumbers),
         padded_depth(round_up(depth, core.panel)),
         padded_features(round_up(layout.features, core.panel)),
-        // A height rounded up to the micro-tile reads beyond the last row.
+        // The last micro-tile reads beyond the last row where it is not full.
         slices((kNumbers == 1 || wanted.similarity)
                    ? layout.padded_rows() * padded_depth + core.micro_rows * core.panel
                    : 0),
@@ -176,8 +164,9 @@ struct PackedBatch {
       sums.resize(groups * features);
       squares.resize(groups);
     }
+    constexpr T kLongestSquare = static_cast<T>(kLongestRow * kLongestRow);
     std::vector<uint8_t> group_finite(groups, 1), group_bounded(groups, 1);
-    deal(groups, 20.0 * layout.rows * features, [&](const auto& take) {
+    parallel_tasks(groups, 20.0 * layout.rows * features, [&](const auto& take) {
       Buffer<T> rows(kPackedRows * features), space(features);
       for (int64_t g; (g = take()) < groups;) {
         double group_squares = 0;
@@ -191,12 +180,13 @@ struct PackedBatch {
           rounding.apply(core, raw, features, row, row);
           const T square = core.dot(row, row, features);
           group_squares += square;
-          if (!(square <= T{1.0404})) group_bounded[g] = 0;
+          if (!(square <= kLongestSquare)) group_bounded[g] = 0;
           if (!std::isfinite(square) || square == 0) group_finite[g] &= all_finite(raw, features);
         }
-        // What is beyond the last row is excluded from S, but the second of a pair meets a zero.
+        // S excludes what lies beyond the last row. But where an operand holds two rows, the row
+        // beside the last one is multiplied by 0, so it must not be NaN.
         if (count < kPackedRows) std::fill_n(rows.get() + count * features, features, T{0});
-        write(core, wanted, rows.get(), first, count);
+        write(wanted, rows.get(), first, count);
         if (!wanted.sums) continue;
         squares[g] = group_squares;
         T* sum = sums.data() + g * features;
@@ -214,8 +204,8 @@ struct PackedBatch {
     return std::all_of(row, row + features, [](T x) { return std::isfinite(x); });
   }
 
-  void write(const TileCore<T, P>& core, Wanted wanted, const T* rows, int64_t first,
-             int64_t count) const {
+  // Writes rows [first, first + count) to the operands.
+  void write(Wanted wanted, const T* rows, int64_t first, int64_t count) const {
     const int64_t features = layout.features, b = first / layout.block;
     const int64_t row = first - b * layout.block;
     for (int64_t r = 0; r < count; r += core.panel) {

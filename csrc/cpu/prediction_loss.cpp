@@ -1,24 +1,37 @@
-// Bound by memory: the forward reads both sides once, the backward reads them once more and writes
-// each gradient once. Errors are added in blocks of rows that depend on the shapes alone: the same
-// bits on any number of threads.
+// The loss is bound by memory. The forward reads both sides once. The backward reads them once more
+// and writes each gradient once. core/prediction_core.h derives the formulas. Errors are added in
+// blocks of rows that depend on the shapes alone, so the sums have the same bits on any number of
+// threads.
 #include "prediction_loss.h"
 
-#include <cmath>
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <utility>
 
-#include "packing.h"
-#include "tile_cores.h"
+#include "core/tile_core.h"
+#include "memory.h"
+#include "selected_core.h"
 
 namespace cjepa {
 namespace {
 
-// A (B, N, D) or (B, D) tensor, or the mask (B, N) or (B,) of one, as rows.
-struct Rows {
+int64_t element_size(ScalarType dtype) {
+  if (dtype == ScalarType::Double) return 8;
+  if (dtype == ScalarType::Float) return 4;
+  return dtype == ScalarType::Bool ? 1 : 2;
+}
+
+// The rows of a (B, N, D) or (B, D) tensor, or of its mask, (B, N) or (B,).
+struct TensorRows {
   char* data;
   ScalarType dtype;
   int64_t patches, features;
   int64_t batch_stride, patch_stride, feature_stride;  // bytes
 
-  Rows(const Tensor& t, bool with_features)
+  TensorRows(const Tensor& t, bool with_features)
       : data(static_cast<char*>(const_cast<void*>(t.const_data_ptr()))), dtype(t.scalar_type()) {
     const int64_t bytes = element_size(dtype), dims = t.dim() - (with_features ? 1 : 0);
     patches = dims == 2 ? t.size(1) : 1;
@@ -30,13 +43,6 @@ struct Rows {
   char* row(int64_t index) const {
     return data + index / patches * batch_stride + index % patches * patch_stride;
   }
-
- private:
-  static int64_t element_size(ScalarType dtype) {
-    if (dtype == ScalarType::Double) return 8;
-    if (dtype == ScalarType::Float) return 4;
-    return dtype == ScalarType::Bool ? 1 : 2;
-  }
 };
 
 std::vector<int64_t> shape_of(const Tensor& t) {
@@ -44,9 +50,6 @@ std::vector<int64_t> shape_of(const Tensor& t) {
   for (int64_t i = 0; i < t.dim(); ++i) shape.push_back(t.size(i));
   return shape;
 }
-
-template <typename T>
-constexpr ScalarType kDtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
 template <typename S, typename T>
 void convert(const char* from, int64_t stride, int64_t count, T* to) {
@@ -57,75 +60,81 @@ void convert(const char* from, int64_t stride, int64_t count, T* to) {
   }
 }
 
-// The row itself where it lies contiguous in T, else a copy of it in `space`.
+// The row itself if it lies contiguous in memory as numbers T, else a copy of it in `space`.
 template <typename T>
-const T* read_row(const PredictionFunctions<T>& core, const Rows& rows, int64_t index, T* space) {
+const T* read_row(const PredictionFunctions<T>& core, const TensorRows& rows, int64_t index,
+                  T* space) {
   const char* from = rows.row(index);
   const int64_t stride = rows.feature_stride, count = rows.features;
-  if (rows.dtype == kDtype<T> && stride == sizeof(T)) return reinterpret_cast<const T*>(from);
+  if (rows.dtype == dtype_of<T>() && stride == sizeof(T)) return reinterpret_cast<const T*>(from);
   if (rows.dtype == ScalarType::BFloat16 && stride == 2) {
     core.widen(reinterpret_cast<const uint16_t*>(from), count, space);
-  } else if (rows.dtype == ScalarType::BFloat16) {
-    convert<torch::headeronly::BFloat16>(from, stride, count, space);
-  } else if (rows.dtype == ScalarType::Half) {
-    convert<torch::headeronly::Half>(from, stride, count, space);
-  } else if (rows.dtype == ScalarType::Double) {
-    convert<double>(from, stride, count, space);
   } else {
-    convert<float>(from, stride, count, space);
+    with_number(rows.dtype,
+                [&](auto zero) { convert<decltype(zero)>(from, stride, count, space); });
   }
   return space;
 }
 
-// Where a row's gradient is computed: its place, if that holds numbers T, else `space`.
+// Where a row's gradient is computed: in its own place if that holds numbers T, else in `space`.
 template <typename T>
-T* place(const Rows& rows, int64_t index, T* space) {
-  return rows.dtype == kDtype<T> ? reinterpret_cast<T*>(rows.row(index)) : space;
+T* place(const TensorRows& rows, int64_t index, T* space) {
+  return rows.dtype == dtype_of<T>() ? reinterpret_cast<T*>(rows.row(index)) : space;
 }
 
-// To the place of a row, contiguous, what was computed in `space`.
+// Writes what was computed in `space` to the row's own place, which is contiguous.
 template <typename T>
-void write_row(const PredictionFunctions<T>& core, const Rows& rows, int64_t index,
+void write_row(const PredictionFunctions<T>& core, const TensorRows& rows, int64_t index,
                const T* space) {
   char* to = rows.row(index);
-  if (rows.dtype == kDtype<T>) return;
-  const auto narrow = [&](auto number) {
-    using S = decltype(number);
-    for (int64_t d = 0; d < rows.features; ++d)
-      reinterpret_cast<S*>(to)[d] = static_cast<S>(static_cast<float>(space[d]));
-  };
+  if (rows.dtype == dtype_of<T>()) return;
   if (rows.dtype == ScalarType::BFloat16) {
     core.narrow(space, rows.features, reinterpret_cast<uint16_t*>(to));
-  } else if (rows.dtype == ScalarType::Half) {
-    narrow(torch::headeronly::Half());
-  } else if (rows.dtype == ScalarType::Double) {
-    for (int64_t d = 0; d < rows.features; ++d) reinterpret_cast<double*>(to)[d] = space[d];
-  } else {
-    narrow(float());
+    return;
   }
+  with_number(rows.dtype, [&](auto zero) {
+    using S = decltype(zero);
+    for (int64_t d = 0; d < rows.features; ++d) {
+      if constexpr (sizeof(S) == sizeof(double)) {
+        reinterpret_cast<S*>(to)[d] = space[d];
+      } else {
+        reinterpret_cast<S*>(to)[d] = static_cast<S>(static_cast<float>(space[d]));
+      }
+    }
+  });
 }
 
 struct Level {
-  Rows prediction, target;
-  std::optional<Rows> mask;
-  int64_t rows, first_row, first_element;  // the latter two: of those of all levels
-  int64_t first_block, block_rows;
+  TensorRows prediction, target;
+  std::optional<TensorRows> mask;
+  int64_t rows, block_rows;
+  // How many rows, elements and blocks the levels before this one have.
+  int64_t first_row, first_element, first_block;
 
-  bool keeps(int64_t row) const { return !mask.has_value() || *mask->row(row) != 0; }
+  bool includes(int64_t row) const { return !mask.has_value() || *mask->row(row) != 0; }
+};
+
+// A block of a level's rows, which one thread takes.
+struct RowBlock {
+  int64_t index, level, first, last;  // index: among the blocks of all levels
 };
 
 struct Levels {
   std::vector<Level> levels;
   int64_t rows = 0, elements = 0, blocks = 0;
 
-  explicit Levels(const PredictionOptions& o) {
+  explicit Levels(const PredictionLossOptions& o) {
     constexpr int64_t kBlockElements = 32768;
     for (size_t l = 0; l < o.predictions.size(); ++l) {
       const Tensor& p = o.predictions[l];
-      Level level{Rows(p, true), Rows(o.targets[l], true),
-                  std::nullopt,  p.size(0),
-                  rows,          elements,
-                  blocks,        1};
+      Level level{.prediction = TensorRows(p, true),
+                  .target = TensorRows(o.targets[l], true),
+                  .mask = std::nullopt,
+                  .rows = p.size(0),
+                  .block_rows = 1,
+                  .first_row = rows,
+                  .first_element = elements,
+                  .first_block = blocks};
       if (!o.masks.empty() && o.masks[l].numel() > 0) level.mask.emplace(o.masks[l], false);
       level.rows *= level.prediction.patches;
       level.block_rows = std::max<int64_t>(1, kBlockElements / level.prediction.features);
@@ -136,20 +145,24 @@ struct Levels {
     }
   }
 
-  // Runs visit(level, index of the level, first row, last row) for every block; `operations` for
-  // each element.
+  // Runs visit(block) for every block, in threads that each have a visit = make_visit().
+  // `operations` is the number of operations for each element.
   template <typename MakeVisit>
   void for_blocks(double operations, const MakeVisit& make_visit) const {
-    deal(blocks, operations * static_cast<double>(elements), [&](const auto& take) {
+    parallel_tasks(blocks, operations * static_cast<double>(elements), [&](const auto& take) {
       auto visit = make_visit();
       for (int64_t b; (b = take()) < blocks;) {
-        size_t l = levels.size() - 1;
+        int64_t l = count() - 1;
         while (levels[l].first_block > b) --l;
         const int64_t first = (b - levels[l].first_block) * levels[l].block_rows;
-        visit(b, l, first, std::min(first + levels[l].block_rows, levels[l].rows));
+        visit(RowBlock{.index = b,
+                       .level = l,
+                       .first = first,
+                       .last = std::min(first + levels[l].block_rows, levels[l].rows)});
       }
     });
   }
+  int64_t count() const { return static_cast<int64_t>(levels.size()); }
   int64_t widest() const {
     int64_t widest = 0;
     for (const Level& level : levels) widest = std::max(widest, level.prediction.features);
@@ -158,58 +171,58 @@ struct Levels {
 };
 
 template <typename T>
-PredictionRow<T> row_of(const PredictionOptions& o, const T* prediction, const T* target,
+PredictionRow<T> row_of(const PredictionLossOptions& o, const T* prediction, const T* target,
                         int64_t features) {
   const Penalty<double>& p = o.penalty;
-  return {
-      prediction,
-      target,
-      features,
-      o.normalization,
-      {p.square, static_cast<T>(p.slope), static_cast<T>(p.limit), static_cast<T>(p.half_width)},
-      static_cast<T>(o.eps)};
+  return {.prediction = prediction,
+          .target = target,
+          .features = features,
+          .normalization = o.normalization,
+          .penalty = {.square = p.square,
+                      .slope = static_cast<T>(p.slope),
+                      .limit = static_cast<T>(p.limit),
+                      .half_width = static_cast<T>(p.half_width)},
+          .eps = static_cast<T>(o.eps)};
 }
 
 template <typename T>
 Tensor filled(const Tensor& like, std::vector<int64_t> shape, const double* values) {
-  Tensor t = torch::stable::new_empty(like, shape, kDtype<T>);
-  T* data = static_cast<T*>(t.mutable_data_ptr());
+  Tensor t = new_tensor(like, shape, dtype_of<T>());
+  T* data = data_of<T>(t);
   for (int64_t i = 0; i < t.numel(); ++i) data[i] = static_cast<T>(values[i]);
   return t;
 }
 
 template <typename T>
-double read(const std::optional<Tensor>& number) {
-  return number.has_value() ? static_cast<double>(*static_cast<const T*>(number->const_data_ptr()))
-                            : 0.0;
+double read_or_zero(const std::optional<Tensor>& number) {
+  return number.has_value() ? static_cast<double>(*data_of<T>(*number)) : 0.0;
 }
 
 }  // namespace
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prediction_loss(const PredictionOptions& o) {
+PredictionLossForward prediction_loss_forward(const PredictionLossOptions& o) {
   const PredictionFunctions<T>& core = tile_core<T, T>().prediction;
   const Levels all(o);
   const Tensor& like = o.predictions[0];
-  const int64_t count = static_cast<int64_t>(all.levels.size());
+  const int64_t count = all.count();
   const bool none = o.reduction == Reduction::kNone;
-  Tensor statistics = torch::stable::new_empty(like, {all.rows, 2}, kDtype<T>);
-  auto* statistic = static_cast<RowStatistics<T>*>(statistics.mutable_data_ptr());
-  Tensor errors = torch::stable::new_empty(like, {none ? all.elements : 0}, kDtype<T>);
-  T* error = static_cast<T*>(errors.mutable_data_ptr());
+  Tensor statistics = new_tensor(like, {all.rows, 2}, dtype_of<T>());
+  auto* statistic = data_of<RowStatistics<T>>(statistics);
+  Tensor errors = new_tensor(like, {none ? all.elements : 0}, dtype_of<T>());
+  T* error = data_of<T>(errors);
 
   std::vector<double> sums(all.blocks);
-  std::vector<int64_t> kept(all.blocks);
+  std::vector<int64_t> included(all.blocks);  // rows
   all.for_blocks(4, [&] {
-    return [&, space = Buffer<T>(2 * all.widest())](int64_t block, size_t l, int64_t first,
-                                                    int64_t last) {
-      const Level& level = all.levels[l];
+    return [&, space = Buffer<T>(2 * all.widest())](const RowBlock& block) {
+      const Level& level = all.levels[block.level];
       const int64_t features = level.prediction.features;
       double sum = 0;
-      for (int64_t r = first; r < last; ++r) {
+      for (int64_t r = block.first; r < block.last; ++r) {
         RowStatistics<T>& of_row = statistic[level.first_row + r];
         T* row_errors = none ? error + level.first_element + r * features : nullptr;
-        if (!level.keeps(r)) {
+        if (!level.includes(r)) {
           of_row = {0, 0};
           if (none) std::fill_n(row_errors, features, T{0});
           continue;
@@ -217,9 +230,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prediction_loss(const Predict
         const T* p = read_row(core, level.prediction, r, space.get());
         const T* t = read_row(core, level.target, r, space.get() + all.widest());
         sum += core.forward(row_of(o, p, t, features), &of_row, row_errors);
-        ++kept[block];
+        ++included[block.index];
       }
-      sums[block] = sum;
+      sums[block.index] = sum;
     };
   });
 
@@ -231,98 +244,231 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prediction_loss(const Predict
     const int64_t end = l + 1 < count ? all.levels[l + 1].first_block : all.blocks;
     for (int64_t b = level.first_block; b < end; ++b) {
       levels[l] += sums[b];
-      elements += static_cast<double>(kept[b] * level.prediction.features);
+      elements += static_cast<double>(included[b] * level.prediction.features);
     }
     scales[l] = o.reduction == Reduction::kSum ? 1 : 1 / std::max(elements, 1.0);
     levels[l] *= scales[l];
     loss += o.weights[l] * levels[l];
     unweighted += levels[l] / static_cast<double>(count);
   }
-  return {filled<T>(like, {}, &loss), filled<T>(like, {}, &unweighted),
-          none ? errors : filled<T>(like, {count}, levels.data()), statistics,
-          filled<T>(like, {count}, scales.data())};
+  return {.loss = filled<T>(like, {}, &loss),
+          .unweighted = filled<T>(like, {}, &unweighted),
+          .levels = none ? errors : filled<T>(like, {count}, levels.data()),
+          .statistics = statistics,
+          .scales = filled<T>(like, {count}, scales.data())};
 }
 
 template <typename T>
-std::tuple<Tensors, Tensors> prediction_loss_backward(const PredictionOptions& o,
-                                                      const PredictionUpstream& upstream,
-                                                      const Tensor& statistics,
-                                                      const Tensor& scales, bool targets_too) {
+PredictionLossBackward prediction_loss_backward(const PredictionLossOptions& o,
+                                                const PredictionLossUpstream& upstream,
+                                                const PredictionLossSaved& saved,
+                                                bool with_targets) {
   const PredictionFunctions<T>& core = tile_core<T, T>().prediction;
   const Levels all(o);
-  const int64_t count = static_cast<int64_t>(all.levels.size());
-  const auto* statistic = static_cast<const RowStatistics<T>*>(statistics.const_data_ptr());
-  const T* scale = static_cast<const T*>(scales.const_data_ptr());
-  const T* of_levels = upstream.levels.has_value()
-                           ? static_cast<const T*>(upstream.levels->const_data_ptr())
-                           : nullptr;
+  const int64_t count = all.count();
+  const auto* statistic = data_of<RowStatistics<T>>(saved.statistics);
+  const T* scale = data_of<T>(saved.scales);
+  const T* of_levels = upstream.levels.has_value() ? data_of<T>(*upstream.levels) : nullptr;
   const bool none = o.reduction == Reduction::kNone;
   std::vector<T> factors(count);
   for (int64_t l = 0; l < count; ++l) {
-    double factor = o.weights[l] * read<T>(upstream.loss) +
-                    read<T>(upstream.unweighted) / static_cast<double>(count);
+    double factor = o.weights[l] * read_or_zero<T>(upstream.loss) +
+                    read_or_zero<T>(upstream.unweighted) / static_cast<double>(count);
     if (of_levels != nullptr && !none) factor += of_levels[l];
     factors[l] = static_cast<T>(factor * scale[l]);
   }
 
-  Tensors of_predictions, of_targets;
-  std::vector<Rows> to_predictions, to_targets;
-  const auto make = [](const Tensor& like, Tensors& gradients, std::vector<Rows>& rows) {
-    gradients.push_back(cached_tensor(shape_of(like), like.scalar_type()));
-    rows.emplace_back(gradients.back(), true);
+  PredictionLossBackward grads;
+  std::vector<TensorRows> to_predictions, to_targets;
+  const auto add_gradient = [](const Tensor& like, Tensors& to, std::vector<TensorRows>& rows) {
+    to.push_back(cached_tensor(shape_of(like), like.scalar_type()));
+    rows.emplace_back(to.back(), true);
   };
   for (int64_t l = 0; l < count; ++l) {
-    make(o.predictions[l], of_predictions, to_predictions);
-    if (targets_too) make(o.targets[l], of_targets, to_targets);
+    add_gradient(o.predictions[l], grads.grad_predictions, to_predictions);
+    if (with_targets) add_gradient(o.targets[l], grads.grad_targets, to_targets);
   }
-  // What is larger than a cache is written around it.
-  constexpr int64_t kCache = int64_t{16} << 20;
-  const bool past_caches = all.elements * static_cast<int64_t>(sizeof(T)) > kCache;
+  // Gradients that are larger than a cache are written around it.
+  constexpr int64_t kCacheBytes = int64_t{16} << 20;
+  const bool past_caches = all.elements * static_cast<int64_t>(sizeof(T)) > kCacheBytes;
 
   all.for_blocks(8, [&] {
-    return
-        [&, space = Buffer<T>(4 * all.widest())](int64_t, size_t l, int64_t first, int64_t last) {
-          const Level& level = all.levels[l];
-          const int64_t features = level.prediction.features;
-          T* const spaces[] = {space.get(), space.get() + all.widest(),
-                               space.get() + 2 * all.widest(), space.get() + 3 * all.widest()};
-          for (int64_t r = first; r < last; ++r) {
-            T* to_prediction = place(to_predictions[l], r, spaces[2]);
-            T* to_target = targets_too ? place(to_targets[l], r, spaces[3]) : nullptr;
-            const bool in_place = to_prediction != spaces[2] && to_target != spaces[3];
-            if (level.keeps(r)) {
-              const T* p = read_row(core, level.prediction, r, spaces[0]);
-              const T* t = read_row(core, level.target, r, spaces[1]);
-              const T* each = none && of_levels != nullptr
-                                  ? of_levels + level.first_element + r * features
-                                  : nullptr;
-              core.gradient(row_of(o, p, t, features),
-                            {statistic[level.first_row + r], factors[l], each, to_prediction,
-                             to_target, past_caches && in_place});
-            } else {
-              std::fill_n(to_prediction, features, T{0});
-              if (targets_too) std::fill_n(to_target, features, T{0});
-            }
-            write_row(core, to_predictions[l], r, to_prediction);
-            if (targets_too) write_row(core, to_targets[l], r, to_target);
-          }
-          if (past_caches) core.fence();
-        };
+    return [&, space = Buffer<T>(4 * all.widest())](const RowBlock& block) {
+      const int64_t l = block.level;
+      const Level& level = all.levels[l];
+      const int64_t features = level.prediction.features;
+      T* const spaces[] = {space.get(), space.get() + all.widest(), space.get() + 2 * all.widest(),
+                           space.get() + 3 * all.widest()};
+      for (int64_t r = block.first; r < block.last; ++r) {
+        T* to_prediction = place(to_predictions[l], r, spaces[2]);
+        T* to_target = with_targets ? place(to_targets[l], r, spaces[3]) : nullptr;
+        const bool in_place = to_prediction != spaces[2] && to_target != spaces[3];
+        if (level.includes(r)) {
+          const T* p = read_row(core, level.prediction, r, spaces[0]);
+          const T* t = read_row(core, level.target, r, spaces[1]);
+          const T* of_elements = none && of_levels != nullptr
+                                     ? of_levels + level.first_element + r * features
+                                     : nullptr;
+          core.gradient(row_of(o, p, t, features), {.statistics = statistic[level.first_row + r],
+                                                    .factor = factors[l],
+                                                    .upstream = of_elements,
+                                                    .prediction = to_prediction,
+                                                    .target = to_target,
+                                                    .past_caches = past_caches && in_place});
+        } else {
+          std::fill_n(to_prediction, features, T{0});
+          if (with_targets) std::fill_n(to_target, features, T{0});
+        }
+        write_row(core, to_predictions[l], r, to_prediction);
+        if (with_targets) write_row(core, to_targets[l], r, to_target);
+      }
+      if (past_caches) core.fence();
+    };
   });
-  return {of_predictions, of_targets};
+  return grads;
 }
 
-template std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prediction_loss<float>(
-    const PredictionOptions&);
-template std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prediction_loss<double>(
-    const PredictionOptions&);
-template std::tuple<Tensors, Tensors> prediction_loss_backward<float>(const PredictionOptions&,
-                                                                      const PredictionUpstream&,
-                                                                      const Tensor&, const Tensor&,
-                                                                      bool);
-template std::tuple<Tensors, Tensors> prediction_loss_backward<double>(const PredictionOptions&,
-                                                                       const PredictionUpstream&,
-                                                                       const Tensor&, const Tensor&,
-                                                                       bool);
+template PredictionLossForward prediction_loss_forward<float>(const PredictionLossOptions&);
+template PredictionLossForward prediction_loss_forward<double>(const PredictionLossOptions&);
+template PredictionLossBackward prediction_loss_backward<float>(const PredictionLossOptions&,
+                                                                const PredictionLossUpstream&,
+                                                                const PredictionLossSaved&, bool);
+template PredictionLossBackward prediction_loss_backward<double>(const PredictionLossOptions&,
+                                                                 const PredictionLossUpstream&,
+                                                                 const PredictionLossSaved&, bool);
+
+namespace {
+
+bool same_shape(const Tensor& a, const Tensor& b, int64_t dims) {
+  for (int64_t i = 0; i < dims; ++i)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
+Normalization read_normalization(StringHandle handle) {
+  return read_choice<Normalization>(handle, "normalization",
+                                    {{"none", Normalization::kNone},
+                                     {"l2", Normalization::kL2},
+                                     {"layer", Normalization::kLayer}});
+}
+
+// The penalty of a loss; `threshold` is the beta of smooth-L1 or the delta of Huber.
+Penalty<double> read_penalty(StringHandle handle, double threshold) {
+  enum class Type { kSquare, kSmoothL1, kHuber };
+  const Type type = read_choice<Type>(
+      handle, "loss_type",
+      {{"mse", Type::kSquare}, {"smoothl1", Type::kSmoothL1}, {"huber", Type::kHuber}});
+  if (type == Type::kSquare) return {.square = true, .slope = 0, .limit = 0, .half_width = 0};
+  check(threshold > 0, "threshold must be positive");
+  if (type == Type::kHuber)
+    return {.square = false, .slope = 1, .limit = threshold, .half_width = 0.5};
+  return {.square = false, .slope = 1 / threshold, .limit = 1, .half_width = threshold / 2};
+}
+
+void check_options(const PredictionLossOptions& o) {
+  const size_t levels = o.predictions.size();
+  check(levels > 0, "predictions must hold at least one level");
+  check(o.targets.size() == levels && (o.masks.empty() || o.masks.size() == levels) &&
+            o.weights.size() == levels,
+        "targets, masks and weights must be as many as the predictions");
+  const bool in_double = o.predictions[0].scalar_type() == ScalarType::Double;
+  for (size_t l = 0; l < levels; ++l) {
+    const Tensor &p = o.predictions[l], &t = o.targets[l];
+    check(p.dim() == 2 || p.dim() == 3, "predictions must be 2-D or 3-D");
+    check(t.dim() == p.dim() && same_shape(p, t, p.dim()),
+          "targets must have the shapes of the predictions");
+    check(p.numel() > 0, "predictions must not be empty");
+    check(is_floating(p.scalar_type()) && is_floating(t.scalar_type()),
+          "predictions and targets must be of fp64, fp32, bf16 or fp16");
+    check((p.scalar_type() == ScalarType::Double) == in_double,
+          "predictions must all be of fp64, or none of them");
+    if (o.masks.empty() || o.masks[l].numel() == 0) continue;
+    const Tensor& mask = o.masks[l];
+    check(mask.scalar_type() == ScalarType::Bool && mask.dim() == p.dim() - 1 &&
+              same_shape(p, mask, mask.dim()),
+          "masks must be of bool, one entry for each row of the predictions");
+  }
+}
+
+void check_saved(const PredictionLossOptions& o, const PredictionLossSaved& saved) {
+  const Tensor& like = o.predictions[0];
+  int64_t rows = 0;
+  for (const Tensor& p : o.predictions) rows += p.numel() / p.size(p.dim() - 1);
+  const Tensor& statistics = saved.statistics;
+  check(statistics.scalar_type() == sum_dtype(like.scalar_type()) && statistics.dim() == 2 &&
+            statistics.size(0) == rows && statistics.size(1) == 2 && statistics.is_contiguous(),
+        "statistics must be those of the forward");
+  check_rows(saved.scales, like, static_cast<int64_t>(o.predictions.size()),
+             "scales must be those of the forward");
+  check(saved.scales.is_contiguous(), "scales must be contiguous");
+}
+
+void check_upstream(const PredictionLossOptions& o, const PredictionLossUpstream& upstream) {
+  const Tensor& like = o.predictions[0];
+  for (const std::optional<Tensor>* grad : {&upstream.loss, &upstream.unweighted})
+    check(!grad->has_value() ||
+              ((*grad)->scalar_type() == sum_dtype(like.scalar_type()) && (*grad)->numel() == 1),
+          "gradients of the loss must be like the loss");
+  if (!upstream.levels.has_value()) return;
+  int64_t elements = 0;
+  for (const Tensor& p : o.predictions) elements += p.numel();
+  const int64_t levels = static_cast<int64_t>(o.predictions.size());
+  check_rows(*upstream.levels, like, o.reduction == Reduction::kNone ? elements : levels,
+             "grad_levels must be like the levels");
+  check(upstream.levels->is_contiguous(), "grad_levels must be contiguous");
+}
+
+// The operators as PyTorch calls them: arguments and results by position, in the order of the
+// schemas.
+auto call_forward(Tensors predictions, Tensors targets, Tensors masks, std::vector<double> weights,
+                  StringHandle loss_type, StringHandle normalization, double threshold, double eps,
+                  StringHandle reduction) {
+  const PredictionLossOptions options{.predictions = std::move(predictions),
+                                      .targets = std::move(targets),
+                                      .masks = std::move(masks),
+                                      .weights = std::move(weights),
+                                      .normalization = read_normalization(normalization),
+                                      .penalty = read_penalty(loss_type, threshold),
+                                      .eps = eps,
+                                      .reduction = read_reduction(reduction)};
+  check_options(options);
+  const PredictionLossForward out = options.predictions[0].scalar_type() == ScalarType::Double
+                                        ? prediction_loss_forward<double>(options)
+                                        : prediction_loss_forward<float>(options);
+  return std::tuple(out.loss, out.unweighted, out.levels, out.statistics, out.scales);
+}
+
+auto call_backward(std::optional<Tensor> grad_loss, std::optional<Tensor> grad_unweighted,
+                   std::optional<Tensor> grad_levels, Tensors predictions, Tensors targets,
+                   Tensors masks, Tensor statistics, Tensor scales, std::vector<double> weights,
+                   StringHandle loss_type, StringHandle normalization, double threshold, double eps,
+                   StringHandle reduction, bool with_targets) {
+  const PredictionLossOptions options{.predictions = std::move(predictions),
+                                      .targets = std::move(targets),
+                                      .masks = std::move(masks),
+                                      .weights = std::move(weights),
+                                      .normalization = read_normalization(normalization),
+                                      .penalty = read_penalty(loss_type, threshold),
+                                      .eps = eps,
+                                      .reduction = read_reduction(reduction)};
+  const PredictionLossUpstream upstream{
+      .loss = grad_loss, .unweighted = grad_unweighted, .levels = grad_levels};
+  const PredictionLossSaved saved{.statistics = statistics, .scales = scales};
+  check_options(options);
+  check_saved(options, saved);
+  check_upstream(options, upstream);
+  const PredictionLossBackward out =
+      options.predictions[0].scalar_type() == ScalarType::Double
+          ? prediction_loss_backward<double>(options, upstream, saved, with_targets)
+          : prediction_loss_backward<float>(options, upstream, saved, with_targets);
+  return std::tuple(out.grad_predictions, out.grad_targets);
+}
+
+}  // namespace
+
+void implement_prediction_loss(torch::stable::detail::StableLibrary& library) {
+  library.impl("prediction_loss", TORCH_BOX(&call_forward));
+  library.impl("prediction_loss_backward", TORCH_BOX(&call_backward));
+}
 
 }  // namespace cjepa

@@ -1,48 +1,64 @@
-// The prediction loss of a JEPA on the CPU: all levels of a hierarchy in one parallel region.
+// The prediction loss of a JEPA on the CPU, both directions of the operator. All levels of a
+// hierarchy are computed in one parallel region.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include <torch/csrc/stable/library.h>
 
 #include <optional>
-#include <tuple>
 #include <vector>
 
-#include "prediction_row.h"
+#include "arguments.h"
+#include "core/prediction_row.h"
+#include "tensors.h"
 
 namespace cjepa {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 
-enum class Reduction { kMean, kSum, kNone };
-
-// Arguments of both directions.
-struct PredictionOptions {
-  Tensors predictions, targets;  // (B, N, D) or (B, D)
-  Tensors masks;                 // none, or (B, N) or (B,) of bool; without numbers: keeps all
-  std::vector<double> weights;
+// Arguments of both directions. L levels.
+struct PredictionLossOptions {
+  Tensors predictions, targets;  // L tensors (B, N, D) or (B, D)
+  // None, or L tensors (B, N) or (B,) of bool. A mask without numbers includes all rows.
+  Tensors masks;
+  std::vector<double> weights;  // (L)
   Normalization normalization;
   Penalty<double> penalty;
   double eps;
   Reduction reduction;
 };
 
-// What reaches the results from upstream: none stands for 0.
-struct PredictionUpstream {
+// Results of the forward, in the order of the schema.
+struct PredictionLossForward {
+  Tensor loss, unweighted;  // ()
+  Tensor levels;            // (L,), or without a reduction all errors of all levels
+  Tensor statistics;        // (rows of all levels, 2)
+  Tensor scales;            // (L,), the factor of each level's sum of errors
+};
+
+// Upstream gradients of the forward's results. An absent one is 0.
+struct PredictionLossUpstream {
   std::optional<Tensor> loss, unweighted, levels;
 };
 
-// loss, unweighted, levels, statistics, scales
-template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prediction_loss(const PredictionOptions&);
+// What the backward takes of the forward.
+struct PredictionLossSaved {
+  Tensor statistics, scales;
+};
 
-// Gradients of the predictions and, if wanted, of the targets.
+struct PredictionLossBackward {
+  Tensors grad_predictions, grad_targets;  // the latter is empty unless wanted
+};
+
 template <typename T>
-std::tuple<Tensors, Tensors> prediction_loss_backward(const PredictionOptions&,
-                                                      const PredictionUpstream&,
-                                                      const Tensor& statistics,
-                                                      const Tensor& scales, bool targets_too);
+PredictionLossForward prediction_loss_forward(const PredictionLossOptions& options);
+
+template <typename T>
+PredictionLossBackward prediction_loss_backward(const PredictionLossOptions& options,
+                                                const PredictionLossUpstream& upstream,
+                                                const PredictionLossSaved& saved,
+                                                bool with_targets);
+
+// Registers the operators prediction_loss and prediction_loss_backward.
+void implement_prediction_loss(torch::stable::detail::StableLibrary& library);
 
 }  // namespace cjepa

@@ -1,49 +1,28 @@
-// Tiles of S = X Y^T and the sums over them: what NT-Xent (X = Y, on and above the diagonal) and
-// the rectangle share.
+// Tiles of S = X Y^T and the sums over them, which NT-Xent (X = Y, tiles on and above the diagonal)
+// and the rectangle of cross_logsumexp share.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <limits>
+#include <optional>
+#include <type_traits>
+#include <vector>
 
+#include "constants.h"
+#include "core/tile_core.h"
+#include "memory.h"
 #include "packing.h"
-#include "tile_cores.h"
+#include "selected_core.h"
+#include "tensors.h"
 
 namespace cjepa {
 
 inline constexpr double kLog2E = 1.4426950408889634;
 inline constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-template <typename T>
-constexpr ScalarType dtype_of() {
-  return std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
-}
-
-inline Tensor make(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
-}
-
-template <typename T>
-T* data_of(Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-template <typename T>
-const T* data_of(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-inline double read_scalar(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double:
-      return *data_of<double>(t);
-    case ScalarType::Half:
-      return static_cast<float>(*data_of<torch::headeronly::Half>(t));
-    case ScalarType::BFloat16:
-      return static_cast<float>(*data_of<torch::headeronly::BFloat16>(t));
-    default:
-      return *data_of<float>(t);
-  }
-}
 
 // Calls run(T(), P()) with the types of sums and of operands.
 template <typename Run>
@@ -53,30 +32,34 @@ auto with_types(ScalarType input, ScalarType rounded, const Run& run) {
   return run(float(), float());
 }
 
-// dL/dtau is a sum of z . dL/dz that cancels: coefficients rounded to bf16 leave percents of it
-// wrong, so that a temperature tensor takes the operands, rounded all the same, as fp32.
+// The dtype of the backward's operands. dL/dtau is a sum of z . dL/dz whose terms cancel, and
+// coefficients rounded to bf16 would leave it wrong by percents. So with a temperature tensor the
+// backward takes its operands, which are rounded all the same, as fp32.
 inline ScalarType backward_operands(ScalarType rounded, const std::optional<Tensor>& temperature) {
   return temperature.has_value() ? ScalarType::Float : rounded;
 }
 
-// NaN, which the result then is, out of the range of reference.SMALLEST to LARGEST.
+// The temperature, or, if it is out of range, NaN, which makes the results NaN. It is compared in
+// fp32, so that a bound which was rounded to fp32 still counts as inside.
 inline double read_temperature(const std::optional<Tensor>& tensor, double number) {
   const double t = tensor.has_value() ? read_scalar(*tensor) : number;
-  const float rounded = static_cast<float>(t);  // a bound in fp32 lies within the range
-  return rounded >= 1e-30f && rounded <= 1e30f ? t : kNaN;
+  const float rounded = static_cast<float>(t);
+  constexpr float kSmallest = static_cast<float>(kSmallestTemperature);
+  constexpr float kLargest = static_cast<float>(kLargestTemperature);
+  return rounded >= kSmallest && rounded <= kLargest ? t : kNaN;
 }
 
-// Which shift the exponents take: with the constant 1 / tau no exponent leaves the dtype's range
-// while 2 / tau log2(e) stays inside it.
+// The shift that the exponents take. It is the constant 1 / tau where no exponent leaves the range
+// of the dtype with it, else the largest similarity of each row.
 template <typename T>
 struct Shift {
   double tau;
   Exponent<T> exponent;
-  double error;  // log of what rounding the shift to T multiplies every exponential by
+  double error;  // log of the factor by which rounding the shift to T changes every exponential
 
   Shift(double tau_, bool bounded) : tau(tau_) {
-    const double range = std::is_same_v<T, float> ? 124 : 1000;
-    exponent.constant_shift = bounded && 2.05 * kLog2E / tau < range;
+    const double largest = std::is_same_v<T, float> ? kLargestExponent32 : kLargestExponent64;
+    exponent.constant_shift = bounded && kLargestLogits * kLog2E / tau < largest;
     exponent.scale = static_cast<T>(kLog2E / tau);
     exponent.scale_rest = static_cast<T>(kLog2E / tau - exponent.scale);
     exponent.shift = exponent.constant_shift ? exponent.scale : T{0};
@@ -84,11 +67,11 @@ struct Shift {
   }
 };
 
-// More exponentials than this are written around the caches: their reader would not find them
-// there.
-inline constexpr size_t kPastCaches = size_t{4} << 20;
+// If the exponentials take more bytes than this, they are written around the caches: whoever reads
+// them later would not find them there any more.
+inline constexpr size_t kStreamedBytes = size_t{4} << 20;
 
-// S with its exponents. With exclusion.self, x and y are the same batch, and S is symmetric.
+// S with its exponents. If exclusion.self is set, x and y are the same batch and S is symmetric.
 template <typename T, typename P>
 struct Logits {
   const TileCore<T, P>& core;
@@ -98,7 +81,7 @@ struct Logits {
 
   bool self() const { return exclusion.self; }
 
-  // The part of the tile of blocks (i, j) in columns [begin, end) of j; sums and `out` not set.
+  // The part of tile (i, j) in columns [begin, end) of block j. The caller sets the sums and `out`.
   SimilarityTile<T, P> tile(int64_t i, int64_t j, int64_t begin, int64_t end) const {
     SimilarityTile<T, P> t{};
     t.rows = x.slices_of(i);
@@ -115,43 +98,60 @@ struct Logits {
   }
 };
 
-// Number of the tile of blocks (i, j), j >= i, among those on and above the diagonal, row by row.
+// The number of tile (i, j), j >= i, if the tiles on and above the diagonal are counted row by row.
 inline int64_t tile_number(int64_t i, int64_t j, int64_t blocks) {
   return i * blocks - i * (i - 1) / 2 + j - i;
 }
 
-// Sums over tiles. The panels of all tiles, row by row, are dealt to a fixed number of chunks, each
-// with sums of its own, which are added up in order: the same bits on any number of threads.
+// Sums of exponentials and largest similarities of all rows (or columns), in several parts that are
+// still to be added up: each (chunks, rows).
 template <typename T>
-struct PartialSums {
-  int64_t chunks, rows, columns;     // padded
-  Buffer<T> row_sum, row_max;        // (chunks, rows)
-  Buffer<T> column_sum, column_max;  // (chunks, columns); with `self` those of rows serve for both
-  Buffer<T> positive;                // (rows) with `self`
-  std::vector<double> negative_sum;  // with a mask
+struct ChunkSums {
+  const T* sums;
+  const T* maxima;
+  int64_t chunks, rows;  // rows: padded
 };
 
+// Sums over tiles. The panels of all tiles, row by row, are cut into a fixed number of chunks. Each
+// chunk has sums of its own, which are added up in order later: so they have the same bits on any
+// number of threads.
+template <typename T>
+struct PartialSums {
+  int64_t chunks, rows, columns;  // rows and columns: padded
+  Buffer<T> row_sum, row_max;     // (chunks, rows)
+  // (chunks, columns). With `self` they are empty, because S is symmetric and the sums of a tile's
+  // columns are added to those of rows.
+  Buffer<T> column_sum, column_max;
+  Buffer<T> positive;                // (rows) with `self`, else empty
+  std::vector<double> negative_sum;  // (chunks) sums of the negatives' similarities, with a mask
+
+  ChunkSums<T> of_rows() const { return {row_sum.get(), row_max.get(), chunks, rows}; }
+  ChunkSums<T> of_columns() const { return {column_sum.get(), column_max.get(), chunks, columns}; }
+};
+
+// Sums over all tiles. Unless it is null, the exponentials of NT-Xent's tiles are written to
+// `saved`.
 template <typename T, typename P>
-PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* kept) {
+PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* saved) {
   const Layout &x = logits.x.layout, &y = logits.y.layout;
   const bool self = logits.self();
   const int64_t block = x.block, area = block * block, panels = block / logits.core.panel;
   const int64_t tiles = self ? x.blocks * (x.blocks + 1) / 2 : x.blocks * y.blocks;
-  const int64_t chunks =
-      std::min<int64_t>(tiles * panels, std::max(x.rows, y.rows) >= 1536 ? 64 : 16);
+  const int64_t most_chunks = block == kLargeBlock ? 64 : 16;
+  const int64_t chunks = std::min(tiles * panels, most_chunks);
   const int64_t rows = x.padded_rows(), columns = y.padded_rows();
-  PartialSums<T> sums{chunks,
-                      rows,
-                      columns,
-                      Buffer<T>(chunks * rows),
-                      Buffer<T>(chunks * rows),
-                      Buffer<T>(self ? 0 : chunks * columns),
-                      Buffer<T>(self ? 0 : chunks * columns),
-                      Buffer<T>(self ? rows : 0),
-                      std::vector<double>(chunks)};
+  PartialSums<T> sums{.chunks = chunks,
+                      .rows = rows,
+                      .columns = columns,
+                      .row_sum = Buffer<T>(chunks * rows),
+                      .row_max = Buffer<T>(chunks * rows),
+                      .column_sum = Buffer<T>(self ? 0 : chunks * columns),
+                      .column_max = Buffer<T>(self ? 0 : chunks * columns),
+                      .positive = Buffer<T>(self ? rows : 0),
+                      .negative_sum = std::vector<double>(chunks)};
   const double work = 1.0 * tiles * area * (logits.x.depth + 20);
-  deal(chunks, work, [&](const auto& take) {
-    Buffer<T> scratch(logits.core.scratch_size(block)), space(kept == nullptr ? area : 0);
+  parallel_tasks(chunks, work, [&](const auto& take) {
+    Buffer<T> scratch(logits.core.scratch_size(block)), space(saved == nullptr ? area : 0);
     for (int64_t c; (c = take()) < chunks;) {
       T *row_sum = sums.row_sum.get() + c * rows, *row_max = sums.row_max.get() + c * rows;
       std::fill(row_sum, row_sum + rows, T{0});
@@ -165,8 +165,9 @@ PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* kept) {
       }
       int64_t p = tiles * panels * c / chunks;
       const int64_t last = tiles * panels * (c + 1) / chunks;
-      const auto start = [&](int64_t i) { return self ? i : 0; };  // first tile of a row of tiles
-      int64_t i = 0, first = 0;                                    // tile row of p, its first tile
+      const auto start = [&](int64_t i) { return self ? i : 0; };  // first tile of tile row i
+      int64_t i = 0,
+              first = 0;  // the tile row that holds panel p, and the number of its first tile
       while (p / panels >= first + y.blocks - start(i)) first += y.blocks - start(i++);
       for (int64_t j = start(i) + p / panels - first; p < last; ++j) {
         if (j == y.blocks) j = start(++i);
@@ -176,13 +177,13 @@ PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* kept) {
         if (begin >= y.valid(j)) continue;
         SimilarityTile<T, P> t = logits.tile(i, j, begin, end);
         if (p < last) t.next_panels = logits.y.panels_of(j + 1 < y.blocks ? j + 1 : start(i + 1));
-        if (kept != nullptr) {
-          t.out = kept + tile_number(i, j, y.blocks) * area + begin;
+        if (saved != nullptr) {
+          t.out = saved + tile_number(i, j, y.blocks) * area + begin;
         } else if (!t.exponent.constant_shift) {
           t.out = space.get() + begin;
         }
         t.out_stride = block;
-        t.past_caches = tiles * area * sizeof(T) > kPastCaches;
+        t.past_caches = tiles * area * sizeof(T) > kStreamedBytes;
         t.row_sum = row_sum + t.row;
         t.row_max = row_max + t.row;
         t.column_sum = column_sum + t.column;
@@ -197,42 +198,40 @@ PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* kept) {
   return sums;
 }
 
-inline constexpr int64_t kReducedRows = 256;  // added up at a time
+inline constexpr int64_t kReducedRows = 256;  // rows that a task of the reduction adds up
 
-// Of kReducedRows rows from `begin`, at most: the largest s and the sum of exponentials, relative
-// to that s or, with a constant shift, to it.
+// The sums and maxima of at most kReducedRows rows over all chunks.
 template <typename T>
 struct ReducedRows {
-  T hardest[kReducedRows];
-  double total[kReducedRows];
+  T largest[kReducedRows];     // similarity
+  double total[kReducedRows];  // of exponentials, relative to the shift of the row
 
-  // sums and maxima: (chunks, rows).
-  ReducedRows(const Shift<T>& shift, const T* sums, const T* maxima, int64_t chunks, int64_t rows,
-              int64_t begin, int64_t count) {
-    constexpr T kNone = -std::numeric_limits<T>::infinity();
-    std::fill(hardest, hardest + count, kNone);
+  ReducedRows(const Shift<T>& shift, const ChunkSums<T>& of, int64_t begin, int64_t count) {
+    constexpr T kLowest = -std::numeric_limits<T>::infinity();
+    std::fill(largest, largest + count, kLowest);
     std::fill(total, total + count, 0.0);
-    for (int64_t c = 0; c < chunks; ++c) {
-      const T* maximum = maxima + c * rows + begin;
+    for (int64_t c = 0; c < of.chunks; ++c) {
+      const T* maximum = of.maxima + c * of.rows + begin;
       for (int64_t a = 0; a < count; ++a)
-        hardest[a] = maximum[a] > hardest[a] ? maximum[a] : hardest[a];
+        largest[a] = maximum[a] > largest[a] ? maximum[a] : largest[a];
     }
-    for (int64_t c = 0; c < chunks; ++c) {
-      const T *sum = sums + c * rows + begin, *maximum = maxima + c * rows + begin;
+    for (int64_t c = 0; c < of.chunks; ++c) {
+      const T *sum = of.sums + c * of.rows + begin, *maximum = of.maxima + c * of.rows + begin;
       if (shift.exponent.constant_shift) {
         for (int64_t a = 0; a < count; ++a) total[a] += sum[a];
         continue;
       }
       for (int64_t a = 0; a < count; ++a) {
-        if (maximum[a] > kNone)
-          total[a] += sum[a] * std::exp((static_cast<double>(maximum[a]) - hardest[a]) / shift.tau);
+        if (maximum[a] > kLowest)
+          total[a] += sum[a] * std::exp((static_cast<double>(maximum[a]) - largest[a]) / shift.tau);
       }
     }
   }
 
-  bool any(int64_t a) const { return hardest[a] > -kInfinity; }
-  double top(const Shift<T>& shift, int64_t a) const {
-    return !any(a) ? 0 : shift.exponent.constant_shift ? 1 : static_cast<double>(hardest[a]);
+  bool any(int64_t a) const { return largest[a] > -kInfinity; }  // whether the row has entries
+  // The similarity to which the exponentials of row a are relative.
+  double shift_of(const Shift<T>& shift, int64_t a) const {
+    return !any(a) ? 0 : shift.exponent.constant_shift ? 1 : static_cast<double>(largest[a]);
   }
   double log_sum(const Shift<T>& shift, int64_t a) const {
     return any(a) ? std::log(total[a]) - shift.error : -kInfinity;

@@ -92,33 +92,43 @@ template <typename T>
 Results run(const Inputs& in) {
   const Problem& p = in.problem;
   const Tensor x = in.sides[0].tensor(), y = in.sides[1].tensor();
-  std::optional<Tensor> temperature;
-  if (p.tensor_temperature) temperature = in.temperature.tensor();
-  auto [row_lse, column_lse, row_max, column_max, row_shift, row_log_sum, column_shift,
-        column_log_sum] =
-      cross_logsumexp(x, y, temperature, p.tau, p.cosine, 1e-8, p.product_dtype);
+  CrossLogSumExpOptions options{.x = x,
+                                .y = y,
+                                .temperature_tensor = {},
+                                .temperature = p.tau,
+                                .cosine = p.cosine,
+                                .eps = 1e-8,
+                                .product_dtype = p.product_dtype};
+  if (p.tensor_temperature) options.temperature_tensor = in.temperature.tensor();
+  CrossLogSumExpForward out = cross_logsumexp_forward(options);
   Results results;
-  for (const Tensor& t : {row_lse, column_lse, row_max, column_max, row_shift, column_shift,
-                          row_log_sum, column_log_sum})
+  for (const Tensor& t : {out.row_lse, out.column_lse, out.row_max, out.column_max, out.row_shift,
+                          out.column_shift, out.row_log_sum, out.column_log_sum})
     results.push_back(numbers_of(t));
   if (p.raised_shift != 0) {
-    raise_shift<T>(row_shift, row_log_sum, p.raised_shift, in.numbers.tau);
-    raise_shift<T>(column_shift, column_log_sum, p.raised_shift, in.numbers.tau);
+    raise_shift<T>(out.row_shift, out.row_log_sum, p.raised_shift, in.numbers.tau);
+    raise_shift<T>(out.column_shift, out.column_log_sum, p.raised_shift, in.numbers.tau);
   }
-  const auto [grad_x, grad_y, grad_temperature] = cross_logsumexp_backward(
-      in.grads[0].tensor(), in.grads[1].tensor(), x, y, temperature, row_shift, row_log_sum,
-      column_shift, column_log_sum, p.tau, p.cosine, 1e-8, p.product_dtype, true, true);
+  CrossLogSumExpUpstream upstream{.grad_row = in.grads[0].tensor(),
+                                  .grad_column = in.grads[1].tensor(),
+                                  .of_x = true,
+                                  .of_y = true};
+  const CrossLogSumExpSaved saved{.row_shift = out.row_shift,
+                                  .row_log_sum = out.row_log_sum,
+                                  .column_shift = out.column_shift,
+                                  .column_log_sum = out.column_log_sum};
+  const auto [grad_x, grad_y, grad_temperature] =
+      cross_logsumexp_backward(options, upstream, saved);
   for (const Tensor& t : {grad_x, grad_y, grad_temperature}) results.push_back(numbers_of(t));
   for (const bool of_x : {false, true}) {  // one side alone, or neither
     for (const bool of_y : {false, true}) {
-      const auto some = cross_logsumexp_backward(
-          in.grads[0].tensor(), in.grads[1].tensor(), x, y, temperature, row_shift, row_log_sum,
-          column_shift, column_log_sum, p.tau, p.cosine, 1e-8, p.product_dtype, of_x, of_y);
+      upstream.of_x = of_x, upstream.of_y = of_y;
+      const CrossLogSumExpBackward some = cross_logsumexp_backward(options, upstream, saved);
       const Tensor nothing = torch::stable::new_empty(x, {0, p.size.features}, x.scalar_type());
       CHECK(same_bits({numbers_of(of_x ? grad_x : nothing), numbers_of(of_y ? grad_y : nothing)},
-                      {numbers_of(std::get<0>(some)), numbers_of(std::get<1>(some))}),
+                      {numbers_of(some.grad_x), numbers_of(some.grad_y)}),
             "%s: gradients of one side alone", p.name);
-      results.push_back(numbers_of(std::get<2>(some)));
+      results.push_back(numbers_of(some.grad_temperature));
     }
   }
   return results;

@@ -179,7 +179,7 @@ CJEPA_TEST(work_is_dealt_once) {
       for (const double work : {0.0, 7.5e5, 1e9}) {
         std::vector<int> taken(count);  // not atomic: no two threads may meet
         std::atomic<int> workers{0};
-        deal(count, work, [&](const auto& take) {
+        parallel_tasks(count, work, [&](const auto& take) {
           ++workers;  // and wait for the others, so that they really take at the same time
           for (int k = 0; k < 1000 && workers < static_cast<int>(threads); ++k)
             std::this_thread::yield();

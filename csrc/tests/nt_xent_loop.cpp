@@ -46,7 +46,7 @@ LoopOutput nt_xent_loop(const LoopInput& in) {
   };
 
   const double infinity = std::numeric_limits<double>::infinity();
-  out.hardest.assign(rows, -infinity);
+  out.largest_negative.assign(rows, -infinity);
   Exact negatives = 0;
   int64_t pairs = 0;
   std::vector<Exact> sum(rows);  // of exp(s / tau): the range of long double has room for it
@@ -54,7 +54,7 @@ LoopOutput nt_xent_loop(const LoopInput& in) {
     const Exact e = std::exp(s / in.tau);
     for (const int64_t row : {a, b}) {
       sum[row] += e;
-      out.hardest[row] = std::max(out.hardest[row], static_cast<double>(s));
+      out.largest_negative[row] = std::max(out.largest_negative[row], static_cast<double>(s));
     }
     negatives += s;
     ++pairs;
@@ -63,7 +63,7 @@ LoopOutput nt_xent_loop(const LoopInput& in) {
 
   std::vector<Exact> weight(rows);  // g_a r_a / S_a
   std::vector<Exact> gradient(rows * features), magnitude(rows);
-  const auto pull = [&](int64_t a, int64_t b, Exact coefficient) {
+  const auto add_gradient = [&](int64_t a, int64_t b, Exact coefficient) {
     for (int64_t d = 0; d < features; ++d)
       gradient[a * features + d] += coefficient * own[b * features + d] / in.tau;
   };
@@ -76,28 +76,28 @@ LoopOutput nt_xent_loop(const LoopInput& in) {
     out.lse.push_back(static_cast<double>(positive / in.tau + loss));
     const Exact r = in.grad_loss[a] / (1 + std::exp(-gap));
     weight[a] = sum[a] > 0 ? r / sum[a] : 0;
-    pull(a, other, -r);
-    pull(other, a, -r);
+    add_gradient(a, other, -r);
+    add_gradient(other, a, -r);
     magnitude[a] += std::fabs(r) / in.tau;
     magnitude[other] += std::fabs(r) / in.tau;
   }
   for_each_pair([&](int64_t a, int64_t b, Exact s) {
     const Exact e = std::exp(s / in.tau), coefficient = e * (weight[a] + weight[b]);
-    pull(a, b, coefficient);
-    pull(b, a, coefficient);
+    add_gradient(a, b, coefficient);
+    add_gradient(b, a, coefficient);
     const Exact size = e * (std::fabs(weight[a]) + std::fabs(weight[b])) / in.tau;
     magnitude[a] += size;
     magnitude[b] += size;
   });
 
-  Exact along = 0;
+  Exact z_dot_gradient = 0;
   out.gradient.resize(rows * features);
   for (int64_t a = 0; a < rows; ++a) {
     Exact* g = gradient.data() + a * features;
     const Exact* u = unit.data() + a * features;
     Exact projection = 0;
     for (int64_t d = 0; d < features; ++d) {
-      along += g[d] * own[a * features + d];
+      z_dot_gradient += g[d] * own[a * features + d];
       projection += g[d] * u[d];
     }
     for (int64_t d = 0; d < features; ++d) {
@@ -106,7 +106,7 @@ LoopOutput nt_xent_loop(const LoopInput& in) {
     }
     out.magnitude.push_back(static_cast<double>(magnitude[a]));
   }
-  out.grad_temperature = static_cast<double>(-along / (2 * in.tau));
+  out.grad_temperature = static_cast<double>(-z_dot_gradient / (2 * in.tau));
   return out;
 }
 

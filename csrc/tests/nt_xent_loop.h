@@ -20,7 +20,7 @@ struct LoopInput {
 
 struct LoopOutput {
   std::vector<double> loss, lse, positive;  // (M)
-  std::vector<double> hardest;              // (M), the most similar negative or -inf
+  std::vector<double> largest_negative;     // (M), the most similar negative or -inf
   double mean_negative;                     // NaN without negatives
   std::vector<double> gradient;             // (M, D)
   std::vector<double> magnitude;            // (M), of what the gradient's sums consist of

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "../cpu/core/tile_core.h"
+#include "../cpu/selected_core.h"
 #include "check.h"
 #include "nt_xent_loop.h"
 #include "tensors.h"
@@ -17,7 +19,7 @@ struct Problem {
   ScalarType dtype;
   double tau;
   bool cosine = true, mask = false, tensor_temperature = false, strided = false, zero_row = false;
-  const char* reduction = "mean";
+  Reduction reduction = Reduction::kMean;
   std::optional<ScalarType> product_dtype{};
   double length = 1;        // of rows in the dot product
   double raised_shift = 0;  // what the backward takes is relative to that much more
@@ -68,14 +70,13 @@ struct Case {
     in.tau = temperature.set(0, 0, p.tau);
     if (!p.tensor_temperature) in.tau = p.tau;
     double g = grad_loss.set(0, 0, random.uniform(0.5, 2));
-    if (reduction() == "mean") g /= static_cast<double>(p.rows());
+    if (problem.reduction == Reduction::kMean) g /= static_cast<double>(p.rows());
     for (int64_t a = 0; a < p.rows(); ++a)
       in.grad_loss.push_back(per_row() ? grad_loss.set(a, 0, random.normal()) : g);
     expected = nt_xent_loop(in);
   }
 
-  std::string reduction() const { return problem.reduction; }
-  bool per_row() const { return reduction() == "none"; }
+  bool per_row() const { return problem.reduction == Reduction::kNone; }
   std::vector<int64_t> strides() const {
     return problem.strided ? std::vector<int64_t>{2, 2 * problem.batch + 1}
                            : std::vector<int64_t>{problem.features, 1};
@@ -83,22 +84,33 @@ struct Case {
 };
 
 // Loss, accuracy, positive and negative similarity, lse, the gradients of both views and of the
-// temperature, the hardest negatives.
+// temperature, the largest negatives.
 template <typename T, typename P>
-Results run(const Case& c, bool keep) {
+Results run(const Case& c, bool save_exponentials) {
   const Problem& p = c.problem;
-  Options options{c.views[0].tensor(), c.views[1].tensor(), {}, {}, p.tau, p.cosine, 1e-8,
-                  c.reduction(),       p.product_dtype};
+  NTXentOptions options{.z_i = c.views[0].tensor(),
+                        .z_j = c.views[1].tensor(),
+                        .mask = {},
+                        .temperature_tensor = {},
+                        .temperature = p.tau,
+                        .cosine = p.cosine,
+                        .eps = 1e-8,
+                        .reduction = p.reduction,
+                        .product_dtype = p.product_dtype};
   if (p.mask) options.mask = c.mask.tensor();
   if (p.tensor_temperature) options.temperature_tensor = c.temperature.tensor();
-  auto [loss, accuracy, positive_mean, negative_mean, lse, hardest, shift, log_sum, positive,
-        kept] = nt_xent_forward<T, P>(options, keep);
-  if (p.raised_shift != 0) raise_shift<T>(shift, log_sum, p.raised_shift, c.problem.tau);
-  const auto grads =
-      nt_xent_backward<T, P>(options, c.grad_loss.tensor(), Saved{shift, log_sum, positive, kept});
+  NTXentForward out = nt_xent_forward<T, P>(options, save_exponentials);
+  if (p.raised_shift != 0) raise_shift<T>(out.shift, out.log_sum, p.raised_shift, c.problem.tau);
+  const NTXentBackward grads =
+      nt_xent_backward<T, P>(options, c.grad_loss.tensor(),
+                             {.shift = out.shift,
+                              .log_sum = out.log_sum,
+                              .positive = out.positive,
+                              .saved_exponentials = out.saved_exponentials});
   Results results;
-  for (const Tensor& t : {loss, accuracy, positive_mean, negative_mean, lse, std::get<0>(grads),
-                          std::get<1>(grads), std::get<2>(grads), hardest})
+  for (const Tensor& t :
+       {out.loss, out.accuracy, out.positive_similarity, out.negative_similarity, out.lse,
+        grads.grad_z_i, grads.grad_z_j, grads.grad_temperature, out.largest_negative})
     results.push_back(numbers_of(t));
   return results;
 }
@@ -128,21 +140,21 @@ void check_results(const Case& c, const Results& actual) {
   const char* name = p.name;
   const bool one = !c.per_row();
   for (int64_t a = 0; a < (one ? 1 : p.rows()); ++a) {
-    const double scale = c.reduction() == "sum" ? rows : 1;
+    const double scale = p.reduction == Reduction::kSum ? rows : 1;
     const double loss = one ? mean(e.loss) * scale : e.loss[a];
     CHECK_NEAR(actual[0][a], loss, scale * log_error + 4 * u * std::fabs(loss), "%s: loss %ld",
                name, a);
   }
   int64_t certain = 0, possible = 0;
   for (int64_t a = 0; a < p.rows(); ++a) {
-    certain += e.positive[a] - e.hardest[a] > 2 * s_error;
-    possible += e.positive[a] - e.hardest[a] >= -2 * s_error;
+    certain += e.positive[a] - e.largest_negative[a] > 2 * s_error;
+    possible += e.positive[a] - e.largest_negative[a] >= -2 * s_error;
     CHECK_NEAR(actual[4][a], e.lse[a], log_error + 2 * u * std::fabs(e.lse[a]), "%s: lse %ld", name,
                a);
-    if (std::isinf(e.hardest[a]))
-      CHECK(actual[8][a] == e.hardest[a], "%s: hardest negative of none, %ld", name, a);
+    if (std::isinf(e.largest_negative[a]))
+      CHECK(actual[8][a] == e.largest_negative[a], "%s: largest negative of none, %ld", name, a);
     else
-      CHECK_NEAR(actual[8][a], e.hardest[a], s_error, "%s: hardest negative %ld", name, a);
+      CHECK_NEAR(actual[8][a], e.largest_negative[a], s_error, "%s: largest negative %ld", name, a);
   }
   const double hits = actual[1][0] * rows;
   CHECK(certain - 0.1 <= hits && hits <= possible + 0.1, "%s: accuracy %g of %g", name,
@@ -180,10 +192,10 @@ template <typename T, typename P>
 void check_problem(const Problem& problem, const std::vector<uint32_t>& thread_counts,
                    int callers) {
   const Case c(problem);
-  for (const bool keep : {true, false}) {
-    const std::string name = std::string(problem.name) + (keep ? ", kept" : "");
+  for (const bool saved : {true, false}) {
+    const std::string name = std::string(problem.name) + (saved ? ", saved exponentials" : "");
     check_results<T, P>(
-        c, run_on_threads(name, thread_counts, callers, [&] { return run<T, P>(c, keep); }));
+        c, run_on_threads(name, thread_counts, callers, [&] { return run<T, P>(c, saved); }));
   }
 }
 
@@ -208,7 +220,7 @@ CJEPA_TEST(fp32) {
                    .dtype = kFloat,
                    .tau = 0.1,
                    .mask = true,
-                   .reduction = "none"},
+                   .reduction = Reduction::kNone},
            Problem{.name = "low temperature",
                    .batch = 75,
                    .features = 20,
@@ -216,14 +228,14 @@ CJEPA_TEST(fp32) {
                    .tau = 0.01,
                    .mask = true,
                    .zero_row = true,
-                   .reduction = "sum"},
+                   .reduction = Reduction::kSum},
            Problem{.name = "dot product",
                    .batch = 51,
                    .features = 9,
                    .dtype = kFloat,
                    .tau = 0.5,
                    .cosine = false,
-                   .reduction = "none",
+                   .reduction = Reduction::kNone,
                    .length = 3},
            Problem{.name = "shifts of a larger S",
                    .batch = 67,
@@ -231,7 +243,7 @@ CJEPA_TEST(fp32) {
                    .dtype = kFloat,
                    .tau = 0.1,
                    .mask = true,
-                   .reduction = "none",
+                   .reduction = Reduction::kNone,
                    .raised_shift = 0.25},
            Problem{.name = "maxima of a larger S",
                    .batch = 49,
@@ -259,14 +271,14 @@ CJEPA_TEST(fp64) {
                    .dtype = kDouble,
                    .tau = 0.002,
                    .mask = true,
-                   .reduction = "none"},
+                   .reduction = Reduction::kNone},
            Problem{.name = "dot product",
                    .batch = 51,
                    .features = 9,
                    .dtype = kDouble,
                    .tau = 0.5,
                    .cosine = false,
-                   .reduction = "sum",
+                   .reduction = Reduction::kSum,
                    .length = 3},
            Problem{.name = "rounded to fp32",
                    .batch = 20,
@@ -290,7 +302,7 @@ void check_narrow(ScalarType dtype) {
                    .cosine = false,
                    .mask = true,
                    .strided = true,
-                   .reduction = "none"},
+                   .reduction = Reduction::kNone},
            Problem{.name = "narrow product",
                    .batch = 50,
                    .features = 33,

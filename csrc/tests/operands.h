@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../cpu/tile_core.h"
-#include "../cpu/tile_cores.h"
+#include "../cpu/core/tile_core.h"
+#include "../cpu/selected_core.h"
 #include "check.h"
 
 namespace cjepa::test {

@@ -163,9 +163,9 @@ PredictionOutput prediction_loss_loop(const PredictionInput& in) {
   N loss{}, unweighted{};
   for (const PredictionInput::Level& level : in.levels) {
     PredictionOutput::Level& of = out.levels.emplace_back();
-    int64_t kept = 0;
-    for (int64_t r = 0; r < level.rows; ++r) kept += level.keeps(r);
-    const X elements = static_cast<X>(std::max<int64_t>(kept * level.features, 1));
+    int64_t included = 0;
+    for (int64_t r = 0; r < level.rows; ++r) included += level.includes(r);
+    const X elements = static_cast<X>(std::max<int64_t>(included * level.features, 1));
     const N scale = in.mean ? N::rounded(1 / elements) : N{1};
     of.scale = scale.bounded();
     const N factor =
@@ -187,12 +187,12 @@ PredictionOutput prediction_loss_loop(const PredictionInput& in) {
     }
     N total{};
     for (int64_t r = 0; r < level.rows; ++r) {
-      if (!level.keeps(r)) continue;
+      if (!level.includes(r)) continue;
       total.x += errors[r % level.given()].x;
       total.error += errors[r % level.given()].error;
     }
     // Rows are added in double.
-    total.error += static_cast<X>(kept) * std::numeric_limits<double>::epsilon() / 2 * total.x;
+    total.error += static_cast<X>(included) * std::numeric_limits<double>::epsilon() / 2 * total.x;
     const N level_loss = total * scale;
     of.loss = level_loss.bounded();
     loss = loss + N{level.weight} * level_loss;

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../cpu/prediction_row.h"
+#include "../cpu/core/prediction_row.h"
 
 namespace cjepa::test {
 
@@ -22,7 +22,7 @@ struct PredictionInput {
     std::vector<double> of_each;   // and of each error; empty: none
 
     int64_t given() const { return static_cast<int64_t>(sides[0].size()) / features; }
-    bool keeps(int64_t row) const { return mask.empty() || mask[row] != 0; }
+    bool includes(int64_t row) const { return mask.empty() || mask[row] != 0; }
   };
   std::vector<Level> levels;
   LossType type;
@@ -39,7 +39,7 @@ struct Bounded {
 struct PredictionOutput {
   struct Level {
     Bounded loss, scale;
-    // Of the rows that are given, as if they were kept.
+    // Of the rows that are given, as if they were included.
     std::vector<Bounded> statistics, errors, gradients[2];
   };
   std::vector<Level> levels;

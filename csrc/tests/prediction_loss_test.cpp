@@ -26,7 +26,7 @@ enum class Layout {
   kTransposed,
   kRepeated,  // one image for the whole batch
 };
-enum class Mask { kNone, kSome, kKeepsAll, kDropsAll };
+enum class Mask { kNone, kSome, kIncludesAll, kDropsAll };
 
 struct Shape {
   int64_t batch, patches, features;  // without patches: 2-D
@@ -54,7 +54,7 @@ struct Variant {
   LossType type;
   Reduction reduction;
   int upstream;
-  bool targets_too;
+  bool with_targets;
 };
 
 // All of what a row's functions differ by; problem after problem they meet each choice of
@@ -183,11 +183,11 @@ struct Inputs {
     numbers.rows = s.rows(), numbers.features = s.features;
     numbers.weight = kWeights[levels.size() - 1];
     for (int64_t r = 0; r < s.rows() && s.mask != Mask::kNone; ++r) {
-      const bool keep = s.mask == Mask::kSome && random.chance(0.6);
-      level.mask.set(r, 0, keep);
-      numbers.mask.push_back(keep);
+      const bool included = s.mask == Mask::kSome && random.chance(0.6);
+      level.mask.set(r, 0, included);
+      numbers.mask.push_back(included);
     }
-    if (s.mask == Mask::kKeepsAll) numbers.mask.clear();
+    if (s.mask == Mask::kIncludesAll) numbers.mask.clear();
     const double root = std::sqrt(static_cast<double>(s.features));
     std::vector<double> raw[2];
     for (int64_t r = 0; r < (s.repeated() ? s.images() : s.rows()); ++r) {
@@ -201,7 +201,7 @@ struct Inputs {
         }
         double length = random.uniform(0.3, 3) * root / std::sqrt(square);
         if (problem.zero_rows && r % 4 == side) length = r % 8 < 4 ? 0 : 1e-12;
-        if (!s.repeated() && !numbers.keeps(r)) length = kNaN;
+        if (!s.repeated() && !numbers.includes(r)) length = kNaN;
         for (int64_t d = 0; d < s.features; ++d)
           numbers.sides[side].push_back(set(level.sides[side], r, d, length * raw[1][d]));
         raw[0].swap(raw[1]);
@@ -220,11 +220,20 @@ struct Inputs {
     return 0.7 / std::sqrt(static_cast<double>(problem.levels[0].features));
   }
 
-  PredictionOptions options(const Variant& v) const {
+  PredictionLossOptions options(const Variant& v) const {
     const double t = threshold(v);
-    PredictionOptions o{{}, {}, {}, {}, v.normalization, {true, 0, 0, 0}, kEps, v.reduction};
-    if (v.type == LossType::kSmoothL1) o.penalty = {false, 1 / t, 1, t / 2};
-    if (v.type == LossType::kHuber) o.penalty = {false, 1, t, 0.5};
+    PredictionLossOptions o{.predictions = {},
+                            .targets = {},
+                            .masks = {},
+                            .weights = {},
+                            .normalization = v.normalization,
+                            .penalty = {.square = true, .slope = 0, .limit = 0, .half_width = 0},
+                            .eps = kEps,
+                            .reduction = v.reduction};
+    if (v.type == LossType::kSmoothL1)
+      o.penalty = {.square = false, .slope = 1 / t, .limit = 1, .half_width = t / 2};
+    if (v.type == LossType::kHuber)
+      o.penalty = {.square = false, .slope = 1, .limit = t, .half_width = 0.5};
     const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
     const bool masked = std::any_of(levels.begin(), levels.end(),
                                     [](const Level& l) { return l.shape.mask != Mask::kNone; });
@@ -233,16 +242,16 @@ struct Inputs {
       o.targets.push_back(level.sides[1].tensor());
       o.weights.push_back(level.numbers.weight);
       if (!masked) continue;
-      const bool keeps_all = level.numbers.mask.empty();
-      o.masks.push_back(keeps_all ? torch::stable::from_blob(level.sides[0].tensor().data_ptr(),
-                                                             {0}, {1}, cpu, ScalarType::Bool)
-                                  : level.mask.tensor());
+      const bool includes_all = level.numbers.mask.empty();
+      o.masks.push_back(includes_all ? torch::stable::from_blob(level.sides[0].tensor().data_ptr(),
+                                                                {0}, {1}, cpu, ScalarType::Bool)
+                                     : level.mask.tensor());
     }
     return o;
   }
 
-  PredictionUpstream upstream(const Variant& v) const {
-    PredictionUpstream u;
+  PredictionLossUpstream upstream(const Variant& v) const {
+    PredictionLossUpstream u;
     if (v.upstream & kOfLoss) u.loss = of_loss->tensor();
     if (v.upstream & kOfUnweighted) u.unweighted = of_unweighted->tensor();
     if (v.upstream & kOfLevels)
@@ -275,11 +284,12 @@ enum Result { kLoss, kUnweighted, kLevels, kStatistics, kScales, kGradients };
 
 template <typename T>
 Results run(const Inputs& in, const Variant& v) {
-  const PredictionOptions options = in.options(v);
-  const auto [loss, unweighted, levels, statistics, scales] = prediction_loss<T>(options);
+  const PredictionLossOptions options = in.options(v);
+  const auto [loss, unweighted, levels, statistics, scales] = prediction_loss_forward<T>(options);
+  const PredictionLossSaved saved{.statistics = statistics, .scales = scales};
   const auto [of_predictions, of_targets] =
-      prediction_loss_backward<T>(options, in.upstream(v), statistics, scales, v.targets_too);
-  CHECK(of_targets.size() == (v.targets_too ? of_predictions.size() : 0),
+      prediction_loss_backward<T>(options, in.upstream(v), saved, v.with_targets);
+  CHECK(of_targets.size() == (v.with_targets ? of_predictions.size() : 0),
         "%s: %zu gradients of targets", in.problem.name, of_targets.size());
   Results results;
   for (const Tensor& t : {loss, unweighted, levels, statistics, scales})
@@ -308,12 +318,12 @@ void check_rows(const std::string& what, const double* actual, const PredictionI
   Bounded of_worst;
   double largest = -1;
   for (int64_t r = 0; r < level.rows && largest < 2; ++r) {
-    const bool keeps = level.keeps(r);
+    const bool included = level.includes(r);
     const Bounded* const row = expected.data() + r % level.given() * width;
     for (int64_t k = 0; k < width; ++k) {
       Bounded e;
-      if (keeps) e = row[k];
-      if (keeps && narrow > 0) e.bound += narrow * (std::fabs(e.value) + e.bound) + least;
+      if (included) e = row[k];
+      if (included && narrow > 0) e.bound += narrow * (std::fabs(e.value) + e.bound) + least;
       const double error = std::fabs(actual[r * width + k] - e.value);
       const double share = error == 0 ? 0 : error / e.bound;
       if (share <= largest) continue;
@@ -349,7 +359,7 @@ void check_results(const std::string& name, const Inputs& in, const Variant& v,
     }
     check_rows(of_level + ": statistics", actual[kStatistics].data() + 2 * row, level,
                e.statistics);
-    for (int side = 0; side < (v.targets_too ? 2 : 1); ++side) {
+    for (int side = 0; side < (v.with_targets ? 2 : 1); ++side) {
       const ScalarType dtype = in.levels[l].shape.dtypes[side];
       check_rows(of_level + (side == 0 ? ": gradient" : ": gradient of the target"),
                  actual[kGradients + side * count + l].data(), level, e.gradients[side],
@@ -453,7 +463,7 @@ CJEPA_TEST(masks) {
     check_small(
         {.name = "masks",
          .levels = {{4, 9, 13, {kBf16, kFloat}, {kPatches, kContiguous}, Mask::kSome, apart},
-                    {12, 0, 16, {kFloat, kFloat}, {}, Mask::kKeepsAll},
+                    {12, 0, 16, {kFloat, kFloat}, {}, Mask::kIncludesAll},
                     {2, 7, 5, {kFloat, kHalf}, {kContiguous, kPatches}, Mask::kSome, !apart}}});
     check_small({.name = "all dropped",
                  .levels = {{3, 4, 9, {kFloat, kBf16}, {}, Mask::kDropsAll, apart}}});
@@ -515,7 +525,7 @@ CJEPA_TEST(past_the_caches) {
   };
   check_variants({.name = "past the caches",
                   .levels = {shape(500, 128, kFloat, kFloat, Mask::kSome),
-                             shape(500, 51, kFloat, kFloat, Mask::kKeepsAll),
+                             shape(500, 51, kFloat, kFloat, Mask::kIncludesAll),
                              shape(700, 40, kBf16, kFloat, Mask::kSome)},
                   .zero_rows = true},
                  l2, {1, 3}, 1);
@@ -562,7 +572,7 @@ CJEPA_TEST(not_a_number) {
     const Inputs inputs(
         {.name = "NaN", .levels = {{3, 4, 37, {dtype, dtype}}, {4, 0, 9, {other, other}}}});
     for (Variant v : variants()) {
-      v.upstream = kOfLoss | kOfLevels, v.targets_too = true;
+      v.upstream = kOfLoss | kOfLevels, v.with_targets = true;
       for (const int side : {0, 1})
         dtype == kDouble ? check_not_a_number<double>(inputs, v, side)
                          : check_not_a_number<float>(inputs, v, side);

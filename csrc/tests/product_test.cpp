@@ -16,16 +16,16 @@ void check_coefficients(const TileCore<T, P>& core, const char* kind, int64_t he
   const int64_t vector = core.panel / 2;
   // Nothing beyond `width` is touched if it holds a vector, else one vector is; pairs are whole.
   const int64_t covered = round_up(std::max(width, vector), kPairs);
-  const int64_t kept_stride = covered + 5;
-  const Guarded<T> kept((height - 1) * kept_stride + covered);
+  const int64_t stored_stride = covered + 5;
+  const Guarded<T> stored((height - 1) * stored_stride + covered);
   const Guarded<T> row_shift(height), row_weight(height);
   const Guarded<T> column_shift(covered), column_weight(covered);
   const int64_t last_row = (over_rows ? height / kPairs : height) - 1;
   const Guarded<P> out(last_row * kCoefficientStride + (over_rows ? covered : covered / kPairs));
 
   Coefficients<T, P> c{};
-  c.kept = kept.get();
-  c.kept_stride = kept_stride;
+  c.stored = stored.get();
+  c.stored_stride = stored_stride;
   c.height = height;
   c.width = width;
   c.exponent = make_exponent<T>(constant_shift ? 0.1 : 0.01, constant_shift);
@@ -49,9 +49,9 @@ void check_coefficients(const TileCore<T, P>& core, const char* kind, int64_t he
       const bool excluded = random.chance(0.1);
       const double s = std::min(row_shift[i], column_shift[j]) - random.uniform(0, 1.2);
       if (constant_shift) {
-        kept[i * kept_stride + j] = static_cast<T>(excluded ? 0 : std::exp(10 * s - 10));
+        stored[i * stored_stride + j] = static_cast<T>(excluded ? 0 : std::exp(10 * s - 10));
       } else {
-        kept[i * kept_stride + j] =
+        stored[i * stored_stride + j] =
             excluded ? -std::numeric_limits<T>::infinity() : static_cast<T>(s);
       }
     }
@@ -62,7 +62,7 @@ void check_coefficients(const TileCore<T, P>& core, const char* kind, int64_t he
   Matrix<Exact> seen(height, covered);
   for (int64_t i = 0; i < height; ++i) {
     for (int64_t j = 0; j < width; ++j) {
-      const Exact x = kept[i * kept_stride + j];
+      const Exact x = stored[i * stored_stride + j];
       const Exact wa = row_weight[i], wb = column_weight[j];
       Exact expected = 0, error = 0;
       if (constant_shift) {

@@ -80,16 +80,16 @@ void check_finish(const TileCore<T, P>& core, const char* kind, int64_t count, b
   f.own = own.get();
   f.positive = positive.get();
   f.unit = cosine ? unit.get() : nullptr;
-  f.pull = static_cast<T>(random.uniform(0, 2));
+  f.positive_weight = static_cast<T>(random.uniform(0, 2));
   f.factor = static_cast<T>(random.uniform(0.5, 2));
   f.norm = cosine ? static_cast<T>(random.uniform(0.5, 2)) : T{1};
   f.features = count;
 
   std::vector<Exact> g(count), error(count);
   for (int64_t d = 0; d < count; ++d) {
-    const Exact pulled = Exact{f.pull} * positive[d];
-    g[d] = (gradient[d] - pulled) * f.factor;
-    error[d] = 3 * kRoundoff<T> * (std::fabs(gradient[d]) + std::fabs(pulled)) * f.factor;
+    const Exact weighted = Exact{f.positive_weight} * positive[d];
+    g[d] = (gradient[d] - weighted) * f.factor;
+    error[d] = 3 * kRoundoff<T> * (std::fabs(gradient[d]) + std::fabs(weighted)) * f.factor;
   }
   // A dot product with numbers that are off by `error` themselves.
   const auto along = [&](const Guarded<T>& x) {

@@ -43,7 +43,7 @@ Expected<T> expect(const Matrix<T>& x, const Matrix<T>& y, const Place& p, int64
 }
 
 struct Mode {
-  bool constant_shift, masked, sums, kept, past_caches, priors;
+  bool constant_shift, masked, sums, stored, past_caches, priors;
   double tau;
 };
 
@@ -74,13 +74,13 @@ class TileCheck {
         column_max_before_(width_) {
     name_ = std::string(kind) + ", " + place.name + ", D = " + std::to_string(x.depth) +
             (mode.masked ? ", mask" : "") + (mode.sums ? "" : ", no sums") +
-            (mode.constant_shift ? "" : ", running maxima") + (mode.kept ? "" : ", not kept") +
+            (mode.constant_shift ? "" : ", running maxima") + (mode.stored ? "" : ", not stored") +
             (mode.past_caches ? ", past caches" : "") + (mode.priors ? ", priors" : "");
     if (mode.masked) make_mask(random);
     set_priors(random, row_sum_, row_max_, row_sum_before_, row_max_before_);
     set_priors(random, column_sum_, column_max_, column_sum_before_, column_max_before_);
     run(x, y);
-    check_kept();
+    check_stored();
     if (mode.sums) {
       check_sums();
       check_positives();
@@ -127,7 +127,7 @@ class TileCheck {
     t.exclusion = {place_.rows, place_.columns, place_.self, mask_ ? mask_->get() : nullptr,
                    mask_stride()};
     t.exponent = exponent_;
-    t.out = mode_.kept ? out_.get() + begin : nullptr;
+    t.out = mode_.stored ? out_.get() + begin : nullptr;
     t.out_stride = stride_;
     t.past_caches = mode_.past_caches;
     if (mode_.sums) {
@@ -160,14 +160,14 @@ class TileCheck {
   }
 
   // What is written: the tile, of one on the diagonal the part above it and its mirror image.
-  void check_kept() const {
+  void check_stored() const {
     const int64_t begin = place_.column - place_.first_column;
     for (int64_t i = 0; i < kBlock; ++i) {
       for (int64_t c = 0; c < stride_; ++c) {
         const int64_t at = i * stride_ + c;
         const int64_t upper = on_diagonal() ? std::min(i, c) : i;
         const int64_t j = (on_diagonal() ? std::max(i, c) : c) - begin;
-        if (!mode_.kept || i >= height_ || j < 0 || j >= width_) {
+        if (!mode_.stored || i >= height_ || j < 0 || j >= width_) {
           CHECK(out_.untouched(at), "%s: (%ld, %ld)", name_.c_str(), i, c);
         } else if (!counts(upper, j)) {
           const Exact excluded = mode_.constant_shift ? 0 : -kInfinity;
@@ -285,7 +285,7 @@ void check_place(const TileCore<T, P>& core, const char* kind, const Place& plac
   const Expected<T> expected = expect(x, y, place, high, wide);
   for (const bool masked : {false, true}) {
     if (masked && !place.self) continue;
-    // constant_shift, masked, sums, kept, past_caches, priors, tau
+    // constant_shift, masked, sums, stored, past_caches, priors, tau
     for (const Mode& mode : {Mode{true, masked, true, false, false, false, 0.1},
                              Mode{true, masked, true, true, false, true, 0.07},
                              Mode{true, masked, true, true, true, false, 0.5},

@@ -5,8 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <cstring>
 #include <optional>
@@ -16,28 +14,11 @@
 #include <utility>
 #include <vector>
 
+#include "../cpu/tensors.h"
 #include "check.h"
 #include "threads.h"
 
 namespace cjepa::test {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Calls run with a number of the type that a dtype stands for.
-template <typename Run>
-auto with_number(ScalarType dtype, const Run& run) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return run(double());
-    case ScalarType::Half:
-      return run(torch::headeronly::Half());
-    case ScalarType::BFloat16:
-      return run(torch::headeronly::BFloat16());
-    default:
-      return run(float());
-  }
-}
 
 template <ScalarType dtype>
 double round_through(double x) {

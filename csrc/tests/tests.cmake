@@ -37,9 +37,25 @@ endfunction()
 if(CJEPA_SANITIZE AND EXISTS /proc/cpuinfo)
   file(STRINGS /proc/cpuinfo flags REGEX "avx512vl" LIMIT_COUNT 1)
   if(NOT flags)
-    set_property(SOURCE csrc/cpu/tile_core_avx512.cpp csrc/cpu/tile_core_avx512_bf16.cpp
-      APPEND PROPERTY COMPILE_OPTIONS -O0 -fno-sanitize=all)
+    set_property(SOURCE ${core}_avx512.cpp ${core}_avx512_bf16.cpp APPEND
+      PROPERTY COMPILE_OPTIONS -O0 -fno-sanitize=all)
   endif()
+endif()
+
+# Every header includes what it uses: a file that includes nothing else compiles. A header of the core
+# is compiled as the baseline compiles it.
+if(NOT CJEPA_SANITIZE)
+  file(GLOB headers CONFIGURE_DEPENDS csrc/*.h csrc/cpu/*.h csrc/cpu/core/*.h)
+  foreach(header ${headers})
+    get_filename_component(name ${header} NAME_WE)
+    file(GENERATE OUTPUT ${CMAKE_BINARY_DIR}/headers/${name}.cpp CONTENT "#include \"${header}\"\n")
+    list(APPEND header_sources ${CMAKE_BINARY_DIR}/headers/${name}.cpp)
+  endforeach()
+  add_library(headers OBJECT ${header_sources})
+  cjepa_configure_tests(headers)
+  cjepa_link_torch(headers)
+  target_compile_definitions(headers PRIVATE CJEPA_VECTOR_BYTES=16 CJEPA_MICRO_ROWS=6)
+  add_dependencies(cpp_tests headers)
 endif()
 
 # The expected values: quick, and nothing that a sanitizer is to look at.

@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from cjepa_kernels import nt_xent
+from cjepa_kernels import nt_xent, plot_style
 from cjepa_kernels.bench import (
     candidates,
     cli,
@@ -31,7 +31,6 @@ from cjepa_kernels.bench import (
     formulas,
     machine,
     memory,
-    plot_style,
     plots,
     report,
     tensor_bytes,

@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
+from cjepa_kernels import plot_style
 from cjepa_kernels.bench import (
     candidates,
     cli,
     comparison,
-    plot_style,
     plots,
     records,
     report,

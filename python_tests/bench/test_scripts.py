@@ -13,8 +13,8 @@ import torch
 from bench_scripts import ROOT, leaves, load, run_script
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 
-from cjepa_kernels import backends, nt_xent
-from cjepa_kernels.bench import candidates, errors, formulas, plot_style, records
+from cjepa_kernels import backends, nt_xent, plot_style
+from cjepa_kernels.bench import candidates, errors, formulas, records
 from cjepa_kernels.bench.candidates import DIRECTIONS
 from cjepa_kernels.bench.sizes import Size, views
 
@@ -233,7 +233,7 @@ def test_micro_benchmarks_run_once_without_timing() -> None:
 
 @needs_native
 def test_cjepa_loss_prints_times_and_ratios() -> None:
-    result = run_script("bench/cjepa_loss.py", "--quick")
+    result = run_script("bench/prediction_loss.py", "--quick")
     assert result.returncode == 0, result.stderr
     for text in ("prediction / byte limit, fresh gradient", "eager / native, whole", "at least 8"):
         assert text in result.stdout
@@ -241,7 +241,7 @@ def test_cjepa_loss_prints_times_and_ratios() -> None:
 
 @needs_native
 def test_cjepa_loss_compares_equal_formulas() -> None:
-    bench = load("cjepa_loss")
+    bench = load("prediction_loss")
     inputs = bench.Inputs(bench.QUICK[0])
     runs = bench.candidates(inputs)
     for part in ("prediction", "whole"):

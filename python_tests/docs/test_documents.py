@@ -36,6 +36,7 @@ def prose(document: Path) -> str:
 def commands(document: Path) -> Iterator[str]:
     """What the document shows as code and is not Python: lines of blocks, and words in the text."""
     text = document.read_text(encoding="utf-8")
+    text = re.sub(r"^Measured by `[^`]+`", "", text, flags=re.MULTILINE)  # A command of its commit.
     for match in FENCED.finditer(text):
         if match[2] != "python":
             yield from match[3].splitlines()

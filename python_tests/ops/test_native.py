@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import platform
 import subprocess
@@ -24,6 +25,7 @@ from cjepa_kernels import (
     NTXentOutput,
     backends,
     cross_logsumexp,
+    definitions,
     nt_xent,
     ops,
     reference,
@@ -332,6 +334,30 @@ def test_python_knows_how_much_is_kept(rows: int) -> None:
     z = torch.randn(rows // 2, 2)
     out = ops.operator("nt_xent")(z, z, None, None, 0.1, True, 1e-8, "mean", None, True)
     assert out[-1].numel() == ops.saved_exponentials_size(rows)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 96, 97, 1534, 1535, 1536, 1537, 10_000])
+def test_python_counts_the_saved_exponentials_as_the_module_does(rows: int) -> None:
+    module = compiled_module()
+    assert module is not None
+    assert ops.saved_exponentials_size(rows) == module.saved_exponentials_size(rows)
+
+
+def test_python_and_the_module_hold_the_same_numbers() -> None:
+    module = compiled_module()
+    assert module is not None
+    constants = module.constants()
+    assert constants["smallest_temperature"] == definitions.SMALLEST
+    assert constants["largest_temperature"] == definitions.LARGEST
+    assert constants["layer_eps"] == definitions.LAYER_EPS
+
+
+def test_triton_and_the_module_hold_the_same_numbers() -> None:
+    pytest.importorskip("triton")
+    launch = importlib.import_module("cjepa_kernels.triton.launch")
+    module = compiled_module()
+    assert module is not None
+    assert module.constants()["few_rows"] == launch.FEW
 
 
 def test_exponentials_are_kept_for_a_gradient_within_the_budget(

@@ -17,7 +17,8 @@ from rich.console import Console
 from cjepa_kernels.train import compare as compare_module
 from cjepa_kernels.train import runner
 from cjepa_kernels.train.compare import arm_config, compare
-from cjepa_kernels.train.comparison import (
+from cjepa_kernels.train.config import ExperimentConfig, apply_overrides
+from cjepa_kernels.train.evaluation.comparison import (
     ArmRun,
     Comparison,
     Summary,
@@ -28,11 +29,10 @@ from cjepa_kernels.train.comparison import (
     save_comparison,
     text_tables,
 )
-from cjepa_kernels.train.config import ExperimentConfig, apply_overrides
-from cjepa_kernels.train.evaluate import ProbeSizes
-from cjepa_kernels.train.run_directory import RunResult
-from cjepa_kernels.train.uncertainty import difference_margin, wilson
-from cjepa_kernels.train.worker_pool import JobError
+from cjepa_kernels.train.evaluation.probes import ProbeSizes
+from cjepa_kernels.train.evaluation.uncertainty import difference_margin, wilson
+from cjepa_kernels.train.loop.run_directory import RunResult
+from cjepa_kernels.train.loop.worker_pool import JobError
 
 SMALL = apply_overrides(
     ExperimentConfig(),

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from cjepa_kernels.train import runner
 from cjepa_kernels.train.cli import app
 from cjepa_kernels.train.config import config_from_dict
-from cjepa_kernels.train.data import load_dataset
-from cjepa_kernels.train.data_summary import summarize
+from cjepa_kernels.train.data.dataset import load_dataset
+from cjepa_kernels.train.data.summary import summarize
 
 CONFIG = str(ROOT / "configs" / "cjepa.yaml")
 

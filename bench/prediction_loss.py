@@ -1,0 +1,201 @@
+"""Time of the prediction loss and of the whole C-JEPA loss, with eager PyTorch beside them.
+
+    python bench/prediction_loss.py [--seconds 4] [--quick] [--no-save]
+
+Forward + backward, fp32, medians of interleaved runs; three levels with weights 1, 0.5, 0.25, both
+sides L2-normalised, smooth-L1; NT-Xent on the CLS rows of features (B, N+1, D), whose gradients
+are computed too. Each case gives
+
+    prediction   the prediction term alone, and its byte limit: four reads of what it reads and a
+                 write into a gradient that is allocated afresh, or into one that exists already
+    contrastive  NT-Xent alone, on contiguous rows
+    whole        ``ContrastiveJEPALoss`` with the gradients of all inputs
+
+A target that is missed is reported, never an error. Writes bench/results/cjepa_loss_cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, backends
+from cjepa_kernels.bench import formulas
+from cjepa_kernels.bench.records import write_results
+from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.bench.timing import interleaved
+
+Record = dict[str, Any]
+
+WEIGHTS = (1.0, 0.5, 0.25)
+CONTRASTIVE_WEIGHT = 0.1
+LEAST, MOST = "at least", "at most"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Pairs, patches of each level and features, with what the ratios are to be."""
+
+    batch: int
+    patches: tuple[int, int, int]
+    features: int
+    speedup: float | None
+    over_limit: float | None
+    whole_speedup: float | None
+
+    @property
+    def name(self) -> str:
+        return f"B={self.batch} N={'/'.join(map(str, self.patches))} D={self.features}"
+
+
+FULL = (
+    Case(64, (196, 49, 16), 768, 10, 2, 8),
+    Case(128, (196, 49, 16), 768, 10, 2, 8),
+    Case(2048, (16, 4, 1), 384, None, None, 5),
+    Case(16, (16, 4, 1), 192, None, None, None),
+)
+QUICK = (Case(4, (9, 4, 1), 16, 10, 2, 8),)
+
+
+class Inputs:
+    """Random inputs of a case; every one that a training step differentiates asks for it."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        shapes = [(case.batch, n, case.features) for n in case.patches]
+        self.predictions = [torch.randn(shape).requires_grad_() for shape in shapes]
+        self.targets = [torch.randn(shape) for shape in shapes]
+        with_cls = (case.batch, case.patches[0] + 1, case.features)
+        self.features = [torch.randn(with_cls).requires_grad_() for _ in range(2)]
+        rows = (case.batch, case.features)
+        self.rows = [torch.randn(rows).requires_grad_() for _ in range(2)]
+        self.existing = [torch.empty(shape) for shape in shapes]
+
+
+def candidates(inputs: Inputs) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    prediction = HJEPALoss(hierarchy_weights=list(WEIGHTS))
+    whole = ContrastiveJEPALoss(
+        prediction, contrastive_weight=CONTRASTIVE_WEIGHT, contrastive_on_context=True
+    )
+    p, t, features, rows = inputs.predictions, inputs.targets, inputs.features, inputs.rows
+
+    def eager_prediction() -> Tensor:
+        return formulas.hjepa_prediction(p, t, list(WEIGHTS))
+
+    def eager_whole() -> Tensor:
+        contrastive = formulas.eager(features[0][:, 0], features[1][:, 0])
+        return eager_prediction() + CONTRASTIVE_WEIGHT * contrastive
+
+    def read_four_times() -> None:
+        for x in (*p, *t) * 2:
+            x.detach().sum()
+
+    def fresh_limit() -> None:
+        read_four_times()
+        for x in p:
+            torch.empty_like(x, requires_grad=False).fill_(1.0)
+
+    def existing_limit() -> None:
+        read_four_times()
+        for x in inputs.existing:
+            x.fill_(1.0)
+
+    return {
+        "prediction forward": lambda: prediction(p, t)["loss"],
+        "prediction": lambda: torch.autograd.grad(prediction(p, t)["loss"], p),
+        "eager prediction": lambda: torch.autograd.grad(eager_prediction(), p),
+        "limit, fresh gradient": fresh_limit,
+        "limit, existing gradient": existing_limit,
+        "contrastive": lambda: torch.autograd.grad(whole.contrastive(*rows)["loss"], rows),
+        "eager contrastive": lambda: torch.autograd.grad(formulas.eager(rows[0], rows[1]), rows),
+        "whole": lambda: torch.autograd.grad(whole(p, t, *features)["loss"], p + features),
+        "eager whole": lambda: torch.autograd.grad(eager_whole(), p + features),
+    }
+
+
+def measure(case: Case, seconds: float) -> tuple[list[Record], list[Record]]:
+    """Times of a case, and its ratios with their targets."""
+    times = interleaved(candidates(Inputs(case)), seconds=seconds)
+    cell = {"B": case.batch, "N": list(case.patches), "D": case.features}
+    medians = {name: summary["median"] for name, summary in times.items()}
+    rows = [
+        {**cell, "name": name, "share_of_whole": medians[name] / medians["whole"], **summary}
+        for name, summary in times.items()
+    ]
+    limit, fresh, existing = "prediction / byte limit", "fresh gradient", "existing gradient"
+    ratios = []
+    for name, over, under, bound, target in (
+        ("eager / native, prediction", "eager prediction", "prediction", LEAST, case.speedup),
+        ("eager / native, contrastive", "eager contrastive", "contrastive", LEAST, None),
+        ("eager / native, whole", "eager whole", "whole", LEAST, case.whole_speedup),
+        (f"{limit}, {fresh}", "prediction", f"limit, {fresh}", MOST, case.over_limit),
+        (f"{limit}, {existing}", "prediction", f"limit, {existing}", MOST, None),
+    ):
+        ratio, verdict = medians[over] / medians[under], ""
+        if target is not None:
+            met = ratio >= target if bound == LEAST else ratio <= target
+            verdict = "met" if met else "missed"
+        judged = {"ratio": ratio, "target": target, "bound": bound, "verdict": verdict}
+        ratios.append({**cell, "name": name, **judged})
+    return rows, ratios
+
+
+def print_case(rows: list[Record], ratios: list[Record]) -> None:
+    """The two tables of a case."""
+    print_table(
+        ["", "ms", "p20", "p80", "share of the whole"],
+        [
+            [
+                row["name"],
+                *(f"{1e3 * row[key]:.3f}" for key in ("median", "p20", "p80")),
+                f"{100 * row['share_of_whole']:.0f} %",
+            ]
+            for row in rows
+        ],
+    )
+    print_table(
+        ["ratio", "", "target", ""],
+        [
+            [
+                entry["name"],
+                f"{entry['ratio']:.2f}",
+                "" if entry["target"] is None else f"{entry['bound']} {entry['target']:g}",
+                entry["verdict"],
+            ]
+            for entry in ratios
+        ],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, help="time for each case (default 20)")
+    parser.add_argument("--quick", action="store_true", help="one tiny case")
+    parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
+    options = parser.parse_args()
+    if not backends()["native"].available:
+        raise SystemExit(f"This times the native back end: {backends()['native'].reason}")
+    default = 0.05 if options.quick else 20.0
+    rows: list[Record] = []
+    targets: list[Record] = []
+    for case in QUICK if options.quick else FULL:
+        print(f"\n{case.name}", flush=True)
+        seconds = default if options.seconds is None else options.seconds
+        of_case, ratios = measure(case, seconds)
+        print_case(of_case, ratios)
+        rows += of_case
+        targets += ratios
+    if not (options.quick or options.no_save):
+        print(f"written: {write_results('cjepa_loss_cpu', rows, targets=targets)}")
+
+
+if __name__ == "__main__":
+    main()
