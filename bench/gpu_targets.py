@@ -131,39 +131,84 @@ def _targets(results: Results, sizes: Sizes) -> Iterator[Target]:
         (BOTH, MM3, "three products", 0.9),
     ):
         for size in sizes.targets:
-            value = ratio("targets", size, direction, (OURS, products))
-            yield Target(f"{direction} / {count}", "targets", size, "<=", bound, value)
+            yield Target(
+                target=f"{direction} / {count}",
+                part="targets",
+                size=size,
+                relation="<=",
+                bound=bound,
+                value=ratio("targets", size, direction, (OURS, products)),
+            )
     for part, other, bound, measured_at in (
         ("targets", AUTOCAST, 8, sizes.targets),
         ("compiled", COMPILED, 4, sizes.compiled),
         ("inf_cl", INF_CL, 10, (sizes.inf_cl,)),
     ):
         for size in measured_at:
-            value = ratio(part, size, BOTH, (other, OURS))
-            yield Target(f"{other} / {BOTH}", part, size, ">=", bound, value)
+            yield Target(
+                target=f"{other} / {BOTH}",
+                part=part,
+                size=size,
+                relation=">=",
+                bound=bound,
+                value=ratio(part, size, BOTH, (other, OURS)),
+            )
     seconds = medians.get(("targets", *UTILISATION, FORWARD, OURS))
     rates = [record["flops"] for record in results["matmul"] if record["size"] == sizes.product]
     flops = 2 * UTILISATION.rows**2 * UTILISATION.features
-    value = flops / seconds / rates[0] if seconds and rates else None
-    name = f"FLOP/s of the forward, all M² counted / those of a product of {sizes.product}³"
-    yield Target(name, "targets", UTILISATION, ">=", 1.1, value)
+    yield Target(
+        target=f"FLOP/s of the forward, all M² counted / those of a product of {sizes.product}³",
+        part="targets",
+        size=UTILISATION,
+        relation=">=",
+        bound=1.1,
+        value=flops / seconds / rates[0] if seconds and rates else None,
+    )
     for part, how, bound in (
         ("latency", "as called", 0.5),
         ("latency_graphed", "CUDA graphs", 0.8),
     ):
         for size in sizes.latency:
-            value = ratio(part, size, BOTH, (OURS, EAGER))
-            yield Target(f"latency of {BOTH} / {EAGER}, {how}", part, size, "<=", bound, value)
-    value = ratio("prediction", sizes.prediction, BOTH, (OURS, BYTES))
-    yield Target("prediction loss / its bytes", "prediction", sizes.prediction, "<=", 1.3, value)
-    over_input = {record["M"]: record["over_input"] for record in results["memory"]}
-    largest = max(over_input, default=None) if LARGEST in sizes.memory else None
-    yield Target(f"largest M of {BOTH}", "memory", LARGEST, ">=", LARGEST.rows, largest)
-    extra = over_input.get(LARGEST.rows)
-    yield Target("memory beyond the gradients / input", "memory", LARGEST, "<=", 4, extra)
-    first = next((record["seconds"] for record in results["first_use"]), None)
+            yield Target(
+                target=f"latency of {BOTH} / {EAGER}, {how}",
+                part=part,
+                size=size,
+                relation="<=",
+                bound=bound,
+                value=ratio(part, size, BOTH, (OURS, EAGER)),
+            )
     yield Target(
-        "seconds of the first use, compiling", "first_use", sizes.first_use, "<=", 20, first
+        target="prediction loss / its bytes",
+        part="prediction",
+        size=sizes.prediction,
+        relation="<=",
+        bound=1.3,
+        value=ratio("prediction", sizes.prediction, BOTH, (OURS, BYTES)),
+    )
+    over_input = {record["M"]: record["over_input"] for record in results["memory"]}
+    yield Target(
+        target=f"largest M of {BOTH}",
+        part="memory",
+        size=LARGEST,
+        relation=">=",
+        bound=LARGEST.rows,
+        value=max(over_input, default=None) if LARGEST in sizes.memory else None,
+    )
+    yield Target(
+        target="memory beyond the gradients / input",
+        part="memory",
+        size=LARGEST,
+        relation="<=",
+        bound=4,
+        value=over_input.get(LARGEST.rows),
+    )
+    yield Target(
+        target="seconds of the first use, compiling",
+        part="first_use",
+        size=sizes.first_use,
+        relation="<=",
+        bound=20,
+        value=next((record["seconds"] for record in results["first_use"]), None),
     )
 
 

@@ -39,7 +39,7 @@ from cjepa_kernels.bench import (
 from cjepa_kernels.bench.candidates import CANDIDATES, EAGER, MM, OURS
 from cjepa_kernels.bench.comparison import Comparison, Settings
 from cjepa_kernels.bench.sizes import Size, views
-from cjepa_kernels.train.cli import app
+from cjepa_kernels.cli.application import app
 
 SIZE = Size(64, 16)
 TINY = Settings(

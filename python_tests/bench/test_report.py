@@ -356,5 +356,5 @@ def test_labels_keep_their_order_and_their_distance() -> None:
 
 
 def test_no_candidate_lacks_a_style_or_a_title() -> None:
-    assert plot_style.STYLES.keys() == {*CANDIDATES, MM}
+    assert plots.STYLES.keys() == {*CANDIDATES, MM}
     assert candidates.TITLES.keys() == {*CANDIDATES, *candidates.FURTHER_CANDIDATES, MM}
