@@ -91,19 +91,17 @@ def views(rows: int, features: int) -> tuple[Tensor, Tensor]:
     return z[0].clone().requires_grad_(), z[1].clone().requires_grad_()
 
 
-def start_rank(
-    rank: int, ranks: int, directory: str, task: str, arguments: tuple[Any, ...]
-) -> None:
+def start_rank(rank: int, ranks: int, directory: str, task: str, arguments: dict[str, Any]) -> None:
     """Join the group as one process, run the task, and write its result as JSON."""
     torch.set_num_threads(1)
     store = f"file://{directory}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-    result = TASKS[task](*arguments)
+    result = TASKS[task](**arguments)
     Path(directory, f"{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
 
-def on_ranks(ranks: int, task: str, *arguments: Any) -> list[Any]:
+def on_ranks(ranks: int, task: str, **arguments: Any) -> list[Any]:
     """Run a task on every rank of a new group; the results in the order of the ranks."""
     with tempfile.TemporaryDirectory() as directory:
         mp.start_processes(
@@ -177,7 +175,7 @@ def measure_times(sizes: tuple[tuple[int, int], ...], seconds: float) -> list[di
     rows = []
     for own_rows, features in sizes:
         print(f"measuring M_r={own_rows} D={features}", flush=True)
-        per_rank = on_ranks(2, "time", own_rows, features, seconds)
+        per_rank = on_ranks(2, "time", rows=own_rows, features=features, seconds=seconds)
         for name in per_rank[0]:
             figures = summary([rank[name] for rank in per_rank])
             rows.append({"M_r": own_rows, "D": features, "name": name, **figures})
@@ -215,7 +213,11 @@ def measure_memory(cases: tuple[tuple[int, int, int, bool], ...]) -> list[dict[s
     for ranks, rows, features, saved in cases:
         print(f"measuring the memory of {ranks} ranks of {rows} rows", flush=True)
         for strategy in STRATEGIES:
-            extra = max(on_ranks(ranks, "memory", strategy, saved, rows, features))
+            extra = max(
+                on_ranks(
+                    ranks, "memory", strategy=strategy, saved=saved, rows=rows, features=features
+                )
+            )
             records.append(
                 {
                     "strategy": strategy,

@@ -166,6 +166,7 @@ def gpu_median(part: str, size: tuple[int, int], name: str, direction: str = BOT
 def headline() -> str:
     rows, gpu = 8192, (65536, 256)
     at = record(CPU)["environment"]
+    machine = f"{at['threads']} threads of an {at['device']}, {at['instruction_set'].upper()}"
     eager, compiled, lightly, hjepa = (
         f"{median(CPU, rows, name) / median(CPU, rows, OURS):.1f}"
         for name in (EAGER, COMPILED, "lightly", "hjepa")
@@ -176,12 +177,12 @@ def headline() -> str:
     )
     products = gpu_median("targets", gpu, TRITON) / gpu_median("targets", gpu, MM3)
     return f"""
-Forward + backward of NT-Xent with D = 256 features. On the CPU ({at["threads"]} threads of an
-{at["device"]}, {at["instruction_set"].upper()}, fp32, {rows // 2:,} pairs) the loss is {eager}
-times as fast as the plain formula, {compiled} times as fast as `torch.compile` of it, {lightly}
-times as fast as lightly's formula and {hjepa} times as fast as H-JEPA's. On an NVIDIA H100 (bf16,
-{gpu[0] // 2:,} pairs) it is {eager_gpu} times as fast as the plain formula and {compiled_gpu} times
-as fast as `torch.compile` of it, and takes {products:.2f} of the time of its three matrix products.
+The bars show forward + backward of NT-Xent with D = 256 features. On the CPU ({machine}, fp32,
+{rows // 2:,} pairs) the loss is {eager} times as fast as the plain formula, {compiled} times as
+fast as `torch.compile` of it, {lightly} times as fast as lightly's formula and {hjepa} times as
+fast as H-JEPA's. On an NVIDIA H100 (bf16, {gpu[0] // 2:,} pairs) it is {eager_gpu} times as fast as
+the plain formula and {compiled_gpu} times as fast as `torch.compile` of it, and takes
+{products:.2f} of the time of its three matrix products.
 """
 
 
@@ -519,8 +520,9 @@ def mean_pooled(name: str) -> str:
     """The comparison's table of mean-pooled features."""
     content = load_comparison(ROOT / "docs" / "results" / f"{name}.json")
     return f"""
-Accuracy on the test images after {content.config["trainer"]["epochs"]} epochs, mean ± standard
-deviation over {len(content.seeds)} seeds, mean-pooled patch features:
+The table has the accuracy of mean-pooled patch features on the test images after
+{content.config["trainer"]["epochs"]} epochs, as mean ± standard deviation over
+{len(content.seeds)} seeds.
 
 {text_tables(content)[0].markdown()}
 """

@@ -24,8 +24,7 @@ from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.records import as_json
 from cjepa_kernels.bench.sizes import DTYPES, Size, parse_sizes
 from cjepa_kernels.extras import require
-from cjepa_kernels.files import atomic_write
-from cjepa_kernels.train.outputs import check_directory
+from cjepa_kernels.files import atomic_write, check_directory
 
 QUICK = Settings(
     sizes=QUICK_SIZES,
@@ -71,7 +70,7 @@ def bench(
     ] = OUT,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Compare time, peak memory and errors of the loss with those of other formulas, here."""
+    """Compare the loss with other formulas on this machine: time, peak memory and errors."""
     settings = make_settings(
         quick=quick,
         sizes=sizes,

@@ -181,6 +181,7 @@ def roofs(
         seconds=seconds,
         least=3,
         clock=clock_of(device),
+        shares=True,
     )
     return {
         "flops": 2 * edge**3 / times["flops"]["p20"],

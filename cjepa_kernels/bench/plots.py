@@ -1,4 +1,4 @@
-"""The plots of a comparison: time, memory, roofline, errors against the temperature."""
+"""The plots of a comparison, and the elements that other pictures share with them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib import rcParams
 from matplotlib.axes import Axes
@@ -17,10 +17,33 @@ from cjepa_kernels.bench.candidates import BOTH, CANDIDATES, COMPILED, EAGER, OU
 from cjepa_kernels.bench.comparison import Results
 from cjepa_kernels.bench.records import Record
 from cjepa_kernels.files import atomic_write
-from cjepa_kernels.plot_style import NATIVE, STYLES, Label, label_curves, svg, write_pngs
+from cjepa_kernels.plot_style import NATIVE, OTHER, Label, label_curves, svg, write_pngs
 
 Point = tuple[float, float]
 TALLEST_ERROR, SMALLEST_ERROR = 3.0, 1e-8
+
+
+class Style(NamedTuple):
+    """The looks of a candidate's curve. Its colour is legible on white and on near-black."""
+
+    colour: str
+    dash: Any
+    marker: str
+    width: float = 1.6
+
+
+STYLES = {
+    "cjepa_kernels": Style(NATIVE, "-", "o", 2.6),
+    "chunked": Style("#1f9d78", (0, (5, 1, 1, 1)), "D"),
+    "eager": Style("#d97706", (0, (5, 2)), "s"),
+    "compiled": Style("#c0504d", (0, (2, 1)), "^"),
+    "lightly": Style("#b05fa5", (0, (6, 1, 1, 1, 1, 1)), "v"),
+    "hjepa": Style("#8e6d46", (0, (8, 2)), "P"),
+    "metric_learning": Style("#7f8c3b", (0, (3, 1, 1, 1)), "X"),
+    "inf_cl": Style("#3d9fb3", (0, (4, 1, 2, 1)), "<"),
+    "siglip_kernel": Style("#7a70c8", (0, (1, 1, 3, 1)), ">"),
+    "mm": Style(OTHER, (0, (1, 1.5)), "."),
+}
 
 
 def widest_sweep(results: Results) -> int:
@@ -321,7 +344,7 @@ def draw_errors(
 
 
 def _within_errors(error: float) -> float:
-    """The error within the axis; NaN is as wrong as it gets."""
+    """The error within the axis. NaN counts as the tallest."""
     return TALLEST_ERROR if math.isnan(error) else min(max(error, SMALLEST_ERROR), TALLEST_ERROR)
 
 

@@ -418,8 +418,8 @@ def environment(config: ExperimentConfig) -> dict[str, Any]:
     program = Path(sys.argv[0]).name
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        # cli.py is the same program, started by python -m.
-        "command": " ".join(["cjepa" if program == "cli.py" else program, *sys.argv[1:]]),
+        # __main__.py is the same program, started by python -m.
+        "command": " ".join(["cjepa" if program == "__main__.py" else program, *sys.argv[1:]]),
         "commit": _commit(),
         "device": _device(config.trainer.accelerator),
         "cores": os.cpu_count(),

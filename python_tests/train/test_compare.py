@@ -173,7 +173,7 @@ def test_environment_is_recorded(compared: tuple[Comparison, Path, str]) -> None
 
 
 def test_recorded_command_is_one_that_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for program in ("/venv/bin/cjepa", "/somewhere/cjepa_kernels/train/cli.py"):
+    for program in ("/venv/bin/cjepa", "/somewhere/cjepa_kernels/cli/__main__.py"):
         monkeypatch.setattr("sys.argv", [program, "compare", "--seeds", "0"])
         assert compare_module.environment(SMALL)["command"] == "cjepa compare --seeds 0"
 
