@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -66,23 +67,23 @@ LARGEST = Size(2**21, 256)
 
 
 class Target(NamedTuple):
-    """A measured value and its bound.
+    """A measured value and its bound, an upper or a lower one.
 
     Attributes:
         target: What is compared with what.
         part: The part of the benchmark that measures it.
         size: At which rows and features.
-        relation: ``"<="`` where the bound is an upper one, else ``">="``.
-        bound: The bound.
         value: The measured value, None if there is none.
+        at_most: The upper bound.
+        at_least: The lower bound.
     """
 
     target: str
     part: str
     size: Size
-    relation: str
-    bound: float
     value: float | None
+    at_most: float = math.inf
+    at_least: float = -math.inf
 
 
 def judge(results: Results, sizes: Sizes) -> list[Record]:
@@ -93,8 +94,8 @@ def judge(results: Results, sizes: Sizes) -> list[Record]:
             "part": found.part,
             "M": found.size.rows,
             "D": found.size.features,
-            "relation": found.relation,
-            "bound": found.bound,
+            "relation": "<=" if found.at_most < math.inf else ">=",
+            "bound": found.at_most if found.at_most < math.inf else found.at_least,
             "value": found.value,
             "verdict": _verdict(found, results),
         }
@@ -104,9 +105,7 @@ def judge(results: Results, sizes: Sizes) -> list[Record]:
 
 def _verdict(target: Target, results: Results) -> str:
     if target.value is not None:
-        below = target.relation == "<="
-        met = target.value <= target.bound if below else target.value >= target.bound
-        return "met" if met else "missed"
+        return "met" if target.at_least <= target.value <= target.at_most else "missed"
     if any(record["part"] == target.part for record in results["missing"]):
         return "not installed"
     for section, verdict in (("failed", "failed"), ("out_of_memory", "out of memory")):
@@ -131,85 +130,40 @@ def _targets(results: Results, sizes: Sizes) -> Iterator[Target]:
         (BOTH, MM3, "three products", 0.9),
     ):
         for size in sizes.targets:
-            yield Target(
-                target=f"{direction} / {count}",
-                part="targets",
-                size=size,
-                relation="<=",
-                bound=bound,
-                value=ratio("targets", size, direction, (OURS, products)),
-            )
+            value = ratio("targets", size, direction, (OURS, products))
+            yield Target(f"{direction} / {count}", "targets", size, value, at_most=bound)
     for part, other, bound, measured_at in (
         ("targets", AUTOCAST, 8, sizes.targets),
         ("compiled", COMPILED, 4, sizes.compiled),
         ("inf_cl", INF_CL, 10, (sizes.inf_cl,)),
     ):
         for size in measured_at:
-            yield Target(
-                target=f"{other} / {BOTH}",
-                part=part,
-                size=size,
-                relation=">=",
-                bound=bound,
-                value=ratio(part, size, BOTH, (other, OURS)),
-            )
+            value = ratio(part, size, BOTH, (other, OURS))
+            yield Target(f"{other} / {BOTH}", part, size, value, at_least=bound)
     seconds = medians.get(("targets", *UTILISATION, FORWARD, OURS))
     rates = [record["flops"] for record in results["matmul"] if record["size"] == sizes.product]
     flops = 2 * UTILISATION.rows**2 * UTILISATION.features
-    yield Target(
-        target=f"FLOP/s of the forward, all M² counted / those of a product of {sizes.product}³",
-        part="targets",
-        size=UTILISATION,
-        relation=">=",
-        bound=1.1,
-        value=flops / seconds / rates[0] if seconds and rates else None,
-    )
+    value = flops / seconds / rates[0] if seconds and rates else None
+    name = f"FLOP/s of the forward, all M² counted / those of a product of {sizes.product}³"
+    yield Target(name, "targets", UTILISATION, value, at_least=1.1)
     for part, how, bound in (
         ("latency", "as called", 0.5),
         ("latency_graphed", "CUDA graphs", 0.8),
     ):
         for size in sizes.latency:
-            yield Target(
-                target=f"latency of {BOTH} / {EAGER}, {how}",
-                part=part,
-                size=size,
-                relation="<=",
-                bound=bound,
-                value=ratio(part, size, BOTH, (OURS, EAGER)),
-            )
-    yield Target(
-        target="prediction loss / its bytes",
-        part="prediction",
-        size=sizes.prediction,
-        relation="<=",
-        bound=1.3,
-        value=ratio("prediction", sizes.prediction, BOTH, (OURS, BYTES)),
-    )
+            value = ratio(part, size, BOTH, (OURS, EAGER))
+            yield Target(f"latency of {BOTH} / {EAGER}, {how}", part, size, value, at_most=bound)
+    size = sizes.prediction
+    value = ratio("prediction", size, BOTH, (OURS, BYTES))
+    yield Target("prediction loss / its bytes", "prediction", size, value, at_most=1.3)
     over_input = {record["M"]: record["over_input"] for record in results["memory"]}
-    yield Target(
-        target=f"largest M of {BOTH}",
-        part="memory",
-        size=LARGEST,
-        relation=">=",
-        bound=LARGEST.rows,
-        value=max(over_input, default=None) if LARGEST in sizes.memory else None,
-    )
-    yield Target(
-        target="memory beyond the gradients / input",
-        part="memory",
-        size=LARGEST,
-        relation="<=",
-        bound=4,
-        value=over_input.get(LARGEST.rows),
-    )
-    yield Target(
-        target="seconds of the first use, compiling",
-        part="first_use",
-        size=sizes.first_use,
-        relation="<=",
-        bound=20,
-        value=next((record["seconds"] for record in results["first_use"]), None),
-    )
+    largest = max(over_input, default=None) if LARGEST in sizes.memory else None
+    yield Target(f"largest M of {BOTH}", "memory", LARGEST, largest, at_least=LARGEST.rows)
+    extra = over_input.get(LARGEST.rows)
+    yield Target("memory beyond the gradients / input", "memory", LARGEST, extra, at_most=4)
+    name, size = "seconds of the first use, compiling", sizes.first_use
+    first = next((record["seconds"] for record in results["first_use"]), None)
+    yield Target(name, "first_use", size, first, at_most=20)
 
 
 def table(records: list[Record]) -> list[list[str]]:

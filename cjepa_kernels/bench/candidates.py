@@ -96,17 +96,13 @@ CANDIDATES = {
             devices=("cpu",),
         ),
         Candidate(EAGER, "plain formula", _of(formulas.eager)),
-        Candidate(
-            COMPILED,
-            "plain formula, compiled",
-            lambda temperature: formulas.compiled(temperature=temperature),
-        ),
+        Candidate(COMPILED, "plain formula, compiled", formulas.compiled),
         Candidate("lightly", "lightly's formula", _of(formulas.lightly)),
         Candidate("hjepa", "H-JEPA's formula", _of(formulas.hjepa)),
         Candidate(
             "metric_learning",
             "pytorch-metric-learning",
-            lambda temperature: formulas.metric_learning(temperature=temperature),
+            formulas.metric_learning,
             degree=3,
         ),
         Candidate(
@@ -122,7 +118,7 @@ CANDIDATES = {
         ),
     )
 }
-# What further scripts compare, and ``cjepa bench`` does not.
+# The scripts of bench/ compare these, and ``cjepa bench`` does not.
 FURTHER_CANDIDATES = {
     candidate.name: candidate
     for candidate in (
@@ -145,7 +141,7 @@ def find(name: str) -> Candidate:
 
 
 def is_peer(name: str) -> bool:
-    """Whether a candidate computes the same loss as ours, so that a verdict is due."""
+    """Whether a candidate other than ours computes the same loss, so that a verdict is due."""
     return name in CANDIDATES and CANDIDATES[name].same_loss and name != OURS
 
 
@@ -169,7 +165,7 @@ def backend_of(device: str) -> str:
 
 
 def try_out(candidate: Candidate, device: str, dtype: torch.dtype, temperature: float) -> None:
-    """Forward and backward of the candidate on a small input.
+    """Run forward and backward of the candidate on a small input.
 
     Raises:
         ImportError: If a library is missing; the message says how to get it.
@@ -182,7 +178,7 @@ def try_out(candidate: Candidate, device: str, dtype: torch.dtype, temperature: 
 def one_pass(
     formula: Formula, inputs: tuple[Tensor, Tensor], direction: str
 ) -> Callable[[], object]:
-    """Forward as in training, with gradients enabled, and the backward if it is asked for."""
+    """The call of a formula: forward with gradients enabled, then backward for ``BOTH``."""
     if direction == FORWARD:
         return lambda: formula(*inputs)
     return lambda: torch.autograd.grad(formula(*inputs), inputs)

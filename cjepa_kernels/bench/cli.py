@@ -70,7 +70,7 @@ def bench(
     ] = OUT,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Compare time, peak memory and errors of the loss with those of other formulas, here."""
+    """Compare the loss with other formulas on this machine: time, peak memory and errors."""
     settings = make_settings(
         quick=quick,
         sizes=sizes,

@@ -1,4 +1,4 @@
-"""The formulas that nt_xent is compared with, each as a project that users come from computes it.
+"""The formulas that nt_xent is compared with, each computed as in the project it is from.
 
 Every function takes ``z_i`` and ``z_j`` of (B, D) on any device and returns the mean loss over the
 M = 2B anchors. python_tests/bench/test_scripts.py holds them against the reference.
@@ -130,7 +130,7 @@ def hjepa(z_i: Tensor, z_j: Tensor, *, temperature: float = TEMPERATURE) -> Tens
     return loss
 
 
-def metric_learning(*, temperature: float = TEMPERATURE) -> Formula:
+def metric_learning(temperature: float = TEMPERATURE) -> Formula:
     """``NTXentLoss`` of pytorch-metric-learning itself, whose memory grows with M^3.
 
     Raises:
@@ -174,8 +174,8 @@ def hjepa_prediction(
     ).sum()
 
 
-def compiled(*, temperature: float = TEMPERATURE) -> Formula:
-    """``torch.compile`` of the plain formula, for one size."""
+def compiled(temperature: float = TEMPERATURE) -> Formula:
+    """The plain formula under ``torch.compile``, for one size."""
     torch._dynamo.reset()  # Else the sizes before count towards its limit of recompilations.
 
     def plain(z_i: Tensor, z_j: Tensor) -> Tensor:

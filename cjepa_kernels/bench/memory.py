@@ -21,7 +21,7 @@ from cjepa_kernels.bench.sizes import DTYPES, Size, views
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 WARM_UP = Size(128, 16)
-SECONDS = 300.0  # A process may take so long.
+SECONDS = 300.0  # Limit for one process.
 
 
 def supported(device: str) -> bool:
@@ -74,7 +74,7 @@ def _in_a_process(
 
 
 def _on_cpu(name: str, size: Size, dtype: str, temperature: float) -> int:
-    """In a new process: growth of the peak resident memory, in bytes."""
+    """Growth of the peak resident memory in bytes, in a new process."""
     # A compiled formula is compiled first, so that the compiler's memory is not counted.
     warm_up = size if name == candidates.COMPILED else WARM_UP
     formula = candidates.find(name).make(temperature)

@@ -1,4 +1,4 @@
-"""The plots of a comparison: time, memory, roofline, errors against the temperature."""
+"""The plots of a comparison, and the elements that other pictures share with them."""
 
 from __future__ import annotations
 
@@ -344,7 +344,7 @@ def draw_errors(
 
 
 def _within_errors(error: float) -> float:
-    """The error within the axis; NaN is as wrong as it gets."""
+    """The error within the axis. NaN counts as the tallest."""
     return TALLEST_ERROR if math.isnan(error) else min(max(error, SMALLEST_ERROR), TALLEST_ERROR)
 
 

@@ -17,6 +17,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from cjepa_kernels.files import atomic_write
+
 # "inner_tiles" are tiles of one plane without a mask, where the table has an entry for them.
 Kernel = Literal[
     "tiles", "inner_tiles", "strips", "owned", "coefficients", "products", "products_split"
@@ -163,8 +165,5 @@ def read(path: Path) -> list[Config]:
 
 def write(path: Path, found: list[Config]) -> None:
     """Save tuned choices. The file is replaced as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps([asdict(entry) for entry in found], indent=1))
-    temporary.replace(path)
+    atomic_write(path, json.dumps([asdict(entry) for entry in found], indent=1))
     forget()

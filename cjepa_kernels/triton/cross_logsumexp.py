@@ -34,38 +34,39 @@ def forward(
     packed_x, packed_y = (
         operands.pack((z,), cosine=use_cosine_similarity, eps=eps) for z in (x, y)
     )
-    constant = tau.constant_shift(use_cosine_similarity) and min(len(x), len(y)) > launch.FEW
+    rows, columns = x.shape[0], y.shape[0]
+    constant = tau.constant_shift(use_cosine_similarity) and min(rows, columns) > launch.FEW
     tiles = Tiles(packed_x, packed_y, operands=operands, temperature=tau, constant=constant)
     floats = tiles.new_floats
     out = CrossLogSumExpForward(
-        row_lse=floats(len(x)),
-        column_lse=floats(len(y)),
-        row_max=floats(len(x)),
-        column_max=floats(len(y)),
-        row_shift=floats(len(x)),
-        row_log_sum=floats(len(x)),
-        column_shift=floats(len(y)),
-        column_log_sum=floats(len(y)),
+        row_lse=floats(rows),
+        column_lse=floats(columns),
+        row_max=floats(rows),
+        column_max=floats(columns),
+        row_shift=floats(rows),
+        row_log_sum=floats(rows),
+        column_shift=floats(columns),
+        column_log_sum=floats(columns),
     )
     several = len(tiles.panels) > 1
     running_sum, running_max = (floats(packed_x.padded_rows if several else 0) for _ in range(2))
     for panel in tiles:
-        for columns in (False, True):
-            logsumexp_kernel[(panel.blocks if columns else tiles.row_blocks,)](
-                sums=tiles.column_sum if columns else tiles.row_sum,
-                maxima=tiles.column_max if columns else tiles.row_max,
+        for of_columns in (False, True):
+            logsumexp_kernel[(panel.blocks if of_columns else tiles.row_blocks,)](
+                sums=tiles.column_sum if of_columns else tiles.row_sum,
+                maxima=tiles.column_max if of_columns else tiles.row_max,
                 running_sum=running_sum, running_max=running_max,
-                lse_out=out.column_lse if columns else out.row_lse,
-                max_out=out.column_max if columns else out.row_max,
-                shift_out=out.column_shift if columns else out.row_shift,
-                log_sum_out=out.column_log_sum if columns else out.row_log_sum,
-                temperature=tau.argument, rows=len(y) if columns else len(x),
-                stride=panel.blocks * TILE if columns else packed_x.padded_rows,
+                lse_out=out.column_lse if of_columns else out.row_lse,
+                max_out=out.column_max if of_columns else out.row_max,
+                shift_out=out.column_shift if of_columns else out.row_shift,
+                log_sum_out=out.column_log_sum if of_columns else out.row_log_sum,
+                temperature=tau.argument, rows=columns if of_columns else rows,
+                stride=panel.blocks * TILE if of_columns else packed_x.padded_rows,
                 first=panel.first, slots=panel.blocks, row_blocks=tiles.row_blocks,
-                whole_rows=len(x) // TILE, whole_columns=len(y) // TILE,
+                whole_rows=rows // TILE, whole_columns=columns // TILE,
                 run_length=tiles.run_length,
-                COLUMNS=columns, CONSTANT=constant, TAU_TENSOR=tau.is_tensor,
-                FIRST=columns or panel.is_first, LAST=columns or panel.is_last, BM=TILE,
+                COLUMNS=of_columns, CONSTANT=constant, TAU_TENSOR=tau.is_tensor,
+                FIRST=of_columns or panel.is_first, LAST=of_columns or panel.is_last, BM=TILE,
                 SLOTS=launch.SLOTS, num_warps=4,
             )  # fmt: skip
     return out

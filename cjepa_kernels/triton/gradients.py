@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from cjepa_kernels.triton import launch
@@ -19,7 +18,15 @@ from cjepa_kernels.triton.kernels.coefficients import (
 )
 from cjepa_kernels.triton.kernels.finish import finish_kernel
 from cjepa_kernels.triton.launch import Operands
-from cjepa_kernels.triton.pack import Packed, Temperature, Weights, row_block, view_arguments
+from cjepa_kernels.triton.pack import (
+    Packed,
+    Temperature,
+    Weights,
+    cdiv,
+    next_power_of_2,
+    row_block,
+    view_arguments,
+)
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,8 @@ class Gradients:
 
     def _products_by_owned_rows(self, x: Packed, y: Packed) -> Tensor:
         config = launch.config("owned", x)
-        row_blocks = triton.cdiv(x.rows, config.rows)
-        column_blocks = triton.cdiv(y.rows, config.columns)
+        row_blocks = cdiv(x.rows, config.rows)
+        column_blocks = cdiv(y.rows, config.columns)
         splits = launch.splits(row_blocks, column_blocks, x.z.device)
         out = x.z.new_empty(splits, x.padded_rows, x.padded_features, dtype=torch.float32)
         width = x.padded_features
@@ -222,18 +229,18 @@ class Gradients:
         views, weights = packed.views, _weights(packed)
         grads = [view.new_empty(view.shape) for view in views]
         grad_temperature = like.new_empty(())
-        width = triton.next_power_of_2(packed.padded_features)
+        width = next_power_of_2(packed.padded_features)
         rows = row_block(width)
-        programs = triton.cdiv(packed.rows, rows)
+        programs = cdiv(packed.rows, rows)
         finish_kernel[(programs,)](
             **view_arguments(views), z=packed.z, products=products,
             positive_weight=weights.positive, grad_0=grads[0], grad_1=grads[-1],
             largest_grad=largest_grad, partial=packed.z.new_empty(programs, dtype=torch.float64),
             dots=self.dots, counter=packed.counter, grad_temperature=grad_temperature,
             temperature=self.temperature.argument, rows=packed.rows, features=packed.features,
-            padded_rows=packed.padded_rows, eps=self.eps, splits=len(products),
+            padded_rows=packed.padded_rows, eps=self.eps, splits=products.shape[0],
             product_factor=1 / weights.scale, grad_factor=grad_factor,
-            temperature_factor=temperature_factor, dot_count=len(self.dots),
+            temperature_factor=temperature_factor, dot_count=self.dots.shape[0],
             PAIRS=len(views) == 2, PLANES=packed.planes, COSINE=self.cosine,
             TAU_TENSOR=self.temperature.is_tensor, VIEWS=len(views),
             PADDED=packed.padded_features, WIDTH=width, ROWS=rows, num_warps=4,

@@ -47,11 +47,15 @@ def forward(
     )
     none = reduction == "none"
     floats = tiles.new_floats
+
+    def scalar() -> Tensor:
+        return z_i.new_empty((), dtype=torch.float32)
+
     out = NTXentForward(
-        loss=floats(z.rows) if none else floats(),
-        accuracy=floats(),
-        positive_similarity=floats(),
-        negative_similarity=floats(),
+        loss=floats(z.rows) if none else scalar(),
+        accuracy=scalar(),
+        positive_similarity=scalar(),
+        negative_similarity=scalar(),
         lse=floats(z.rows),
         largest_negative=floats(z.rows),
         shift=floats(z.rows),
@@ -80,7 +84,7 @@ def forward(
             negative_similarity_out=out.negative_similarity, temperature=tau.argument,
             rows=z.rows, blocks=tiles.row_blocks, first_column=panel.first,
             last_column=panel.last, run_length=tiles.run_length,
-            feature_sum_count=len(z.squared_norms), negative_slots=len(tiles.negative_sum),
+            feature_sum_count=z.squared_norms.shape[0], negative_slots=tiles.negative_sum.shape[0],
             loss_factor=1 / z.rows if reduction == "mean" else 1.0,
             CONSTANT=tiles.constant, TAU_TENSOR=tau.is_tensor, FIRST=panel.is_first,
             LAST=panel.is_last, NONE=none, MASKED=mask is not None, WIDTH=width, BM=TILE,

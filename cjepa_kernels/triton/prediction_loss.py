@@ -12,7 +12,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from cjepa_kernels.definitions import LAYER_EPS, PredictionLossBackward, PredictionLossForward
@@ -22,7 +21,7 @@ from cjepa_kernels.triton.kernels.prediction_rows import (
     prediction_gradient_kernel,
     prediction_loss_kernel,
 )
-from cjepa_kernels.triton.pack import BLOCK_ELEMENTS
+from cjepa_kernels.triton.pack import BLOCK_ELEMENTS, cdiv, next_power_of_2
 
 NORMALIZATIONS = {"none": 0, "l2": L2.value, "layer": LAYER.value}
 SQUARE = {"mse": True, "smoothl1": False, "huber": False}
@@ -51,9 +50,9 @@ class _Level:
         self.prediction, self.target, self.mask = prediction, target, mask
         self.features = prediction.shape[-1]
         self.rows = prediction.numel() // self.features
-        self.width = triton.next_power_of_2(self.features)
+        self.width = next_power_of_2(self.features)
         self.row_block = max(1, BLOCK_ELEMENTS // self.width)
-        self.programs = triton.cdiv(self.rows, self.row_block)
+        self.programs = cdiv(self.rows, self.row_block)
 
     def arguments(self, normalization: str, loss_type: str) -> dict[str, Any]:
         """The arguments that both kernels take."""

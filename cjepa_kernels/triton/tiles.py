@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-import triton
 from torch import Tensor
 
 from cjepa_kernels.triton import launch
 from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.kernels.similarity import strips_kernel, tiles_kernel
 from cjepa_kernels.triton.launch import Operands, Panel
-from cjepa_kernels.triton.pack import Packed, Temperature, round_up
+from cjepa_kernels.triton.pack import Packed, Temperature, cdiv, round_up
 
 Place = Literal["all", "inner", "edge"]  # as ``tiles_kernel`` defines them
 
@@ -65,9 +64,9 @@ class Tiles:
         self.negative_sum = x.z.new_zeros(parts, dtype=torch.float32)
         self.negative_count = x.z.new_zeros(parts, dtype=torch.int32)
 
-    def new_floats(self, *shape: int) -> Tensor:
-        """An fp32 tensor on the device of the rows, not yet written."""
-        return self.x.z.new_empty(shape, dtype=torch.float32)
+    def new_floats(self, size: int) -> Tensor:
+        """A (size,) tensor of fp32 on the device of the rows, not yet written."""
+        return self.x.z.new_empty(size, dtype=torch.float32)
 
     def __iter__(self) -> Iterator[Panel]:
         """Compute a panel, then hand it out to be reduced."""
@@ -137,7 +136,7 @@ class Tiles:
     def _launch_strips(self, panel: Panel) -> None:
         x, y, config = self.x, self.y, launch.config("strips", self.x)
         whole_rows, whole_columns = x.rows // TILE, y.rows // TILE
-        runs = triton.cdiv(whole_rows, self.run_length)
+        runs = cdiv(whole_rows, self.run_length)
         strips_kernel[(panel.blocks * runs,)](
             x=launch.blocks_of(x.z, config.rows, x.padded_features),
             y=launch.blocks_of(y.z, TILE, y.padded_features),

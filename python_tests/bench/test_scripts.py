@@ -1,4 +1,4 @@
-"""The benchmarks run, compare equal formulas, and judge targets rightly. No time is asserted."""
+"""The CPU benchmarks run, compare equal formulas, and judge targets. No time is asserted."""
 
 from __future__ import annotations
 

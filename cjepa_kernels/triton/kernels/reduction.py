@@ -17,7 +17,6 @@ from cjepa_kernels.triton.kernels.temperature import LN2, read_scale
 
 FEATURE_BLOCK = tl.constexpr(16)  # features whose sums over all rows a program squares at a time
 FEATURE_SUM_ROWS = tl.constexpr(128)  # rows of those sums that it reads at a time
-SUM_BLOCK = tl.constexpr(1024)  # numbers that sum_in_order reads at a time
 
 
 @triton.jit
@@ -106,14 +105,14 @@ def log_sum_of(total, maximum, CONSTANT: tl.constexpr):
 
 
 @triton.jit
-def sum_in_order(values, count):
+def sum_in_order(values, count, BLOCK: tl.constexpr = 1024):
     """Sum of ``count`` numbers in fp64, always in the same order.
 
     Other programs of this launch wrote the numbers, so the loads bypass the L1 cache.
     """
-    total = tl.zeros((SUM_BLOCK,), tl.float64)
-    for start in range(0, count, SUM_BLOCK):
-        offsets = start + tl.arange(0, SUM_BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
         total += tl.load(values + offsets, mask=offsets < count, other=0.0, cache_modifier=".cg")
     return tl.sum(total, 0)
 
