@@ -26,12 +26,9 @@ from typing import Any
 
 from cjepa_kernels.bench.candidates import BOTH, COMPILED, EAGER, FORWARD, MM, OURS
 from cjepa_kernels.bench.tables import markdown_table, mebibytes, milliseconds, two_digits
-from cjepa_kernels.train.evaluation.comparison import (
-    comparison_markdown,
-    load_comparison,
-    text_tables,
-)
+from cjepa_kernels.train.evaluation.comparison import load_comparison
 from cjepa_kernels.train.loop import advisor
+from cjepa_kernels.train.report.tables import comparison_markdown, text_tables
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^<!-- figures: (\w+) -->\n.*?^<!-- end of figures -->$", re.M | re.S)

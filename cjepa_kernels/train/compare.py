@@ -27,12 +27,8 @@ from cjepa_kernels.train.evaluation.comparison import (
     PAIRS,
     ArmRun,
     Comparison,
-    comparison_markdown,
-    notes_of,
     paired_differences,
-    rich_tables,
     save_comparison,
-    text_tables,
 )
 from cjepa_kernels.train.evaluation.probes import (
     check_dataset,
@@ -50,6 +46,12 @@ from cjepa_kernels.train.loop.run_directory import (
 )
 from cjepa_kernels.train.loop.worker_pool import Job, ReportProgress, run_jobs
 from cjepa_kernels.train.report.page import write_report
+from cjepa_kernels.train.report.tables import (
+    comparison_markdown,
+    notes_of,
+    rich_tables,
+    text_tables,
+)
 
 ARMS: dict[str, dict[str, float]] = {
     "cjepa": {},

@@ -22,17 +22,15 @@ from cjepa_kernels.train.evaluation.comparison import (
     ArmRun,
     Comparison,
     Summary,
-    comparison_markdown,
     load_comparison,
     paired_differences,
-    rich_tables,
     save_comparison,
-    text_tables,
 )
 from cjepa_kernels.train.evaluation.probes import ProbeSizes
 from cjepa_kernels.train.evaluation.uncertainty import difference_margin, wilson
 from cjepa_kernels.train.loop.run_directory import RunResult
 from cjepa_kernels.train.loop.worker_pool import JobError
+from cjepa_kernels.train.report.tables import comparison_markdown, rich_tables, text_tables
 
 SMALL = apply_overrides(
     ExperimentConfig(),
