@@ -4,8 +4,8 @@
 
 There are R ranks of m = M_r rows each, M = R m, with D features of ``itemsize`` bytes. The script
 writes the tables of docs/distributed.md to bench/results/distributed_cost.json, and
-bench/pictures.py draws them. bench/distributed.py and the tests compare the formulas of this
-package's two strategies with the code's counters. The formulas of the others follow their sources:
+bench/pictures.py draws them. A test compares the formulas of this package's two strategies with the
+code's own counters. The formulas of the others follow their sources:
 
     lightly    1.6.0: gathers the features, keeps logits (M_r, M), and all-reduces the gradients of
                all rows, stacked

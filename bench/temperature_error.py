@@ -3,7 +3,7 @@
     python bench/temperature_error.py [--results RESULTS.json]
 
 Late in training a positive's probability is close to 1, and the textbook formula subtracts two
-nearly equal numbers. Nothing is timed; bench/pictures.py draws the results.
+nearly equal numbers. Nothing is timed. bench/pictures.py draws the results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KEYS = [f"{name}_{quantity}" for quantity in ("loss", "gradient") for name in FO
 
 
 def measure(temperature: float) -> dict[str, Any]:
-    """The worst of all seeds, in fp32, for views that are 10 % apart."""
+    """The largest errors over all seeds, in fp32, for views that are 10 % apart."""
     row: dict[str, Any] = {"temperature": temperature}
     anchors = torch.arange(2 * PAIRS)
     for seed in SEEDS:

@@ -49,17 +49,17 @@ def test_nt_xent(
 
 
 class RecordedCalls(TorchDispatchMode):
-    """Calls of this package's operators, below autograd: each with the arguments it got."""
+    """The arguments of each of this package's operators in its last call, below autograd."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: dict[Any, tuple[Any, ...]] = {}
+        self.calls: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func.namespace == ops.NAMESPACE:
-            self.calls[func] = args
+            self.calls[func] = args, kwargs or {}
         return func(*args, **(kwargs or {}))
 
 
@@ -68,7 +68,7 @@ def nt_xent_outputs(z_i: Tensor, z_j: Tensor, backend: Any) -> tuple[Tensor, ...
 
 
 def cross_logsumexp_outputs(x: Tensor, y: Tensor, backend: Any) -> tuple[Tensor, ...]:
-    """Of the rectangle of the two views, (B, B): both outputs that have a gradient."""
+    """Both outputs that have a gradient, of the rectangle (B, B) of the two views."""
     return cross_logsumexp(x, y, backend=backend)[:2]
 
 
@@ -88,9 +88,9 @@ def test_operator(benchmark: Any, name: str, overload: str, dtype: torch.dtype, 
         outputs = OUTPUTS[name.removesuffix("_backward")](*z, PATHS[overload])
         torch.autograd.grad(outputs, z, [torch.ones_like(output) for output in outputs])
     operator = ops.operator(name, overload)
-    arguments = recorded.calls[operator]
+    args, kwargs = recorded.calls[operator]
     with torch.no_grad():
-        benchmark(operator, *arguments)
+        benchmark(operator, *args, **kwargs)
 
 
 @dtypes

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 
 from cjepa_kernels.files import atomic_path
 
-# Matplotlib wants real colours; these are replaced by the reader's in SVG text.
+# Matplotlib needs real colours. In the text of an SVG these two are replaced by the reader's.
 INK, GRID = "#010203", "#040506"
-PAPER = "#ffffff", "#14171c"  # light and dark, as are the next
+PAPER = "#ffffff", "#14171c"  # In light and in dark mode, as in the next line.
 LIGHT_AND_DARK = {INK: ("#1c2128", "#e4e8ed"), GRID: ("#d5d9df", "#3a414b")}
 COLOURS = """<style>
 svg { --ink: #1c2128; --grid: #d5d9df; }
@@ -24,30 +24,7 @@ svg { --ink: #1c2128; --grid: #d5d9df; }
 </style>"""
 OTHER = "#8b8f98"
 NATIVE = "#2b83ba"
-LABEL_SPACE = 0.062  # of the height of axes, between two labels
-
-
-class Style(NamedTuple):
-    """How the curve of a candidate looks; hues read on white and on near-black."""
-
-    colour: str
-    dash: Any
-    marker: str
-    width: float = 1.6
-
-
-STYLES = {
-    "cjepa_kernels": Style(NATIVE, "-", "o", 2.6),
-    "chunked": Style("#1f9d78", (0, (5, 1, 1, 1)), "D"),
-    "eager": Style("#d97706", (0, (5, 2)), "s"),
-    "compiled": Style("#c0504d", (0, (2, 1)), "^"),
-    "lightly": Style("#b05fa5", (0, (6, 1, 1, 1, 1, 1)), "v"),
-    "hjepa": Style("#8e6d46", (0, (8, 2)), "P"),
-    "metric_learning": Style("#7f8c3b", (0, (3, 1, 1, 1)), "X"),
-    "inf_cl": Style("#3d9fb3", (0, (4, 1, 2, 1)), "<"),
-    "siglip_kernel": Style("#7a70c8", (0, (1, 1, 3, 1)), ">"),
-    "mm": Style(OTHER, (0, (1, 1.5)), "."),
-}
+LABEL_SPACE = 0.062  # Between two labels, as a share of the height of the axes.
 
 
 def settings(ink: str = INK, grid: str = GRID) -> dict[Any, Any]:
@@ -89,7 +66,7 @@ def svg(draw: Draw) -> str:
 
 
 def follow_colour_scheme(text: str) -> str:
-    """Replace the two placeholder colours by the reader's, and leave out what no reader needs."""
+    """Replace the two placeholder colours by the reader's, and leave the metadata out."""
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"(<svg[^>]*>)", rf"\1\n{COLOURS}", text, count=1)
     return text.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
@@ -118,13 +95,13 @@ class Label(NamedTuple):
 def label_curves(
     axes: Axes, labels: Sequence[Label], *, column: float = 0.66, always_right: bool = False
 ) -> None:
-    """Put each label right of its curve's end, left of it if another end is in the way.
+    """Put each label right of its curve's end, or left of it if another end is in the way.
 
     Args:
-        axes: With final limits.
-        labels: Of the curves.
-        column: Share of the width; curves that end beyond share a column of labels outside.
-        always_right: Right of it even then.
+        axes: Axes with their final limits.
+        labels: Labels of the curves.
+        column: Share of the width. Curves that end beyond it share a column of labels outside.
+        always_right: Put labels right of the ends even if another end is in the way.
     """
     to_axes = axes.transData + axes.transAxes.inverted()
     inside: list[tuple[float, float, Label]] = []
@@ -161,7 +138,7 @@ def label_curves(
 
 
 def spread(heights: Sequence[float], space: float) -> list[float]:
-    """Rising heights in 0 to 1, moved until neighbours are ``space`` apart."""
+    """Move rising heights within 0 to 1 until neighbours are ``space`` apart."""
     moved = list(heights)
     for _ in range(200):
         for i in range(len(moved) - 1):

@@ -27,12 +27,8 @@ from cjepa_kernels.train.evaluation.comparison import (
     PAIRS,
     ArmRun,
     Comparison,
-    comparison_markdown,
-    notes_of,
     paired_differences,
-    rich_tables,
     save_comparison,
-    text_tables,
 )
 from cjepa_kernels.train.evaluation.probes import (
     check_dataset,
@@ -50,6 +46,12 @@ from cjepa_kernels.train.loop.run_directory import (
 )
 from cjepa_kernels.train.loop.worker_pool import Job, ReportProgress, run_jobs
 from cjepa_kernels.train.report.page import write_report
+from cjepa_kernels.train.report.tables import (
+    comparison_markdown,
+    notes_of,
+    rich_tables,
+    text_tables,
+)
 
 ARMS: dict[str, dict[str, float]] = {
     "cjepa": {},
@@ -418,8 +420,8 @@ def environment(config: ExperimentConfig) -> dict[str, Any]:
     program = Path(sys.argv[0]).name
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        # cli.py is the same program, started by python -m.
-        "command": " ".join(["cjepa" if program == "cli.py" else program, *sys.argv[1:]]),
+        # __main__.py is the same program, started by python -m.
+        "command": " ".join(["cjepa" if program == "__main__.py" else program, *sys.argv[1:]]),
         "commit": _commit(),
         "device": _device(config.trainer.accelerator),
         "cores": os.cpu_count(),

@@ -154,7 +154,7 @@ def counted_step(
 
 
 @pytest.mark.parametrize("strategy", ["ring", "all_gather"])
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("backend", ["chunked", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_counted_costs_follow_the_formulas(

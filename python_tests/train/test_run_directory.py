@@ -20,9 +20,9 @@ from kill_and_resume import FORKS, cjepa
 from train_experiments import TINY, tiny
 from typer.testing import CliRunner
 
+from cjepa_kernels.cli.application import app
 from cjepa_kernels.train import compare as compare_module
 from cjepa_kernels.train import runner
-from cjepa_kernels.train.cli import app
 from cjepa_kernels.train.compare import compare
 from cjepa_kernels.train.config import apply_overrides, config_from_dict, config_to_dict
 from cjepa_kernels.train.data.dataset import Dataset, LabeledImages, load_dataset

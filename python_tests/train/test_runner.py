@@ -30,7 +30,7 @@ from cjepa_kernels.train.loop.checkpoints import AtomicCheckpointIO
 from cjepa_kernels.train.loop.run_directory import RunResult, load_result
 from cjepa_kernels.train.model.vit import VisionTransformer
 
-COMMAND = [sys.executable, "-m", "cjepa_kernels.train.cli", "train"]
+COMMAND = [sys.executable, "-m", "cjepa_kernels.cli", "train"]
 
 
 NO_GPU = pytest.mark.skipif(

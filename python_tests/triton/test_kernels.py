@@ -60,8 +60,8 @@ def instead(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat a few blocks as many: inner tiles, strips of two blocks, and edges."""
-    monkeypatch.setattr(launch, "SMALL", 1)
-    monkeypatch.setattr(launch, "RUN", 2)
+    monkeypatch.setattr(launch, "ONE_LAUNCH_BLOCKS", 1)
+    monkeypatch.setattr(launch, "RUN_LENGTH", 2)
 
 
 def gradients_of(loss: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 from torch import Tensor
@@ -12,9 +12,15 @@ from torch.utils.data import Dataset as TorchDataset
 
 from cjepa_kernels.train.data.dataset import Dataset
 from cjepa_kernels.train.data.randomness import permutation, stream_key
-from cjepa_kernels.train.loop.module import IndexedImages
 
 _ORDER_STREAM = 0
+
+
+class IndexedImages(NamedTuple):
+    """A batch as it is loaded."""
+
+    images: Tensor  # (B, C, H, W) uint8
+    samples: Tensor  # (B,) int64, indices in the whole training set
 
 
 class EpochBatches(Sampler[list[int]]):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, create_loss_from_config
 from cjepa_kernels.tokens import cls_tokens
 from cjepa_kernels.train.config import ExperimentConfig, config_to_dict
+from cjepa_kernels.train.data.batches import IndexedImages
 from cjepa_kernels.train.data.masking import PatchMasks, multi_block_masks, patch_counts
 from cjepa_kernels.train.data.views import two_views
 from cjepa_kernels.train.model.vit import (
@@ -32,13 +33,6 @@ _CONTRASTIVE_METRICS = (
     "contrastive_pos_sim",
     "contrastive_neg_sim",
 )
-
-
-class IndexedImages(NamedTuple):
-    """A batch as it is loaded."""
-
-    images: Tensor  # (B, C, H, W) uint8
-    samples: Tensor  # (B,) int64, indices in the whole training set
 
 
 class MaskedViews(NamedTuple):

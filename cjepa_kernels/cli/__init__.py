@@ -1,4 +1,8 @@
-"""Entry point of the ``cjepa`` command, which needs the extra ``[bench]`` or ``[train]``."""
+"""The ``cjepa`` command, which needs the extra ``[bench]`` or ``[train]``.
+
+This file runs without any extra, so that it can say how to get one. The commands themselves are in
+``application``, and what a user reads when one fails is in ``command_errors``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from cjepa_kernels._version import __version__
 from cjepa_kernels.environment import check_environment
 from cjepa_kernels.extras import require
 
-NEEDED = ("typer", "rich")  # by every command; each asks for the rest itself
+# Every command needs these packages. Each command asks for the rest of what it needs itself.
+NEEDED = ("typer", "rich")
 USAGE = f"""cjepa_kernels {__version__}. Usage: cjepa COMMAND [OPTIONS]
 
   bench    compare the loss with other formulas on this machine (extra [bench])
@@ -22,10 +27,10 @@ An extra, in a clone: pip install --no-build-isolation '.[bench]'
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line, or say which extra is missing and exit with 2.
+    """Run the command line, or name the missing extra and exit with status 2.
 
     Args:
-        arguments: What follows the program's name. Default: those of this process.
+        arguments: The words after the program's name. Default: those of this process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -42,6 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    from cjepa_kernels.train.cli import app
+    from cjepa_kernels.cli.application import app
 
     app(arguments, prog_name="cjepa")

@@ -23,10 +23,10 @@ from rich.table import Table
 import cjepa_kernels
 from cjepa_kernels.bench.cli import bench
 from cjepa_kernels.bench.machine import installed_version
+from cjepa_kernels.cli.command_errors import Program
 from cjepa_kernels.extras import require
-from cjepa_kernels.train.command_errors import Program
+from cjepa_kernels.files import check_directory, check_file, write_file
 from cjepa_kernels.train.loop.interruption import resumable
-from cjepa_kernels.train.outputs import check_directory, check_file, write_file
 
 # What the training program needs beyond this file.
 _NEEDED = ("lightning", "sklearn", "datasets", "pydantic", "yaml", "matplotlib")
@@ -350,7 +350,3 @@ def _parse_seeds(text: str) -> Sequence[int]:
 def _require_training() -> None:
     for module in _NEEDED:
         require(module, extra="train")
-
-
-if __name__ == "__main__":
-    app()
