@@ -183,7 +183,7 @@ def tune(
 
     check_file("the file of tuned choices", configs.cache_file())
     console = Console()
-    entries = tuning.entries_for(rows, features, dtypes[dtype])
+    entries = tuning.entries_for(features, dtypes[dtype])
     measure = tuning.measure_step(rows, features, dtypes[dtype])
     found = tuning.tune(entries, measure, console.print)
     others = [e for e in configs.read(configs.cache_file()) if not tuning.replaces(found, e)]
