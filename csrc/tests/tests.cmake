@@ -82,6 +82,7 @@ foreach(name ${operators} memory)
   cjepa_link_torch(${name}_test)
   add_dependencies(cpp_tests ${name}_test)
 endforeach()
+target_sources(prediction_loss_test PRIVATE ${tests}/tensor_memory_test.cpp)
 
 cjepa_add_test(memory memory_test)
 set(poisoned CJEPA_POISON_MEMORY=1)
