@@ -18,6 +18,7 @@ PROGRAMS = 1024  # at most: each leaves one row of sums
 BLOCK_ELEMENTS = 4096
 WEIGHT_SCALE = 2.0**13
 LARGEST_EXPONENT = 111  # of 2, with room for sums and for the scale of the weights
+LARGEST_LOGITS = 2.05  # tau times the largest exponent in base e, with a constant shift
 PLANES = 3  # bf16 numbers that hold the 24 bits of an fp32 one
 
 
@@ -43,7 +44,7 @@ class Temperature:
 
         A tensor's running maxima serve every temperature.
         """
-        exponent = 2.05 * math.log2(math.e) / self.number
+        exponent = LARGEST_LOGITS * math.log2(math.e) / self.number
         return self.tensor is None and cosine and exponent < LARGEST_EXPONENT
 
 

@@ -4,8 +4,8 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdint>
 #include <cstring>
 #include <optional>
 #include <string>
