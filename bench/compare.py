@@ -28,7 +28,7 @@ from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.verdict import MARGIN, MIN_ROUNDS, Ratio, Verdict, ratio_of_blocks
 
 SIZES = "256x256,1024x256,4096x256,8192x256"
-TURN_SECONDS = 0.1  # of a turn, one call at least
+TURN_SECONDS = 0.1  # A turn makes at least one call.
 HEADER = ["M", "D", "pass", "base ms", "HEAD ms", "HEAD / base", f"{LEVEL} interval", "HEAD is"]
 WITHIN = f"{100 * (MARGIN - 1):.0f} %"
 STATEMENTS: dict[Verdict, str] = {
@@ -119,9 +119,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Any:
     parser.add_argument("base", nargs="?", help="revision to compare with")
     parser.add_argument("--head", default="HEAD", help="revision that is judged")
     parser.add_argument("--sizes", default=SIZES, help="MxD, separated by commas")
-    parser.add_argument("--processes", type=int, default=MIN_ROUNDS, help="of each revision")
+    parser.add_argument(
+        "--processes", type=int, default=MIN_ROUNDS, help="number of processes of each revision"
+    )
     parser.add_argument("--rounds", type=int, default=6, help="turns of each process")
-    parser.add_argument("--seconds", type=float, default=TURN_SECONDS, help="of a turn")
+    parser.add_argument("--seconds", type=float, default=TURN_SECONDS, help="time of a turn")
     options = parser.parse_args(arguments)
     if options.base is None:
         parser.error("a revision is needed: make bench-compare BASE=main")

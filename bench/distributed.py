@@ -14,10 +14,10 @@ waiting does not count. *Time* is the wall-clock time of the slower one.
                 gradients of the gathered rows. Its sums leave nothing out, which changes no work
     lightly     lightly's formula with gather_distributed=True, in eager PyTorch
 
-Then the script counts what each rank sends and multiplies in groups of 1 to 8 ranks, beside the
-formulas of distributed_cost.py. Last, it measures the peak memory of a rank, with exponentials
-saved for the backward (see CJEPA_KEPT_MIB) and without. A target that is missed is reported and is
-no error. The script writes bench/results/distributed_cpu.json.
+Then the script measures the peak memory of a rank, with exponentials saved for the backward (see
+CJEPA_KEPT_MIB) and without. A target that is missed is reported and is no error. The script writes
+bench/results/distributed_cpu.json. What a rank sends and multiplies is the subject of
+distributed_cost.py.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from distributed_cost import Problem, cost
 from torch import Tensor
 
-from cjepa_kernels import backends, cross_logsumexp, nt_xent, pair_similarity
+from cjepa_kernels import cross_logsumexp, nt_xent, pair_similarity
 from cjepa_kernels.bench.formulas import TEMPERATURE, gather_with_gradient, lightly_of_group
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.timing import summarise
-from cjepa_kernels.distributed import Counts, counting
 from cjepa_kernels.functional import dispatch
+
+Round = dict[str, float]  # Seconds of ``work`` and of ``time``.
 
 SIZES = ((128, 128), (512, 128), (1024, 256), (4096, 256), (4096, 768))  # M_r, D
 QUICK_SIZES = ((128, 16),)
@@ -54,14 +54,11 @@ STRATEGIES = ("ring", "all_gather")
 WORK_TARGET = 0.6  # ring / strips
 # Ranks, M_r, D, and whether exponentials may be saved. First M_r doubles, then the ranks do.
 MEMORY_CASES = (
-    *((2, rows, 256, keep) for keep in (True, False) for rows in (4096, 8192, 16384, 32768)),
+    *((2, rows, 256, saved) for saved in (True, False) for rows in (4096, 8192, 16384, 32768)),
     *((ranks, 512, 2048, False) for ranks in (2, 4, 8, 16)),
 )
 M_MMAP_THRESHOLD = -3  # An option of glibc's mallopt.
 QUICK_MEMORY_CASES = ((2, 256, 16, True),)
-COUNTED_RANKS = range(1, 9)
-QUICK_RANKS = (2,)
-COUNTED_PAIRS, COUNTED_FEATURES = 12, 16
 
 
 def strips(z_i: Tensor, z_j: Tensor) -> Tensor:
@@ -97,18 +94,18 @@ def views(rows: int, features: int) -> tuple[Tensor, Tensor]:
 
 
 def start_rank(
-    rank: int, ranks: int, directory: str, task: str, arguments: tuple[Any, ...]
+    rank: int, ranks: int, directory: str, task: Callable[..., Any], arguments: dict[str, Any]
 ) -> None:
     """Join the group as one process, run the task, and write its result as JSON."""
     torch.set_num_threads(1)
     store = f"file://{directory}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-    result = TASKS[task](*arguments)
+    result = task(**arguments)
     Path(directory, f"{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
 
-def on_ranks(ranks: int, task: str, *arguments: Any) -> list[Any]:
+def on_ranks(ranks: int, task: Callable[..., Any], **arguments: Any) -> list[Any]:
     """Run a task on every rank of a new group; the results in the order of the ranks."""
     with tempfile.TemporaryDirectory() as directory:
         mp.start_processes(
@@ -117,47 +114,36 @@ def on_ranks(ranks: int, task: str, *arguments: Any) -> list[Any]:
         return [json.loads(Path(directory, f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def time_losses(rows: int, features: int, seconds: float) -> dict[str, list[list[float]]]:
-    """For each candidate the CPU time and the time of every round on this rank."""
+def time_losses(rows: int, features: int, seconds: float) -> dict[str, list[Round]]:
+    """The rounds of each candidate on this rank."""
     z_i, z_j = views(rows, features)
-    times: dict[str, list[list[float]]] = {name: [] for name in candidates()}
+    rounds: dict[str, list[Round]] = {name: [] for name in candidates()}
 
-    def run(loss: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+    def run(loss: Callable[[Tensor, Tensor], Tensor]) -> Round:
         dist.barrier()
         work, start = time.process_time(), time.perf_counter()
         torch.autograd.grad(loss(z_i, z_j), (z_i, z_j))
-        return [time.process_time() - work, time.perf_counter() - start]
+        return {"work": time.process_time() - work, "time": time.perf_counter() - start}
 
     for loss in candidates().values():
         run(loss)
     started, going = time.perf_counter(), torch.ones(())
-    while len(times["ring"]) < 5 or going > 0:
+    while len(rounds["ring"]) < 5 or going > 0:
         for name, loss in candidates().items():
-            times[name].append(run(loss))
+            rounds[name].append(run(loss))
         going.fill_(time.perf_counter() - started < seconds)
         dist.broadcast(going, src=0)  # Every rank must make as many rounds.
-    return times
-
-
-def count(pairs: int, features: int) -> dict[str, dict[str, int]]:
-    """What this rank sends and multiplies in one forward and backward of each strategy."""
-    z_i, z_j = views(2 * pairs, features)
-    found = {}
-    for strategy in STRATEGIES:
-        with counting() as counts:
-            of_group(strategy)(z_i, z_j).backward()
-        found[strategy] = vars(counts)
-    return found
+    return rounds
 
 
 def peak_bytes() -> int:
-    """The most resident memory that this process has had."""
+    """The peak resident memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def peak_memory(strategy: str, keep: bool, rows: int, features: int) -> int:
+def peak_memory(strategy: str, saved: bool, rows: int, features: int) -> int:
     """Extra bytes at the peak of one forward and backward, gradients included."""
-    if not keep:
+    if not saved:
         dispatch.SAVED_EXPONENTIALS_BYTES = 0
     if hasattr(ctypes.CDLL(None), "mallopt"):
         # Freed memory goes back to the system at once, so that the peak counts memory in use alone.
@@ -170,30 +156,25 @@ def peak_memory(strategy: str, keep: bool, rows: int, features: int) -> int:
     return peak_bytes() - before
 
 
-TASKS = {"time": time_losses, "count": count, "memory": peak_memory}
-
-
-def summary(per_rank: list[list[list[float]]]) -> dict[str, float]:
+def summary(per_rank: list[list[Round]]) -> dict[str, float]:
     """Medians over the rounds of the work of all ranks and the time of the slowest."""
     rounds = list(zip(*per_rank, strict=True))
-    work = [sum(rank[0] for rank in a_round) for a_round in rounds]
-    wall = [max(rank[1] for rank in a_round) for a_round in rounds]
-    of_work = summarise(work)
+    work = summarise([sum(rank["work"] for rank in ranks) for ranks in rounds])
     return {
-        "work": of_work["median"],
-        "work_p20": of_work["p20"],
-        "work_p80": of_work["p80"],
-        "time": statistics.median(wall),
+        "work": work["median"],
+        "work_p20": work["p20"],
+        "work_p80": work["p80"],
+        "time": statistics.median(max(rank["time"] for rank in ranks) for ranks in rounds),
         "rounds": len(rounds),
     }
 
 
 def measure_times(sizes: tuple[tuple[int, int], ...], seconds: float) -> list[dict[str, Any]]:
-    """One row for each size and candidate."""
+    """Measure work and time: one record for each size and candidate."""
     rows = []
     for own_rows, features in sizes:
         print(f"measuring M_r={own_rows} D={features}", flush=True)
-        per_rank = on_ranks(2, "time", own_rows, features, seconds)
+        per_rank = on_ranks(2, time_losses, rows=own_rows, features=features, seconds=seconds)
         for name in per_rank[0]:
             figures = summary([rank[name] for rank in per_rank])
             rows.append({"M_r": own_rows, "D": features, "name": name, **figures})
@@ -201,7 +182,7 @@ def measure_times(sizes: tuple[tuple[int, int], ...], seconds: float) -> list[di
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The ring's work beside that of the others, with the target."""
+    """The ratios of the ring's work to that of each other candidate, with their targets."""
     found = []
     by_name = {(row["M_r"], row["D"], row["name"]): row for row in rows}
     for own_rows, features, name in by_name:
@@ -225,43 +206,24 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def measure_counts(groups: Iterable[int]) -> list[dict[str, Any]]:
-    """Counted sends and FLOPs of a rank, the mean over the ranks, beside the formulas."""
-    rows = []
-    kept = backends()["native"].available
-    for ranks in groups:
-        counted = on_ranks(ranks, "count", COUNTED_PAIRS, COUNTED_FEATURES)
-        problem = Problem(ranks, 2 * COUNTED_PAIRS, COUNTED_FEATURES, 4)
-        for strategy in STRATEGIES:
-            expected = cost(strategy, problem, kept=kept)
-            for name in vars(Counts()):
-                mean = sum(rank[strategy][name] for rank in counted) / ranks
-                rows.append(
-                    {
-                        "ranks": ranks,
-                        "strategy": strategy,
-                        "what": name,
-                        "counted": mean,
-                        "formula": getattr(expected, name),
-                    }
-                )
-    return rows
-
-
 def measure_memory(cases: tuple[tuple[int, int, int, bool], ...]) -> list[dict[str, Any]]:
-    """Peak extra memory of the rank that takes most."""
+    """Measure the peak extra memory of the rank that needs most, of each case and strategy."""
     records = []
-    for ranks, rows, features, keep in cases:
+    for ranks, rows, features, saved in cases:
         print(f"measuring the memory of {ranks} ranks of {rows} rows", flush=True)
         for strategy in STRATEGIES:
-            extra = max(on_ranks(ranks, "memory", strategy, keep, rows, features))
+            extra = max(
+                on_ranks(
+                    ranks, peak_memory, strategy=strategy, saved=saved, rows=rows, features=features
+                )
+            )
             records.append(
                 {
                     "strategy": strategy,
                     "ranks": ranks,
                     "M_r": rows,
                     "D": features,
-                    "kept": keep,
+                    "kept": saved,
                     "extra_bytes": extra,
                     "over_input": extra / (4 * rows * features),
                 }
@@ -270,7 +232,7 @@ def measure_memory(cases: tuple[tuple[int, int, int, bool], ...]) -> list[dict[s
 
 
 def print_times(rows: list[dict[str, Any]], targets: list[dict[str, Any]]) -> None:
-    """The measured times, and the ring beside the others."""
+    """Print the measured times and the ratios."""
     print_table(
         ["M_r", "D", "candidate", "work, ms", "p20", "p80", "time, ms"],
         [
@@ -298,24 +260,16 @@ def print_times(rows: list[dict[str, Any]], targets: list[dict[str, Any]]) -> No
 def main() -> None:
     multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "cjepa_kernels"])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=6, help="per size, about")
+    parser.add_argument("--seconds", type=float, default=6, help="time for each size")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
     options = parser.parse_args()
     rows = measure_times(QUICK_SIZES if options.quick else SIZES, options.seconds)
     targets = ratios(rows)
     print_times(rows, targets)
-    counts = measure_counts(QUICK_RANKS if options.quick else COUNTED_RANKS)
-    print_table(
-        ["R", "strategy", "a rank's", "counted", "formula"],
-        [
-            [str(c[key]) for key in ("ranks", "strategy", "what", "counted", "formula")]
-            for c in counts
-        ],
-    )
     memory = measure_memory(QUICK_MEMORY_CASES if options.quick else MEMORY_CASES)
     print_table(
-        ["strategy", "R", "M_r", "D", "kept", "extra MiB", "/ own rows"],
+        ["strategy", "R", "M_r", "D", "saved", "extra MiB", "/ own rows"],
         [
             [
                 *(str(m[key]) for key in ("strategy", "ranks", "M_r", "D", "kept")),
@@ -326,7 +280,7 @@ def main() -> None:
         ],
     )
     if not options.no_save:
-        path = write_results("distributed_cpu", rows, targets=targets, counts=counts, memory=memory)
+        path = write_results("distributed_cpu", rows, targets=targets, memory=memory)
         print(f"written: {path}")
 
 

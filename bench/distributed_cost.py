@@ -4,8 +4,8 @@
 
 There are R ranks of m = M_r rows each, M = R m, with D features of ``itemsize`` bytes. The script
 writes the tables of docs/distributed.md to bench/results/distributed_cost.json, and
-bench/pictures.py draws them. bench/distributed.py and the tests compare the formulas of this
-package's two strategies with the code's counters. The formulas of the others follow their sources:
+bench/pictures.py draws them. A test compares the formulas of this package's two strategies with the
+code's own counters. The formulas of the others follow their sources:
 
     lightly    1.6.0: gathers the features, keeps logits (M_r, M), and all-reduces the gradients of
                all rows, stacked
@@ -69,13 +69,13 @@ class Cost:
     flops: float
 
 
-def cost(scheme: str, problem: Problem, *, kept: bool = False) -> Cost:
+def cost(scheme: str, problem: Problem, *, saved: bool = False) -> Cost:
     """The cost of a scheme.
 
     Args:
         scheme: One of ``SCHEMES``.
         problem: Ranks, rows and features.
-        kept: Whether the own block's exponentials were saved for the backward.
+        saved: Whether the own block's exponentials were saved for the backward.
     """
     product = 2 * problem.rows * problem.features  # FLOPs of a row of S with one other shard
     own = problem.rows * problem.rows * problem.features
@@ -94,7 +94,7 @@ def cost(scheme: str, problem: Problem, *, kept: bool = False) -> Cost:
     agreed = (problem.ranks - 1) * AGREED + 2 * (problem.ranks - 1) * 8 * (
         problem.features + 3
     ) // problem.ranks
-    own_flops = (1 + 2 + (not kept)) * own
+    own_flops = (1 + 2 + (not saved)) * own
     others = (problem.ranks - 1) * problem.rows
     if scheme == "all_gather":
         forward = (problem.ranks - 1) * problem.shard

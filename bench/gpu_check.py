@@ -26,8 +26,15 @@ from pathlib import Path
 from types import FrameType
 
 ROOT = Path(__file__).parents[1]
-PARITY = ["nt_xent", "cross_logsumexp", "cross_logsumexp_calls", "limits"]
-PARITY += ["prediction_loss", "registration"]
+# The tests of operators that run on every back end.
+PARITY = (
+    "nt_xent",
+    "cross_logsumexp",
+    "cross_logsumexp_calls",
+    "limits",
+    "prediction_loss",
+    "registration",
+)
 TOTAL = 480.0  # Seconds of all steps together.
 GRACE = 15.0  # Seconds that a step has to stop by itself; pytest-xdist takes ten.
 SHORTEST = 5.0  # A step with fewer seconds left is not started.

@@ -162,8 +162,13 @@ def compile_launch(launch: Launch, architecture: int) -> Binary:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"no resource usage in {usage!r}")
-    shared = kernel.metadata.shared
-    return Binary(int(found[1]), int(found[2]), shared, kernel.asm["ttgir"], machine_code)
+    return Binary(
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=kernel.metadata.shared,
+        intermediate=kernel.asm["ttgir"],
+        machine_code=machine_code,
+    )
 
 
 def run_tool(tool: str, *args: str, machine_code: bytes) -> str:
@@ -204,12 +209,26 @@ def nt_xent_call(
     """
 
     def call() -> None:
-        z_i, z_j = (meta(rows // 2, features, dtype=dtype) for _ in range(2))
-        excluded = meta(rows // 2, rows // 2, dtype=torch.bool) if mask else None
-        tau = meta() if tensor else None
-        common = (temperature, cosine, 1e-8, "mean", None)
-        out = nt_xent.forward(z_i, z_j, excluded, tau, *common, False)
-        nt_xent.backward(meta(), z_i, z_j, excluded, tau, *out[6:], *common)
+        common: dict[str, Any] = {
+            "z_i": meta(rows // 2, features, dtype=dtype),
+            "z_j": meta(rows // 2, features, dtype=dtype),
+            "mask": meta(rows // 2, rows // 2, dtype=torch.bool) if mask else None,
+            "temperature_tensor": meta() if tensor else None,
+            "temperature": temperature,
+            "use_cosine_similarity": cosine,
+            "eps": 1e-8,
+            "reduction": "mean",
+            "product_dtype": None,
+        }
+        out = nt_xent.forward(**common, save_exponentials=False)
+        nt_xent.backward(
+            **common,
+            grad_loss=meta(),
+            shift=out.shift,
+            log_sum=out.log_sum,
+            positive=out.positive,
+            saved_exponentials=out.saved_exponentials,
+        )
 
     return call
 
@@ -220,11 +239,27 @@ def rectangle_call(
     """Forward and backward of both log-sum-exps of a rectangle on "meta"."""
 
     def call() -> None:
-        x, y = meta(rows, features, dtype=dtype), meta(columns, features, dtype=dtype)
-        common = (None, 0.1, True, 1e-8, None)
-        out = cross_logsumexp.forward(x, y, *common)
-        grads = meta(rows), meta(columns)
-        cross_logsumexp.backward(*grads, x, y, None, *out[4:], *common[1:], True, True)
+        common: dict[str, Any] = {
+            "x": meta(rows, features, dtype=dtype),
+            "y": meta(columns, features, dtype=dtype),
+            "temperature_tensor": None,
+            "temperature": 0.1,
+            "use_cosine_similarity": True,
+            "eps": 1e-8,
+            "product_dtype": None,
+        }
+        out = cross_logsumexp.forward(**common)
+        cross_logsumexp.backward(
+            **common,
+            grad_row_lse=meta(rows),
+            grad_column_lse=meta(columns),
+            row_shift=out.row_shift,
+            row_log_sum=out.row_log_sum,
+            column_shift=out.column_shift,
+            column_log_sum=out.column_log_sum,
+            of_x=True,
+            of_y=True,
+        )
 
     return call
 
@@ -233,11 +268,27 @@ def prediction_call(features: int, dtype: torch.dtype, normalization: str) -> Ca
     """Forward and backward of the prediction loss of two levels, the first masked, on "meta"."""
 
     def call() -> None:
-        sides = [[meta(128, n, features, dtype=dtype) for n in (196, 49)] for _ in range(2)]
-        masks = [meta(128, 196, dtype=torch.bool), meta(0, dtype=torch.bool)]
-        common = ([1.0, 0.5], "smoothl1", normalization, 1.0, 1e-8, "mean")
-        loss, unweighted, levels, *saved = prediction_loss.forward(*sides, masks, *common)
-        prediction_loss.backward(loss, unweighted, levels, *sides, masks, *saved, *common, True)
+        common: dict[str, Any] = {
+            "predictions": [meta(128, n, features, dtype=dtype) for n in (196, 49)],
+            "targets": [meta(128, n, features, dtype=dtype) for n in (196, 49)],
+            "masks": [meta(128, 196, dtype=torch.bool), meta(0, dtype=torch.bool)],
+            "weights": [1.0, 0.5],
+            "loss_type": "smoothl1",
+            "normalization": normalization,
+            "threshold": 1.0,
+            "eps": 1e-8,
+            "reduction": "mean",
+        }
+        out = prediction_loss.forward(**common)
+        prediction_loss.backward(
+            **common,
+            grad_loss=out.loss,
+            grad_unweighted=out.unweighted,
+            grad_levels=out.levels,
+            statistics=out.statistics,
+            scales=out.scales,
+            targets_too=True,
+        )
 
     return call
 

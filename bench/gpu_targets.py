@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -66,23 +67,23 @@ LARGEST = Size(2**21, 256)
 
 
 class Target(NamedTuple):
-    """A measured value and its bound.
+    """A measured value and its bound, an upper or a lower one.
 
     Attributes:
         target: What is compared with what.
         part: The part of the benchmark that measures it.
         size: At which rows and features.
-        relation: ``"<="`` where the bound is an upper one, else ``">="``.
-        bound: The bound.
         value: The measured value, None if there is none.
+        at_most: The upper bound.
+        at_least: The lower bound.
     """
 
     target: str
     part: str
     size: Size
-    relation: str
-    bound: float
     value: float | None
+    at_most: float = math.inf
+    at_least: float = -math.inf
 
 
 def judge(results: Results, sizes: Sizes) -> list[Record]:
@@ -93,8 +94,8 @@ def judge(results: Results, sizes: Sizes) -> list[Record]:
             "part": found.part,
             "M": found.size.rows,
             "D": found.size.features,
-            "relation": found.relation,
-            "bound": found.bound,
+            "relation": "<=" if found.at_most < math.inf else ">=",
+            "bound": found.at_most if found.at_most < math.inf else found.at_least,
             "value": found.value,
             "verdict": _verdict(found, results),
         }
@@ -104,9 +105,7 @@ def judge(results: Results, sizes: Sizes) -> list[Record]:
 
 def _verdict(target: Target, results: Results) -> str:
     if target.value is not None:
-        below = target.relation == "<="
-        met = target.value <= target.bound if below else target.value >= target.bound
-        return "met" if met else "missed"
+        return "met" if target.at_least <= target.value <= target.at_most else "missed"
     if any(record["part"] == target.part for record in results["missing"]):
         return "not installed"
     for section, verdict in (("failed", "failed"), ("out_of_memory", "out of memory")):
@@ -132,7 +131,7 @@ def _targets(results: Results, sizes: Sizes) -> Iterator[Target]:
     ):
         for size in sizes.targets:
             value = ratio("targets", size, direction, (OURS, products))
-            yield Target(f"{direction} / {count}", "targets", size, "<=", bound, value)
+            yield Target(f"{direction} / {count}", "targets", size, value, at_most=bound)
     for part, other, bound, measured_at in (
         ("targets", AUTOCAST, 8, sizes.targets),
         ("compiled", COMPILED, 4, sizes.compiled),
@@ -140,31 +139,31 @@ def _targets(results: Results, sizes: Sizes) -> Iterator[Target]:
     ):
         for size in measured_at:
             value = ratio(part, size, BOTH, (other, OURS))
-            yield Target(f"{other} / {BOTH}", part, size, ">=", bound, value)
+            yield Target(f"{other} / {BOTH}", part, size, value, at_least=bound)
     seconds = medians.get(("targets", *UTILISATION, FORWARD, OURS))
     rates = [record["flops"] for record in results["matmul"] if record["size"] == sizes.product]
     flops = 2 * UTILISATION.rows**2 * UTILISATION.features
     value = flops / seconds / rates[0] if seconds and rates else None
     name = f"FLOP/s of the forward, all M² counted / those of a product of {sizes.product}³"
-    yield Target(name, "targets", UTILISATION, ">=", 1.1, value)
+    yield Target(name, "targets", UTILISATION, value, at_least=1.1)
     for part, how, bound in (
         ("latency", "as called", 0.5),
         ("latency_graphed", "CUDA graphs", 0.8),
     ):
         for size in sizes.latency:
             value = ratio(part, size, BOTH, (OURS, EAGER))
-            yield Target(f"latency of {BOTH} / {EAGER}, {how}", part, size, "<=", bound, value)
-    value = ratio("prediction", sizes.prediction, BOTH, (OURS, BYTES))
-    yield Target("prediction loss / its bytes", "prediction", sizes.prediction, "<=", 1.3, value)
+            yield Target(f"latency of {BOTH} / {EAGER}, {how}", part, size, value, at_most=bound)
+    size = sizes.prediction
+    value = ratio("prediction", size, BOTH, (OURS, BYTES))
+    yield Target("prediction loss / its bytes", "prediction", size, value, at_most=1.3)
     over_input = {record["M"]: record["over_input"] for record in results["memory"]}
     largest = max(over_input, default=None) if LARGEST in sizes.memory else None
-    yield Target(f"largest M of {BOTH}", "memory", LARGEST, ">=", LARGEST.rows, largest)
+    yield Target(f"largest M of {BOTH}", "memory", LARGEST, largest, at_least=LARGEST.rows)
     extra = over_input.get(LARGEST.rows)
-    yield Target("memory beyond the gradients / input", "memory", LARGEST, "<=", 4, extra)
+    yield Target("memory beyond the gradients / input", "memory", LARGEST, extra, at_most=4)
+    name, size = "seconds of the first use, compiling", sizes.first_use
     first = next((record["seconds"] for record in results["first_use"]), None)
-    yield Target(
-        "seconds of the first use, compiling", "first_use", sizes.first_use, "<=", 20, first
-    )
+    yield Target(name, "first_use", size, first, at_most=20)
 
 
 def table(records: list[Record]) -> list[list[str]]:

@@ -1,19 +1,19 @@
-"""Time and accuracy of NT-Xent's CPU kernel beside other formulas, and its targets.
+"""Time of NT-Xent's CPU kernel beside other formulas, and its targets.
 
     python bench/nt_xent.py [--only targets,speedups] [--sizes 2048x256] [--seconds 3] [--quick]
 
-Medians of interleaved runs, temperature 0.1, metrics on, fp32 unless a line says bf16. ``mm`` is
-the bare ``torch.mm(z, z.T, out=…)``; forward + backward is compared with three of them. Forward
-is a training step's, with gradients enabled, unless a line says ``no_grad``. Parts:
+The times are medians of interleaved runs at temperature 0.1, in fp32 unless a line says bf16.
+``mm`` is one matrix product, ``torch.mm(z, z.T, out=...)``; forward + backward is compared with
+three of them. The forward pass has gradients enabled, as in training, unless a line says
+``no_grad``. The parts are these ratios:
 
-    targets   forward and forward + backward / bare mm
+    targets   forward and forward + backward / mm
     speedups  other formulas / native, forward + backward
     small     native / eager for small batches
     bf16      native in fp32 / native in bf16
-    accuracy  errors of loss and gradients against float64 at the sizes timed
-    sweep     further M at D = 256, for bench/pictures.py
+    sweep     native / mm and eager at further M with D = 256, for bench/pictures.py
 
-A target that is missed is reported, never an error. Only a run of all parts at their own sizes
+The script reports a target that is missed and goes on. Only a run of all parts at their own sizes
 writes bench/results/nt_xent_cpu.json, at its end.
 """
 
@@ -23,10 +23,8 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from cjepa_kernels import backends
 from cjepa_kernels.bench import candidates, sizes
@@ -42,15 +40,12 @@ from cjepa_kernels.bench.candidates import (
     PRODUCTS,
     TITLES,
 )
-from cjepa_kernels.bench.errors import checked_anchors, exact, relative_error
 from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.machine import instruction_set
-from cjepa_kernels.bench.records import write_results
-from cjepa_kernels.bench.sizes import DTYPES, Size, views
+from cjepa_kernels.bench.records import Record, write_results
+from cjepa_kernels.bench.sizes import Size, views
 from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.timing import Run, first_line, interleaved
-
-Record = dict[str, Any]
 
 BF16, NO_GRAD = "native-bf16", "native-no-grad"  # NATIVE in bf16 and under torch.no_grad
 HEADINGS = {
@@ -58,13 +53,10 @@ HEADINGS = {
     "speedups": "Speed-ups: other formulas over native",
     "small": "Small batches: native over eager",
     "bf16": "bf16: native in fp32 over native in bf16",
-    "accuracy": "Accuracy: largest difference from float64 / largest magnitude",
     "sweep": "Time against the number of rows",
 }
 PARTS = tuple(HEADINGS)
 RATIO_HEADER = ["M", "D", "pass", "ratio of", "ms / ms", "ratio", "target", ""]
-ERROR_HEADER = ["M", "D", "dtype", "rows checked", "relative error of", "native", "eager"]
-QUANTITIES = ("loss", "grad_z_i", "grad_z_j")
 
 # Upper bounds on native / bare mm: forward against one product, forward + backward against three.
 OVER_MM: dict[tuple[Size, str], float] = {
@@ -96,7 +88,7 @@ BF16_SPEEDUP = 1.6
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of every part. Above ``comparable`` rows only mm and native are run."""
+    """The sizes of every part. Above ``comparable`` rows only mm and native run."""
 
     targets: tuple[Size, ...]
     speedups: Size
@@ -115,7 +107,7 @@ FULL = Sizes(
         Size(rows, features) for rows in (16, 64, 256, 1024) for features in (64, 128, 768)
     ),
     bf16=(Size(2048, 256), Size(8192, 256)),
-    # With 2048, 8192 and 32768 of the targets: time against M at D = 256.
+    # Together with 2048, 8192 and 32768 of the targets these are the M at D = 256.
     sweep=tuple(Size(rows, 256) for rows in (256, 512, 1024, 4096, 16384)),
     comparable=16384,
 )
@@ -137,10 +129,10 @@ class Cell:
     Attributes:
         part: One of ``PARTS``.
         size: Rows and features.
-        direction: What one call does.
-        names: Candidates, ``mm`` being one bare product forward and three forward + backward.
-        share: Of the time for one cell.
-        least: Rounds at least.
+        direction: ``FORWARD`` or ``BOTH``.
+        names: Candidates. ``mm`` is one product in the forward pass and three in both passes.
+        share: Share of the time of a cell that this one gets.
+        least: Least number of rounds.
     """
 
     part: str
@@ -163,7 +155,7 @@ def plan(all_sizes: Sizes, parts: Sequence[str], *, compiled: bool = True) -> li
     library = (MM, NATIVE, EAGER, "metric_learning")
 
     def with_eager(part: str, size: Size, direction: str) -> Cell:
-        """mm and native, with the other paths beside them where the size allows it."""
+        """A cell of mm and native, with chunked and eager beside them where the size allows it."""
         names = (MM, NATIVE, NO_GRAD) if direction == FORWARD else (MM, NATIVE)
         if size.rows > all_sizes.comparable:
             return Cell(part, size, direction, names, least=3)
@@ -186,7 +178,7 @@ def plan(all_sizes: Sizes, parts: Sequence[str], *, compiled: bool = True) -> li
 
 
 def callables(cell: Cell) -> tuple[dict[str, Run], dict[str, str]]:
-    """What to time, by name, and why a name is left out."""
+    """The calls to time, by name, and why other names are left out."""
     runs: dict[str, Run] = {}
     missing = {}
     for name in cell.names:
@@ -230,60 +222,6 @@ def measure(cell: Cell, seconds: float) -> list[Record]:
             },
         }
         for name, summary in times.items()
-    ]
-
-
-def accuracy_cases(all_sizes: Sizes) -> list[tuple[Size, str, tuple[str, ...]]]:
-    """Size, dtype and names of every check against float64."""
-    of_targets = (
-        *all_sizes.small,
-        all_sizes.metric_learning,
-        *all_sizes.sweep,
-        *all_sizes.targets,
-    )
-    both = (NATIVE, EAGER)
-    fp32 = [
-        (size, "fp32", both if size.rows <= all_sizes.comparable else (NATIVE,))
-        for size in dict.fromkeys(of_targets)
-    ]
-    return [*fp32, *((size, "bf16", both) for size in all_sizes.bf16)]
-
-
-def measure_errors(size: Size, dtype: str, names: tuple[str, ...]) -> list[Record]:
-    """Errors of each name at a size: one record each, for the results file."""
-    inputs = views(size, dtype=DTYPES[dtype])
-    anchors = checked_anchors(size.rows)
-    truth = exact(*inputs, anchors)
-    of_view_i = int((anchors < len(inputs[0])).sum())
-
-    def parts_of(loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return loss.detach(), gradient[:of_view_i], gradient[of_view_i:]
-
-    records = []
-    for name in names:
-        loss = candidates.find(name).make(TEMPERATURE)(*inputs)
-        gradient = torch.cat(torch.autograd.grad(loss, inputs))[anchors]
-        pairs = zip(parts_of(loss, gradient), parts_of(*truth), strict=True)
-        cell = {"M": size.rows, "D": size.features, "dtype": dtype, "name": name}
-        errors = {q: relative_error(*pair) for q, pair in zip(QUANTITIES, pairs, strict=True)}
-        records.append({**cell, "rows_checked": len(anchors), **errors})
-    return records
-
-
-def error_table(records: list[Record]) -> list[list[str]]:
-    """Rows under ``ERROR_HEADER``: native beside eager, one line a quantity."""
-    cases: dict[tuple[Any, ...], dict[str, Record]] = {}
-    for record in records:
-        case = tuple(record[key] for key in ("M", "D", "dtype", "rows_checked"))
-        cases.setdefault(case, {})[record["name"]] = record
-    return [
-        [
-            *map(str, case),
-            quantity,
-            *(f"{of[name][quantity]:.1e}" if name in of else "-" for name in (NATIVE, EAGER)),
-        ]
-        for case, of in cases.items()
-        for quantity in QUANTITIES
     ]
 
 
@@ -376,36 +314,23 @@ def run(
     """Measure the parts and print each one's table.
 
     Returns:
-        Sections of the results file: ``rows``, ``targets`` and ``accuracy``.
+        Sections of the results file: ``rows`` and ``targets``.
     """
     cells = plan(all_sizes, parts, compiled=compiled)
-    cases = accuracy_cases(all_sizes) if "accuracy" in parts else []
-    sections: dict[str, list[Record]] = {"rows": [], "targets": [], "accuracy": []}
-    start, steps, done = time.perf_counter(), len(cells) + len(cases), 0
-
-    def step(what: object) -> None:
-        nonlocal done
-        done += 1
-        print(f"[{done}/{steps}, {time.perf_counter() - start:.0f} s] {what}", flush=True)
-
+    sections: dict[str, list[Record]] = {"rows": [], "targets": []}
+    start, done = time.perf_counter(), 0
     has_bf16 = "bf16" in instruction_set()
     for part in (part for part in PARTS if part in parts):
-        if part == "accuracy":
-            for size, dtype, names in cases:
-                step(f"{part} M={size.rows} D={size.features} {dtype}: {', '.join(names)}")
-                sections["accuracy"] += measure_errors(size, dtype, names)
-            print(f"\n{HEADINGS[part]}")
-            print_table(ERROR_HEADER, error_table(sections["accuracy"]))
-        else:
-            for cell in (cell for cell in cells if cell.part == part):
-                step(cell)
-                sections["rows"] += measure(cell, seconds)
-            judged = compare(part, sections["rows"], bf16_instructions=has_bf16)
-            sections["targets"] += judged
-            print(f"\n{HEADINGS[part]}")
-            print_table(RATIO_HEADER, [cells_of(record) for record in judged])
-            if part == "bf16" and not has_bf16:
-                print(f"There is no target here: {instruction_set()} has no bf16 instructions.")
+        for cell in (cell for cell in cells if cell.part == part):
+            done += 1
+            print(f"[{done}/{len(cells)}, {time.perf_counter() - start:.0f} s] {cell}", flush=True)
+            sections["rows"] += measure(cell, seconds)
+        judged = compare(part, sections["rows"], bf16_instructions=has_bf16)
+        sections["targets"] += judged
+        print(f"\n{HEADINGS[part]}")
+        print_table(RATIO_HEADER, [cells_of(record) for record in judged])
+        if part == "bf16" and not has_bf16:
+            print(f"There is no target here: {instruction_set()} has no bf16 instructions.")
         print(flush=True)
     return sections
 
@@ -445,9 +370,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--sizes", type=parse_sizes, help="MxD, separated by commas, of targets and accuracy"
-    )
+    parser.add_argument("--sizes", type=parse_sizes, help="MxD of the targets, separated by commas")
     parser.add_argument("--only", type=parse_parts, help="parts, separated by commas")
     parser.add_argument("--seconds", type=float, help="time for each cell (default 3)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, without torch.compile")

@@ -2,9 +2,9 @@
 
     python bench/nt_xent_memory.py [--rows 4096,8192,16384,32768,131072] [--no-save]
 
-Each size and back end runs in a process of its own (cjepa_kernels/bench/memory.py); the gradients
-are counted, the inputs are not. The target, native at 131072 rows, is four times the input; a miss
-is reported, never an error. Writes bench/results/nt_xent_memory_cpu.json.
+Each size and back end runs in a process of its own (cjepa_kernels/bench/memory.py). The gradients
+are counted, the inputs are not. The target for native at 131072 rows is four times the input. The
+script reports a miss and goes on. It writes bench/results/nt_xent_memory_cpu.json.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ from cjepa_kernels.bench.candidates import (
     OURS,
     TITLES,
 )
-from cjepa_kernels.bench.plot_style import INK, OTHER, STYLES, svg
 from cjepa_kernels.bench.records import RESULTS
+from cjepa_kernels.plot_style import INK, OTHER, svg
 
 Content = dict[str, Any]
 
@@ -120,7 +120,7 @@ def draw_distributed(rows: list[Content]) -> Figure:
         "open_clip": "open_clip",
         "inf_cl": "Inf-CL's ring",
     }
-    colours = [STYLES[OURS].colour] * 2 + [OTHER] * 3
+    colours = [plots.STYLES[OURS].colour] * 2 + [OTHER] * 3
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     sent, multiplied, waiting = figure.subplots(1, 3)
     for axes, key, unit, title in (
@@ -143,8 +143,8 @@ def draw_distributed(rows: list[Content]) -> Figure:
             pairs,
             [100 * simulate(problem, link)["exposed"] for problem in problems],
             label=f"{ranks} ranks, {link.name}",
-            color=STYLES[name].colour,
-            linestyle=STYLES[name].dash,
+            color=plots.STYLES[name].colour,
+            linestyle=plots.STYLES[name].dash,
         )
     waiting.axhline(100 * HIDDEN, color=OTHER, linewidth=1)
     waiting.annotate(
@@ -208,7 +208,7 @@ def _draw_headline_panel(
 ) -> None:
     """Bars with their values, this package's first, and a line for the bare products."""
     texts = [f"{v:,.0f} {unit}" if v >= 20 else f"{v:.1f} {unit}" for v in values.values()]
-    colours = [STYLES[OURS].colour, *[OTHER] * (len(values) - 1)]
+    colours = [plots.STYLES[OURS].colour, *[OTHER] * (len(values) - 1)]
     plots.draw_bars(axes, values, texts, colours=colours)
     axes.texts[0].set_fontweight("bold")
     axes.set_ylim(MOST_BARS - 0.4, -0.6)

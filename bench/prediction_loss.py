@@ -2,16 +2,17 @@
 
     python bench/prediction_loss.py [--seconds 4] [--quick] [--no-save]
 
-Forward + backward, fp32, medians of interleaved runs; three levels with weights 1, 0.5, 0.25, both
-sides L2-normalised, smooth-L1; NT-Xent on the CLS rows of features (B, N+1, D), whose gradients
-are computed too. Each case gives
+The times are medians of interleaved runs of forward + backward in fp32. The prediction loss has
+three levels with weights 1, 0.5 and 0.25, L2-normalises both sides and takes smooth-L1. NT-Xent
+takes the CLS rows of features (B, N+1, D), whose gradients are computed too. Each case gives
 
-    prediction   the prediction term alone, and its byte limit: four reads of what it reads and a
-                 write into a gradient that is allocated afresh, or into one that exists already
+    prediction   the prediction term alone, and its byte limit: the time to read both sides twice
+                 and to write a gradient that is allocated afresh, or one that exists already
     contrastive  NT-Xent alone, on contiguous rows
     whole        ``ContrastiveJEPALoss`` with the gradients of all inputs
 
-A target that is missed is reported, never an error. Writes bench/results/cjepa_loss_cpu.json.
+The script reports a target that is missed and goes on. It writes
+bench/results/cjepa_loss_cpu.json.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ LEAST, MOST = "at least", "at most"
 
 @dataclass(frozen=True)
 class Case:
-    """Pairs, patches of each level and features, with what the ratios are to be."""
+    """Pairs, patches of each level and features, with the targets of the ratios."""
 
     batch: int
     patches: tuple[int, int, int]
@@ -63,7 +64,7 @@ QUICK = (Case(4, (9, 4, 1), 16, 10, 2, 8),)
 
 
 class Inputs:
-    """Random inputs of a case; every one that a training step differentiates asks for it."""
+    """Random inputs of a case. Those that a training step differentiates require gradients."""
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
@@ -78,7 +79,7 @@ class Inputs:
 
 
 def candidates(inputs: Inputs) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+    """The calls to time, by name."""
     prediction = HJEPALoss(hierarchy_weights=list(WEIGHTS))
     whole = ContrastiveJEPALoss(
         prediction, contrastive_weight=CONTRASTIVE_WEIGHT, contrastive_on_context=True

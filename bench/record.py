@@ -2,9 +2,9 @@
 
     python bench/record.py [--device cpu] [--dtype fp32] [--results results.json]
 
-Writes docs/results/<device>.json and .md and docs/images/bench_<device>_*.svg, once everything is
-measured; until then results are in runs/bench-record. ``--results`` records what ``cjepa bench``
-measured elsewhere.
+Once everything is measured, the script writes docs/results/<device>.json and .md and
+docs/images/bench_<device>_*.svg. Until then the results are in runs/bench-record. ``--results``
+records what ``cjepa bench`` measured elsewhere.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from rich.console import Console
 from cjepa_kernels.bench import cli, plots, report
 from cjepa_kernels.bench.comparison import Results
 from cjepa_kernels.bench.records import as_json
-from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.files import atomic_write
 
 ROOT = Path(__file__).parent.parent
 
 
 def device_name(results: Results) -> str:
-    """Stem of the files of a device: ``amd-epyc-avx2``, ``nvidia-h100-80gb-hbm3``."""
+    """Stem of the files of a device, such as ``amd-epyc-avx2`` or ``nvidia-h100-80gb-hbm3``."""
     environment = results["environment"]
     words = environment["device"]
     if environment["cuda"] is None:
@@ -35,7 +35,7 @@ def device_name(results: Results) -> str:
 
 
 def record(results: Results, documents: Path) -> list[Path]:
-    """Write the results, their page and its plots; returns the paths."""
+    """Write the results, their page and its plots, and return the paths."""
     name = device_name(results)
     page = documents / "results" / f"{name}.md"
     images = plots.write_all_svgs(results, documents / "images", f"bench_{name}")
@@ -61,8 +61,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", help="cpu or cuda")
-    parser.add_argument("--dtype", default="fp32", help="of the inputs")
-    parser.add_argument("--results", type=Path, help="what was measured already")
+    parser.add_argument("--dtype", default="fp32", help="dtype of the inputs")
+    parser.add_argument("--results", type=Path, help="results.json of a run of cjepa bench")
     options = parser.parse_args()
     if options.results is not None:
         results = report.load(options.results)

@@ -23,8 +23,8 @@ from revisions import ROOT, check_package
 
 from cjepa_kernels import nt_xent
 
-IMAGES = {"cjepa": (1, 8, 8), "cifar10": (3, 32, 32)}  # shape of an image, by configuration
-FIRST = 3  # steps that are not counted
+IMAGES = {"cjepa": (1, 8, 8), "cifar10": (3, 32, 32)}  # Shape of an image, by configuration.
+FIRST = 3  # The first steps are not counted.
 
 
 @cache

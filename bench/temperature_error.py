@@ -3,7 +3,7 @@
     python bench/temperature_error.py [--results RESULTS.json]
 
 Late in training a positive's probability is close to 1, and the textbook formula subtracts two
-nearly equal numbers. Nothing is timed; bench/pictures.py draws the results.
+nearly equal numbers. Nothing is timed. bench/pictures.py draws the results.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cjepa_kernels.bench import candidates, errors
 from cjepa_kernels.bench.machine import environment
 from cjepa_kernels.bench.records import RESULTS, as_json
 from cjepa_kernels.bench.tables import print_table
-from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.files import atomic_write
 
 TEMPERATURES = (0.5, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
 PAIRS, FEATURES, SEEDS = 257, 130, range(5)
@@ -27,7 +27,7 @@ KEYS = [f"{name}_{quantity}" for quantity in ("loss", "gradient") for name in FO
 
 
 def measure(temperature: float) -> dict[str, Any]:
-    """The worst of all seeds, in fp32, for views that are 10 % apart."""
+    """The largest errors over all seeds, in fp32, for views that are 10 % apart."""
     row: dict[str, Any] = {"temperature": temperature}
     anchors = torch.arange(2 * PAIRS)
     for seed in SEEDS:

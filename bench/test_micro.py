@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cjepa_kernels import HJEPALoss, backends, cross_logsumexp, nt_xent, ops
+from cjepa_kernels.bench import candidates
+from cjepa_kernels.bench.candidates import CHUNKED, DIRECTIONS, FORWARD, NATIVE, REFERENCE
+from cjepa_kernels.bench.formulas import TEMPERATURE
+from cjepa_kernels.bench.sizes import Size, views
 
 pytestmark = pytest.mark.benchmark(max_time=0.2, min_rounds=3)
 
-CPU_BACKENDS = [
-    name
-    for name, status in backends().items()
-    if status.available and not {"cpu", "any"}.isdisjoint(status.devices)
-]
-PATHS = {"": "auto", ".chunked": "chunked"}  # of the operators' overloads
-SIZES = [(16, 64), (64, 128), (256, 768), (1024, 128), (2048, 256)]
+BACKENDS = [name for name in (NATIVE, CHUNKED, REFERENCE) if backends()[name].available]
+PATHS = {"": "auto", ".chunked": "chunked"}  # Of the operators' overloads.
+SIZES = [Size(16, 64), Size(64, 128), Size(256, 768), Size(1024, 128), Size(2048, 256)]
 
-sizes = pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+sizes = pytest.mark.parametrize("size", SIZES, ids=str)
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16], ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
@@ -32,46 +32,34 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def views(size: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two views (B, D) of M = 2B rows, as leaves of the graph."""
-    rows, features = size
-    z_i, z_j = torch.randn(2, rows // 2, features).to(dtype)
-    return z_i.clone().requires_grad_(), z_j.clone().requires_grad_()
-
-
 @sizes
 @dtypes
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("direction", ["forward", "backward", "forward_backward"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("direction", [*DIRECTIONS, "backward"])
 def test_nt_xent(
-    benchmark: Any, backend: Any, direction: str, dtype: torch.dtype, size: tuple[int, int]
+    benchmark: Any, backend: str, direction: str, dtype: torch.dtype, size: Size
 ) -> None:
-    z = views(size, dtype)
-
-    def forward() -> Tensor:
-        return nt_xent(*z, backend=backend).loss
-
-    if direction == "forward":
-        benchmark(forward)
-    elif direction == "backward":
-        loss = forward()
+    z = views(size, dtype=dtype)
+    formula = candidates.find(backend).make(TEMPERATURE)
+    if direction == "backward":
+        loss = formula(*z)
         benchmark(lambda: torch.autograd.grad(loss, z, retain_graph=True))
     else:
-        benchmark(lambda: torch.autograd.grad(forward(), z))
+        benchmark(candidates.one_pass(formula, z, direction))
 
 
 class RecordedCalls(TorchDispatchMode):
-    """Calls of this package's operators, below autograd: each with the arguments it got."""
+    """The arguments of each of this package's operators in its last call, below autograd."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: dict[Any, tuple[Any, ...]] = {}
+        self.calls: dict[Any, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func.namespace == ops.NAMESPACE:
-            self.calls[func] = args
+            self.calls[func] = args, kwargs or {}
         return func(*args, **(kwargs or {}))
 
 
@@ -80,7 +68,7 @@ def nt_xent_outputs(z_i: Tensor, z_j: Tensor, backend: Any) -> tuple[Tensor, ...
 
 
 def cross_logsumexp_outputs(x: Tensor, y: Tensor, backend: Any) -> tuple[Tensor, ...]:
-    """Of the rectangle of the two views, (B, B): both outputs that have a gradient."""
+    """Both outputs that have a gradient, of the rectangle (B, B) of the two views."""
     return cross_logsumexp(x, y, backend=backend)[:2]
 
 
@@ -93,22 +81,20 @@ OUTPUTS = {"nt_xent": nt_xent_outputs, "cross_logsumexp": cross_logsumexp_output
 @pytest.mark.parametrize(
     "name", [name + suffix for name in OUTPUTS for suffix in ("", "_backward")]
 )
-def test_operator(
-    benchmark: Any, name: str, overload: str, dtype: torch.dtype, size: tuple[int, int]
-) -> None:
+def test_operator(benchmark: Any, name: str, overload: str, dtype: torch.dtype, size: Size) -> None:
     """The operator alone, with the arguments that the function gives it."""
-    z = views(size, dtype)
+    z = views(size, dtype=dtype)
     with RecordedCalls() as recorded:
         outputs = OUTPUTS[name.removesuffix("_backward")](*z, PATHS[overload])
         torch.autograd.grad(outputs, z, [torch.ones_like(output) for output in outputs])
     operator = ops.operator(name, overload)
-    arguments = recorded.calls[operator]
+    args, kwargs = recorded.calls[operator]
     with torch.no_grad():
-        benchmark(operator, *arguments)
+        benchmark(operator, *args, **kwargs)
 
 
 @dtypes
-@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("recipe", ["l2", "layer"])
 @pytest.mark.parametrize("features", [64, 192])
 def test_hjepa(
@@ -122,7 +108,7 @@ def test_hjepa(
         loss: Tensor = loss_fn(levels, targets)["loss"]
         return loss
 
-    if direction == "forward":
+    if direction == FORWARD:
         benchmark(forward)
     else:
         benchmark(lambda: torch.autograd.grad(forward(), levels))

@@ -5,7 +5,7 @@
 HEAD and the other revision take turns in checkouts and processes of their own, on random images of
 the two example configurations' sizes, without loading or augmenting them. The median of each one's
 quickest round counts, because a shared machine's speed varies by more than the difference.
-Writes bench/results/training_step_cpu.json.
+The script writes bench/results/training_step_cpu.json.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
     )
     parser.add_argument("--against", required=True, help="another revision")
     parser.add_argument("--rounds", type=int, default=5, help="processes of each revision")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each round")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time of each round")
     parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
     options = parser.parse_args()
     base = revisions.git("rev-parse", "--short", options.against)

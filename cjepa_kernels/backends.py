@@ -8,10 +8,11 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,10 @@ import torch.distributed as dist
 from cjepa_kernels.environment import check_environment, note_problem
 
 Backend = Literal["auto", "reference", "chunked", "native", "triton"]
-NAMES: tuple[str, ...] = get_args(Backend)
-_NOT_THE_CALLER = tuple(os.path.dirname(str(path)) + os.sep for path in (__file__, torch.__file__))
-SCHEMA_VERSION = 4  # of the operators' schemas in ops.py; the compiled module carries its own
+# Version of the operators' schemas in ops/. The compiled module carries its own.
+SCHEMA_VERSION = 4
+# A warning names the first caller outside of these folders.
+_OWN_FOLDERS = tuple(os.path.dirname(str(path)) + os.sep for path in (__file__, torch.__file__))
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class BackendStatus:
     Attributes:
         available: Whether ``backend=name`` works on this machine.
         devices: Device types it serves; ``("any",)`` for all of them.
-        reason: What it is, or why it is missing and how to get it.
+        reason: A short description, or why the back end is missing and how to get it.
     """
 
     available: bool
@@ -45,7 +47,7 @@ def compiled_module() -> ModuleType | None:
 
 
 def _find_compiled() -> tuple[ModuleType | None, str]:
-    """The module, if there is one for these operators, and what to say of it."""
+    """The compiled module if it fits these operators, and its description or what is wrong."""
     try:
         module = importlib.import_module("cjepa_kernels._C")
     except ModuleNotFoundError:
@@ -53,7 +55,7 @@ def _find_compiled() -> tuple[ModuleType | None, str]:
             "cjepa_kernels._C is not built: reinstall with a C++20 compiler and "
             "pip install --no-build-isolation"
         )
-    except ImportError as error:  # the module is there
+    except ImportError as error:  # the module exists, but does not load
         return None, f"cjepa_kernels._C cannot be loaded ({error}): reinstall with this PyTorch"
     try:
         info = module.build_info()
@@ -74,14 +76,14 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def _find_triton_package() -> tuple[bool, str]:
-    """Whether Triton's kernels can be defined, and its version or what is wrong with it."""
+    """Whether the Triton kernels can be defined, and Triton's version or what is wrong."""
     if importlib.util.find_spec("triton") is None:
         return False, "Triton is not installed: pip install triton>=3.6"
     if torch.version.hip is not None:
         return False, "the Triton kernels are made for NVIDIA GPUs, this PyTorch is built for ROCm"
     try:
         version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # it goes by other names, too
+    except importlib.metadata.PackageNotFoundError:  # some distributions have another name
         version = str(importlib.import_module("triton").__version__)
     if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
         return False, f"Triton {version} is older than 3.6"
@@ -89,6 +91,7 @@ def _find_triton_package() -> tuple[bool, str]:
 
 
 def _find_triton() -> BackendStatus:
+    """Whether the Triton kernels can run here."""
     found, version = _find_triton_package()
     if not found:
         return BackendStatus(False, ("cuda",), version)
@@ -108,20 +111,52 @@ _compiled, _NATIVE_REASON = _find_compiled()
 if _compiled is not None:
     _compiled.register_operators()
 HAS_NATIVE = _compiled is not None
-# Asks nothing of a device: a process that forks must not have touched one.
+# This does not touch a device, because a process that has touched one cannot be forked.
 HAS_TRITON = _find_triton_package()[0]
 
 
-@lru_cache(maxsize=1)  # nothing in it changes while the process runs
-def _find_backends() -> dict[str, BackendStatus]:
-    return {
-        "triton": _find_triton(),
-        "native": BackendStatus(HAS_NATIVE, ("cpu",), _NATIVE_REASON),
-        "chunked": BackendStatus(True, ("any",), "pure PyTorch, O(chunk * M) memory"),
-        "reference": BackendStatus(
-            True, ("any",), "eager autograd, O(M^2) memory; on request only, double backward"
-        ),
-    }
+# How to find out whether a back end can be used here, in the order in which "auto" prefers them.
+_FINDERS: dict[str, Callable[[], BackendStatus]] = {
+    "triton": _find_triton,
+    "native": lambda: BackendStatus(HAS_NATIVE, ("cpu",), _NATIVE_REASON),
+    "chunked": lambda: BackendStatus(True, ("any",), "pure PyTorch, O(chunk * M) memory"),
+    "reference": lambda: BackendStatus(
+        True, ("any",), "eager autograd, O(M^2) memory; on request only, double backward"
+    ),
+}
+
+
+@lru_cache  # a status does not change while the process runs
+def _find(name: str) -> BackendStatus:
+    return _FINDERS[name]()
+
+
+def _why_missing(name: str) -> str | None:
+    """The reason why a back end is missing, None if it is available."""
+    status = _find(name)
+    return None if status.available else status.reason
+
+
+# With this mark torch.compile calls the function while it traces, and does not trace it.
+# torch.compiler.assume_constant_result sets it too, but imports the whole compiler.
+_why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def names() -> tuple[str, ...]:
+    """The values that ``backend=`` takes."""
+    return ("auto", *reversed(_FINDERS))
+
+
+def add_backend(name: str, find: Callable[[], BackendStatus]) -> None:
+    """Make a back end known, so that ``backend=name`` is accepted.
+
+    ``ops.register_backend`` registers its implementations.
+
+    Args:
+        name: Name of the back end.
+        find: Says whether the back end can be used here; it is called once, when first needed.
+    """
+    _FINDERS[name] = find
 
 
 def backends() -> dict[str, BackendStatus]:
@@ -135,17 +170,17 @@ def backends() -> dict[str, BackendStatus]:
         >>> backends()["chunked"].available
         True
     """
-    return dict(_find_backends())
+    return {name: _find(name) for name in _FINDERS}
 
 
 _warned = False
 
 
 def warn_without_native() -> None:
-    """Say once that ``backend="auto"`` does without the compiled kernels, and how to get them.
+    """Warn once that ``backend="auto"`` runs without the compiled kernels, and say how to get them.
 
-    Silent for ``CJEPA_NO_NATIVE=1``, the choice of an installation without them, and in all ranks
-    of a process group but the first.
+    There is no warning with ``CJEPA_NO_NATIVE=1``, which an installation without the kernels
+    chooses, and in a process group only the first rank warns.
     """
     global _warned
     if _warned or os.environ.get("CJEPA_NO_NATIVE", "0") not in ("", "0"):
@@ -154,18 +189,17 @@ def warn_without_native() -> None:
         return
     _warned = True
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_CALLER):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OWN_FOLDERS):
         level, frame = level + 1, frame.f_back
     warnings.warn(
         f'backend="auto" takes the slower back end "chunked" on the CPU: {_NATIVE_REASON}. '
         'backend="chunked", or CJEPA_NO_NATIVE=1 in the environment, silences this warning',
         UserWarning,
-        stacklevel=level,  # the caller's line, not one of ours
+        stacklevel=level,  # the line of the user's call
     )
 
 
-# torch.compile runs the function while it traces, and breaks no graph at the warning. This is what
-# torch.compiler.assume_constant_result does, after importing the whole compiler.
+# As for _why_missing. The warning then breaks no graph.
 warn_without_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -173,18 +207,17 @@ def check_backend(backend: str) -> None:
     """Raise unless ``backend`` is a known name that is available here.
 
     Raises:
-        ValueError: Unknown name, or a variable of the environment with a value that it cannot have.
-        RuntimeError: Known, asked for by name, and missing on this machine.
+        ValueError: An unknown name, or an environment variable with a bad value.
+        RuntimeError: A known back end that is missing on this machine.
     """
     check_environment()
-    if backend not in NAMES:
-        raise ValueError(f"backend must be one of {list(NAMES)}, got {backend!r}")
-    # Without a look at the table where it needs none: PyTorch 2.11 would trace how it is made.
     if backend in ("auto", "chunked", "reference"):
         return
-    status = _find_backends()[backend]
-    if not status.available:
+    if backend not in names():
+        raise ValueError(f"backend must be one of {list(names())}, got {backend!r}")
+    reason = _why_missing(backend)
+    if reason is not None:
         raise RuntimeError(
-            f'backend "{backend}" was asked for and is not available: {status.reason}; '
+            f'backend "{backend}" was asked for and is not available: {reason}; '
             'backend="auto" takes the best one there is'
         )

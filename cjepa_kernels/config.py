@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from cjepa_kernels.backends import NAMES
+from cjepa_kernels.backends import names
 from cjepa_kernels.modules import ContrastiveJEPALoss, HJEPALoss
 from cjepa_kernels.suggestions import nearest
 from cjepa_kernels.yaml_reader import read_yaml
@@ -281,8 +281,8 @@ def _check_value(key: object, value: Any) -> None:
             raise TypeError(f"must be true or false, got {value!r}")
         return
     if key == "backend":
-        if value not in NAMES:
-            raise ValueError(f"must be one of {list(NAMES)}, got {value!r}")
+        if value not in names():
+            raise ValueError(f"must be one of {list(names())}, got {value!r}")
         return
     if key in RANGES:
         _check_range(key, value)

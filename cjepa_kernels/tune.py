@@ -1,7 +1,8 @@
-"""Choose how each kernel is compiled by timing it on this machine's GPU, for one size.
+"""Choose how each Triton kernel is compiled by timing the choices on this machine's GPU.
 
-Kernels are tuned one after the other, the choices for the others staying as they are. What wins is
-kept in ``configs.cache_file()`` and goes before the package's own table from then on.
+The kernels are tuned for one size, one after the other, while the choices for the others stay as
+they are. ``cjepa tune`` saves the fastest ones in ``configs.cache_file()``. From then on they go
+before the package's own table.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cjepa_kernels.definitions import EPS
 from cjepa_kernels.triton import configs
 from cjepa_kernels.triton.configs import Config, Kernel
 
@@ -44,12 +46,12 @@ def candidates(entry: Config) -> Iterator[Config]:
 
 
 def tune(entries: list[Config], measure: Measure, report: Report = lambda _: None) -> list[Config]:
-    """The fastest choice for each entry, and with strips or owned rows also none of them.
+    """The fastest choice for each entry. Strips and owned rows may also lose to not using them.
 
     Args:
-        entries: One a kernel, of the size that is tuned for.
+        entries: One entry for each kernel, for the size that is tuned.
         measure: Time of a step in seconds with the table as it is; an error rules a choice out.
-        report: Called with a line for each choice.
+        report: Called with one line of text for each choice.
 
     Returns:
         The winners, in the order of ``entries``.
@@ -71,7 +73,7 @@ def tune(entries: list[Config], measure: Measure, report: Report = lambda _: Non
 
 
 def replaces(found: list[Config], entry: Config) -> bool:
-    """Whether one of ``found`` is for the same kernel, architecture, width and operands."""
+    """Whether one of ``found`` is for the same kernel, architecture, operands and features."""
     return any(
         (f.kernel, f.architecture, f.bits, f.features)
         == (entry.kernel, entry.architecture, entry.bits, entry.features)
@@ -83,7 +85,7 @@ def _time(measure: Measure, tuned: list[Config]) -> float:
     with configs.tuned(tuned):
         try:
             return measure()
-        except Exception:  # too much shared memory, say: this choice is none
+        except Exception:  # The choice cannot run, for example for want of shared memory.
             return float("inf")
 
 
@@ -95,7 +97,7 @@ def _name(entry: Config) -> str:
 
 
 def entries_for(rows: int, features: int, dtype: torch.dtype) -> list[Config]:
-    """The table's entries for the kernels that a batch of this size takes.
+    """The table's entries for the kernels that a batch of this size uses.
 
     Raises:
         RuntimeError: There is no CUDA device.
@@ -107,7 +109,7 @@ def entries_for(rows: int, features: int, dtype: torch.dtype) -> list[Config]:
     device = torch.device("cuda")
     operands = Operands.of(dtype, None)
     packed = operands.pack(
-        (torch.randn(256, features, device=device, dtype=dtype),), cosine=True, eps=1e-8
+        (torch.randn(256, features, device=device, dtype=dtype),), cosine=True, eps=EPS
     )
     wide = packed.padded_features
     architecture = configs.architecture(device)
@@ -124,7 +126,7 @@ def entries_for(rows: int, features: int, dtype: torch.dtype) -> list[Config]:
 
 
 def measure_step(rows: int, features: int, dtype: torch.dtype) -> Measure:
-    """Median time of forward + backward of NT-Xent at that size."""
+    """A function that measures the median time of NT-Xent, forward and backward, at that size."""
     from triton.testing import do_bench
 
     from cjepa_kernels import nt_xent

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-from cjepa_kernels.bench.plot_style import GRID, INK, NATIVE, OTHER, svg
+from cjepa_kernels.plot_style import GRID, INK, NATIVE, OTHER, svg
 
 OUT = Path(__file__).parent / "images"
 POSITIVE = "#d97706"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -25,8 +26,9 @@ from typing import Any
 
 from cjepa_kernels.bench.candidates import BOTH, COMPILED, EAGER, FORWARD, MM, OURS
 from cjepa_kernels.bench.tables import markdown_table, mebibytes, milliseconds, two_digits
-from cjepa_kernels.train import advisor
-from cjepa_kernels.train.comparison import comparison_markdown, load_comparison, text_tables
+from cjepa_kernels.train.evaluation.comparison import load_comparison
+from cjepa_kernels.train.loop import advisor
+from cjepa_kernels.train.report.tables import comparison_markdown, text_tables
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^<!-- figures: (\w+) -->\n.*?^<!-- end of figures -->$", re.M | re.S)
@@ -69,8 +71,10 @@ def record(path: str) -> Fields:
 
 def gpu_record() -> Fields:
     """The results of bench/gpu.py."""
-    (path,) = (ROOT / "bench" / "results").glob("NVIDIA-*.json")
-    return record(path.relative_to(ROOT).as_posix())
+    paths = list((ROOT / "bench" / "results").glob("NVIDIA-*.json"))
+    if len(paths) != 1:
+        raise FigureError(f"bench/results: {len(paths)} files NVIDIA-*.json instead of one")
+    return record(paths[0].relative_to(ROOT).as_posix())
 
 
 def select(content: Fields, section: str, **wanted: object) -> list[Fields]:
@@ -118,14 +122,14 @@ def digits(value: float) -> str:
 
 def measured(content: Fields) -> str:
     """How a record came about: command, machine, versions, date and commit."""
-    of = content["environment"]
-    date = datetime.fromisoformat(of["date"])
-    device = f"{of['device']}, {of['threads']} threads, {of['instruction_set'].upper()}"
+    at = content["environment"]
+    date = datetime.fromisoformat(at["date"])
+    device = f"{at['device']}, {at['threads']} threads, {at['instruction_set'].upper()}"
     if "gpu" in content:
-        device = f"{content['gpu'][0]['device']}, Triton {of['triton']}, Python {of['python']}"
+        device = f"{content['gpu'][0]['device']}, Triton {at['triton']}, Python {at['python']}"
     return (
-        f"Measured by `{of['command']}`: {device}, PyTorch {of['torch'].split('+')[0]}, "
-        f"{date.day} {date:%B %Y}, commit {of['commit']}."
+        f"Measured by `{at['command']}`: {device}, PyTorch {at['torch'].split('+')[0]}, "
+        f"{date.day} {date:%B %Y}, commit {at['commit']}."
     )
 
 
@@ -158,7 +162,8 @@ def gpu_median(part: str, size: tuple[int, int], name: str, direction: str = BOT
 @template
 def headline() -> str:
     rows, gpu = 8192, (65536, 256)
-    of = record(CPU)["environment"]
+    at = record(CPU)["environment"]
+    machine = f"{at['threads']} threads of an {at['device']}, {at['instruction_set'].upper()}"
     eager, compiled, lightly, hjepa = (
         f"{median(CPU, rows, name) / median(CPU, rows, OURS):.1f}"
         for name in (EAGER, COMPILED, "lightly", "hjepa")
@@ -169,12 +174,12 @@ def headline() -> str:
     )
     products = gpu_median("targets", gpu, TRITON) / gpu_median("targets", gpu, MM3)
     return f"""
-Forward + backward of NT-Xent with D = 256 features. On the CPU ({of["threads"]} threads of an
-{of["device"]}, {of["instruction_set"].upper()}, fp32, {rows // 2:,} pairs) the loss is {eager}
-times as fast as the plain formula, {compiled} times as fast as `torch.compile` of it, {lightly}
-times as fast as lightly's formula and {hjepa} times as fast as H-JEPA's. On an NVIDIA H100 (bf16,
-{gpu[0] // 2:,} pairs) it is {eager_gpu} times as fast as the plain formula and {compiled_gpu} times
-as fast as `torch.compile` of it, and takes {products:.2f} of the time of its three matrix products.
+The bars show forward + backward of NT-Xent with D = 256 features. On the CPU ({machine}, fp32,
+{rows // 2:,} pairs) the loss is {eager} times as fast as the plain formula, {compiled} times as
+fast as `torch.compile` of it, {lightly} times as fast as lightly's formula and {hjepa} times as
+fast as H-JEPA's. On an NVIDIA H100 (bf16, {gpu[0] // 2:,} pairs) it is {eager_gpu} times as fast as
+the plain formula and {compiled_gpu} times as fast as `torch.compile` of it, and takes
+{products:.2f} of the time of its three matrix products.
 """
 
 
@@ -204,22 +209,20 @@ def gain(peer: str, title: str) -> str:
     rows = []
     for path in (CPU, GPU):
         content = record(path)
-        of, dtype = content["environment"], content["settings"]["dtype"]
-        threads = "" if of["cuda"] else f"{of['threads']} threads, "
+        at, dtype = content["environment"], content["settings"]["dtype"]
+        threads = "" if at["cuda"] else f"{at['threads']} threads, "
         for count in sorted({r["M"] for r in select(content, "rows", name=OURS, pass_=BOTH)}):
             ours = median(path, count, OURS)
             memory = {r["name"]: r["extra_bytes"] for r in select(content, "memory", M=count)}
             theirs = select(content, "rows", M=count, name=peer, pass_=BOTH)
             if theirs:
-                times = theirs[0]["median"] / ours
-                time, needed = milliseconds(theirs[0]["median"]), mebibytes(memory[peer])
-                faster = two_digits(times)
+                seconds, size = theirs[0]["median"], mebibytes(memory[peer])
+                time, faster = milliseconds(seconds), two_digits(seconds / ours)
             else:
                 left_out = only(content, "left_out", M=count, name=peer)
-                time, faster = "not run", ""
-                needed = f"({left_out['needed_bytes'] / MIB:,.0f})"
-            where = f"{of['device']}, {threads}{dtype}"
-            cells = [time, milliseconds(ours), faster, needed, mebibytes(memory[OURS])]
+                time, faster, size = "not run", "", f"({left_out['needed_bytes'] / MIB:,.0f})"
+            where = f"{at['device']}, {threads}{dtype}"
+            cells = [time, milliseconds(ours), faster, size, mebibytes(memory[OURS])]
             rows.append([where, f"{count // 2:,}", *cells])
             if not theirs:
                 break
@@ -266,7 +269,7 @@ def targets_cpu() -> str:
     for t in select(content, "targets", part="targets", numerator="native"):
         size = {"M": t["M"], "D": t["D"], "pass": t["pass"]}
         products = only(content, "rows", part="targets", name=MM, **size)["median"]
-        # The backward computes the exponentials again where M²/2 of them exceed 256 MiB.
+        # The backward pass computes the M²/2 exponentials again where they exceed 256 MiB.
         passes = 1 if t["pass"] == FORWARD else 3 if 2 * t["M"] ** 2 <= 256 * MIB else 4
         floor = passes * t["M"] ** 2 * t["D"] / (2e9 * best) / products
         place = [f"{t['M']}, {t['D']}", t["pass"].replace("+", " + ")]
@@ -480,7 +483,7 @@ def gpu_targets() -> str:
         groups.setdefault((t["target"], f"{t['relation']} {t['bound']}"), []).append(t)
     rows = []
     for (target, bound), found in groups.items():
-        values = [t["value"] for t in found]
+        values = [t["value"] for t in found if t["value"] is not None] or [math.nan]
         span = dict.fromkeys(digits(extreme) for extreme in (min(values), max(values)))
         met = [t["verdict"] for t in found].count("met")
         rows.append([target, bound, " to ".join(span), f"{met} of {len(found)}"])
@@ -514,8 +517,9 @@ def mean_pooled(name: str) -> str:
     """The comparison's table of mean-pooled features."""
     content = load_comparison(ROOT / "docs" / "results" / f"{name}.json")
     return f"""
-Accuracy on the test images after {content.config["trainer"]["epochs"]} epochs, mean ± standard
-deviation over {len(content.seeds)} seeds, mean-pooled patch features:
+The table has the accuracy of mean-pooled patch features on the test images after
+{content.config["trainer"]["epochs"]} epochs, as mean ± standard deviation over
+{len(content.seeds)} seeds.
 
 {text_tables(content)[0].markdown()}
 """
@@ -626,7 +630,7 @@ def generate(text: str, page: str) -> str:
             parts = TEMPLATES[name]().strip("\n").split("\n\n")
         except (LookupError, OSError, TypeError, ValueError) as error:
             raise FigureError(f"{page}, block {name!r}: {error or type(error).__name__}") from error
-        # A sentence is one line: a break before the "+" of "forward + backward" would begin a list.
+        # A paragraph is one line, because a line that began with the "+" of a sum would be a list.
         parts = [p if p[0] in "|-*" else " ".join(p.split()) for p in parts]
         return "\n\n".join([f"<!-- figures: {name} -->", *parts, "<!-- end of figures -->"])
 

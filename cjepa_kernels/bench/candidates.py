@@ -1,4 +1,4 @@
-"""The losses that are compared: this package's, bare products, other projects' formulas."""
+"""The losses that are compared: this package's and other projects', and the bare products."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ OURS, CHUNKED, MM, EAGER, COMPILED = "cjepa_kernels", "chunked", "mm", "eager", 
 NATIVE, REFERENCE = "native", "reference"
 FORWARD, BOTH = "forward", "forward+backward"
 DIRECTIONS = (FORWARD, BOTH)
-PRODUCTS = {FORWARD: 1, BOTH: 3}  # that the loss contains
+PRODUCTS = {FORWARD: 1, BOTH: 3}  # Matrix products that the loss contains.
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One loss.
+    """A loss that is measured.
 
     Attributes:
-        name: Its name in results.
-        title: What tables and plots call it.
-        make: The loss at a temperature; raises ImportError or RuntimeError where it is missing.
-        degree: Power of M with which its tensors grow; 1 if they fit whatever M is.
-        same_loss: Whether it is NT-Xent, else another loss of the same M x M matrix.
-        devices: Device types that it runs on.
+        name: Name in results.
+        title: Title in tables and plots.
+        make: Makes the loss at a temperature. It raises ImportError or RuntimeError where the loss
+            is not available.
+        degree: Power of M with which its tensors grow. With 1 they fit whatever M is.
+        same_loss: Whether it is NT-Xent, or another loss of the same M x M matrix.
+        devices: Device types on which it runs.
     """
 
     name: str
@@ -52,13 +53,13 @@ def _package(temperature: float, *, backend: Backend) -> Formula:
 
 
 def _inf_cl(temperature: float) -> Formula:
-    """Inf-CL's InfoNCE of every row against the rolled rows: M x M logits, no diagonal left out."""
+    """Inf-CL's InfoNCE of every row against the rolled rows: M x M logits with the diagonal."""
     flash_loss = require("inf_cl.flash", extra="bench-gpu").cal_flash_loss
 
     def loss(z_i: Tensor, z_j: Tensor) -> Tensor:
         z = F.normalize(torch.cat([z_i, z_j]), dim=1)
         scale = torch.tensor(1 / temperature, device=z.device)
-        width = math.gcd(z.shape[1], 256)  # the kernel takes D in heads of a power of two
+        width = math.gcd(z.shape[1], 256)  # The kernel takes D in heads of a power of two.
         losses: Tensor = flash_loss(z, z.roll(len(z_i), 0), scale=scale, head_dim=width)
         return losses.mean()
 
@@ -95,17 +96,13 @@ CANDIDATES = {
             devices=("cpu",),
         ),
         Candidate(EAGER, "plain formula", _of(formulas.eager)),
-        Candidate(
-            COMPILED,
-            "plain formula, compiled",
-            lambda temperature: formulas.compiled(temperature=temperature),
-        ),
+        Candidate(COMPILED, "plain formula, compiled", formulas.compiled),
         Candidate("lightly", "lightly's formula", _of(formulas.lightly)),
         Candidate("hjepa", "H-JEPA's formula", _of(formulas.hjepa)),
         Candidate(
             "metric_learning",
             "pytorch-metric-learning",
-            lambda temperature: formulas.metric_learning(temperature=temperature),
+            formulas.metric_learning,
             degree=3,
         ),
         Candidate(
@@ -121,7 +118,7 @@ CANDIDATES = {
         ),
     )
 }
-# What further scripts compare, and ``cjepa bench`` does not.
+# The scripts of bench/ compare these, and ``cjepa bench`` does not.
 FURTHER_CANDIDATES = {
     candidate.name: candidate
     for candidate in (
@@ -144,12 +141,12 @@ def find(name: str) -> Candidate:
 
 
 def is_peer(name: str) -> bool:
-    """Whether a candidate computes the same loss as ours, so that a verdict is due."""
+    """Whether a candidate other than ours computes the same loss, so that a verdict is due."""
     return name in CANDIDATES and CANDIDATES[name].same_loss and name != OURS
 
 
 def on_device(device: str) -> dict[str, Candidate]:
-    """The candidates of a device; the chunked back end only beside a faster one on the CPU."""
+    """The candidates of a device. The chunked back end is one only beside a faster one."""
     kind = torch.device(device).type
     found = {name: one for name, one in CANDIDATES.items() if kind in one.devices}
     if backend_of(device) == CHUNKED:
@@ -168,7 +165,7 @@ def backend_of(device: str) -> str:
 
 
 def try_out(candidate: Candidate, device: str, dtype: torch.dtype, temperature: float) -> None:
-    """Forward and backward of the candidate on a small input.
+    """Run forward and backward of the candidate on a small input.
 
     Raises:
         ImportError: If a library is missing; the message says how to get it.
@@ -181,14 +178,14 @@ def try_out(candidate: Candidate, device: str, dtype: torch.dtype, temperature: 
 def one_pass(
     formula: Formula, inputs: tuple[Tensor, Tensor], direction: str
 ) -> Callable[[], object]:
-    """Forward as in training, with gradients enabled, and the backward if it is asked for."""
+    """The call of a formula: forward with gradients enabled, then backward for ``BOTH``."""
     if direction == FORWARD:
         return lambda: formula(*inputs)
     return lambda: torch.autograd.grad(formula(*inputs), inputs)
 
 
 def products(inputs: tuple[Tensor, Tensor], direction: str) -> Callable[[], object]:
-    """The bare matrix products that the loss contains, into one buffer."""
+    """The bare matrix products that the loss contains, written into one buffer."""
     z = F.normalize(torch.cat(inputs).detach().float(), dim=1).to(inputs[0].dtype)
     out = torch.empty(len(z), len(z), dtype=z.dtype, device=z.device)
     return lambda: [torch.mm(z, z.T, out=out) for _ in range(PRODUCTS[direction])]
@@ -197,8 +194,8 @@ def products(inputs: tuple[Tensor, Tensor], direction: str) -> Callable[[], obje
 def bytes_of(name: str, size: Size, dtype: str) -> Bytes:
     """Bytes that forward + backward of a candidate hold at once and move.
 
-    Of a candidate whose tensors fit whatever M is: the views read by both passes and the gradients
-    written once. What ``torch.compile`` fuses is not known: the plain formula's are its bound.
+    A candidate of degree 1 reads the views in both passes and writes the gradients once. It is not
+    known what ``torch.compile`` fuses, so the bytes of the plain formula are its bound.
     """
     rows, features = size
     item = DTYPES[dtype].itemsize
@@ -213,5 +210,5 @@ def bytes_of(name: str, size: Size, dtype: str) -> Bytes:
 
 
 def count_on_cpu(name: str, size: Size, dtype: str) -> Bytes:
-    """The same, counted at the size itself; for what is quick there."""
+    """The same bytes, counted at the size itself. The candidate has to be quick there."""
     return count(CANDIDATES[name].make(formulas.TEMPERATURE), size, DTYPES[dtype])

@@ -1,4 +1,4 @@
-"""The command ``cjepa bench``: options, progress, tables, and what is written when."""
+"""The command ``cjepa bench``: its options, its progress, its tables and its files."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.records import as_json
 from cjepa_kernels.bench.sizes import DTYPES, Size, parse_sizes
 from cjepa_kernels.extras import require
-from cjepa_kernels.train.atomic import atomic_write
-from cjepa_kernels.train.outputs import check_directory
+from cjepa_kernels.files import atomic_write, check_directory
 
 QUICK = Settings(
     sizes=QUICK_SIZES,
@@ -37,8 +36,8 @@ QUICK = Settings(
     shrink_roofs=2,
 )
 OUT = Path("cjepa-bench")
-PLOTS = ("time", "memory", "roofline", "temperature")  # as in plots.py, which needs matplotlib
-# What of the page's table a terminal of 80 columns shows, and how it is called there.
+PLOTS = ("time", "memory", "roofline", "temperature")  # As in plots.py, which needs matplotlib.
+# The columns of the page's table that fit into a terminal of 80 columns, and their titles there.
 COLUMNS = {
     "loss": "loss",
     "forward ms": "fwd, ms",
@@ -61,17 +60,17 @@ def bench(
     device: Annotated[
         str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the inputs: fp32, bf16 or fp16.")] = "fp32",
-    temperature: Annotated[float, typer.Option(help="Divides the similarities.")] = TEMPERATURE,
+    dtype: Annotated[str, typer.Option(help="Dtype of the inputs: fp32, bf16 or fp16.")] = "fp32",
+    temperature: Annotated[float, typer.Option(help="Divisor of the similarities.")] = TEMPERATURE,
     seconds: Annotated[
-        float | None, typer.Option(help="Of timing, for each size and pass. Default: 3.")
+        float | None, typer.Option(help="Seconds of timing for each size and pass. Default: 3.")
     ] = None,
     out: Annotated[
-        Path, typer.Option(help="Directory of results.json, results.md and the plots.")
+        Path, typer.Option(help="Directory for results.json, results.md and the plots.")
     ] = OUT,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Compare time, peak memory and errors of the loss with those of other formulas, here."""
+    """Compare the loss with other formulas on this machine: time, peak memory and errors."""
     settings = make_settings(
         quick=quick,
         sizes=sizes,
@@ -130,7 +129,9 @@ def make_settings(
             raise ValueError(f"--device: there is no CUDA device here, got {device!r}")
         number = torch.device(device).index or 0
         if number >= torch.cuda.device_count():
-            raise ValueError(f"--device: there are {torch.cuda.device_count()}, got {device!r}")
+            raise ValueError(
+                f"--device: there are {torch.cuda.device_count()} CUDA devices, got {device!r}"
+            )
         torch.cuda.set_device(number)
     settings = QUICK if quick else Settings()
     if kind == "cuda" and not quick:
@@ -147,7 +148,7 @@ def make_settings(
 
 
 def run(settings: Settings, out: Path, console: Console) -> Results:
-    """Measure, print and write; what is there is written after each size."""
+    """Measure, print and write. The files are written after each size."""
     comparison = Comparison(settings, say=lambda text: console.print(escape(text)))
     results = comparison.run(save=lambda results: save(results, out))
     for size in report.sizes_of(results):
@@ -182,7 +183,7 @@ def save(results: Results, out: Path) -> None:
 
 
 def write_plots(results: Results, out: Path, console: Console) -> str:
-    """Write the plots; what to say of them."""
+    """Write the plots and return what to say of them."""
     try:
         require("matplotlib", extra="bench")
         from cjepa_kernels.bench import plots

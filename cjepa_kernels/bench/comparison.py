@@ -14,6 +14,7 @@ from cjepa_kernels.backends import backends
 from cjepa_kernels.bench import candidates, errors, machine, memory
 from cjepa_kernels.bench.candidates import BOTH, CHUNKED, COMPILED, FORWARD, MM, OURS, Candidate
 from cjepa_kernels.bench.formulas import TEMPERATURE, Formula
+from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.sizes import DTYPES, Size, views
 from cjepa_kernels.bench.timing import (
     Run,
@@ -25,14 +26,13 @@ from cjepa_kernels.bench.timing import (
 )
 from cjepa_kernels.bench.verdict import CONFIDENCE, MARGIN, ratio_of, settle
 
-Record = dict[str, Any]
 Results = dict[str, Any]
-Runs = dict[str, Callable[[str], Run]]  # of a direction, by name
+Runs = dict[str, Callable[[str], Run]]  # By name, what makes the call of a direction.
 
 SECTIONS = ("rows", "memory", "errors", "temperatures", "left_out", "missing", "failed")
-SHARE = 0.8  # of the free memory that a candidate may need
-HOPELESS = 4.0  # times the longest call: not even tried
-LARGEST_CHECKED = 16384  # rows whose float64 values a CPU finds within seconds
+MEMORY_SHARE = 0.8  # Share of the free memory that a candidate may take.
+HOPELESS = 4.0  # A candidate that would take this many times the longest call is not tried.
+LARGEST_CHECKED = 16384  # A CPU computes the float64 values of so many rows within seconds.
 TEMPERATURES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 TEMPERATURES_AT = Size(2048, 256)
 QUICK_SIZES = tuple(Size(rows, 256) for rows in (256, 1024, 4096))
@@ -45,20 +45,20 @@ class Settings:
     """What is measured.
 
     Attributes:
-        sizes: By rising M.
+        sizes: M x D, by rising M.
         device: ``"cpu"`` or a CUDA device.
         dtype: Of the views: ``fp32``, ``bf16`` or ``fp16``.
-        temperature: Divides the similarities.
-        seconds: Of timing for each size and pass.
-        patience: Times ``seconds`` that candidates of the same loss are timed further at a size,
-            where it is not clear yet whether they are faster or slower than ours.
-        least: Times that each candidate is timed at least.
-        longest: Seconds that a call may take. What takes longer is called once; what would take
-            several times longer, by the size before, is not called.
+        temperature: The similarities are divided by it.
+        seconds: Time for each size and pass.
+        patience: Candidates of the same loss are timed for up to ``patience * seconds`` more at a
+            size where it is not clear yet whether they are faster or slower than ours.
+        least: Least number of times that each candidate is timed.
+        longest: Seconds that a call may take. A candidate that takes longer is called once. One
+            that would take several times longer, by the size before, is not called.
         compiled: Whether ``torch.compile`` is among the candidates.
         temperatures_at: Size at which errors are measured against the temperature.
-        temperatures: Those temperatures.
-        shrink_roofs: Divides the sizes of the product and the copy that show what the machine can.
+        temperatures: The temperatures at which errors are measured.
+        shrink_roofs: Divides the sizes of the product and the copy that show the machine's limits.
     """
 
     sizes: tuple[Size, ...] = FULL_SIZES
@@ -76,7 +76,7 @@ class Settings:
 
 
 class Comparison:
-    """Measures what its settings say; ``results`` is always what there is so far."""
+    """Measures what the settings ask for; ``results`` holds everything measured so far."""
 
     def __init__(self, settings: Settings, say: Callable[[str], None] = print) -> None:
         self.settings = settings
@@ -84,7 +84,7 @@ class Comparison:
         self.start = time.perf_counter()
         self.steps = len(settings.sizes) + 2
         self.done = 0
-        self.seconds: dict[str, tuple[int, float]] = {}  # M and seconds of the last size called
+        self.seconds: dict[str, tuple[int, float]] = {}  # M and seconds of the last size, by name.
         self.results: Results = {
             "environment": {
                 **machine.environment(settings.device),
@@ -133,7 +133,7 @@ class Comparison:
         self.say(f"[{self.done}/{self.steps}, {elapsed:.0f} s] {what}")
 
     def _find(self) -> dict[str, Candidate]:
-        """The candidates that work here; of others, how to get them."""
+        """The candidates that work here. The results say how to get the others."""
         one = self.settings
         found = candidates.on_device(one.device)
         if not one.compiled:
@@ -166,17 +166,17 @@ class Comparison:
         self._check(size, formulas, found)
 
     def _fits(self, name: str, size: Size) -> bool:
-        """Whether memory and time allow it; else what it needs is kept and said."""
+        """Whether memory and time allow it. If not, the results say what it needs."""
         one = self.settings
         needed = candidates.bytes_of(name, size, one.dtype).peak
         beside = 0.0 if name == MM else candidates.bytes_of(MM, size, one.dtype).peak
         free = machine.free_memory(one.device)
         bounded = name != MM and candidates.CANDIDATES[name].degree == 1
         reason = None
-        if free is not None and not bounded and needed + beside > SHARE * free:
+        if free is not None and not bounded and needed + beside > MEMORY_SHARE * free:
             reason = (
-                f"needs {needed / 2**30:.1f} GiB, and at most {100 * SHARE:.0f} % of the free "
-                f"{free / 2**30:.1f} GiB may be taken"
+                f"needs {needed / 2**30:.1f} GiB, and at most {100 * MEMORY_SHARE:.0f} % of the "
+                f"free {free / 2**30:.1f} GiB may be taken"
             )
         elif name in self.seconds:
             rows, seconds = self.seconds[name]
@@ -203,7 +203,7 @@ class Comparison:
         """Time both passes; returns the names that were timed."""
         one = self.settings
         clock = clock_of(one.device)
-        for direction in (BOTH, FORWARD):  # the one that needs more first
+        for direction in (BOTH, FORWARD):  # The pass that needs more comes first.
             calls = {name: run(direction) for name, run in runs.items()}
             for name in list(calls):
                 if not self._try(size, name, direction, calls[name]):
@@ -250,14 +250,14 @@ class Comparison:
             self.say(f"  still too noisy to tell: {titles}")
 
     def _try(self, size: Size, name: str, direction: str, call: Run) -> bool:
-        """Whether a call works and is quick enough; else why not is kept and said."""
+        """Whether a call works and is quick enough. If not, the results say why."""
         one = self.settings
         try:
             start = time.perf_counter()
-            call()  # what is compiled is compiled here
+            call()  # A compiled candidate is compiled in this call.
             seconds = time.perf_counter() - start
             compiles = name == COMPILED or torch.device(one.device).type == "cuda"
-            if compiles or seconds <= 1.5 * one.longest:  # else the first call says enough
+            if compiles or seconds <= 1.5 * one.longest:  # Otherwise the first call says enough.
                 seconds = clock_of(one.device)(call) if direction == BOTH else 0.0
         except Exception as error:
             self._fail(size, name, direction, error)
@@ -320,7 +320,7 @@ class Comparison:
         return records
 
     def sweep_temperatures(self, found: dict[str, Candidate]) -> None:
-        """Errors at every temperature in every dtype, of the formulas that are quick to make."""
+        """Errors at every temperature and dtype, without the candidates that are slow to make."""
         size = self.settings.temperatures_at
         same = {
             name: candidate
@@ -339,7 +339,7 @@ def _cell(size: Size) -> Record:
 
 
 def missing_backend(device: str) -> str | None:
-    """Why the kernels that were made for a device are not used; None if they are."""
+    """Why a device's own kernels are not used, or None if they are."""
     kernels = "triton" if torch.device(device).type == "cuda" else "native"
     status = backends()[kernels]
     return None if status.available else status.reason

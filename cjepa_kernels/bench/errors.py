@@ -1,7 +1,7 @@
-"""Exact losses and gradients in float64, and how far others are from them.
+"""Exact losses and gradients in float64, and the errors of others against them.
 
-The closed form of the gradient, a block of rows at a time; it shares no code with the losses, and
-python_tests/bench/test_scripts.py holds it against the reference.
+The gradient is computed by its closed form, a block of rows at a time. It shares no code with the
+losses, and python_tests/bench/test_scripts.py holds it against the reference.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _negative_logits(u: Tensor, block: Tensor, temperature: float) -> Tensor:
 
 
 def checked_anchors(rows: int) -> Tensor:
-    """All rows, or a fixed random subset of them, in ascending order."""
+    """All rows, or above ``LARGEST_COMPLETE`` a fixed random subset, in ascending order."""
     if rows <= LARGEST_COMPLETE:
         return torch.arange(rows)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
@@ -88,7 +88,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def of_formula(
     formula: Formula, inputs: tuple[Tensor, Tensor], truth: Exact, anchors: Tensor
 ) -> dict[str, Any]:
-    """Errors ``loss`` and ``gradient`` of a formula on some views.
+    """The errors ``loss`` and ``gradient`` of a formula on some views.
 
     Args:
         formula: The loss.

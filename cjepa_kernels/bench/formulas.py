@@ -1,4 +1,4 @@
-"""The formulas that nt_xent is compared with, each as a project that users come from computes it.
+"""The formulas that nt_xent is compared with, each computed as in the project it is from.
 
 Every function takes ``z_i`` and ``z_j`` of (B, D) on any device and returns the mean loss over the
 M = 2B anchors. python_tests/bench/test_scripts.py holds them against the reference.
@@ -22,7 +22,7 @@ Formula = Callable[[Tensor, Tensor], Tensor]
 
 
 def eager(z_i: Tensor, z_j: Tensor, *, temperature: float = TEMPERATURE) -> Tensor:
-    """The plain formula: normalise, one product, masked fill, cross-entropy."""
+    """The plain formula: it normalises, multiplies once, masks and takes the cross-entropy."""
     z = F.normalize(torch.cat([z_i, z_j]), dim=1)
     logits = z @ z.T / temperature
     diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -33,8 +33,9 @@ def eager(z_i: Tensor, z_j: Tensor, *, temperature: float = TEMPERATURE) -> Tens
 def lightly(z_i: Tensor, z_j: Tensor, *, temperature: float = TEMPERATURE) -> Tensor:
     """Lightly's ``NTXentLoss`` without a memory bank.
 
-    A product of its own for each of the four blocks of views, the diagonals of the two blocks
-    within a view cut out by boolean indexing, everything concatenated, cross-entropy.
+    It computes each of the four blocks of views by a product of its own, cuts the diagonals of the
+    two blocks within a view out by boolean indexing, concatenates everything and takes the
+    cross-entropy.
     """
     batch = len(z_i)
     views = [F.normalize(z, dim=1) for z in (z_i, z_j)]
@@ -129,7 +130,7 @@ def hjepa(z_i: Tensor, z_j: Tensor, *, temperature: float = TEMPERATURE) -> Tens
     return loss
 
 
-def metric_learning(*, temperature: float = TEMPERATURE) -> Formula:
+def metric_learning(temperature: float = TEMPERATURE) -> Formula:
     """``NTXentLoss`` of pytorch-metric-learning itself, whose memory grows with M^3.
 
     Raises:
@@ -173,9 +174,9 @@ def hjepa_prediction(
     ).sum()
 
 
-def compiled(*, temperature: float = TEMPERATURE) -> Formula:
-    """``torch.compile`` of the plain formula, for one size."""
-    torch._dynamo.reset()  # or the sizes before count towards its limit of recompilations
+def compiled(temperature: float = TEMPERATURE) -> Formula:
+    """The plain formula under ``torch.compile``, for one size."""
+    torch._dynamo.reset()  # Else the sizes before count towards its limit of recompilations.
 
     def plain(z_i: Tensor, z_j: Tensor) -> Tensor:
         return eager(z_i, z_j, temperature=temperature)

@@ -1,4 +1,4 @@
-"""What figures depend on: the machine, the versions, and how fast and large the machine is."""
+"""The machine and the versions that figures depend on, and the limits of the machine."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from cjepa_kernels.backends import compiled_module
 from cjepa_kernels.bench.timing import clock_of, interleaved
 
 ROOT = Path(cjepa_kernels.__file__).parent.parent
-# Distributions whose versions change the figures, by their keys in the results.
+# Distributions whose versions change the figures, by key of the results.
 PEERS = {
     "pytorch_metric_learning": "pytorch-metric-learning",
     "triton": "triton",
     "inf_cl": "inf-cl",
     "siglip_kernel": "siglip-kernel",
 }
-CPU_EDGE, CUDA_EDGE = 4096, 8192  # of the square product that shows the peak rate
-CPU_COPY, CUDA_COPY = 2**28, 2**31  # bytes of the copy that shows the bandwidth
+CPU_EDGE, CUDA_EDGE = 4096, 8192  # Rows of the square product that shows the peak rate.
+CPU_COPY, CUDA_COPY = 2**28, 2**31  # Bytes of the copy that shows the bandwidth.
 
 
 def instruction_set() -> str:
-    """Instruction set that the native back end uses here, ``none`` where it is not built."""
+    """The instruction set that the native back end uses here; ``none`` if it is not built."""
     module = compiled_module()
     return "none" if module is None else str(module.build_info()["instruction_set"])
 
 
 def installed_version(distribution: str) -> str | None:
-    """Version of a library, None where it is missing."""
+    """The version of a library, or None if it is missing."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -45,7 +45,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def git(*arguments: str, root: Path = ROOT) -> str:
-    """What git says in a folder, empty without one."""
+    """The output of git in a folder; empty if there is no git."""
     try:
         result = subprocess.run(
             ["git", *arguments], capture_output=True, text=True, cwd=root, check=False
@@ -56,14 +56,14 @@ def git(*arguments: str, root: Path = ROOT) -> str:
 
 
 def commit() -> str | None:
-    """The commit that this package is a checkout of, ``-dirty`` if anything but results differs.
+    """The commit of this checkout, with ``-dirty`` if anything but results differs from it.
 
-    ``CJEPA_COMMIT`` names it on a machine that has the files alone.
+    ``CJEPA_COMMIT`` names it on a machine that has the files without git.
     """
     if os.environ.get("CJEPA_COMMIT"):
         return os.environ["CJEPA_COMMIT"]
     if not (ROOT / "csrc").exists():
-        return None  # installed: a repository around it is another project's
+        return None  # The package is installed, and a repository around it is another project's.
     name = git("describe", "--always", "--abbrev=12")
     results = ("bench/results", "docs/results", "docs/images")
     if git("status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in results)):
@@ -72,7 +72,7 @@ def commit() -> str | None:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """The name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
@@ -82,7 +82,7 @@ def cpu_name() -> str:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """What the figures depend on.
+    """The machine and the versions, for a results file.
 
     Args:
         device: ``"cpu"`` or a CUDA device.
@@ -119,7 +119,7 @@ def command() -> str:
 
 
 def total_memory(device: str = "cpu") -> int | None:
-    """Bytes of memory of the device; None where that is not known."""
+    """Bytes of memory of the device, or None if that is not known."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     found = [_meminfo("MemTotal"), _cgroup("memory.max")]
@@ -127,7 +127,7 @@ def total_memory(device: str = "cpu") -> int | None:
 
 
 def free_memory(device: str = "cpu") -> int | None:
-    """Bytes that a new tensor may take; None where that is not known."""
+    """Bytes that a new tensor may take, or None if that is not known."""
     if torch.device(device).type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
@@ -146,7 +146,7 @@ def _meminfo(field: str) -> int | None:
 
 
 def _cgroup(name: str) -> int | None:
-    """Bytes of the control group that a container runs in; None without a limit."""
+    """Bytes of a limit of the container's control group, or None without one."""
     try:
         text = Path("/sys/fs/cgroup", name).read_text().strip()
     except OSError:
@@ -157,17 +157,17 @@ def _cgroup(name: str) -> int | None:
 def roofs(
     device: str, dtype: torch.dtype, *, seconds: float = 1.0, shrink: int = 1
 ) -> dict[str, float]:
-    """The fastest that this machine multiplies and copies.
+    """How fast this machine multiplies and copies.
 
     Args:
         device: ``"cpu"`` or a CUDA device.
-        dtype: Of the product.
+        dtype: Dtype of the product.
         seconds: Time for both.
         shrink: Divides the edge of the product and the square root of the copy.
 
     Returns:
-        ``flops`` of a square product and ``bandwidth`` of a copy, bytes read and written, a
-        second.
+        ``flops``, those of a square product per second, and ``bandwidth``, the bytes that a copy
+        reads and writes per second.
     """
     on_cuda = torch.device(device).type == "cuda"
     edge = (CUDA_EDGE if on_cuda else CPU_EDGE) // shrink
@@ -181,6 +181,7 @@ def roofs(
         seconds=seconds,
         least=3,
         clock=clock_of(device),
+        shares=True,
     )
     return {
         "flops": 2 * edge**3 / times["flops"]["p20"],

@@ -1,7 +1,7 @@
-"""Peak extra memory of forward + backward, gradients included, the inputs not.
+"""Peak extra memory of forward + backward. The gradients are counted, the inputs are not.
 
-On a CUDA device it is what PyTorch's allocator counts. On the CPU it is the growth of the peak
-resident memory of a process of its own, which has made the inputs and a tiny warm-up call before.
+On a CUDA device PyTorch's allocator counts it. On the CPU it is the growth of the peak resident
+memory of a new process, which has made the inputs and a tiny warm-up call before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cjepa_kernels.bench.sizes import DTYPES, Size, views
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 WARM_UP = Size(128, 16)
-SECONDS = 300.0  # that a process may take
+SECONDS = 300.0  # Limit for one process.
 
 
 def supported(device: str) -> bool:
@@ -39,7 +39,7 @@ def peak_bytes(name: str, size: Size, *, device: str, dtype: str, temperature: f
         return _on_cuda(name, size, device, dtype, temperature)
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:  # each process starts with PyTorch loaded
+    if "forkserver" in methods:  # Each process starts with PyTorch loaded.
         context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe(duplex=False)
     arguments = (theirs, torch.get_num_threads(), name, size, dtype, temperature)
@@ -74,15 +74,15 @@ def _in_a_process(
 
 
 def _on_cpu(name: str, size: Size, dtype: str, temperature: float) -> int:
-    """In a new process: growth of the peak resident memory, in bytes."""
-    # What is compiled for one size is compiled first, and the compiler's memory not counted.
+    """Growth of the peak resident memory in bytes, in a new process."""
+    # A compiled formula is compiled first, so that the compiler's memory is not counted.
     warm_up = size if name == candidates.COMPILED else WARM_UP
     formula = candidates.find(name).make(temperature)
     inputs = views(size, dtype=DTYPES[dtype])
     before = views(warm_up, dtype=DTYPES[dtype])
     torch.autograd.grad(formula(*before), before)
     gc.collect()
-    RESET.write_text("5")  # the peak becomes what is resident now
+    RESET.write_text("5")  # The peak is reset to the memory that is resident now.
     start = _status("VmRSS")
     loss = formula(*inputs)
     gradients = torch.autograd.grad(loss, inputs)

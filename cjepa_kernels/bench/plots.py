@@ -1,4 +1,4 @@
-"""The plots of a comparison: time, memory, roofline, errors against the temperature."""
+"""The plots of a comparison, and the elements that other pictures share with them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib import rcParams
 from matplotlib.axes import Axes
@@ -14,32 +14,56 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from cjepa_kernels.bench.candidates import BOTH, CANDIDATES, COMPILED, EAGER, OURS, TITLES
-from cjepa_kernels.bench.comparison import Record, Results
-from cjepa_kernels.bench.plot_style import NATIVE, STYLES, Label, label_curves, svg, write_pngs
-from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.bench.comparison import Results
+from cjepa_kernels.bench.records import Record
+from cjepa_kernels.files import atomic_write
+from cjepa_kernels.plot_style import NATIVE, OTHER, Label, label_curves, svg, write_pngs
 
 Point = tuple[float, float]
 TALLEST_ERROR, SMALLEST_ERROR = 3.0, 1e-8
 
 
+class Style(NamedTuple):
+    """The looks of a candidate's curve. Its colour is legible on white and on near-black."""
+
+    colour: str
+    dash: Any
+    marker: str
+    width: float = 1.6
+
+
+STYLES = {
+    "cjepa_kernels": Style(NATIVE, "-", "o", 2.6),
+    "chunked": Style("#1f9d78", (0, (5, 1, 1, 1)), "D"),
+    "eager": Style("#d97706", (0, (5, 2)), "s"),
+    "compiled": Style("#c0504d", (0, (2, 1)), "^"),
+    "lightly": Style("#b05fa5", (0, (6, 1, 1, 1, 1, 1)), "v"),
+    "hjepa": Style("#8e6d46", (0, (8, 2)), "P"),
+    "metric_learning": Style("#7f8c3b", (0, (3, 1, 1, 1)), "X"),
+    "inf_cl": Style("#3d9fb3", (0, (4, 1, 2, 1)), "<"),
+    "siglip_kernel": Style("#7a70c8", (0, (1, 1, 3, 1)), ">"),
+    "mm": Style(OTHER, (0, (1, 1.5)), "."),
+}
+
+
 def widest_sweep(results: Results) -> int:
-    """The D of which most M were measured."""
+    """The D for which the most M were measured."""
     features: list[int] = [row["D"] for row in results["rows"] if row["pass"] == BOTH]
     return max(sorted(set(features)), key=features.count, default=0)
 
 
 def curve(records: Sequence[Record], name: str, key: str, features: int) -> list[Point]:
-    """(M, value) of a candidate, by rising M."""
+    """The points (M, value) of a candidate, by rising M."""
     return sorted(
         (row["M"], row[key]) for row in records if (row["D"], row["name"]) == (features, name)
     )
 
 
 def draw_curve(axes: Axes, points: Sequence[Point], name: str) -> Label:
-    """One candidate's curve, and what its label needs."""
+    """Draw the curve of one candidate and return its label."""
     colour, dash, marker, width = STYLES[name]
     xs, ys = zip(*points, strict=True)
-    order = {OURS: 4.0, EAGER: 3.5}.get(name, 3.0)  # curves that coincide show these
+    order = {OURS: 4.0, EAGER: 3.5}.get(name, 3.0)  # Of curves that coincide these are on top.
     axes.plot(xs, ys, linestyle=dash, color=colour, linewidth=width, zorder=order)
     axes.plot(xs, ys, marker, color=colour, markersize=4, zorder=order)
     return Label(xs[-1], ys[-1], TITLES[name], colour)
@@ -123,7 +147,7 @@ def draw_times(axes: Axes, rows: Sequence[Record], features: int) -> None:
 
 
 def draw_memory(results: Results) -> Figure:
-    """Peak extra memory against M; hollow where a candidate was left out, and what it needs."""
+    """Peak extra memory against M. A hollow mark is what a candidate that was left out needs."""
     features = widest_sweep(results)
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -144,7 +168,7 @@ def draw_memory(results: Results) -> Figure:
             if (row["D"], row["name"]) == (features, name)
             and row["M"] > points[-1][0]
             and CANDIDATES[name].degree > 1
-            and name != COMPILED  # what it needs is not known
+            and name != COMPILED  # Its memory is not known.
             and row["needed_bytes"] < 8 * (limit or 0)
         ]
         if needed:
@@ -180,7 +204,7 @@ def draw_memory(results: Results) -> Figure:
 
 
 class RooflinePoint(NamedTuple):
-    """A candidate at one size: FLOPs for each byte, and FLOP/s at the median, p80 and p20 times."""
+    """A candidate at one size: FLOPs per byte, and FLOP/s at the median, p80 and p20 times."""
 
     rows: int
     intensity: float
@@ -190,7 +214,7 @@ class RooflinePoint(NamedTuple):
 
 
 def _on_the_roofline(results: Results) -> dict[str, RooflinePoint]:
-    """Each candidate whose bytes are known, at its largest M."""
+    """The point of each candidate whose bytes are known, at its largest M."""
     features = widest_sweep(results)
     points: dict[str, RooflinePoint] = {}
     for row in results["rows"]:
@@ -204,12 +228,12 @@ def _on_the_roofline(results: Results) -> dict[str, RooflinePoint]:
 
 
 def draw_roofline(results: Results) -> Figure:
-    """FLOP/s of each candidate at its largest M against the FLOPs for each byte that it moves."""
+    """FLOP/s of each candidate at its largest M against the FLOPs per byte that it moves."""
     features = widest_sweep(results)
     peak, bandwidth = results["roofs"]["flops"], results["roofs"]["bandwidth"]
     points = _on_the_roofline(results)
     ridge = peak / bandwidth
-    low = min(ridge, *(point.intensity for point in points.values())) / 30  # room for labels
+    low = min(ridge, *(point.intensity for point in points.values())) / 30  # The labels need room.
     high = 3 * max(ridge, *(point.intensity for point in points.values()))
     bottom = min(low * bandwidth, *(point.low for point in points.values())) / 2
     top = 3 * max(peak, *(point.high for point in points.values()))
@@ -233,7 +257,7 @@ def draw_roofline(results: Results) -> Figure:
         draw_spread(axes, intensity, slow / unit, quick / unit, colour)
         text = TITLES[name] if rows == largest else f"{TITLES[name]}, M = {rows}"
         labels.append(Label(intensity, rate / unit, text, colour))
-    labels.append(Label(ridge, peak / unit, "", "none"))  # keeps the others off the roof
+    labels.append(Label(ridge, peak / unit, "", "none"))  # It keeps the others off the roof.
     label_curves(axes, labels, column=1.0, always_right=True)
     ours = points.get(OURS)
     if ours is not None and ours.rate > min(peak, ours.intensity * bandwidth):
@@ -320,7 +344,7 @@ def draw_errors(
 
 
 def _within_errors(error: float) -> float:
-    """The error within the axis; NaN is as wrong as it gets."""
+    """The error within the axis. NaN counts as the tallest."""
     return TALLEST_ERROR if math.isnan(error) else min(max(error, SMALLEST_ERROR), TALLEST_ERROR)
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from cjepa_kernels.bench.machine import ROOT, environment
-from cjepa_kernels.train.atomic import atomic_write
+from cjepa_kernels.files import atomic_write
 
-RESULTS = ROOT / "bench" / "results"  # of a clone
+RESULTS = ROOT / "bench" / "results"  # In a clone.
+
+Record = dict[str, Any]  # One measurement: names, sizes and figures.
 
 
-def write_results(name: str, rows: list[dict[str, Any]], **sections: Any) -> Path:
+def write_results(name: str, rows: list[Record], **sections: Any) -> Path:
     """Write ``bench/results/<name>.json`` and return its path.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a comparison says: tables, plain sentences, and the files of both."""
+"""A comparison as tables, plain sentences and a page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from cjepa_kernels.bench.candidates import (
     TITLES,
     is_peer,
 )
-from cjepa_kernels.bench.comparison import Record, Results
+from cjepa_kernels.bench.comparison import Results
+from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.sizes import Size
 from cjepa_kernels.bench.tables import markdown_table, mebibytes, milliseconds, times, two_digits
 from cjepa_kernels.bench.verdict import CONFIDENCE, MARGIN, MIN_ROUNDS, Ratio, Verdict
@@ -36,7 +37,7 @@ HEADER = (
     "loss error",
     "gradient error",
 )
-WRONG = 0.1  # share of the gradient's largest magnitude
+WRONG = 0.1  # An error above this share of the largest magnitude makes a gradient useless.
 
 
 def sizes_of(results: Results) -> list[Size]:
@@ -82,13 +83,13 @@ def of_size(results: Results, size: Size) -> Iterator[list[str]]:
 
 
 def ratio_in(row: Record) -> Ratio | None:
-    """The paired ratio of a row; None in records of before it was kept, and in our own row."""
+    """The paired ratio of a row, or None in our own row and in records made without ratios."""
     kept = row.get("over_ours")
     return None if kept is None else Ratio(**kept)
 
 
 def over(both: dict[str, Record], name: str) -> float:
-    """A candidate's time divided by ours: paired where that was kept, else that of the medians."""
+    """A candidate's time divided by ours: the paired ratio, or that of the medians without one."""
     paired = ratio_in(both[name])
     if paired is not None:
         return paired.value
@@ -96,32 +97,32 @@ def over(both: dict[str, Record], name: str) -> float:
 
 
 def interval(paired: Ratio) -> str:
-    """``5.21 to 6.02``, empty if there were too few rounds for one."""
+    """``5.21 to 6.02``, or nothing if there were too few rounds for an interval."""
     if paired.low is None or paired.high is None:
         return ""
     return f"{times(paired.low)} to {times(paired.high)}"
 
 
 def left_out(results: Results, size: Size) -> str:
-    """Who was not measured at a size, and why; empty if everyone was."""
+    """The candidates that were not measured at a size, and why."""
     records = by_name(results, "left_out", size).items()
     return "; ".join(f"{TITLES[name]} {row['reason']}" for name, row in records)
 
 
 def title(name: str) -> str:
-    """What a candidate is called, marked if it is another loss."""
+    """The title of a candidate, marked if it is another loss."""
     other = name in CANDIDATES and not CANDIDATES[name].same_loss
     return TITLES[name] + (" *" if other else "")
 
 
 def in_sentence(name: str) -> str:
-    """What a candidate is called within a sentence."""
+    """The title of a candidate within a sentence."""
     article = "the " if TITLES[name].startswith("plain") else ""
     return article + TITLES[name]
 
 
 def verdict(results: Results) -> list[str]:
-    """Plain sentences of what was measured, whoever it favours."""
+    """The results in plain sentences, whichever candidate they favour."""
     sizes = [s for s in sizes_of(results) if OURS in by_name(results, "rows", s, **{"pass": BOTH})]
     sentences = []
     if not results["complete"]:
@@ -141,7 +142,7 @@ def verdict(results: Results) -> list[str]:
 
 
 def _stopped(results: Results) -> str:
-    """What a run that was cut off has not measured."""
+    """What is missing from a run that was cut off."""
     measured = {str(size) for size in sizes_of(results)}
     left = [size for size in results["settings"]["sizes"] if size not in measured]
     if not results["temperatures"]:
@@ -170,7 +171,7 @@ def _beside(results: Results, size: Size, other: str) -> str:
 
 
 def _beyond(results: Results, sizes: list[Size]) -> Iterator[str]:
-    """The largest size that the plain formula has no room for."""
+    """Our time at the largest size for which the plain formula lacks memory."""
     reasons = {
         Size(row["M"], row["D"]): row["reason"]
         for row in results["left_out"]
@@ -242,7 +243,7 @@ def _unclear(place: Place) -> str:
 
 
 def _unpaired(results: Results, found: dict[str, list[Place]]) -> Iterator[str]:
-    """What a record says that was made before ratios of rounds were kept: medians, no verdict."""
+    """The medians of a record made without ratios of rounds, which has no verdict."""
     yield (
         "This record keeps no ratios of single rounds, so it cannot say which differences between "
         "the medians are more than noise."
@@ -265,7 +266,7 @@ def _unpaired(results: Results, found: dict[str, list[Place]]) -> Iterator[str]:
 
 
 def _errors(results: Results) -> Iterator[str]:
-    """The largest error of the gradient, and of the plain formula's."""
+    """The largest errors of our gradient and of the plain formula's."""
     largest = {
         name: max(row["gradient"] for row in results["errors"] if row["name"] == name)
         for name in (OURS, EAGER)
@@ -279,7 +280,7 @@ def _errors(results: Results) -> Iterator[str]:
 
 
 def _temperatures(results: Results) -> Iterator[str]:
-    """From which temperature down the plain formula's gradient in fp32 is useless."""
+    """The temperature below which the plain formula's gradient in fp32 is useless."""
     gradients: dict[float, dict[str, float]] = {}
     for row in results["temperatures"]:
         if row["dtype"] == "fp32":
@@ -356,7 +357,7 @@ def markdown(results: Results, images: dict[str, str] | None = None) -> str:
 
 
 def load(path: Path) -> Results:
-    """What ``as_json`` wrote."""
+    """Read a results file."""
     content: Results = json.loads(path.read_text(encoding="utf-8"))
     for row in (*content["errors"], *content["temperatures"]):
         for key in ("loss", "gradient"):

@@ -45,7 +45,7 @@ def views(
     dtype: torch.dtype = torch.float32,
     drawn_on: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Two correlated views (B, D), leaves of the graph; the same ones whenever the size is.
+    """Two correlated views (B, D), leaves of the graph. The same size gives the same views.
 
     Args:
         size: M = 2B rows and D features.

@@ -1,9 +1,9 @@
 """Bytes that a formula's operators hold at once and move, counted at a small size and scaled up.
 
-With D = 1 the matrices are all that counts, and they grow with M^degree; what D adds grows with
-M D. Counted is what PyTorch's dispatcher shows: every tensor that an operator returns, until its
-storage is freed, and every tensor that one reads or writes. What an operator takes within itself
-is not seen, which for the operators of this package is by design next to nothing.
+With D = 1 only the matrices count, and they grow with M^degree. The bytes that D adds grow with
+M D. The count sees what PyTorch's dispatcher shows: every tensor that an operator returns, until
+its storage is freed, and every tensor that an operator reads or writes. It does not see the memory
+that an operator takes within itself, which is next to nothing for the operators of this package.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch.utils._pytree import tree_leaves
 from cjepa_kernels.bench.formulas import Formula
 from cjepa_kernels.bench.sizes import Size, views
 
-SMALL = 64  # M of the count
-WIDE = 33  # its second D
+SMALL = 64  # The M at which bytes are counted.
+WIDE = 33  # They are counted with D = 1 and with this D.
 
 
 class Bytes(NamedTuple):
-    """Of forward + backward, the inputs not among them.
+    """Bytes of forward + backward without the inputs.
 
     Attributes:
-        peak: Held at once.
-        moved: Read and written by the operators.
+        peak: Bytes held at once.
+        moved: Bytes that the operators read and write.
     """
 
     peak: float
@@ -82,8 +82,8 @@ def scaled(formula: Formula, size: Size, dtype: torch.dtype, *, degree: int) -> 
 
     Args:
         formula: A loss of two views.
-        size: Where the bytes are wanted.
-        dtype: Of the views.
+        size: The size for which the bytes are wanted.
+        dtype: Dtype of the views.
         degree: Power of M with which its largest tensors grow.
     """
     narrow = count(formula, Size(SMALL, 1), dtype)

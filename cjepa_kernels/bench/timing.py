@@ -1,4 +1,7 @@
-"""Timers, and rounds in which candidates take turns: a change of the machine's speed hits all."""
+"""Timers, and rounds in which candidates take turns.
+
+A change of the machine's speed then hits all candidates alike.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,21 @@ import torch
 Run = Callable[[], object]
 Build = Callable[[], Run]
 Clock = Callable[[Run], float]
-Times = dict[str, list[float]]  # seconds of each round, by name
+Times = dict[str, list[float]]  # Seconds of each round, by name.
 
-FLUSHED_BYTES = 2**28  # more than the L2 cache of any GPU
-SHORTEST_WAIT, LONGEST_WAIT = 2**20, 2**27  # GPU cycles: about half a millisecond and 70 ms
+FLUSHED_BYTES = 2**28  # More than the L2 cache of any GPU.
+SHORTEST_WAIT, LONGEST_WAIT = 2**20, 2**27  # GPU cycles: about 0.5 ms and 70 ms.
 
 
 def host_clock(run: Run) -> float:
-    """Seconds of a call that ends when its work has ended."""
+    """Time a call that ends when its work has ended, in seconds."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 class DeviceClock(Protocol):
-    """Seconds of a call on a CUDA device; ``of`` says in a record what was timed."""
+    """Times calls on a CUDA device in seconds; ``of`` says in a record what was timed."""
 
     of: str
 
@@ -86,7 +89,7 @@ def _events() -> tuple[Any, Any]:
 
 
 def clock_of(device: str) -> Clock:
-    """How calls on a device are timed."""
+    """The timer of calls on a device."""
     return IdleDevice() if torch.device(device).type == "cuda" else host_clock
 
 
@@ -105,7 +108,7 @@ def add_rounds(
     Args:
         candidates: Calls by name.
         times: Seconds of each name's rounds; one is appended.
-        clock: Seconds of a call.
+        clock: Timer of a call.
         errors: A candidate that fails leaves ``candidates`` and ``times``, and its error is
             written here. Without it the error is raised.
     """
@@ -137,12 +140,13 @@ def timed_rounds(
     Args:
         candidates: Calls by name.
         seconds: Time for all of them together.
-        least: Rounds at least.
-        clock: Seconds of a call.
-        warm: They have run before; else each does once, untimed.
-        shares: Each has an equal share of the time and leaves when it is used up, so that a slow
-            one does not decide how often a quick one is timed. Else all run in every round.
-        errors: As of ``add_rounds``.
+        least: Least number of rounds.
+        clock: Timer of a call.
+        warm: Whether they have run before. Otherwise each runs once, untimed.
+        shares: Whether each candidate has an equal share of the time and leaves when it is used
+            up, so that a slow one does not decide how often a quick one is timed. Otherwise all
+            run in every round.
+        errors: As for ``add_rounds``.
         now: Seconds since some moment.
 
     Returns:
@@ -179,11 +183,11 @@ def interleaved(
     """``summarise`` of each candidate's ``timed_rounds``.
 
     Args:
-        candidates: Calls by name; each runs once before, untimed.
+        candidates: Calls by name. Each runs once before, untimed.
         seconds: Time for all of them together.
-        least: Rounds at least.
-        clock: Seconds of a call.
-        shares: As of ``timed_rounds``.
+        least: Least number of rounds.
+        clock: Timer of a call.
+        shares: As for ``timed_rounds``.
     """
     times = timed_rounds(candidates, seconds=seconds, least=least, clock=clock, shares=shares)
     return {name: summarise(values) for name, values in times.items()}
@@ -196,13 +200,13 @@ def interleaved_on_gpu(
     least: int = 5,
     clock: Callable[[], DeviceClock] = BusyDevice,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """``summarise`` of each candidate's rounds on a GPU, and why others have none.
+    """``summarise`` of each candidate's rounds on a GPU, and why the others have none.
 
     Args:
-        candidates: What makes each call, by name.
+        candidates: Makers of the calls, by name.
         seconds: Time for all of them together.
-        least: Rounds at least.
-        clock: Makes a timer; each candidate has its own.
+        least: Least number of rounds.
+        clock: Makes the timer of one candidate.
 
     Returns:
         ``summarise`` with the timer's ``of``, and the first line of the error of each candidate
@@ -266,6 +270,6 @@ def summarise(values: list[float]) -> dict[str, float]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error, its kind before it unless it is for the user."""
+    """The kind and the first line of an error. An ImportError's line speaks for itself."""
     lines = str(error).strip().splitlines() or [""]
     return lines[0] if isinstance(error, ImportError) else f"{type(error).__name__}: {lines[0]}"

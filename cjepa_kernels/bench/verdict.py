@@ -1,13 +1,13 @@
-"""What interleaved times prove: the ratio of two candidates' times, its interval, a verdict.
+"""The ratio of two candidates' interleaved times, its interval, and a verdict.
 
 A round times every candidate once, so a round i gives a ratio r_i = t_i / s_i of the other's time
-t_i and our time s_i in which the machine's speed at that moment cancels. Moods of a machine last
-longer than a round, so the rounds are no independent draws. They are cut into at most BLOCKS
+t_i and our time s_i in which the machine's speed at that moment cancels. Spells of load last
+longer than a round, so the rounds are not independent draws. They are cut into at most BLOCKS
 consecutive blocks, and a block counts once, by the median of its ratios. A block's median lies
 above the true median with probability 1/2, whatever the distribution of the times is. The interval
 from the k-th lowest to the k-th highest of n block medians therefore misses it with probability
 2 P(Binomial(n, 1/2) < k). k is the largest for which that is at most 1 - CONFIDENCE: the sign
-test's interval. Fewer than MIN_ROUNDS rounds have no such k and prove nothing.
+test's interval. Fewer than MIN_ROUNDS rounds have no such k and give no verdict.
 
 A process has one memory layout, which alone changes times by a percent or two, so a ratio within
 MARGIN of 1 is not called a difference.
@@ -25,7 +25,7 @@ from cjepa_kernels.bench.timing import Clock, Run, Times, add_rounds
 
 CONFIDENCE = 0.99
 BLOCKS = 16
-MIN_ROUNDS = 8  # 2 / 2**8 is below 1 - CONFIDENCE, 2 / 2**7 is not
+MIN_ROUNDS = 8  # 2 / 2**8 is below 1 - CONFIDENCE, and 2 / 2**7 is not.
 MARGIN = 1.02
 
 Verdict = Literal["faster", "slower", "equal", "unclear"]
@@ -62,7 +62,7 @@ class Ratio(NamedTuple):
         return Ratio(1 / self.value, low, high, self.rounds)
 
     def record(self) -> dict[str, Any]:
-        """For the results file."""
+        """The ratio as a results file holds it."""
         return self._asdict()
 
 
@@ -95,7 +95,7 @@ def ratio_of_blocks(medians: Sequence[float], *, rounds: int) -> Ratio:
 
 
 def _order(blocks: int) -> int:
-    """k: how many block medians on each side lie outside of the interval, and the next one's."""
+    """k: the k-th block median from each side is an end of the interval; 0 if there is none."""
     k, missed = 0, 0.0
     while (missed := missed + 2 * math.comb(blocks, k) / 2**blocks) <= 1 - CONFIDENCE:
         k += 1
@@ -122,7 +122,7 @@ def settle(
         times: Seconds of the rounds so far; further ones are appended.
         ours: Name of what the others are compared with.
         others: Names whose verdicts are wanted.
-        seconds: How long at most; a round is finished.
+        seconds: Longest time. A round that was begun is finished.
         clock: Seconds of a call.
         now: Seconds since some moment.
 

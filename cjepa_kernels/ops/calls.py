@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cjepa_kernels.ops import registry
-from cjepa_kernels.ops.registry import flatten, operator
+from cjepa_kernels.ops.registry import differentiable, flatten, operator
 
 
 def run(name: str, overload: str, **arguments: Any) -> Any:
@@ -44,17 +44,16 @@ def call(name: str, overload: str, *args: Any, **named: Any) -> Any:
         The results as the definition's named tuple.
     """
     if named:
-        args = tuple(registry.arguments[name](*args, **named))
-    refuse_transforms(name, args)
-    args = tuple(saveable(arg) for arg in args)
+        args = registry.arguments[name](*args, **named)
+    if is_transformed():
+        refuse_transforms(name, args)
     if torch.compiler.is_compiling():
-        outputs = _call_compiled(name, overload, args)
+        outputs = _call_compiled(name, overload, tuple(saveable(arg) for arg in args))
     elif not torch.is_grad_enabled():
         outputs = operator(name, overload)(*args)
-    elif (name, overload) in registry.functions:
-        outputs = registry.functions[name, overload](*args)
     else:
-        outputs = operator(name, overload)(*args)  # which says that there is none
+        function = differentiable(name, overload)
+        outputs = function(*[_saveable_eagerly(arg) for arg in args])
     return registry.results[name](*outputs)
 
 
@@ -96,9 +95,14 @@ def saveable(arg: Any) -> Any:
     if torch.compiler.is_compiling():
         is_constant = isinstance(arg, Tensor) and not arg.requires_grad
         return operator("copy")(arg) if is_constant else arg
-    if isinstance(arg, list):
-        return [saveable(x) for x in arg]
-    return arg.clone() if isinstance(arg, Tensor) and arg.is_inference() else arg
+    return _saveable_eagerly(arg)
+
+
+def _saveable_eagerly(arg: Any) -> Any:
+    """The same where autograd is on and nothing is compiled."""
+    if isinstance(arg, Tensor):
+        return arg.clone() if arg.is_inference() else arg
+    return [_saveable_eagerly(x) for x in arg] if isinstance(arg, list) else arg
 
 
 def _call_compiled(name: str, overload: str, args: Sequence[Any]) -> tuple[Tensor, ...]:

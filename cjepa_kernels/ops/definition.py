@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -145,3 +146,11 @@ def bind(definition: Definition) -> Binding:
         flags=tuple(flags),
         inputs=tuple(inputs),
     )
+
+
+def take(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function that takes the elements at these positions of a sequence, as a tuple."""
+    if len(positions) == 1:
+        (position,) = positions
+        return lambda sequence: (sequence[position],)
+    return itemgetter(*positions) if positions else lambda sequence: ()

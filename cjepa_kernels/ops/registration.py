@@ -23,7 +23,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ from cjepa_kernels.ops.definition import (
     Implementations,
     bind,
     named_arguments,
+    take,
 )
 from cjepa_kernels.ops.registry import flatten, operator, unflatten
 
@@ -133,13 +133,6 @@ def _define_overload(definition: Definition, overload: str) -> None:
     _register_shared(dynamic, overload, binding)
 
 
-def _taker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function that takes the elements at some positions of a sequence, as a tuple."""
-    if len(positions) > 1:
-        return itemgetter(*positions)
-    return lambda sequence: tuple(sequence[k] for k in positions)
-
-
 def _numbers_as_tensors(schema: str) -> str:
     arguments, results = schema.split("->")
     return re.sub(r"\bfloat(\[\])? ", "Tensor ", arguments) + "->" + results
@@ -198,31 +191,33 @@ def _make_fake(fake: Callable[[Any], tuple[Any, ...]], arguments: Any) -> Callab
 def _make_setup_context(
     binding: Binding,
 ) -> Callable[[Any, Sequence[Any], tuple[Tensor, ...]], None]:
-    """The function by which a forward saves what the backward takes."""
-    take_saved, take_options = _taker(binding.saved_positions), _taker(binding.options)
-    take_not_differentiable = _taker(binding.not_differentiable)
-    tensors = {*binding.flags, *binding.inputs}
+    """The function by which a forward saves the arguments of its backward."""
+    take_saved, take_options = take(binding.saved_positions), take(binding.options)
+    take_not_differentiable = take(binding.not_differentiable)
 
     def setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
         saved = take_saved((*inputs, *output))
+        if binding.lists:
+            ctx.lengths = [len(inputs[k]) for k in binding.lists]
+            ctx.needs = [True] * len(inputs)  # autograd counts the tensors of lists one by one
+            for k in binding.flags:
+                ctx.needs[k] = _requires_grad(inputs[k])
+            ctx.saved_lengths, flat = flatten(saved)
+            ctx.save_for_backward(*flat)
+        else:
+            ctx.save_for_backward(*saved)
         ctx.options = take_options(inputs)
         ctx.mark_non_differentiable(*take_not_differentiable(output))
         ctx.set_materialize_grads(False)
-        if not binding.lists:
-            ctx.save_for_backward(*saved)
-            return
-        ctx.of_inputs = [len(inputs[k]) if k in binding.lists else -1 for k in range(len(inputs))]
-        ctx.needs = {k: _requires_grad(inputs[k]) for k in tensors}
-        ctx.of_saved, flat = flatten([list(x) if isinstance(x, tuple) else x for x in saved])
-        ctx.save_for_backward(*flat)
 
     return setup_context
 
 
-def _requires_grad(x: Any) -> bool:
+def _requires_grad(tensors: Tensor | Sequence[Tensor]) -> bool:
     """Whether a tensor, or any tensor of a list, requires a gradient."""
-    tensors = x if isinstance(x, (list, tuple)) else (x,)
-    return any(isinstance(tensor, Tensor) and tensor.requires_grad for tensor in tensors)
+    if isinstance(tensors, Tensor):
+        return tensors.requires_grad
+    return any(tensor.requires_grad for tensor in tensors)
 
 
 def _make_gradients(
@@ -230,8 +225,8 @@ def _make_gradients(
 ) -> Callable[..., tuple[Any, ...]]:
     """The function that runs the backward and gives each input its gradient."""
     backward = operator(f"{definition.name}_backward", overload)
-    take_upstream, complete = _taker(binding.upstream), definition.complete
-    none = (None,) * len(binding.arguments._fields)
+    take_upstream, complete = take(binding.upstream), definition.complete
+    none = [None] * len(binding.arguments._fields)
 
     def quick_backward(*args: Any) -> Any:
         with _below_autograd():
@@ -244,21 +239,25 @@ def _make_gradients(
                 f"{definition.name} takes one gradient at a time in this back end, not a batch of "
                 '(is_grads_batched, vectorize); use backend="reference"'
             )
-        given = take_upstream(upstream)
-        found: list[Any] = list(none)
-        for k in binding.lists:
-            found[k] = [None] * ctx.of_inputs[k]
-        if all(x is None for x in given):
-            return tuple(found)
-        saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        found: list[Any] = none.copy()
         if binding.lists:
-            saved, needs = unflatten(ctx.of_saved, saved), ctx.needs
+            for k, length in zip(binding.lists, ctx.lengths, strict=True):
+                found[k] = [None] * length
+        given = take_upstream(upstream)
+        for x in given:
+            if x is not None:
+                break
+        else:
+            return tuple(found)
+        if binding.lists:
+            saved, needs = unflatten(ctx.saved_lengths, ctx.saved_tensors), ctx.needs
+        else:
+            saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        flags = [needs[k] for k in binding.flags] if binding.flags else ()
         if complete is not None:
             given = complete(binding.saved(*saved), *given)
         # A second derivative meets the registered autograd, which says that there is none.
         run = backward if torch.is_grad_enabled() else quick_backward
-        flags = [needs[k] for k in binding.flags]
         grads = run(*given, *saved, *ctx.options, *flags)
         for k, grad in zip(binding.inputs, grads, strict=True):
             if needs[k]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 arguments: dict[str, Any] = {}  # by operator: a named tuple class of its arguments
 results: dict[str, Callable[..., Any]] = {}  # by operator: a named tuple class of its results
@@ -14,9 +14,16 @@ functions: dict[tuple[str, str], Callable[..., Any]] = {}  # the same with a qui
 
 def operator(name: str, overload: str = "") -> Any:
     """The registered overload: ``operator("nt_xent")`` or ``operator("nt_xent", ".chunked")``."""
-    if (name, overload) not in operators:
-        raise RuntimeError(f'the back end "{overload.lstrip(".")}" has no operator {name}')
-    return operators[name, overload]
+    return operators.get((name, overload)) or _refuse(name, overload)
+
+
+def differentiable(name: str, overload: str) -> Any:
+    """The function that calls the operator with the autograd that costs the least time."""
+    return functions.get((name, overload)) or _refuse(name, overload)
+
+
+def _refuse(name: str, overload: str) -> NoReturn:
+    raise RuntimeError(f'the back end "{overload.lstrip(".")}" has no operator {name}')
 
 
 def overloads() -> tuple[str, ...]:
@@ -26,11 +33,27 @@ def overloads() -> tuple[str, ...]:
 
 def flatten(args: Sequence[Any]) -> tuple[list[int], list[Any]]:
     """The length of each list, -1 for an argument that is no list, and all elements in order."""
-    lengths = [len(arg) if isinstance(arg, list) else -1 for arg in args]
-    return lengths, [x for arg in args for x in (arg if isinstance(arg, list) else (arg,))]
+    lengths: list[int] = []
+    elements: list[Any] = []
+    for arg in args:
+        if isinstance(arg, list):
+            lengths.append(len(arg))
+            elements += arg
+        else:
+            lengths.append(-1)
+            elements.append(arg)
+    return lengths, elements
 
 
 def unflatten(lengths: list[int], flat: Sequence[Any]) -> list[Any]:
     """The arguments that :func:`flatten` took apart."""
-    rest = iter(flat)
-    return [[next(rest) for _ in range(n)] if n >= 0 else next(rest) for n in lengths]
+    args: list[Any] = []
+    start = 0
+    for length in lengths:
+        if length < 0:
+            args.append(flat[start])
+            start += 1
+        else:
+            args.append(list(flat[start : start + length]))
+            start += length
+    return args

@@ -16,40 +16,42 @@ import torch
 from rich.console import Console
 from threadpoolctl import threadpool_limits
 
+from cjepa_kernels.files import atomic_write
 from cjepa_kernels.suggestions import nearest
 from cjepa_kernels.train import checksummed_json, runner
-from cjepa_kernels.train.atomic import atomic_write
-from cjepa_kernels.train.compare_progress import progress_display
-from cjepa_kernels.train.comparison import (
+from cjepa_kernels.train.config import ExperimentConfig, config_from_dict, config_to_dict
+from cjepa_kernels.train.data.dataset import Dataset, load_dataset, resolve_pretrain_classes
+from cjepa_kernels.train.data.fingerprint import check_fingerprint, fingerprint
+from cjepa_kernels.train.data.summary import summarize
+from cjepa_kernels.train.evaluation.comparison import (
     PAIRS,
     ArmRun,
     Comparison,
-    comparison_markdown,
-    notes_of,
     paired_differences,
-    rich_tables,
     save_comparison,
-    text_tables,
 )
-from cjepa_kernels.train.config import ExperimentConfig, config_from_dict, config_to_dict
-from cjepa_kernels.train.data import Dataset, load_dataset, resolve_pretrain_classes
-from cjepa_kernels.train.data_fingerprint import check_fingerprint, fingerprint
-from cjepa_kernels.train.data_summary import summarize
-from cjepa_kernels.train.directory_lock import DirectoryLock
-from cjepa_kernels.train.evaluate import (
+from cjepa_kernels.train.evaluation.probes import (
     check_dataset,
     evaluate,
     evaluate_pixels,
     probe_sizes,
 )
-from cjepa_kernels.train.report import write_report
-from cjepa_kernels.train.run_directory import (
+from cjepa_kernels.train.loop.comparison_progress import progress_display
+from cjepa_kernels.train.loop.directory_lock import DirectoryLock
+from cjepa_kernels.train.loop.run_directory import (
     RESULT,
     RunResult,
     check_run_directory,
     load_result,
 )
-from cjepa_kernels.train.worker_pool import Job, ReportProgress, run_jobs
+from cjepa_kernels.train.loop.worker_pool import Job, ReportProgress, run_jobs
+from cjepa_kernels.train.report.page import write_report
+from cjepa_kernels.train.report.tables import (
+    comparison_markdown,
+    notes_of,
+    rich_tables,
+    text_tables,
+)
 
 ARMS: dict[str, dict[str, float]] = {
     "cjepa": {},
@@ -418,8 +420,8 @@ def environment(config: ExperimentConfig) -> dict[str, Any]:
     program = Path(sys.argv[0]).name
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        # cli.py is the same program, started by python -m.
-        "command": " ".join(["cjepa" if program == "cli.py" else program, *sys.argv[1:]]),
+        # __main__.py is the same program, started by python -m.
+        "command": " ".join(["cjepa" if program == "__main__.py" else program, *sys.argv[1:]]),
         "commit": _commit(),
         "device": _device(config.trainer.accelerator),
         "cores": os.cpu_count(),

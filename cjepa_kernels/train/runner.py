@@ -21,10 +21,30 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from cjepa_kernels.train.advisor import Advisor
-from cjepa_kernels.train.atomic import atomic_write, remove_partial_files
-from cjepa_kernels.train.batches import PretrainData
-from cjepa_kernels.train.callbacks import (
+from cjepa_kernels.files import atomic_write, remove_partial_files
+from cjepa_kernels.train.config import (
+    ExperimentConfig,
+    config_from_dict,
+    config_to_dict,
+)
+from cjepa_kernels.train.data.batches import PretrainData
+from cjepa_kernels.train.data.dataset import (
+    Dataset,
+    channel_statistics,
+    load_dataset,
+    pretrain_indices,
+    resolve_pretrain_classes,
+)
+from cjepa_kernels.train.data.fingerprint import check_fingerprint, fingerprint
+from cjepa_kernels.train.data.summary import DataSummary, summarize
+from cjepa_kernels.train.evaluation.probes import (
+    FeatureExtractor,
+    check_dataset,
+    check_probe_images,
+    evaluate,
+)
+from cjepa_kernels.train.loop.advisor import Advisor
+from cjepa_kernels.train.loop.callbacks import (
     AdvisorHook,
     MetricHistory,
     Progress,
@@ -32,7 +52,7 @@ from cjepa_kernels.train.callbacks import (
     SignalHandlers,
     Stopwatch,
 )
-from cjepa_kernels.train.checkpoints import (
+from cjepa_kernels.train.loop.checkpoints import (
     LAST_CHECKPOINT,
     AtomicCheckpointIO,
     DamagedCheckpointError,
@@ -40,34 +60,14 @@ from cjepa_kernels.train.checkpoints import (
     read_checkpoint,
     remedy,
 )
-from cjepa_kernels.train.config import (
-    ExperimentConfig,
-    config_from_dict,
-    config_to_dict,
-)
-from cjepa_kernels.train.data import (
-    Dataset,
-    channel_statistics,
-    load_dataset,
-    pretrain_indices,
-    resolve_pretrain_classes,
-)
-from cjepa_kernels.train.data_fingerprint import check_fingerprint, fingerprint
-from cjepa_kernels.train.data_summary import DataSummary, summarize
-from cjepa_kernels.train.directory_lock import DirectoryLock
-from cjepa_kernels.train.evaluate import (
-    FeatureExtractor,
-    check_dataset,
-    check_probe_images,
-    evaluate,
-)
-from cjepa_kernels.train.interruption import kept_ctrl_c
-from cjepa_kernels.train.module import (
+from cjepa_kernels.train.loop.directory_lock import DirectoryLock
+from cjepa_kernels.train.loop.interruption import kept_ctrl_c
+from cjepa_kernels.train.loop.module import (
     CJEPAModule,
     build_loss,
     feature_extractor,
 )
-from cjepa_kernels.train.run_directory import (
+from cjepa_kernels.train.loop.run_directory import (
     RESULT,
     RunResult,
     check_checkpoint,
@@ -77,8 +77,8 @@ from cjepa_kernels.train.run_directory import (
     load_result,
     now,
 )
-from cjepa_kernels.train.training_progress import EpochLines, RunProgressBar
-from cjepa_kernels.train.vit import VisionTransformer
+from cjepa_kernels.train.loop.training_progress import EpochLines, RunProgressBar
+from cjepa_kernels.train.model.vit import VisionTransformer
 
 
 def train(

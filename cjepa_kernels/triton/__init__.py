@@ -1,8 +1,13 @@
-"""The GPU path: Triton kernels behind the operators. Triton is imported when one is first called.
+"""The GPU back end: what each operator calls. Triton is imported when one is first called.
 
-pack -> tiles of S, in strips or one by one -> reduction      forward.py
-pack, weights -> coefficients and their products -> finish     backward.py
-rows of both sides -> errors, or gradients                     prediction.py
+nt_xent.py, cross_logsumexp.py, prediction_loss.py    each operator, both directions
+tiles.py, gradients.py                                the tiles of S = X Y^T, and their backward
+pack.py, launch.py, configs.py                        operands, sizes of launches, compilation
+kernels/                                              the functions that run on the GPU
+interpreter.py                                        repairs of Triton's interpreter
+
+This module does not import the others: their names are those of the operators, and Triton may be
+missing.
 """
 
 from __future__ import annotations
@@ -30,19 +35,20 @@ Implementation = Callable[..., tuple[Any, ...]]
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor:
-    """The first tensor, also inside a list. All have one device, and are of fp64 together."""
+    """The first tensor, also inside a list. All are on one device, and if one is fp64, all are."""
     flat = (x for arg in args for x in (arg if isinstance(arg, list) else (arg,)))
     return next(x for x in flat if isinstance(x, Tensor))
 
 
-def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Call a function of a module of this package, with the device of its tensors as current."""
     if interpreted():
         importlib.import_module("cjepa_kernels.triton.interpreter").repair()
     function = getattr(importlib.import_module(f"cjepa_kernels.triton.{module}"), name)
     device = _first_tensor(args).device
     # Triton launches on the current device.
-    away = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.no_grad(), torch.cuda.device(device) if away else nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.no_grad(), torch.cuda.device(device) if elsewhere else nullcontext():
         return function(*args)  # type: ignore[no-any-return]
 
 
@@ -51,13 +57,17 @@ def _is_old(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY
 
 
-def _is_for_chunks(x: Tensor) -> bool:
-    """Old GPUs, and fp64, for which tensor cores have nothing worth the name."""
+def _goes_to_chunked(x: Tensor) -> bool:
+    """Whether the chunked back end computes this input.
+
+    It serves old GPUs. It also serves fp64, where tensor cores gain too little for kernels of our
+    own.
+    """
     return x.dtype == torch.float64 or _is_old(x.device)
 
 
 def allows_tf32() -> bool:
-    """Whether PyTorch's products of fp32 may take tf32, by whichever of its settings was used.
+    """Whether PyTorch lets products of fp32 use tf32, by whichever of its settings was set.
 
     Reading the old setting after the new one was set is an error.
     """
@@ -72,30 +82,29 @@ def allows_tf32() -> bool:
         return False
 
 
-# As torch.compiler.assume_constant_result does, which would import the compiler: it cannot trace
-# the settings, and takes what they are when it compiles.
+# torch.compile cannot trace the settings. It reads them once, when it compiles. This is what
+# torch.compiler.assume_constant_result does, after importing the whole compiler.
 allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def rounds_to_tf32(x: Tensor) -> bool:
     """Whether the kernels would round operands of fp32 to tf32."""
-    return not _is_for_chunks(x) and allows_tf32()
+    return not _goes_to_chunked(x) and allows_tf32()
 
 
 def _implementation(operator: str, direction: str) -> Implementation:
-    """One direction of an operator: its kernels, or the chunked back end for what they refuse."""
+    """One direction of an operator, by our kernels or, where they do not serve, by chunks."""
     chunked_function: Implementation = getattr(getattr(chunked, operator), direction)
 
     def implementation(*args: Any) -> tuple[Any, ...]:
-        if _is_for_chunks(_first_tensor(args)):
+        if _goes_to_chunked(_first_tensor(args)):
             return chunked_function(*args)
         return _call(operator, direction, args)
 
     return implementation
 
 
-# For each operator its implementation and that of its backward. Triton is imported by the first
-# call.
+# The implementations of each operator and of its backward. Their first call imports Triton.
 OPERATORS = {
     operator: (_implementation(operator, "forward"), _implementation(operator, "backward"))
     for operator in ("nt_xent", "cross_logsumexp", "prediction_loss")

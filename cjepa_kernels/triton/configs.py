@@ -1,6 +1,7 @@
-"""How each kernel is compiled: from a table by architecture, and what was tuned on this machine.
+"""How each kernel is compiled, by architecture, dtype and number of features.
 
-``configs.json`` lists choices; one that ``cjepa tune`` found on this machine goes before them.
+``configs.json`` lists the package's choices. A choice that ``cjepa tune`` found on this machine
+goes before them.
 """
 
 from __future__ import annotations
@@ -16,28 +17,32 @@ from typing import Any, Literal, get_args
 
 import torch
 
-# inner_tiles: tiles of one plane without a mask, where they have an entry of their own.
+from cjepa_kernels.files import atomic_write
+
+# "inner_tiles" are tiles of one plane without a mask, where the table has an entry for them.
 Kernel = Literal[
     "tiles", "inner_tiles", "strips", "owned", "coefficients", "products", "products_split"
 ]
+TILE = 128  # rows and columns of a square tile; padded rows are a multiple of it
 KERNELS: tuple[str, ...] = get_args(Kernel)
-INTERPRETED = 90  # what the interpreter stands for
+INTERPRETED = 90  # architecture for which the interpreter stands
 
 
 @dataclass(frozen=True)
 class Config:
-    """One choice.
+    """How one kernel is compiled.
 
     Attributes:
-        architecture: The lowest that it serves: 90 is compute capability 9.0.
+        architecture: Lowest architecture that the choice serves; 90 is compute capability 9.0.
         kernel: Name of the kernel.
-        bits: Of the operands.
-        features: At most.
-        warps, stages: ``num_warps`` and ``num_stages`` of Triton; 0 warps: not to be used.
-        rows: Of a tile where the kernel leaves a choice (strips, owned).
-        columns: The same (owned, products).
-        pipelined: Strips: overlap the exponentials of a tile with the product of the next.
-        fold: Strips: keep half as many column sums (see ``similarity.fold``).
+        bits: Bits of an operand's number.
+        features: Largest number of padded features that it serves.
+        warps: ``num_warps`` of Triton; 0 if the kernel must not be used.
+        stages: ``num_stages`` of Triton.
+        rows: Rows of a tile, for strips and owned rows.
+        columns: Columns of a tile, for owned rows and products.
+        pipelined: For strips: overlap the exponentials of a tile with the product of the next.
+        fold: For strips: keep half as many column sums (see ``fold`` in ``kernels/similarity.py``).
     """
 
     architecture: int
@@ -46,26 +51,32 @@ class Config:
     features: int
     warps: int
     stages: int
-    rows: int = 128
+    rows: int = TILE
     columns: int = 64
     pipelined: bool = False
     fold: bool = True
 
 
 def architecture(device: torch.device) -> int:
-    """Compute capability in tens: 90 for 9.0."""
+    """Ten times the compute capability: 90 for 9.0."""
     if device.type != "cuda":
         return INTERPRETED
-    major, minor = torch.cuda.get_device_capability(device)
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 
 
 def entries(
     kernel: Kernel, architecture: int, dtype: torch.dtype, features: int
 ) -> tuple[Config, ...]:
-    """Those of the table that serve, the best first.
+    """Entries of the table that serve this problem, the best first.
 
-    Best are those for the highest architecture, of these those for the fewest features.
+    An entry for a higher architecture is better. Among entries for the same architecture, one for
+    fewer features is better.
     """
     return _entries(_device(), kernel, architecture, dtype, features)
 
@@ -89,7 +100,7 @@ def choose(kernel: Kernel, architecture: int, dtype: torch.dtype, features: int)
     """The best entry.
 
     Raises:
-        RuntimeError: There is none: this architecture is older than any in the table.
+        RuntimeError: There is none, because the architecture is older than any in the table.
     """
     found = entries(kernel, architecture, dtype, features)
     if not found:
@@ -100,11 +111,11 @@ def choose(kernel: Kernel, architecture: int, dtype: torch.dtype, features: int)
     return found[0]
 
 
-_trial: list[Config] = []  # what is being tuned
+_trial: list[Config] = []  # choices that are being timed
 
 
 def table() -> tuple[Config, ...]:
-    """What is being tuned, what was tuned here, then the package's own table."""
+    """Choices that are being timed, then those that were tuned here, then the package's own."""
     return (*_trial, *_table(_device()))
 
 
@@ -126,7 +137,7 @@ def forget() -> None:
 
 @contextmanager
 def tuned(found: list[Config]) -> Iterator[None]:
-    """These choices go before all others, for a while."""
+    """Inside the context these choices go before all others."""
     _trial[:] = found
     _entries.cache_clear()
     try:
@@ -137,14 +148,14 @@ def tuned(found: list[Config]) -> Iterator[None]:
 
 
 def cache_file() -> Path:
-    """Where tuned choices are kept: ``$XDG_CACHE_HOME/cjepa_kernels``, by device."""
+    """The file of the choices tuned for this device, in ``$XDG_CACHE_HOME/cjepa_kernels``."""
     base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return base / "cjepa_kernels" / f"{device.replace(' ', '-')}.json"
 
 
 def read(path: Path) -> list[Config]:
-    """Tuned choices; none if the file is missing or of another version."""
+    """Tuned choices; none if the file is missing, damaged or of another version."""
     try:
         found: list[dict[str, Any]] = json.loads(path.read_text())
         return [Config(**entry) for entry in found]
@@ -153,9 +164,6 @@ def read(path: Path) -> list[Config]:
 
 
 def write(path: Path, found: list[Config]) -> None:
-    """Keep tuned choices: whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps([asdict(entry) for entry in found], indent=1))
-    temporary.replace(path)
+    """Save tuned choices. The file is replaced as a whole or not at all."""
+    atomic_write(path, json.dumps([asdict(entry) for entry in found], indent=1))
     forget()

@@ -1,15 +1,21 @@
-"""The log-sum-exps of both sides of a rectangle: what the forward and the backward launch."""
+"""The log-sum-exps of the rows and the columns of a rectangle on the GPU, both directions.
+
+forward:   pack X and Y -> tiles of S (inner tiles or strips, then edges) -> reduction
+backward:  pack X and Y with weights -> G and its products -> finish, once a side
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from cjepa_kernels.definitions import CrossLogSumExpBackward, CrossLogSumExpForward
 from cjepa_kernels.triton import launch
+from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.gradients import Gradients
-from cjepa_kernels.triton.kernels import reduction
-from cjepa_kernels.triton.launch import TILE, Operands
-from cjepa_kernels.triton.pack import Temperature, Upstream
+from cjepa_kernels.triton.kernels.reduction import logsumexp_kernel
+from cjepa_kernels.triton.launch import Operands
+from cjepa_kernels.triton.pack import Packed, Temperature, Upstream
 from cjepa_kernels.triton.tiles import Tiles
 
 
@@ -18,39 +24,52 @@ def forward(
     y: Tensor,
     temperature_tensor: Tensor | None,
     temperature: float,
-    cosine: bool,
+    use_cosine_similarity: bool,
     eps: float,
     product_dtype: torch.dtype | None,
-) -> tuple[Tensor, ...]:
-    """Log-sum-exps, maxima and what backward needs; as in ``ops.CROSS_LOGSUMEXP``."""
+) -> CrossLogSumExpForward:
+    """The operator ``cross_logsumexp``."""
     tau = Temperature(temperature, temperature_tensor)
     operands = Operands.of(x.dtype, product_dtype)
-    packed_x, packed_y = (operands.pack((z,), cosine=cosine, eps=eps) for z in (x, y))
-    constant = tau.constant_shift(cosine) and min(len(x), len(y)) > launch.FEW
-    tiles = Tiles(packed_x, packed_y, operands, tau, constant)
-    floats = tiles._floats
-    of_rows = [floats(len(x)) for _ in range(4)]
-    of_columns = [floats(len(y)) for _ in range(4)]
+    packed_x, packed_y = (
+        operands.pack((z,), cosine=use_cosine_similarity, eps=eps) for z in (x, y)
+    )
+    rows, columns = x.shape[0], y.shape[0]
+    constant = tau.constant_shift(use_cosine_similarity) and min(rows, columns) > launch.FEW
+    tiles = Tiles(packed_x, packed_y, operands=operands, temperature=tau, constant=constant)
+    floats = tiles.new_floats
+    out = CrossLogSumExpForward(
+        row_lse=floats(rows),
+        column_lse=floats(columns),
+        row_max=floats(rows),
+        column_max=floats(columns),
+        row_shift=floats(rows),
+        row_log_sum=floats(rows),
+        column_shift=floats(columns),
+        column_log_sum=floats(columns),
+    )
     several = len(tiles.panels) > 1
-    running = [floats(packed_x.padded_rows if several else 0) for _ in range(2)]
-
-    whole = len(x) // TILE, len(y) // TILE
+    running_sum, running_max = (floats(packed_x.padded_rows if several else 0) for _ in range(2))
     for panel in tiles:
-        for columns in (False, True):
-            sums, maxima = (
-                (tiles.column_sum, tiles.column_max) if columns else (tiles.row_sum, tiles.row_max)
-            )
-            reduction.logsumexp_kernel[(panel.blocks if columns else tiles.row_blocks,)](
-                sums, maxima, *running, *(of_columns if columns else of_rows), tau.argument,
-                len(y) if columns else len(x),
-                panel.blocks * TILE if columns else packed_x.padded_rows, panel.first, panel.blocks,
-                tiles.row_blocks, *whole, tiles.run,
-                COLUMNS=columns, CONSTANT=tiles.constant, TAU_TENSOR=tau.is_tensor,
-                FIRST=columns or panel.is_first, LAST=columns or panel.is_last, BM=TILE,
+        for of_columns in (False, True):
+            logsumexp_kernel[(panel.blocks if of_columns else tiles.row_blocks,)](
+                sums=tiles.column_sum if of_columns else tiles.row_sum,
+                maxima=tiles.column_max if of_columns else tiles.row_max,
+                running_sum=running_sum, running_max=running_max,
+                lse_out=out.column_lse if of_columns else out.row_lse,
+                max_out=out.column_max if of_columns else out.row_max,
+                shift_out=out.column_shift if of_columns else out.row_shift,
+                log_sum_out=out.column_log_sum if of_columns else out.row_log_sum,
+                temperature=tau.argument, rows=columns if of_columns else rows,
+                stride=panel.blocks * TILE if of_columns else packed_x.padded_rows,
+                first=panel.first, slots=panel.blocks, row_blocks=tiles.row_blocks,
+                whole_rows=rows // TILE, whole_columns=columns // TILE,
+                run_length=tiles.run_length,
+                COLUMNS=of_columns, CONSTANT=constant, TAU_TENSOR=tau.is_tensor,
+                FIRST=of_columns or panel.is_first, LAST=of_columns or panel.is_last, BM=TILE,
                 SLOTS=launch.SLOTS, num_warps=4,
             )  # fmt: skip
-    (row_lse, row_max, row_shift, row_log_sum), (lse, largest, shift, log_sum) = of_rows, of_columns
-    return row_lse, lse, row_max, largest, row_shift, row_log_sum, shift, log_sum
+    return out
 
 
 def backward(
@@ -64,32 +83,69 @@ def backward(
     column_shift: Tensor,
     column_log_sum: Tensor,
     temperature: float,
-    cosine: bool,
+    use_cosine_similarity: bool,
     eps: float,
     product_dtype: torch.dtype | None,
     of_x: bool,
     of_y: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, y and the temperature; as in ``ops.CROSS_LOGSUMEXP_BACKWARD``."""
+) -> CrossLogSumExpBackward:
+    """The operator ``cross_logsumexp_backward``."""
     tau = Temperature(temperature, temperature_tensor)
     operands = Operands.of(x.dtype, product_dtype)
-    largest = torch.maximum(grad_row_lse.abs().amax(), grad_column_lse.abs().amax())
-    constant = tau.constant_shift(cosine)
-    by_row = Upstream(row_shift, row_log_sum, None, grad_row_lse, largest, tau, constant)
-    by_column = Upstream(
-        column_shift, column_log_sum, None, grad_column_lse, largest, tau, constant
+    largest_grad = torch.maximum(grad_row_lse.abs().amax(), grad_column_lse.abs().amax())
+    constant = tau.constant_shift(use_cosine_similarity)
+    packed_x, packed_y = (
+        operands.pack(
+            (z,),
+            cosine=use_cosine_similarity,
+            eps=eps,
+            upstream=Upstream(
+                shift=shift,
+                log_sum=log_sum,
+                positive=None,
+                grad=grad,
+                largest_grad=largest_grad,
+                temperature=tau,
+                constant=constant,
+            ),
+        )
+        for z, shift, log_sum, grad in (
+            (x, row_shift, row_log_sum, grad_row_lse),
+            (y, column_shift, column_log_sum, grad_column_lse),
+        )
     )
-    packed_x = operands.pack((x,), cosine=cosine, eps=eps, upstream=by_row)
-    packed_y = operands.pack((y,), cosine=cosine, eps=eps, upstream=by_column)
-    with_x = of_x or not of_y  # one of both, for the temperature
-    gradients = Gradients(packed_x, packed_y, operands, tau, cosine, eps, of_x=with_x, of_y=of_y)
-    sums_x, sums_y = gradients.products()
+    with_x = of_x or not of_y  # The temperature's gradient needs one side.
+    gradients = Gradients(
+        packed_x,
+        packed_y,
+        operands=operands,
+        temperature=tau,
+        cosine=use_cosine_similarity,
+        eps=eps,
+        of_x=with_x,
+        of_y=of_y,
+    )
+    products_x, products_y = gradients.products()
     like = row_shift if temperature_tensor is None else temperature_tensor
-    # L is a function of x y^T / tau, so dL/dtau = -(1 / tau) sum x . dL/dx, and so for y (Euler).
-    grad_x, grad_y, of_temperature = x.new_empty(0, x.shape[1]), y.new_empty(0, x.shape[1]), like
+    grad_temperature = like
+    grad_x, grad_y = x.new_empty(0, x.shape[1]), y.new_empty(0, x.shape[1])
+
+    def finish(packed: Packed, products: Tensor) -> tuple[Tensor, Tensor]:
+        # L is a function of x y^T / tau, so dL/dtau = -(1 / tau) sum of x . dL/dx (Euler). The
+        # same holds for y.
+        (grad,), grad_temperature = gradients.finish(
+            packed,
+            products,
+            largest_grad=largest_grad,
+            grad_factor=1.0,
+            temperature_factor=-1.0,
+            like=like,
+        )
+        return grad, grad_temperature
+
     if of_y:
-        (grad_y,), of_temperature = gradients.finish(packed_y, sums_y, largest, 1.0, -1.0, like)
+        grad_y, grad_temperature = finish(packed_y, products_y)
     if with_x:
-        (along_x,), of_temperature = gradients.finish(packed_x, sums_x, largest, 1.0, -1.0, like)
-        grad_x = along_x if of_x else grad_x
-    return grad_x, grad_y, of_temperature
+        grad, grad_temperature = finish(packed_x, products_x)
+        grad_x = grad if of_x else grad_x
+    return CrossLogSumExpBackward(grad_x, grad_y, grad_temperature)

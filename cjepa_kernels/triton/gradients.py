@@ -1,37 +1,72 @@
-"""The backward's launches: the gradients of NT-Xent, and of the log-sum-exps of a rectangle."""
+"""The backward of the tiles: products of G with the rows of both sides, then the gradients."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from cjepa_kernels.triton import launch
-from cjepa_kernels.triton.configs import Config
-from cjepa_kernels.triton.kernels import coefficients, finish
-from cjepa_kernels.triton.launch import TILE, Operands
+from cjepa_kernels.triton.configs import TILE, Config
+from cjepa_kernels.triton.kernels.coefficients import (
+    coefficient_tiles_kernel,
+    owned_rows_kernel,
+    products_kernel,
+)
+from cjepa_kernels.triton.kernels.finish import finish_kernel
+from cjepa_kernels.triton.launch import Operands
 from cjepa_kernels.triton.pack import (
     Packed,
     Temperature,
     Weights,
+    cdiv,
+    next_power_of_2,
     row_block,
     view_arguments,
 )
 
 
-class Gradients:
-    """One backward: its operands with their weights, and how it goes over the tiles.
+@dataclass(frozen=True)
+class Square:
+    """The blocks of S of which the workspace holds G at one time.
 
     Attributes:
-        dots: Parts of sum_ab G_ab s_ab, of a temperature that is a tensor.
+        first_row: Its first block of rows.
+        first_column: Its first block of columns.
+        row_blocks: Its number of row blocks.
+        column_blocks: Its number of column blocks.
+        diagonal: Whether it lies on the diagonal of a symmetric S.
+    """
+
+    first_row: int
+    first_column: int
+    row_blocks: int
+    column_blocks: int
+    diagonal: bool
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of which G is computed."""
+        if self.diagonal:
+            return self.row_blocks * (self.row_blocks + 1) // 2
+        return self.row_blocks * self.column_blocks
+
+
+class Gradients:
+    """One backward: its operands with their weights, and the schedule of its tiles.
+
+    Attributes:
+        dots: (parts,) fp64 parts of the sum of G_ab s_ab, for a temperature that is a tensor.
     """
 
     def __init__(
         self,
         x: Packed,
         y: Packed,
+        *,
         operands: Operands,
         temperature: Temperature,
         cosine: bool,
@@ -49,47 +84,42 @@ class Gradients:
         self.dots = x.z.new_empty(0, dtype=torch.float64)
 
     def products(self) -> tuple[Tensor, Tensor]:
-        """G Y and G^T X, scaled like the weights: (splits, padded rows, padded features), fp32.
+        """G Y and G^T X, scaled like the weights: (splits, padded rows, padded features) fp32.
 
-        What is not asked for has no rows.
+        A product that was not asked for has no rows.
         """
         plain = self.constant and self.mask is None
         if not (plain and launch.fits_a_strip(self.x) and launch.has("owned", self.x)):
-            return self._squares()
+            return self._products_by_squares()
         nothing = self.x.z.new_empty(0, dtype=torch.float32)
-        by_x = self._owned(self.x, self.y) if self.of_x else nothing
+        by_x = self._products_by_owned_rows(self.x, self.y) if self.of_x else nothing
         if self.self_contrast:
             return by_x, by_x
-        return by_x, self._owned(self.y, self.x) if self.of_y else nothing
+        return by_x, self._products_by_owned_rows(self.y, self.x) if self.of_y else nothing
 
-    def _owned(self, x: Packed, y: Packed) -> Tensor:
+    def _products_by_owned_rows(self, x: Packed, y: Packed) -> Tensor:
         config = launch.config("owned", x)
-        row_blocks = triton.cdiv(x.rows, config.rows)
-        column_blocks = triton.cdiv(y.rows, config.columns)
+        row_blocks = cdiv(x.rows, config.rows)
+        column_blocks = cdiv(y.rows, config.columns)
         splits = launch.splits(row_blocks, column_blocks, x.z.device)
         out = x.z.new_empty(splits, x.padded_rows, x.padded_features, dtype=torch.float32)
         width = x.padded_features
-        x_rows = launch.blocks_of(x.z, config.rows, width)
-        y_rows = launch.blocks_of(y.z, config.columns, width)
-        coefficients.owned_rows_kernel[(row_blocks * splits,)](
-            x_rows, y_rows, out, _weights(x).weight, _weights(y).weight, self.temperature.argument,
-            x.rows, y.rows, x.padded_rows, column_blocks, splits,
+        owned_rows_kernel[(row_blocks * splits,)](
+            x=launch.blocks_of(x.z, config.rows, width),
+            y=launch.blocks_of(y.z, config.columns, width),
+            out=out, row_weight=_weights(x).weight, column_weight=_weights(y).weight,
+            temperature=self.temperature.argument, rows=x.rows, columns=y.rows,
+            padded_rows=x.padded_rows, column_blocks=column_blocks, splits=splits,
             SELF=self.self_contrast, WIDTH=width, BM=config.rows, BN=config.columns,
-            PRECISION=self.operands.precision, TMA=self.tma, num_warps=config.warps,
-            num_stages=config.stages,
+            PRECISION=self.operands.precision, TMA=self.tma,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         return out
 
-    def _squares(self) -> tuple[Tensor, Tensor]:
+    def _products_by_squares(self) -> tuple[Tensor, Tensor]:
         x, y = self.x, self.y
-        row_blocks, column_blocks = x.padded_rows // TILE, y.padded_rows // TILE
         dtype = x.z.dtype if x.planes == 1 else torch.float32
-        bytes_of_tile = TILE * TILE * dtype.itemsize
-        largest = max(1, math.isqrt(launch.workspace_bytes() // bytes_of_tile))
-        largest = min(largest, 2 * max(row_blocks, column_blocks))  # more changes nothing below
-        across = x.padded_features // self._product_columns(x)
-        side = launch.square_side(largest, across, x.z.device)
-        height, width = min(side, row_blocks), min(side, column_blocks)
+        height, width = self._square_shape(dtype)
         g = x.z.new_empty(height * TILE, width * TILE, dtype=dtype)
         by_x, by_y = (
             z.z.new_empty(1, z.padded_rows * wanted, z.padded_features, dtype=torch.float32)
@@ -97,106 +127,137 @@ class Gradients:
         )
         if self.self_contrast:
             by_y = by_x
-        tiles = height * width if self.temperature.is_tensor else 0
-        self.dots = by_x.new_empty(tiles, dtype=torch.float64)
+        slots = height * width if self.temperature.is_tensor else 0
+        self.dots = by_x.new_empty(slots, dtype=torch.float64)
         filled = 0
-        for i in range(0, row_blocks, height):
-            for j in range(i if self.self_contrast else 0, column_blocks, width):
-                shape = min(height, row_blocks - i), min(width, column_blocks - j)
-                filled = max(filled, self._fill(g, i, j, shape, filled))
-                if self.of_x:
-                    self._multiply(g, shape, False, y, j, by_x, i, j > 0)
-                if self.of_y and not (self.self_contrast and i == j):
-                    self._multiply(g, shape, True, x, i, by_y, j, i > 0)
-        self.dots = self.dots[: min(filled, tiles)]
+        for square in self._squares(height, width):
+            self._fill(g, square, filled_slots=filled)
+            filled = max(filled, square.tiles)
+            if self.of_x:
+                self._multiply(g, square, y, by_x, transposed=False)
+            if self.of_y and not square.diagonal:
+                self._multiply(g, square, x, by_y, transposed=True)
+        self.dots = self.dots[: min(filled, slots)]
         return by_x, by_y
 
-    def _fill(self, g: Tensor, i: int, j: int, shape: tuple[int, int], filled: int) -> int:
-        """G of the square of blocks from (i, j); the number of its tiles."""
-        x, y, square = self.x, self.y, self.self_contrast and i == j
-        tiles = shape[0] * (shape[0] + 1) // 2 if square else shape[0] * shape[1]
+    def _square_shape(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Row blocks and column blocks of the largest squares whose G fits the workspace."""
+        row_blocks, column_blocks = self.x.padded_rows // TILE, self.y.padded_rows // TILE
+        largest = max(1, math.isqrt(launch.workspace_bytes() // (TILE * TILE * dtype.itemsize)))
+        # A larger square would be cut to the blocks that there are.
+        largest = min(largest, 2 * max(row_blocks, column_blocks))
+        programs_of_block = self.x.padded_features // _product_columns(self.x)
+        side = launch.square_side(largest, programs_of_block, self.x.z.device)
+        return min(side, row_blocks), min(side, column_blocks)
+
+    def _squares(self, height: int, width: int) -> Iterator[Square]:
+        """The squares row by row; of a symmetric S those on and above the diagonal."""
+        row_blocks, column_blocks = self.x.padded_rows // TILE, self.y.padded_rows // TILE
+        for i in range(0, row_blocks, height):
+            for j in range(i if self.self_contrast else 0, column_blocks, width):
+                yield Square(
+                    first_row=i,
+                    first_column=j,
+                    row_blocks=min(height, row_blocks - i),
+                    column_blocks=min(width, column_blocks - j),
+                    diagonal=self.self_contrast and i == j,
+                )
+
+    def _fill(self, g: Tensor, square: Square, *, filled_slots: int) -> None:
+        """Write G of a square, and add its dots to the slots of the squares before it."""
+        x, y = self.x, self.y
+        x_weights, y_weights = _weights(x), _weights(y)
         depth, config = self.operands.depth_block(x.features), launch.config("coefficients", x)
-        x_tiles, y_tiles = (launch.blocks_of(z.z, TILE, depth) for z in (x, y))
-        coefficients.coefficient_tiles_kernel[(tiles,)](
-            x_tiles, y_tiles, g, *_pointers(x), *_pointers(y), self.temperature.argument,
-            x.z if self.mask is None else self.mask, x.rows, y.rows,
-            x.padded_rows, y.padded_rows, i, j, shape[0], g.stride(0),
-            self.dots, filled, 2 if self.self_contrast else 1,
-            SELF=self.self_contrast, SQUARE=square, MASKED=self.mask is not None,
+        coefficient_tiles_kernel[(square.tiles,)](
+            x=launch.blocks_of(x.z, TILE, depth), y=launch.blocks_of(y.z, TILE, depth), g_out=g,
+            row_weight=x_weights.weight, row_shift=x_weights.shift,
+            column_weight=y_weights.weight, column_shift=y_weights.shift,
+            temperature=self.temperature.argument, mask=x.z if self.mask is None else self.mask,
+            rows=x.rows, columns=y.rows, x_plane=x.padded_rows, y_plane=y.padded_rows,
+            first_row=square.first_row, first_column=square.first_column,
+            row_blocks=square.row_blocks, g_stride=g.stride(0), dots=self.dots,
+            filled_slots=filled_slots, multiplicity=2 if self.self_contrast else 1,
+            SELF=self.self_contrast, SQUARE=square.diagonal, MASKED=self.mask is not None,
             CONSTANT=self.constant, TAU_TENSOR=self.temperature.is_tensor,
             DEPTH=x.padded_features, PLANES=x.planes, BM=TILE, BK=depth,
-            PRECISION=self.operands.precision, TMA=self.tma, num_warps=config.warps,
-            num_stages=config.stages,
+            PRECISION=self.operands.precision, TMA=self.tma,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-        return tiles
 
     def _multiply(
-        self,
-        g: Tensor,
-        shape: tuple[int, int],
-        transposed: bool,
-        z: Packed,
-        first_z: int,
-        out: Tensor,
-        first_out: int,
-        accumulate: bool,
+        self, g: Tensor, square: Square, z: Packed, out: Tensor, *, transposed: bool
     ) -> None:
-        own, other = shape[::-1] if transposed else shape
-        config, across = _products(z), self._product_columns(z)
+        """Add G Z of a square to ``out``, or G^T Z if ``transposed``."""
+        first_out, first_z = square.first_row, square.first_column
+        out_blocks, z_blocks = square.row_blocks, square.column_blocks
         step = 32 if g.dtype == torch.float32 else 64
-        g_tiles = launch.blocks_of(g, *((step, TILE) if transposed else (TILE, step)))
-        z_tiles = launch.blocks_of(z.z, step, across)
-        coefficients.products_kernel[(own * (z.padded_features // across),)](
-            g_tiles, z_tiles, out, first_out * TILE, first_z * TILE, other * TILE, z.padded_rows,
-            z.padded_features, g.stride(0),
-            TRANSPOSED=transposed, ACCUMULATE=accumulate, PLANES=z.planes, BM=TILE, BN=across,
-            BK=step, PRECISION=self.operands.precision, TMA=self.tma, num_warps=config.warps,
-            num_stages=config.stages,
+        g_block = TILE, step
+        if transposed:
+            first_out, first_z = first_z, first_out
+            out_blocks, z_blocks = z_blocks, out_blocks
+            g_block = step, TILE
+        config, columns = _product_config(z), _product_columns(z)
+        products_kernel[(out_blocks * (z.padded_features // columns),)](
+            g=launch.blocks_of(g, *g_block), z=launch.blocks_of(z.z, step, columns), out=out,
+            first_out=first_out * TILE, first_z=first_z * TILE, depth=z_blocks * TILE,
+            plane=z.padded_rows, features=z.padded_features, g_stride=g.stride(0),
+            TRANSPOSED=transposed, ACCUMULATE=first_z > 0, PLANES=z.planes, BM=TILE, BN=columns,
+            BK=step, PRECISION=self.operands.precision, TMA=self.tma,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
-
-    @staticmethod
-    def _product_columns(z: Packed) -> int:
-        return math.gcd(_products(z).columns, z.padded_features)
 
     def finish(
         self,
         packed: Packed,
-        sums: Tensor,
-        largest: Tensor,
-        factor: float,
+        products: Tensor,
+        *,
+        largest_grad: Tensor,
+        grad_factor: float,
         temperature_factor: float,
         like: Tensor,
     ) -> tuple[list[Tensor], Tensor]:
-        """Gradients of the views of one side, and what it gives for the temperature."""
-        views = packed.views
+        """Gradients of the views of one side, and the temperature's gradient that follows from it.
+
+        Args:
+            packed: The side.
+            products: Its products with G, from ``products()``.
+            largest_grad: () the largest upstream gradient, by which the weights were divided.
+            grad_factor: All gradients are multiplied by it.
+            temperature_factor: See ``finish_kernel``.
+            like: The temperature's gradient has the dtype and device of this tensor.
+        """
+        views, weights = packed.views, _weights(packed)
         grads = [view.new_empty(view.shape) for view in views]
         grad_temperature = like.new_empty(())
-        width = triton.next_power_of_2(packed.padded_features)
+        width = next_power_of_2(packed.padded_features)
         rows = row_block(width)
-        programs = triton.cdiv(packed.rows, rows)
-        partial = packed.z.new_empty(programs, dtype=torch.float64)
-        pointers, strides = view_arguments(views)
-        finish.finish_kernel[(programs,)](
-            *pointers, packed.z, sums, _weights(packed).pull, grads[0], grads[-1], largest, partial,
-            self.dots, packed.counter, grad_temperature, self.temperature.argument, packed.rows,
-            packed.features, packed.padded_rows, *strides, self.eps, len(sums),
-            1 / _weights(packed).scale, factor, temperature_factor, len(self.dots),
+        programs = cdiv(packed.rows, rows)
+        finish_kernel[(programs,)](
+            **view_arguments(views), z=packed.z, products=products,
+            positive_weight=weights.positive, grad_0=grads[0], grad_1=grads[-1],
+            largest_grad=largest_grad, partial=packed.z.new_empty(programs, dtype=torch.float64),
+            dots=self.dots, counter=packed.counter, grad_temperature=grad_temperature,
+            temperature=self.temperature.argument, rows=packed.rows, features=packed.features,
+            padded_rows=packed.padded_rows, eps=self.eps, splits=products.shape[0],
+            product_factor=1 / weights.scale, grad_factor=grad_factor,
+            temperature_factor=temperature_factor, dot_count=self.dots.shape[0],
             PAIRS=len(views) == 2, PLANES=packed.planes, COSINE=self.cosine,
-            TAU_TENSOR=self.temperature.is_tensor, VIEWS=len(views), PADDED=packed.padded_features,
-            WIDTH=width, ROWS=rows, num_warps=4,
+            TAU_TENSOR=self.temperature.is_tensor, VIEWS=len(views),
+            PADDED=packed.padded_features, WIDTH=width, ROWS=rows, num_warps=4,
         )  # fmt: skip
         return grads, grad_temperature
 
 
-def _products(z: Packed) -> Config:
+def _product_config(z: Packed) -> Config:
     return launch.config("products" if z.planes == 1 else "products_split", z)
+
+
+def _product_columns(z: Packed) -> int:
+    """Features that a program of the product takes; they divide the padded features."""
+    return math.gcd(_product_config(z).columns, z.padded_features)
 
 
 def _weights(packed: Packed) -> Weights:
     if packed.weights is None:
         raise ValueError("rows must be packed with what reaches them from upstream")
     return packed.weights
-
-
-def _pointers(packed: Packed) -> tuple[Tensor, Tensor]:
-    return _weights(packed).weight, _weights(packed).shift

@@ -1,4 +1,4 @@
-"""How a problem is cut into launches: types of operands, sizes of tiles, panels of columns."""
+"""How a problem is cut into launches: dtypes of operands, sizes of tiles, panels of columns."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cjepa_kernels.environment import read_mebibytes
 from cjepa_kernels.triton import allows_tf32, configs
-from cjepa_kernels.triton.configs import Config, Kernel, choose
+from cjepa_kernels.triton.configs import TILE, Config, Kernel
 from cjepa_kernels.triton.pack import PLANES, Packed, Upstream, pack
 
-TILE = 128  # rows and columns of a tile
-SMALL = 16  # blocks: up to here one launch takes all tiles, each with its mask
-GROUP = 8
-ROWS = 32  # that a program of the reduction takes: few, so that a small batch has enough programs
-# So few rows or columns may all have a log-sum-exp near 0, beside which the error that a constant
-# shift leaves, a few roundings of 1 / tau, is large. The CPU's number is kFewRows in
-# csrc/cpu/constants.h; a test compares both.
+# Up to this many blocks a side, one launch takes all tiles and gives each a mask.
+ONE_LAUNCH_BLOCKS = 16
+GROUP = 8  # blocks of the side of the squares in which programs take tiles
+REDUCTION_ROWS = 32  # rows for each program of the reduction: a small batch has enough programs
+SLOTS = 64  # partial sums that a program of the reduction reads at a time
+# So few rows or columns may all have a log-sum-exp near 0. A constant shift leaves an error of a
+# few roundings of 1 / tau, which is large beside that. The CPU's number is kFewRows in
+# csrc/cpu/constants.h. A test compares both.
 FEW = 8
-SLOTS = 64  # partial sums that are read at a time
+STRIP_FEATURES = 256  # at most, because a strip keeps a block of columns in shared memory
+RUN_LENGTH = 16  # row blocks of a strip, at most
 
 
 @dataclass(frozen=True)
 class Operands:
-    """How the rows of the product are held.
+    """How the operands of the products are held.
 
     Attributes:
-        rounded: dtype that they are rounded to.
+        rounded: dtype to which they are rounded.
         planes: 3 for fp32 as sums of three bf16 numbers, else 1.
-        precision: Of ``tl.dot``.
+        precision: ``input_precision`` of ``tl.dot``.
     """
 
     rounded: torch.dtype
@@ -41,6 +43,7 @@ class Operands:
 
     @staticmethod
     def of(dtype: torch.dtype, product_dtype: torch.dtype | None) -> Operands:
+        """The operands of inputs of that dtype; ``product_dtype`` as the operators take it."""
         rounded = product_dtype or dtype
         if rounded != torch.float32:
             return Operands(rounded, 1, "ieee")
@@ -49,7 +52,7 @@ class Operands:
         return Operands(rounded, PLANES, "ieee")
 
     def depth_block(self, features: int) -> int:
-        """Features that a step of the product takes."""
+        """Features that one step of the product takes."""
         widest = 32 if self.planes == 1 and self.rounded == torch.float32 else 64
         return next((k for k in (16, 32) if features <= k < widest), widest)
 
@@ -76,7 +79,7 @@ class Operands:
 
 @dataclass(frozen=True)
 class Panel:
-    """Column blocks [first, last) that are computed and reduced before the next."""
+    """Column blocks [first, last), which are computed and reduced before the next panel."""
 
     first: int
     last: int
@@ -88,36 +91,32 @@ class Panel:
         return self.last - self.first
 
 
-STRIP_FEATURES = 256  # at most: a block of columns stays in shared memory
-RUN = 16  # row blocks of a strip, at most
-
-
 def has(kernel: Kernel, packed: Packed) -> bool:
     """Whether the table has the kernel for these rows and this architecture."""
     z = packed.z
     found = configs.entries(kernel, configs.architecture(z.device), z.dtype, z.shape[1])
-    return bool(found) and config(kernel, packed).warps > 0
-
-
-def fits_a_strip(packed: Packed) -> bool:
-    """Whether whole rows of features fit, and need no split into planes."""
-    features = packed.padded_features
-    return packed.planes == 1 and features <= STRIP_FEATURES and features & (features - 1) == 0
-
-
-def run_blocks(row_blocks: int) -> int:
-    """Row blocks that a program of the strips takes: enough programs come first."""
-    return max(2, min(RUN, row_blocks // 8))
+    return bool(found) and found[0].warps > 0
 
 
 def config(kernel: Kernel, packed: Packed) -> Config:
     """How the kernel is compiled for these rows."""
     z = packed.z
-    return choose(kernel, configs.architecture(z.device), z.dtype, packed.padded_features)
+    return configs.choose(kernel, configs.architecture(z.device), z.dtype, z.shape[1])
+
+
+def fits_a_strip(packed: Packed) -> bool:
+    """Whether a block of whole rows fits shared memory, and is not split into planes."""
+    features = packed.padded_features
+    return packed.planes == 1 and features <= STRIP_FEATURES and features & (features - 1) == 0
+
+
+def run_length(row_blocks: int) -> int:
+    """Row blocks of a strip: few enough that there are programs for the whole GPU."""
+    return max(2, min(RUN_LENGTH, row_blocks // 8))
 
 
 def workspace_bytes() -> int:
-    """What partial results and the like may take at a time."""
+    """Bytes that partial results may take at a time."""
     return int(read_mebibytes("CJEPA_WORKSPACE_MIB", 256) * 2**20)
 
 
@@ -126,7 +125,7 @@ def column_panels(row_blocks: int, column_blocks: int) -> tuple[list[Panel], int
     bytes_of_column = 2 * 2 * 4 * TILE * row_blocks
     width = max(1, workspace_bytes() // bytes_of_column)
     group = GROUP
-    if width < column_blocks:  # panels begin at a square
+    if width < column_blocks:  # Each panel then begins with a new square.
         while group > width:
             group //= 2
         width = width // group * group
@@ -138,12 +137,12 @@ def column_panels(row_blocks: int, column_blocks: int) -> tuple[list[Panel], int
 
 
 def has_tma(device: torch.device) -> bool:
-    """Whether blocks are loaded by descriptor: the chip has a tensor memory accelerator."""
+    """Whether kernels load blocks by descriptor: the GPU has a tensor memory accelerator."""
     return configs.architecture(device) >= 90
 
 
 def blocks_of(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor | Tensor:
-    """What a kernel loads blocks of (rows, columns) of a matrix from."""
+    """The argument from which a kernel loads (rows, columns) blocks of a matrix."""
     if has_tma(matrix.device):
         return TensorDescriptor.from_tensor(matrix, [rows, columns])
     return matrix
@@ -151,7 +150,7 @@ def blocks_of(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor | Ten
 
 @lru_cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; 1 where there are none."""
+    """Streaming multiprocessors of a GPU; 1 for other devices."""
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -165,10 +164,11 @@ def splits(row_blocks: int, column_blocks: int, device: torch.device) -> int:
 
 
 def square_side(largest: int, programs_of_block: int, device: torch.device) -> int:
-    """Blocks of the side of a square of G, at most ``largest`` and more than half of it.
+    """Blocks of the side of a square of G: at most ``largest``, and more than half of it.
 
-    Its products take ``programs_of_block`` programs for each of them, all equally long: what they
-    leave idle in their last wave over the device is to be least.
+    The products of a square take ``programs_of_block`` programs for each block of its side, and all
+    of these take equally long. The side is the one whose programs leave the fewest processors idle
+    in the last wave.
     """
     number = processors(device)
 

@@ -1,14 +1,20 @@
-"""NT-Xent: what the forward and the backward launch."""
+"""NT-Xent on the GPU, both directions.
+
+forward:   pack -> tiles of S (inner tiles or strips, then edges) -> reduction to the loss
+backward:  pack with weights -> G and its products -> finish
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from cjepa_kernels.definitions import NTXentBackward, NTXentForward
 from cjepa_kernels.triton import launch
+from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.gradients import Gradients
-from cjepa_kernels.triton.kernels import reduction
-from cjepa_kernels.triton.launch import TILE, Operands
+from cjepa_kernels.triton.kernels.reduction import FEATURE_BLOCK, nt_xent_rows_kernel
+from cjepa_kernels.triton.launch import Operands
 from cjepa_kernels.triton.pack import Temperature, Upstream
 from cjepa_kernels.triton.tiles import Tiles
 
@@ -19,45 +25,72 @@ def forward(
     mask: Tensor | None,
     temperature_tensor: Tensor | None,
     temperature: float,
-    cosine: bool,
+    use_cosine_similarity: bool,
     eps: float,
-    reduction_name: str,
+    reduction: str,
     product_dtype: torch.dtype | None,
-    keep: bool,
-) -> tuple[Tensor, ...]:
-    """Loss, metrics and what backward needs; arguments and results as in ``ops.NT_XENT``."""
-    if keep:
+    save_exponentials: bool,
+) -> NTXentForward:
+    """The operator ``nt_xent``."""
+    if save_exponentials:
         raise ValueError("keep must be False: this back end computes the exponentials again")
     tau = Temperature(temperature, temperature_tensor)
     operands = Operands.of(z_i.dtype, product_dtype)
-    z = operands.pack((z_i, z_j), cosine=cosine, eps=eps)
-    tiles = Tiles(z, z, operands, tau, tau.constant_shift(cosine), mask)
-    none = reduction_name == "none"
-    floats = tiles._floats
-    loss = floats(z.rows) if none else z_i.new_empty((), dtype=torch.float32)
-    scalars = [z_i.new_empty((), dtype=torch.float32) for _ in range(3)]
-    lse, hardest, shift, log_sum, positive = (floats(z.rows) for _ in range(5))
+    z = operands.pack((z_i, z_j), cosine=use_cosine_similarity, eps=eps)
+    tiles = Tiles(
+        z,
+        z,
+        operands=operands,
+        temperature=tau,
+        constant=tau.constant_shift(use_cosine_similarity),
+        mask=mask,
+    )
+    none = reduction == "none"
+    floats = tiles.new_floats
+
+    def scalar() -> Tensor:
+        return z_i.new_empty((), dtype=torch.float32)
+
+    out = NTXentForward(
+        loss=floats(z.rows) if none else scalar(),
+        accuracy=scalar(),
+        positive_similarity=scalar(),
+        negative_similarity=scalar(),
+        lse=floats(z.rows),
+        largest_negative=floats(z.rows),
+        shift=floats(z.rows),
+        log_sum=floats(z.rows),
+        positive=floats(z.rows),
+        saved_exponentials=floats(0),
+    )
     several = len(tiles.panels) > 1
     running_sum, running_max = (floats(z.padded_rows if several else 0) for _ in range(2))
-    programs = tiles.row_blocks * (TILE // launch.ROWS)
-    features = z.sums.shape[1] // reduction.FEATURES.value
-    partial = z_i.new_empty(3 * programs + features, dtype=torch.float64)
+    width = z.feature_sums.shape[1]
+    programs = z.padded_rows // launch.REDUCTION_ROWS
+    partial = z_i.new_empty(3 * programs + width // FEATURE_BLOCK.value, dtype=torch.float64)
     for panel in tiles:
-        # Rows below the panel have nothing in it.
+        # The rows below the panel have no tile in it.
         blocks = tiles.row_blocks if panel.is_last else panel.last
-        reduction.nt_xent_rows_kernel[(blocks * (TILE // launch.ROWS),)](
-            tiles.row_sum, tiles.row_max, tiles.column_sum, tiles.column_max,
-            running_sum, running_max, tiles.positive, loss, lse, hardest, shift, log_sum, positive,
-            partial, z.sums, z.squares, tiles.kept_sum, tiles.kept_count, z.counter, loss, *scalars,
-            tau.argument, z.rows, tiles.row_blocks, panel.first, panel.last, tiles.run,
-            len(z.squares),
-            len(tiles.kept_sum), 1 / z.rows if reduction_name == "mean" else 1.0,
+        nt_xent_rows_kernel[(blocks * (TILE // launch.REDUCTION_ROWS),)](
+            row_sum=tiles.row_sum, row_max=tiles.row_max, column_sum=tiles.column_sum,
+            column_max=tiles.column_max, running_sum=running_sum, running_max=running_max,
+            tile_positive=tiles.positive, row_loss_out=out.loss, lse_out=out.lse,
+            largest_negative_out=out.largest_negative, shift_out=out.shift,
+            log_sum_out=out.log_sum, positive_out=out.positive, partial=partial,
+            feature_sums=z.feature_sums, squared_norms=z.squared_norms,
+            negative_sum=tiles.negative_sum, negative_count=tiles.negative_count,
+            counter=z.counter, loss_out=out.loss, accuracy_out=out.accuracy,
+            positive_similarity_out=out.positive_similarity,
+            negative_similarity_out=out.negative_similarity, temperature=tau.argument,
+            rows=z.rows, blocks=tiles.row_blocks, first_column=panel.first,
+            last_column=panel.last, run_length=tiles.run_length,
+            feature_sum_count=z.squared_norms.shape[0], negative_slots=tiles.negative_sum.shape[0],
+            loss_factor=1 / z.rows if reduction == "mean" else 1.0,
             CONSTANT=tiles.constant, TAU_TENSOR=tau.is_tensor, FIRST=panel.is_first,
-            LAST=panel.is_last, NONE=none, MASKED=mask is not None, WIDTH=z.sums.shape[1], BM=TILE,
-            ROWS=launch.ROWS, SLOTS=launch.SLOTS, num_warps=4,
+            LAST=panel.is_last, NONE=none, MASKED=mask is not None, WIDTH=width, BM=TILE,
+            ROWS=launch.REDUCTION_ROWS, SLOTS=launch.SLOTS, num_warps=4,
         )  # fmt: skip
-    kept = z_i.new_empty(0, dtype=torch.float32)
-    return loss, *scalars, lse, hardest, shift, log_sum, positive, kept
+    return out
 
 
 def backward(
@@ -69,25 +102,44 @@ def backward(
     shift: Tensor,
     log_sum: Tensor,
     positive: Tensor,
-    kept: Tensor,
+    saved_exponentials: Tensor,
     temperature: float,
-    cosine: bool,
+    use_cosine_similarity: bool,
     eps: float,
     reduction: str,
     product_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of z_i, z_j and the temperature; arguments as in ``ops.NT_XENT_BACKWARD``."""
+) -> NTXentBackward:
+    """The operator ``nt_xent_backward``."""
     tau = Temperature(temperature, temperature_tensor)
     operands = Operands.of(z_i.dtype, product_dtype)
-    largest = grad_loss if grad_loss.ndim == 0 else grad_loss.abs().amax()
+    largest_grad = grad_loss if grad_loss.ndim == 0 else grad_loss.abs().amax()
     upstream = Upstream(
-        shift, log_sum, positive, grad_loss, largest, tau, tau.constant_shift(cosine)
+        shift=shift,
+        log_sum=log_sum,
+        positive=positive,
+        grad=grad_loss,
+        largest_grad=largest_grad,
+        temperature=tau,
+        constant=tau.constant_shift(use_cosine_similarity),
     )
-    z = operands.pack((z_i, z_j), cosine=cosine, eps=eps, upstream=upstream)
-    gradients = Gradients(z, z, operands, tau, cosine, eps, mask)
-    sums, _ = gradients.products()
-    like = shift if temperature_tensor is None else temperature_tensor
-    mean = 1 / z.rows if reduction == "mean" else 1.0
-    # L is a function of z z^T / tau, so dL/dtau = -(1 / 2 tau) sum z . dL/dz (Euler).
-    grads, of_temperature = gradients.finish(z, sums, largest, mean, -0.5, like)
-    return grads[0], grads[1], of_temperature
+    z = operands.pack((z_i, z_j), cosine=use_cosine_similarity, eps=eps, upstream=upstream)
+    gradients = Gradients(
+        z,
+        z,
+        operands=operands,
+        temperature=tau,
+        cosine=use_cosine_similarity,
+        eps=eps,
+        mask=mask,
+    )
+    products, _ = gradients.products()
+    (grad_z_i, grad_z_j), grad_temperature = gradients.finish(
+        z,
+        products,
+        largest_grad=largest_grad,
+        grad_factor=1 / z.rows if reduction == "mean" else 1.0,
+        # L is a function of z z^T / tau, so dL/dtau = -(1 / 2 tau) sum of z . dL/dz (Euler).
+        temperature_factor=-0.5,
+        like=shift if temperature_tensor is None else temperature_tensor,
+    )
+    return NTXentBackward(grad_z_i, grad_z_j, grad_temperature)

@@ -1,4 +1,7 @@
-"""The operands of the products: rows normalised, rounded, interleaved and padded."""
+"""The operands of the matrix products: rows normalised, rounded, interleaved and padded.
+
+``kernels/pack.py`` holds the kernel and its derivation.
+"""
 
 from __future__ import annotations
 
@@ -7,42 +10,53 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.kernels.pack import pack_kernel
 
-ROW_MULTIPLE = 128  # padded rows: a multiple of every tile's sides
-PROGRAMS = 1024  # at most: each leaves one row of sums
-BLOCK_ELEMENTS = 4096
-WEIGHT_SCALE = 2.0**13
-LARGEST_EXPONENT = 111  # of 2, with room for sums and for the scale of the weights
+PROGRAMS = 1024  # The kernel runs at most this many programs. Each leaves one row of sums.
+BLOCK_ELEMENTS = 4096  # elements of whole rows that a program takes at a time
+WEIGHT_SCALE = 2.0**13  # of fp16 weights, which have too few exponents for a large batch
+LARGEST_EXPONENT = 111  # of 2 in fp32, which leaves room for sums and for the scale of the weights
 LARGEST_LOGITS = 2.05  # tau times the largest exponent in base e, with a constant shift
-PLANES = 3  # bf16 numbers that hold the 24 bits of an fp32 one
+PLANES = 3  # bf16 numbers that together hold the 24 bits of an fp32 number
+
+_ELEMENT_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 @dataclass(frozen=True)
 class Temperature:
-    """A number, or a tensor on the device that nobody may read on the host."""
+    """A number, or a tensor on the device that the host must not read.
+
+    Attributes:
+        number: The temperature, unless ``tensor`` holds it.
+        tensor: () on the device, or None.
+    """
 
     number: float
     tensor: Tensor | None
 
     @property
     def argument(self) -> Tensor | float:
-        """What a kernel takes."""
+        """The argument of a kernel: the pointer or the number."""
         return self.number if self.tensor is None else self.tensor
 
     @property
     def is_tensor(self) -> bool:
-        """Whether it takes a pointer."""
+        """Whether that argument is a pointer."""
         return self.tensor is not None
 
     def constant_shift(self, cosine: bool) -> bool:
-        """Whether exponents may all be taken relative to 1 / tau: |s| <= 1.02 and fp32 holds them.
+        """Whether all exponents may be relative to 1 / tau instead of a row's maximum.
 
-        A tensor's running maxima serve every temperature.
+        They may if |s| <= 1.02 (rounded cosines) and fp32 holds the exponentials. The host does not
+        know the number of a tensor, so that case uses running maxima, which serve every number.
         """
         exponent = LARGEST_LOGITS * math.log2(math.e) / self.number
         return self.tensor is None and cosine and exponent < LARGEST_EXPONENT
@@ -50,33 +64,41 @@ class Temperature:
 
 @dataclass(frozen=True)
 class Upstream:
-    """What a forward saved of one side's rows, and the gradient that reaches them.
+    """What a forward saved of the rows of one side, and the gradient that reaches them.
 
     Attributes:
-        shift, log_sum: (rows,) as saved; positive: the same of pairs, else None.
-        grad: () or (rows,); largest: () the largest |grad|, or the scalar itself.
+        shift: (rows,) fp32, as the forward returned it.
+        log_sum: (rows,) fp32, as the forward returned it.
+        positive: (rows,) fp32, as the forward returned it; None without pairs.
+        grad: () or (rows,).
+        largest_grad: () the largest |grad|, or ``grad`` itself if that is one number.
+        temperature: The temperature.
+        constant: Whether the backward's exponentials are relative to 1 / tau.
     """
 
     shift: Tensor
     log_sum: Tensor
     positive: Tensor | None
     grad: Tensor
-    largest: Tensor
+    largest_grad: Tensor
     temperature: Temperature
     constant: bool
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Per padded row: what multiplies its exponentials, their shift and, of pairs, its pull.
+    """The weights of rows for a backward; ``kernels/pack.py`` defines them.
 
     Attributes:
-        scale: Of the weights: the products with them are to be divided by it.
+        weight: (padded rows,) fp32, w_a times ``scale``.
+        shift: (padded rows,) fp32, the shift of the row's exponentials.
+        positive: (padded rows,) fp32, the positive's weight w+_a; not written without pairs.
+        scale: Products with the weights must be divided by it.
     """
 
     weight: Tensor
     shift: Tensor
-    pull: Tensor
+    positive: Tensor
     scale: float
 
 
@@ -85,16 +107,21 @@ class Packed:
     """Rows in the order of the tiles.
 
     Attributes:
-        z: (planes * padded_rows, padded_features) operands of the product.
-        sums: (programs, width) sums of rows; squares: (programs,) of their squared norms.
-        counter: () zero, for the kernel whose last program finishes the work.
-        weights: Of the rows, for a backward.
+        views: The one or two tensors that were packed.
+        z: (planes * padded rows, padded features) operands of the products.
+        feature_sums: (programs, width) fp32 sums of rows.
+        squared_norms: (programs,) fp32 sums of the rows' squared norms.
+        counter: () int32 zero. The kernel whose last program finishes the work counts with it.
+        rows: Rows of all views.
+        features: Features of the views.
+        planes: 3 if fp32 rows are held as sums of three bf16 numbers, else 1.
+        weights: Weights of the rows, for a backward.
     """
 
     views: tuple[Tensor, ...]
     z: Tensor
-    sums: Tensor
-    squares: Tensor
+    feature_sums: Tensor
+    squared_norms: Tensor
     counter: Tensor
     rows: int
     features: int
@@ -103,7 +130,7 @@ class Packed:
 
     @property
     def padded_rows(self) -> int:
-        return len(self.z) // self.planes
+        return self.z.shape[0] // self.planes
 
     @property
     def padded_features(self) -> int:
@@ -111,26 +138,80 @@ class Packed:
 
 
 def round_up(x: int, multiple: int) -> int:
-    """The next multiple of ``multiple``."""
+    """The next multiple of ``multiple``, or x if it is one."""
     return (x + multiple - 1) // multiple * multiple
 
 
-def view_arguments(views: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], tuple[int, ...]]:
-    """Both pointers (the same for one view) and four strides."""
-    pair = (views[0], views[-1])
-    return pair, (*pair[0].stride(), *pair[1].stride())
+def cdiv(x: int, y: int) -> int:
+    """x / y rounded up. ``triton.cdiv`` takes 2 us, because it also serves kernels."""
+    return -(-x // y)
 
 
-def element_type(dtype: torch.dtype) -> tl.dtype:
-    """Triton's name of a dtype."""
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[
-        dtype
-    ]
+def next_power_of_2(x: int) -> int:
+    """The smallest power of 2 that is not below x; ``triton.next_power_of_2`` takes 2 us."""
+    return 1 << (x - 1).bit_length()
+
+
+def view_arguments(views: tuple[Tensor, ...]) -> dict[str, Any]:
+    """Pointers and strides of both views as the kernels name them; one view is passed twice."""
+    first, last = views[0], views[-1]
+    stride_0, feature_stride_0 = first.stride()
+    stride_1, feature_stride_1 = last.stride()
+    return {
+        "view_0": first,
+        "view_1": last,
+        "stride_0": stride_0,
+        "feature_stride_0": feature_stride_0,
+        "stride_1": stride_1,
+        "feature_stride_1": feature_stride_1,
+    }
 
 
 def row_block(width: int) -> int:
     """Rows that a program of an elementwise kernel takes at a time."""
-    return max(2, min(ROW_MULTIPLE, BLOCK_ELEMENTS // width))
+    return max(2, min(TILE, BLOCK_ELEMENTS // width))
+
+
+def _weigh_arguments(
+    upstream: Upstream | None, weights: Weights | None, unused: Tensor
+) -> dict[str, Any]:
+    """The kernel's arguments for the weights; if there are none, it does not use ``unused``."""
+    if upstream is None or weights is None:
+        return {
+            "weight_out": unused,
+            "shift_out": unused,
+            "positive_weight_out": unused,
+            "saved_shift": unused,
+            "saved_log_sum": unused,
+            "saved_positive": unused,
+            "grad": unused,
+            "largest_grad": unused,
+            "temperature": 1.0,
+            "grad_stride": 0,
+            "weight_scale": 1.0,
+            "WEIGH": False,
+            "PER_ROW": False,
+            "CONSTANT": False,
+            "TAU_TENSOR": False,
+        }
+    per_row = upstream.grad.ndim == 1
+    return {
+        "weight_out": weights.weight,
+        "shift_out": weights.shift,
+        "positive_weight_out": weights.positive,
+        "saved_shift": upstream.shift,
+        "saved_log_sum": upstream.log_sum,
+        "saved_positive": upstream.shift if upstream.positive is None else upstream.positive,
+        "grad": upstream.grad,
+        "largest_grad": upstream.largest_grad,
+        "temperature": upstream.temperature.argument,
+        "grad_stride": upstream.grad.stride(0) if per_row else 0,
+        "weight_scale": weights.scale,
+        "WEIGH": True,
+        "PER_ROW": per_row,
+        "CONSTANT": upstream.constant,
+        "TAU_TENSOR": upstream.temperature.is_tensor,
+    }
 
 
 def pack(
@@ -148,48 +229,45 @@ def pack(
 
     Args:
         views: One or two (B, D) tensors, any strides.
-        cosine: Normalise rows.
+        cosine: Normalise the rows.
         eps: Lower bound on the norm used for normalisation.
-        rounded: dtype that the operands are rounded to.
+        rounded: dtype to which the operands are rounded.
         planes: 1, or 3 for fp32 operands as sums of three bf16 numbers.
         tf32: Round fp32 operands of one plane to tf32.
-        depth_multiple: What the padded number of features must be a multiple of.
-        upstream: For a backward: weigh the rows.
+        depth_multiple: The padded number of features is a multiple of it.
+        upstream: For a backward: compute the weights of the rows.
     """
     first = views[0]
-    rows, features = len(views) * len(first), first.shape[1]
-    padded_rows, padded = round_up(rows, ROW_MULTIPLE), round_up(features, depth_multiple)
-    width = triton.next_power_of_2(padded)
+    rows, features = len(views) * first.shape[0], first.shape[1]
+    padded_rows, padded_features = round_up(rows, TILE), round_up(features, depth_multiple)
+    width = next_power_of_2(padded_features)
     block = row_block(width)
     programs = min(PROGRAMS, padded_rows // block)
-    dtype = torch.bfloat16 if planes > 1 else rounded
-    z = first.new_empty(planes * padded_rows, padded, dtype=dtype)
-    sums = first.new_empty(programs, width, dtype=torch.float32)
-    squares = first.new_empty(programs, dtype=torch.float32)
-    counter = first.new_empty((), dtype=torch.int32)
     weights = None
-    arguments: tuple[Any, ...] = (z,) * 8 + (1.0, 0, 1.0)
     if upstream is not None:
-        floats = [first.new_empty(padded_rows, dtype=torch.float32) for _ in range(3)]
-        # fp16 has too few exponents for the probabilities of a large batch.
+        weight, shift, positive = (
+            first.new_empty(padded_rows, dtype=torch.float32) for _ in range(3)
+        )
         scale = WEIGHT_SCALE if rounded == torch.float16 else 1.0
-        weights = Weights(floats[0], floats[1], floats[2], scale)
-        positive = upstream.shift if upstream.positive is None else upstream.positive
-        per_row = upstream.grad.ndim == 1
-        arguments = (
-            *floats, upstream.shift, upstream.log_sum, positive, upstream.grad, upstream.largest,
-            upstream.temperature.argument, upstream.grad.stride(0) if per_row else 0,
-            scale,
-        )  # fmt: skip
-    pointers, strides = view_arguments(views)
+        weights = Weights(weight=weight, shift=shift, positive=positive, scale=scale)
+    packed = Packed(
+        views=views,
+        z=first.new_empty(
+            planes * padded_rows, padded_features, dtype=torch.bfloat16 if planes > 1 else rounded
+        ),
+        feature_sums=first.new_empty(programs, width, dtype=torch.float32),
+        squared_norms=first.new_empty(programs, dtype=torch.float32),
+        counter=first.new_empty((), dtype=torch.int32),
+        rows=rows,
+        features=features,
+        planes=planes,
+        weights=weights,
+    )
     pack_kernel[(programs,)](
-        *pointers, z, sums, squares, counter, rows, features, padded_rows, *strides, eps,
-        *arguments,
-        VIEWS=len(views), PLANES=planes, COSINE=cosine, ROUND=element_type(rounded),
-        TF32=tf32,
-        PADDED=padded, WIDTH=width, ROWS=block, WEIGH=upstream is not None,
-        PER_ROW=upstream is not None and upstream.grad.ndim == 1,
-        CONSTANT=upstream is not None and upstream.constant,
-        TAU_TENSOR=upstream is not None and upstream.temperature.is_tensor, num_warps=4,
+        **view_arguments(views), z=packed.z, feature_sums=packed.feature_sums,
+        squared_norms=packed.squared_norms, counter=packed.counter, rows=rows, features=features,
+        padded_rows=padded_rows, eps=eps, **_weigh_arguments(upstream, weights, packed.z),
+        VIEWS=len(views), PLANES=planes, COSINE=cosine, ROUND=_ELEMENT_TYPES[rounded], TF32=tf32,
+        PADDED=padded_features, WIDTH=width, ROWS=block, num_warps=4,
     )  # fmt: skip
-    return Packed(views, z, sums, squares, counter, rows, features, planes, weights)
+    return packed

@@ -1,58 +1,81 @@
-"""The prediction loss: each side read once forward and once backward, each gradient written once.
+"""The prediction loss on the GPU, both directions.
 
-A program takes whole rows, so that their norms or moments need no second read. One launch a level:
-the levels' launches follow each other in the stream, and the last program of each adds its level
-to the loss.
+The forward reads each side once, and so does the backward, which writes each gradient once. A
+program takes whole rows, so their norms or moments need no second read. There is one launch for
+each level. The launches follow one another in the stream, and the last program of each adds its
+level to the loss.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from cjepa_kernels.definitions import LAYER_EPS
+from cjepa_kernels.definitions import LAYER_EPS, PredictionLossBackward, PredictionLossForward
 from cjepa_kernels.triton.kernels.prediction_rows import (
+    L2,
+    LAYER,
     prediction_gradient_kernel,
     prediction_loss_kernel,
 )
+from cjepa_kernels.triton.pack import BLOCK_ELEMENTS, cdiv, next_power_of_2
 
-BLOCK_ELEMENTS = 4096
-NORMALIZATIONS = {"none": 0, "l2": 1, "layer": 2}
+NORMALIZATIONS = {"none": 0, "l2": L2.value, "layer": LAYER.value}
 SQUARE = {"mse": True, "smoothl1": False, "huber": False}
 
 
-def _row_strides(x: Tensor) -> tuple[int, ...]:
-    """Of a (B, N, D) or (B, D) tensor: batch, patch and feature."""
-    strides = x.stride()
-    return strides if x.ndim == 3 else (strides[0], 0, strides[1])
+class Penalty(NamedTuple):
+    """The numbers of the error c (d - c half_width) with c = d slope, cut off at the limit."""
+
+    slope: float
+    limit: float
+    half_width: float
+
+
+def _penalty(loss_type: str, threshold: float) -> Penalty:
+    if loss_type == "huber":
+        return Penalty(slope=1.0, limit=threshold, half_width=0.5)
+    if loss_type == "smoothl1":
+        return Penalty(slope=1 / threshold, limit=1.0, half_width=threshold / 2)
+    return Penalty(slope=1.0, limit=math.inf, half_width=0.0)
 
 
 class _Level:
     """One level's tensors as the kernels take them."""
 
     def __init__(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> None:
-        self.tensors = prediction, target, prediction if mask is None else mask.view(torch.uint8)
-        self.masked = mask is not None
+        self.prediction, self.target, self.mask = prediction, target, mask
         self.features = prediction.shape[-1]
         self.rows = prediction.numel() // self.features
-        patches = prediction.shape[1] if prediction.ndim == 3 else 1
-        self.width = triton.next_power_of_2(self.features)
+        self.width = next_power_of_2(self.features)
         self.row_block = max(1, BLOCK_ELEMENTS // self.width)
-        self.programs = triton.cdiv(self.rows, self.row_block)
-        of_mask = (0, 0) if mask is None else (*mask.stride(), 0)[:2]
-        self.numbers = (
-            self.rows, patches, self.features, *_row_strides(prediction), *_row_strides(target),
-            *of_mask,
-        )  # fmt: skip
+        self.programs = cdiv(self.rows, self.row_block)
 
-    def constants(self, normalization: str, loss_type: str) -> dict[str, Any]:
-        """Compile-time arguments of both kernels."""
+    def arguments(self, normalization: str, loss_type: str) -> dict[str, Any]:
+        """The arguments that both kernels take."""
+        prediction, target, mask = self.prediction, self.target, self.mask
+        p_batch, p_patch, p_feature = _strides(prediction)
+        t_batch, t_patch, t_feature = _strides(target)
+        m_batch, m_patch = (0, 0) if mask is None else (*mask.stride(), 0)[:2]
         return {
-            "MASKED": self.masked,
+            "prediction": prediction,
+            "target": target,
+            "mask": prediction if mask is None else mask.view(torch.uint8),
+            "rows": self.rows,
+            "patches": prediction.shape[1] if prediction.ndim == 3 else 1,
+            "features": self.features,
+            "p_batch": p_batch,
+            "p_patch": p_patch,
+            "p_feature": p_feature,
+            "t_batch": t_batch,
+            "t_patch": t_patch,
+            "t_feature": t_feature,
+            "m_batch": m_batch,
+            "m_patch": m_patch,
+            "MASKED": mask is not None,
             "NORMALIZATION": NORMALIZATIONS[normalization],
             "SQUARE": SQUARE[loss_type],
             "ROWS": self.row_block,
@@ -61,21 +84,19 @@ class _Level:
         }
 
 
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, patch and feature of a (B, N, D) or (B, D) tensor."""
+    if x.ndim == 3:
+        return x.stride(0), x.stride(1), x.stride(2)
+    return x.stride(0), 0, x.stride(1)
+
+
 def _levels(predictions: list[Tensor], targets: list[Tensor], masks: list[Tensor]) -> list[_Level]:
     found = []
     for index, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
         mask = masks[index] if masks and masks[index].numel() else None
         found.append(_Level(prediction, target, mask))
     return found
-
-
-def _penalty(loss_type: str, threshold: float) -> tuple[float, float, float]:
-    """Slope, limit and half width: the error is c (d - c half_width), c = d slope within limits."""
-    if loss_type == "huber":
-        return 1.0, threshold, 0.5
-    if loss_type == "smoothl1":
-        return 1 / threshold, 1.0, threshold / 2
-    return 1.0, math.inf, 0.0
 
 
 def forward(
@@ -88,35 +109,42 @@ def forward(
     threshold: float,
     eps: float,
     reduction: str,
-) -> tuple[Tensor, ...]:
-    """Loss and what the backward needs; arguments and results as in ``ops.PREDICTION_LOSS``."""
+) -> PredictionLossForward:
+    """The operator ``prediction_loss``."""
     levels = _levels(predictions, targets, masks)
     like = predictions[0]
     none = reduction == "none"
+    slope, limit, half_width = _penalty(loss_type, threshold)
 
     def floats(*shape: int) -> Tensor:
         return like.new_empty(shape, dtype=torch.float32)
 
-    loss, unweighted, scales = floats(), floats(), floats(len(levels))
     elements = sum(level.rows * level.features for level in levels)
-    of_levels = floats(elements if none else len(levels))
-    statistics = floats(sum(level.rows for level in levels), 2)
-    most = max(level.programs for level in levels)
-    partial = like.new_empty(most, dtype=torch.float64)
-    kept_rows = like.new_empty(most, dtype=torch.int32)
+    out = PredictionLossForward(
+        loss=floats(),
+        unweighted=floats(),
+        levels=floats(elements if none else len(levels)),
+        statistics=floats(sum(level.rows for level in levels), 2),
+        scales=floats(len(levels)),
+    )
+    most_programs = max(level.programs for level in levels)
+    partial = like.new_empty(most_programs, dtype=torch.float64)
+    kept_rows = like.new_empty(most_programs, dtype=torch.int32)
     counter = like.new_zeros(len(levels), dtype=torch.int32)
     row = element = 0
     for index, level in enumerate(levels):
         prediction_loss_kernel[(level.programs,)](
-            *level.tensors, of_levels[element:] if none else of_levels, statistics[row:], partial,
-            kept_rows, counter, loss, unweighted, of_levels, scales, *level.numbers,
-            *_penalty(loss_type, threshold), eps, index, weights[index], 1 / len(levels),
+            **level.arguments(normalization, loss_type),
+            errors=out.levels[element:] if none else out.levels, statistics=out.statistics[row:],
+            partial=partial, kept_rows=kept_rows, counter=counter, loss=out.loss,
+            unweighted=out.unweighted, levels=out.levels, scales=out.scales,
+            slope=slope, limit=limit, half_width=half_width, eps=eps, level=index,
+            weight=weights[index], level_share=1 / len(levels),
             NONE=none, MEAN=reduction != "sum", FIRST=index == 0, LAYER_EPS=LAYER_EPS,
-            **level.constants(normalization, loss_type),
         )  # fmt: skip
         row += level.rows
         element += level.rows * level.features
-    return loss, unweighted, of_levels, statistics, scales
+    return out
 
 
 def backward(
@@ -135,26 +163,31 @@ def backward(
     eps: float,
     reduction: str,
     targets_too: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of the predictions and, if wanted, of the targets."""
-    of_predictions = [p.new_empty(p.shape) for p in predictions]
-    of_targets = [t.new_empty(t.shape) for t in targets] if targets_too else []
-    none = reduction == "none"
+) -> PredictionLossBackward:
+    """The operator ``prediction_loss_backward``."""
+    grad_predictions = [p.new_empty(p.shape) for p in predictions]
+    grad_targets = [t.new_empty(t.shape) for t in targets] if targets_too else []
     slope, limit, _ = _penalty(loss_type, threshold)
+    # The gradient of ``levels`` has one number for each element, or one for each level.
+    grad_errors = grad_levels if reduction == "none" else None
+    grad_scalars = None if reduction == "none" else grad_levels
+    unused = scales
     row = element = 0
     for index, level in enumerate(_levels(predictions, targets, masks)):
-        each = none and grad_levels is not None
-        upstream = grad_levels[element:] if grad_levels is not None and each else scales
-        gradients = of_predictions[index], (of_targets or of_predictions)[index]
-        given = [scales if grad is None else grad for grad in (grad_loss, grad_unweighted)]
         prediction_gradient_kernel[(level.programs,)](
-            *level.tensors, statistics[row:], upstream, *given,
-            scales if grad_levels is None else grad_levels, scales, *gradients, *level.numbers,
-            slope, limit, eps, index, weights[index], 1 / len(predictions),
-            EACH=each, LOSS=grad_loss is not None, UNWEIGHTED=grad_unweighted is not None,
-            LEVELS=grad_levels is not None and not none, TARGET=targets_too,
-            **level.constants(normalization, loss_type),
+            **level.arguments(normalization, loss_type), statistics=statistics[row:],
+            grad_errors=unused if grad_errors is None else grad_errors[element:],
+            grad_loss=unused if grad_loss is None else grad_loss,
+            grad_unweighted=unused if grad_unweighted is None else grad_unweighted,
+            grad_levels=unused if grad_scalars is None else grad_scalars, scales=scales,
+            grad_prediction=grad_predictions[index],
+            grad_target=(grad_targets if targets_too else grad_predictions)[index],
+            slope=slope, limit=limit, eps=eps, level=index, weight=weights[index],
+            level_share=1 / len(predictions),
+            EACH=grad_errors is not None, LOSS=grad_loss is not None,
+            UNWEIGHTED=grad_unweighted is not None, LEVELS=grad_scalars is not None,
+            TARGET=targets_too,
         )  # fmt: skip
         row += level.rows
         element += level.rows * level.features
-    return of_predictions, of_targets
+    return PredictionLossBackward(grad_predictions, grad_targets)

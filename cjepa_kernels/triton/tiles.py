@@ -1,33 +1,41 @@
-"""The forward's launches: NT-Xent, and the log-sum-exps of both sides of a rectangle."""
+"""The tiles of S = X Y^T, their sums and maxima, a panel of columns at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cjepa_kernels.triton import launch
-from cjepa_kernels.triton.kernels import similarity
-from cjepa_kernels.triton.launch import TILE, Operands, Panel
-from cjepa_kernels.triton.pack import Packed, Temperature, round_up
+from cjepa_kernels.triton.configs import TILE
+from cjepa_kernels.triton.kernels.similarity import strips_kernel, tiles_kernel
+from cjepa_kernels.triton.launch import Operands, Panel
+from cjepa_kernels.triton.pack import Packed, Temperature, cdiv, round_up
+
+Place = Literal["all", "inner", "edge"]  # as ``tiles_kernel`` defines them
 
 
 class Tiles:
-    """Sums and maxima of the tiles of X Y^T, a panel of columns at a time.
+    """Sums and maxima of the tiles of X Y^T; iterating computes one panel after the other.
 
     Attributes:
-        row_sum, row_max: (blocks of the panel, padded rows), of each row over a block's columns.
-        column_sum, column_max: (row blocks, columns of the panel), of each column over a block's
-            rows.
-        positive: (padded rows,) similarity of each row and its positive, where X is Y.
-        kept_sum, kept_count: Of the similarities that a user's mask leaves, in any number of parts.
+        row_sum: (column blocks of the panel, padded rows) fp32, see ``kernels/similarity.py``.
+        row_max: The same shape, the maxima of the same entries.
+        column_sum: (slots, columns of the panel) fp32.
+        column_max: The same shape, the maxima of the same entries.
+        positive: (padded rows,) fp32, the similarity of each row and its positive, where X is Y.
+        negative_sum: Parts of the sum of the similarities that a user's mask leaves, fp32.
+        negative_count: How many these are, in as many parts, int32.
+        run_length: Row blocks of a slot of the columns.
     """
 
     def __init__(
         self,
         x: Packed,
         y: Packed,
+        *,
         operands: Operands,
         temperature: Temperature,
         constant: bool,
@@ -39,41 +47,49 @@ class Tiles:
         self.row_blocks = x.padded_rows // TILE
         self.column_blocks = y.padded_rows // TILE
         self.panels, self.group = launch.column_panels(self.row_blocks, self.column_blocks)
-        self.small = self.row_blocks * self.column_blocks <= launch.SMALL**2
-        strips = constant and mask is None and not self.small and launch.fits_a_strip(x)
-        strips = strips and launch.has("strips", x)
-        self.run = launch.run_blocks(self.row_blocks) if strips else 1
+        self.one_launch = self.row_blocks * self.column_blocks <= launch.ONE_LAUNCH_BLOCKS**2
+        self.strips = (
+            constant
+            and mask is None
+            and not self.one_launch
+            and launch.fits_a_strip(x)
+            and launch.has("strips", x)
+        )
+        self.run_length = launch.run_length(self.row_blocks) if self.strips else 1
         size = max(panel.blocks for panel in self.panels) * self.row_blocks * TILE
-        self.row_sum, self.row_max = self._floats(size), self._floats(size)
-        self.column_sum, self.column_max = self._floats(size), self._floats(size)
-        self.positive = self._floats(x.padded_rows if self.self_contrast else 0)
-        kept = sum(map(self._programs, self.panels)) if mask is not None else 0
-        self.kept_sum = x.z.new_zeros(kept, dtype=torch.float32)
-        self.kept_count = x.z.new_zeros(kept, dtype=torch.int32)
+        self.row_sum, self.row_max = self.new_floats(size), self.new_floats(size)
+        self.column_sum, self.column_max = self.new_floats(size), self.new_floats(size)
+        self.positive = self.new_floats(x.padded_rows if self.self_contrast else 0)
+        parts = sum(map(self._programs, self.panels)) if mask is not None else 0
+        self.negative_sum = x.z.new_zeros(parts, dtype=torch.float32)
+        self.negative_count = x.z.new_zeros(parts, dtype=torch.int32)
 
-    def _floats(self, size: int) -> Tensor:
+    def new_floats(self, size: int) -> Tensor:
+        """A (size,) tensor of fp32 on the device of the rows, not yet written."""
         return self.x.z.new_empty(size, dtype=torch.float32)
 
     def __iter__(self) -> Iterator[Panel]:
-        """Compute a panel, then hand it out."""
-        kept = 0
+        """Compute a panel, then hand it out to be reduced."""
+        first_part = 0
         for panel in self.panels:
-            if self.small or self.mask is not None:
-                self._launch(panel, "all", self._programs(panel), kept)
-                kept += self._programs(panel) if self.mask is not None else 0
+            if self.one_launch or self.mask is not None:
+                programs = self._programs(panel)
+                self._launch_tiles(panel, "all", programs, first_part)
+                first_part += programs if self.mask is not None else 0
             else:
                 if self.x.rows < TILE or self.y.rows < TILE:
-                    pass  # no tile is whole
-                elif self.run > 1:
+                    pass  # There is no whole tile.
+                elif self.strips:
                     self._launch_strips(panel)
                 else:
-                    self._launch(panel, "inner", self._programs(panel), 0)
-                edge = self._edge_programs(panel)
-                if edge > 0:
-                    self._launch(panel, "edge", edge, 0)
+                    self._launch_tiles(panel, "inner", self._programs(panel))
+                programs = self._edge_programs(panel)
+                if programs > 0:
+                    self._launch_tiles(panel, "edge", programs)
             yield panel
 
     def _programs(self, panel: Panel) -> int:
+        """Programs that take all tiles of a panel, square by square (see ``tile_of``)."""
         group = self.group
         first, last = panel.first // group, round_up(panel.last, group) // group
         if self.self_contrast:
@@ -82,30 +98,34 @@ class Tiles:
             squares = (last - first) * (round_up(self.row_blocks, group) // group)
         return squares * group * group
 
-    def _edge_programs(self, panel: Panel) -> int:
-        ragged_columns = panel.is_last and self.y.rows % TILE != 0
-        if self.self_contrast:
-            return panel.blocks + (self.row_blocks - 1 if ragged_columns else 0)
-        along = panel.blocks if self.x.rows % TILE != 0 else 0
-        if not ragged_columns:
-            return along
-        return along + self.row_blocks - (along > 0)  # the corner is in one of them
+    def _edge_row_tiles(self, panel: Panel) -> int:
+        """Tiles of the panel on the diagonal, or in a last row of blocks that is not whole."""
+        return panel.blocks if self.self_contrast or self.x.rows % TILE != 0 else 0
 
-    def _launch(self, panel: Panel, place: str, programs: int, kept: int) -> None:
+    def _edge_programs(self, panel: Panel) -> int:
+        """Programs that take the tiles that need a mask (see ``edge_tile``)."""
+        row_tiles = self._edge_row_tiles(panel)
+        if not (panel.is_last and self.y.rows % TILE != 0):
+            return row_tiles
+        # The corner is already among the tiles of the rows, if there are any.
+        return row_tiles + self.row_blocks - (row_tiles > 0)
+
+    def _launch_tiles(self, panel: Panel, place: Place, programs: int, first_part: int = 0) -> None:
         x, y = self.x, self.y
         plain = place == "inner" and x.planes == 1 and launch.has("inner_tiles", x)
         config = launch.config("inner_tiles" if plain else "tiles", x)
         depth = self.operands.depth_block(x.features)
-        x_tiles, y_tiles = (launch.blocks_of(z.z, TILE, depth) for z in (x, y))
-        mask = self.mask if self.mask is not None else self.positive
-        along = panel.blocks
-        if place == "edge" and not self.self_contrast and x.rows % TILE == 0:
-            along = 0
-        similarity.tiles_kernel[(programs,)](
-            x_tiles, y_tiles, self.row_sum, self.row_max, self.column_sum, self.column_max,
-            self.positive, self.kept_sum[kept:], self.kept_count[kept:], self.temperature.argument,
-            mask, x.rows, y.rows, x.padded_rows, y.padded_rows,
-            self.row_blocks, self.column_blocks, panel.first, panel.last, along,
+        tiles_kernel[(programs,)](
+            x=launch.blocks_of(x.z, TILE, depth), y=launch.blocks_of(y.z, TILE, depth),
+            row_sum=self.row_sum, row_max=self.row_max, column_sum=self.column_sum,
+            column_max=self.column_max, positive=self.positive,
+            negative_sum=self.negative_sum[first_part:],
+            negative_count=self.negative_count[first_part:],
+            temperature=self.temperature.argument,
+            mask=self.positive if self.mask is None else self.mask,
+            rows=x.rows, columns=y.rows, x_plane=x.padded_rows, y_plane=y.padded_rows,
+            row_blocks=self.row_blocks, column_blocks=self.column_blocks, first_column=panel.first,
+            last_column=panel.last, row_tiles=self._edge_row_tiles(panel),
             SELF=self.self_contrast, MASKED=self.mask is not None, CONSTANT=self.constant,
             TAU_TENSOR=self.temperature.is_tensor, PLACE=place, DEPTH=x.padded_features,
             PLANES=x.planes, BM=TILE, BK=depth, GROUP=self.group,
@@ -115,16 +135,17 @@ class Tiles:
 
     def _launch_strips(self, panel: Panel) -> None:
         x, y, config = self.x, self.y, launch.config("strips", self.x)
-        x_tiles = launch.blocks_of(x.z, config.rows, x.padded_features)
-        y_tiles = launch.blocks_of(y.z, TILE, y.padded_features)
-        runs = -(-(x.rows // TILE) // self.run)
-        similarity.strips_kernel[(panel.blocks * runs,)](
-            x_tiles, y_tiles, self.row_sum, self.row_max, self.column_sum, self.column_max,
-            self.temperature.argument, self.row_blocks, x.rows // TILE, panel.first, panel.last,
-            y.rows // TILE, self.run,
+        whole_rows, whole_columns = x.rows // TILE, y.rows // TILE
+        runs = cdiv(whole_rows, self.run_length)
+        strips_kernel[(panel.blocks * runs,)](
+            x=launch.blocks_of(x.z, config.rows, x.padded_features),
+            y=launch.blocks_of(y.z, TILE, y.padded_features),
+            row_sum=self.row_sum, row_max=self.row_max, column_sum=self.column_sum,
+            column_max=self.column_max, temperature=self.temperature.argument,
+            row_blocks=self.row_blocks, whole_rows=whole_rows, first_column=panel.first,
+            last_column=panel.last, whole_columns=whole_columns, run_length=self.run_length,
             SELF=self.self_contrast, TAU_TENSOR=self.temperature.is_tensor,
             WIDTH=x.padded_features, TILE=TILE, BM=config.rows, PIPELINED=config.pipelined,
             FOLD=config.fold, PRECISION=self.operands.precision, TMA=launch.has_tma(x.z.device),
-            num_warps=config.warps,
-            num_stages=config.stages,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

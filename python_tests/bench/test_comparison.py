@@ -1,4 +1,4 @@
-"""``cjepa bench``: equal formulas, its measurements, clear errors, what it writes."""
+"""``cjepa bench`` compares equal formulas, measures, writes its files and explains errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from cjepa_kernels import nt_xent
+from cjepa_kernels import nt_xent, plot_style
 from cjepa_kernels.bench import (
     candidates,
     cli,
@@ -31,7 +31,6 @@ from cjepa_kernels.bench import (
     formulas,
     machine,
     memory,
-    plot_style,
     plots,
     report,
     tensor_bytes,
@@ -40,7 +39,7 @@ from cjepa_kernels.bench import (
 from cjepa_kernels.bench.candidates import CANDIDATES, EAGER, MM, OURS
 from cjepa_kernels.bench.comparison import Comparison, Settings
 from cjepa_kernels.bench.sizes import Size, views
-from cjepa_kernels.train.cli import app
+from cjepa_kernels.cli.application import app
 
 SIZE = Size(64, 16)
 TINY = Settings(
@@ -191,7 +190,7 @@ def test_cuda_memory_is_that_of_the_allocator(monkeypatch: pytest.MonkeyPatch) -
 def test_what_does_not_fit_is_left_out_with_what_it_needs(
     monkeypatch: pytest.MonkeyPatch, small_roofs: None, no_processes: None
 ) -> None:
-    """1 MiB is free: room for the plain formula at M = 64, none for it at M = 1024."""
+    """With 1 MiB free the plain formula fits at M = 64, and does not fit at M = 1024."""
     monkeypatch.setattr(machine, "free_memory", lambda device: 2**20)
     sizes = (SIZE, Size(1024, 16))
     said: list[str] = []

@@ -202,6 +202,12 @@ def test_gpu_targets_are_all_judged(ours: float, verdict: str, utilisation: floa
     assert gpu_targets.summary(records).startswith(f"{len(records)} targets: ")
 
 
+def test_gpu_targets_of_the_record_have_the_same_verdicts() -> None:
+    (path,) = records.RESULTS.glob("NVIDIA-*.json")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert gpu_targets.judge(content, gpu_targets.FULL) == content["targets"]
+
+
 def test_gpu_targets_without_a_value_say_why() -> None:
     sizes = gpu_targets.FULL
     results = {name: [] for name in gpu.SECTIONS}

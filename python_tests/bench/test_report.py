@@ -1,4 +1,4 @@
-"""What ``cjepa bench`` says of results: right sentences, whole files, readable plots."""
+"""The report of ``cjepa bench``: its sentences, files and plots."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("matplotlib")
 
+from cjepa_kernels import plot_style
 from cjepa_kernels.bench import (
     candidates,
     cli,
     comparison,
-    plot_style,
     plots,
     records,
     report,
@@ -30,7 +30,7 @@ SIZE = Size(64, 16)
 
 
 def rows_of(size: Size, seconds: dict[str, float]) -> list[dict[str, Any]]:
-    """Rows of the results: forward takes half the time."""
+    """Rows of the results, in which forward takes half of the time."""
     cell = {"M": size.rows, "D": size.features}
     return [
         {
@@ -51,7 +51,7 @@ def rows_of(size: Size, seconds: dict[str, float]) -> list[dict[str, Any]]:
 def results_of(
     times: dict[Size, dict[str, float]], extra: dict[Size, dict[str, int]], **sections: Any
 ) -> dict[str, Any]:
-    """Results with these seconds and bytes."""
+    """Results of a comparison that measured these seconds and bytes."""
     empty: dict[str, Any] = {section: [] for section in comparison.SECTIONS}
     return {
         **empty,
@@ -72,7 +72,7 @@ def results_of(
 def with_intervals(
     results: dict[str, Any], intervals: dict[tuple[int, str], tuple[Any, Any, int]]
 ) -> dict[str, Any]:
-    """The results with paired ratios: the medians', and these ends and numbers of rounds."""
+    """The results with the medians' ratios, and these intervals and numbers of rounds."""
     medians = {
         (row["M"], row["name"]): row["median"] for row in results["rows"] if row["pass"] == BOTH
     }
@@ -176,7 +176,9 @@ def test_a_verdict_needs_an_interval_on_one_side() -> None:
         "M = 1024 (3 rounds; 8 are needed).",
         "In the other comparison with another candidate of the same loss cjepa_kernels is faster.",
     ]
-    assert "(99 % interval" not in report.verdict(results)[0]  # of three rounds at the largest M
+    assert (
+        "(99 % interval" not in report.verdict(results)[0]
+    )  # There were three rounds at the largest M.
     cells = [dict(zip(report.HEADER, row, strict=True)) for row in report.table(results)]
     assert [row["99 % interval"] for row in cells[:3]] == ["", "0.98 to 1.01", "2.50 to 3.50"]
     assert [row["time / ours"] for row in cells[:3]] == ["1.00", "0.99", "3.00"]
@@ -203,7 +205,7 @@ def test_an_old_record_gives_medians_and_no_verdict() -> None:
 
 
 def test_the_busy_machine_of_three_calls_gets_no_verdict(tmp_path: Path) -> None:
-    """Ours took 7.58 x the other's time, p20 to p80 overlapping: nothing is said to be as fast."""
+    """Ours took 7.58 x the other's time with overlapping spreads, so no verdict says "as fast"."""
     times = {OURS: [0.4, 9.0, 0.3], EAGER: [0.5, 0.05, 0.9]}
     row = {"M": 256, "D": 256, "pass": BOTH, "bytes_moved": None}
     results = results_of({Size(256, 256): {OURS: 1.0}}, {})
@@ -356,5 +358,5 @@ def test_labels_keep_their_order_and_their_distance() -> None:
 
 
 def test_no_candidate_lacks_a_style_or_a_title() -> None:
-    assert plot_style.STYLES.keys() == {*CANDIDATES, MM}
+    assert plots.STYLES.keys() == {*CANDIDATES, MM}
     assert candidates.TITLES.keys() == {*CANDIDATES, *candidates.FURTHER_CANDIDATES, MM}

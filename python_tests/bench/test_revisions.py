@@ -1,4 +1,4 @@
-"""``make bench-compare``: its statistics, its processes, its checkouts. No time is asserted."""
+"""The statistics, processes and checkouts of ``make bench-compare``. No time is asserted."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ def turns(ratio: float, *, within: float = 0.02, between: float = 0.0, seed: int
         (1.0, {}, "equal"),
         (1.1, {}, "slower"),
         (0.9, {}, "faster"),
-        (1.01, {"within": 0.001}, "equal"),  # beyond the noise, too small to count
+        (
+            1.01,
+            {"within": 0.001},
+            "equal",
+        ),  # The change is beyond the noise and too small to count.
         (1.0, {"within": 0.5}, "unclear"),
         (1.0, {"between": 0.2}, "unclear"),
     ],

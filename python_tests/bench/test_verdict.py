@@ -1,4 +1,4 @@
-"""Verdicts of ``cjepa bench`` on synthetic times: quiet, noisy, drifting, few, with outliers."""
+"""Verdicts of ``cjepa bench`` on synthetic times that are quiet, noisy, drifting or few."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cjepa_kernels.bench.verdict import (
 
 
 class FakeMachine:
-    """Calls whose seconds are made up; its clock goes forward by what the calls take."""
+    """Calls with invented times, and a clock that goes forward by them."""
 
     def __init__(self, seconds: dict[str, Callable[[int], float]]) -> None:
         self.calls: dict[str, Run] = {name: lambda name=name: name for name in seconds}
@@ -69,7 +69,7 @@ def verdict(ours: list[float], other: list[float]) -> str:
 
 
 def test_the_interval_is_that_of_the_sign_test() -> None:
-    """Of 16 blocks the third on each side is the outermost: 2 (1 + 16 + 120) / 2^16 misses."""
+    """With 16 blocks k is 3: the interval misses with probability 2 (1 + 16 + 120) / 2^16."""
     ratios = [1.0 + i / 10 for i in range(16)]
     shuffled = random.Random(0).sample(ratios, 16)
     assert ratio_of([1.0] * 16, shuffled) == Ratio(
@@ -110,7 +110,7 @@ def test_noise_that_hides_the_difference_is_unclear() -> None:
 
 
 def test_a_drift_of_the_machine_cancels_in_the_ratios() -> None:
-    """The machine becomes six times as slow; the medians' spread hides a difference of 20 %."""
+    """The machine becomes six times as slow, and the medians' spread hides a difference of 20 %."""
     speed = [1 + 5 * i / 31 for i in range(32)]
     found = ratio_of(speed, [1.2 * s for s in speed])
     assert found.verdict() == "faster"
@@ -123,7 +123,7 @@ def test_a_ratio_that_drifts_across_one_is_unclear() -> None:
 
 
 def test_a_spell_of_load_counts_as_what_it_hits_not_as_many_rounds() -> None:
-    """Half of 400 rounds are hit in one spell: each block is a mood, so the interval is wide."""
+    """One spell of load hits half of 400 rounds. Blocks differ by it, so the interval is wide."""
     other = [1.5] * 190 + [0.2] * 210
     assert verdict([1.0] * 400, other) == "unclear"
     assert verdict([1.0] * 400, [1.5] * 400) == "faster"
@@ -132,7 +132,7 @@ def test_a_spell_of_load_counts_as_what_it_hits_not_as_many_rounds() -> None:
 def test_outliers_do_not_decide() -> None:
     ours, other = [1.0] * 64, [1.3] * 64
     for i in range(0, 64, 9):
-        other[i] = 0.01  # eight calls that seem a hundred times as fast
+        other[i] = 0.01  # Eight calls seem a hundred times as fast.
     for i in range(5, 64, 9):
         ours[i] = 50.0
     found = ratio_of(ours, other)
@@ -147,7 +147,7 @@ def test_a_difference_within_the_margin_is_none() -> None:
 
 
 def test_chance_alone_hardly_ever_makes_a_verdict() -> None:
-    """Equal candidates, much noise, and looks again while it is unclear."""
+    """Candidates are equal, the noise is large, and it is looked again while it is unclear."""
     wrong, rounds = 0, 0
     for seed in range(150):
         machine = FakeMachine({"ours": noisy(1, seed=seed), "other": noisy(1, seed=-1 - seed)})
@@ -156,7 +156,7 @@ def test_chance_alone_hardly_ever_makes_a_verdict() -> None:
         rounds += len(times["ours"])
         wrong += verdict(times["ours"], times["other"]) in ("faster", "slower")
     assert rounds > 150 * 4 * MIN_ROUNDS
-    assert wrong <= 6  # four looks at 1 % each, of 150
+    assert wrong <= 6  # There are four looks at 1 % each in 150 tries.
 
 
 def test_a_real_difference_is_found_by_more_rounds() -> None:
@@ -181,7 +181,7 @@ def test_clear_candidates_are_not_timed_further() -> None:
     assert machine.settle(times, seconds=60) == ["unclear"]
     assert len(times["clear"]) == before["clear"]
     assert len(times["unclear"]) == len(times["ours"]) > before["ours"]
-    assert 60 <= machine.time - start < 60 + 10  # a round is finished
+    assert 60 <= machine.time - start < 60 + 10  # A round that was begun is finished.
     assert verdict(times["ours"], times["clear"]) == "faster"
 
 
@@ -211,7 +211,7 @@ def test_the_order_of_a_round_is_reversed_in_the_next() -> None:
 
 
 def test_blocks_take_in_every_round() -> None:
-    """Also where their number does not divide that of the rounds."""
+    """Every round counts, also if the number of blocks does not divide that of the rounds."""
     for count in range(1, 3 * BLOCKS):
         found = ratio_of([1.0] * count, [2.0] * count)
         assert (found.value, found.rounds) == (2.0, count)

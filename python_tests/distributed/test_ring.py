@@ -154,7 +154,7 @@ def counted_step(
 
 
 @pytest.mark.parametrize("strategy", ["ring", "all_gather"])
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("backend", ["chunked", "native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_counted_costs_follow_the_formulas(
@@ -165,7 +165,7 @@ def test_counted_costs_follow_the_formulas(
     pairs, features = 6, 10
     counted = ranks(count).run(counted_step, pairs, features, strategy, backend, dtype)
     problem = distributed_cost.Problem(count, 2 * pairs, features, dtype.itemsize)
-    expected = distributed_cost.cost(strategy, problem, kept=backend == "native")
+    expected = distributed_cost.cost(strategy, problem, saved=backend == "native")
     for name in ("forward_bytes", "backward_bytes", "flops"):
         assert sum(rank[name] for rank in counted) / count == getattr(expected, name), name
     # Nothing that travels from rank to rank grows with their number.

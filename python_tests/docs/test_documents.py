@@ -21,8 +21,8 @@ import pytest
 import typer
 from documents import DOCS, FENCED, ROOT, python_blocks, run_block
 
+from cjepa_kernels.cli.application import app
 from cjepa_kernels.config import LOSS_KEYS
-from cjepa_kernels.train.cli import app
 from cjepa_kernels.train.config import load_config
 
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md"))]

@@ -94,6 +94,8 @@ def test_a_record_that_lacks_something_is_an_error(
 def test_a_record_that_is_missing_is_an_error() -> None:
     with pytest.raises(FigureError, match=MEMORY):
         generate(block("memory_cpu"), "page.md")
+    with pytest.raises(FigureError, match=r"bench/results: 0 files NVIDIA-\*\.json instead of one"):
+        generate(block("gpu_small"), "page.md")
 
 
 def test_the_command_writes_blocks_and_checks_them(

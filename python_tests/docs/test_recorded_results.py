@@ -14,10 +14,10 @@ import pytest
 from bench_scripts import load
 from repository import ROOT
 
-from cjepa_kernels.bench.plot_style import svg
 from cjepa_kernels.bench.plots import drawable
-from cjepa_kernels.train import advisor
-from cjepa_kernels.train.comparison import ArmRun, load_comparison
+from cjepa_kernels.plot_style import svg
+from cjepa_kernels.train.evaluation.comparison import ArmRun, load_comparison
+from cjepa_kernels.train.loop import advisor
 from docs.generate_figures import record
 
 COMPARISONS = ["digits", "digits-transfer", "cifar10"]

@@ -248,7 +248,7 @@ def test_the_training_programs_optimizer_spares_the_temperature_from_decay() -> 
     pytest.importorskip("lightning")
     from train_experiments import tiny
 
-    from cjepa_kernels.train.module import CJEPAModule
+    from cjepa_kernels.train.loop.module import CJEPAModule
 
     for shape in ((), (1,)):
         module = CJEPAModule(tiny(), (1, 8, 8), torch.zeros(1), torch.ones(1), total_steps=8)

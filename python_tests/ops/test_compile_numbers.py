@@ -292,7 +292,8 @@ def test_a_training_step_with_a_compiled_loss_takes_a_schedule() -> None:
     pytest.importorskip("lightning")
     from train_experiments import tiny
 
-    from cjepa_kernels.train.module import CJEPAModule, IndexedImages
+    from cjepa_kernels.train.data.batches import IndexedImages
+    from cjepa_kernels.train.loop.module import CJEPAModule
 
     module = CJEPAModule(tiny(), (1, 8, 8), torch.zeros(1), torch.ones(1), total_steps=8)
     eager = CJEPAModule(tiny(), (1, 8, 8), torch.zeros(1), torch.ones(1), total_steps=8)

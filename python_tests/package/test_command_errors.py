@@ -22,15 +22,14 @@ import torch
 from typer.testing import CliRunner, Result
 
 from cjepa_kernels.bench import cli as bench_cli
+from cjepa_kernels.cli.application import app
+from cjepa_kernels.cli.command_errors import describe
+from cjepa_kernels.files import atomic_path, atomic_write, check_directory, check_file, write_file
 from cjepa_kernels.train import runner
-from cjepa_kernels.train.atomic import atomic_path, atomic_write
-from cjepa_kernels.train.checkpoints import AtomicCheckpointIO
-from cjepa_kernels.train.cli import app
-from cjepa_kernels.train.command_errors import describe
 from cjepa_kernels.train.config import ConfigurationError, ExperimentConfig, config_to_dict
-from cjepa_kernels.train.outputs import check_directory, check_file, write_file
+from cjepa_kernels.train.loop.checkpoints import AtomicCheckpointIO
+from cjepa_kernels.train.loop.worker_pool import JobDefectError
 from cjepa_kernels.train.reported_error import ReportedError
-from cjepa_kernels.train.worker_pool import JobDefectError
 
 EXPERIMENT = "data: {source: digits, train_size: 64, test_size: 40}\n"
 

@@ -107,7 +107,7 @@ main()
 def test_help_without_extras_names_every_command() -> None:
     pytest.importorskip("typer")
     from cjepa_kernels.cli import USAGE
-    from cjepa_kernels.train.cli import app
+    from cjepa_kernels.cli.application import app
 
     names = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert names <= set(re.findall(r"\w+", USAGE))

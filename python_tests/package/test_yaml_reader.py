@@ -247,7 +247,7 @@ def override_experiment(file: Path) -> None:
 
 def resume_run(file: Path) -> None:
     from cjepa_kernels.train.config import ExperimentConfig
-    from cjepa_kernels.train.run_directory import check_run_directory
+    from cjepa_kernels.train.loop.run_directory import check_run_directory
 
     (file.parent / "config.yaml").write_text(file.read_text())
     check_run_directory(ExperimentConfig(), file.parent)

@@ -24,12 +24,12 @@ import yaml
 from repository import ROOT
 from typer.testing import CliRunner
 
+from cjepa_kernels.cli.application import app
 from cjepa_kernels.train import compare  # noqa: F401  (a command imports it: not in its time)
-from cjepa_kernels.train.cli import app
 from cjepa_kernels.train.config import ConfigurationError, ExperimentConfig, config_from_dict
-from cjepa_kernels.train.masking import multi_block_masks
-from cjepa_kernels.train.module import CJEPAModule, MaskedViews
-from cjepa_kernels.train.views import two_views
+from cjepa_kernels.train.data.masking import multi_block_masks
+from cjepa_kernels.train.data.views import two_views
+from cjepa_kernels.train.loop.module import CJEPAModule, MaskedViews
 
 DOCUMENTED = ROOT / "configs" / "cjepa.yaml"
 MOST_SECONDS = 2.0

@@ -31,7 +31,7 @@ from cjepa_kernels.train.config import ExperimentConfig, config_to_dict
 
 # Processes are forked from one that has imported everything, so that a run begins at once.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["cjepa_kernels.train.cli", "cjepa_kernels.train.runner"])
+FORKS.set_forkserver_preload(["cjepa_kernels.cli.application", "cjepa_kernels.train.runner"])
 _COMPARED_FILES = ("config.yaml", "metrics.csv", "log.txt")
 
 
@@ -47,7 +47,7 @@ def _run(arguments: list[str], log: Path) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.argv = ["cjepa", *arguments]
-    from cjepa_kernels.train.cli import app
+    from cjepa_kernels.cli.application import app
 
     app()
 

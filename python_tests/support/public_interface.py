@@ -240,7 +240,7 @@ def describe_commands() -> dict[str, dict[str, Any]]:
     """Options and arguments of every command; those of ``cjepa`` itself stand under ``""``."""
     import typer
 
-    from cjepa_kernels.train.cli import app
+    from cjepa_kernels.cli.application import app
 
     group: Any = typer.main.get_command(app)
     commands = {"": group, **group.commands}

@@ -484,7 +484,9 @@ def cases_of(group: str, quick: bool) -> Iterator[Case]:
 def fingerprint(value: Any) -> str:
     """Bytes, shape and dtype of a tensor as a hash, with its sum to read; other values as text."""
     if isinstance(value, Tensor):
-        content = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        # A clone, because contiguous() leaves a tensor of one element with the stride that it has.
+        copied = value.detach().clone(memory_format=torch.contiguous_format)
+        content = copied.flatten().view(torch.uint8).numpy().tobytes()
         described = f"{value.dtype} {tuple(value.shape)}".encode()
         digest = hashlib.sha256(described + content).hexdigest()[:16]
         return f"{digest} sum {value.double().sum().item():.9g}"

@@ -13,8 +13,8 @@ pytest.importorskip("pydantic")
 
 from documents import ROOT
 
-from cjepa_kernels.train.advisor import METRICS, NOTES, Advisor, Finding
-from cjepa_kernels.train.comparison import ArmRun, load_comparison
+from cjepa_kernels.train.evaluation.comparison import ArmRun, load_comparison
+from cjepa_kernels.train.loop.advisor import METRICS, NOTES, Advisor, Finding
 
 Course = Callable[[int], dict[str, float]]
 

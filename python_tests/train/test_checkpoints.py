@@ -19,14 +19,15 @@ pytest.importorskip("lightning")
 from kill_and_resume import kill_and_resume
 from train_experiments import tiny, weights
 
-from cjepa_kernels.train import atomic, checksummed_json, runner
-from cjepa_kernels.train.checkpoints import (
+from cjepa_kernels import files as atomic
+from cjepa_kernels.train import checksummed_json, runner
+from cjepa_kernels.train.loop.checkpoints import (
     AtomicCheckpointIO,
     DamagedCheckpointError,
     read_checkpoint,
     remedy,
 )
-from cjepa_kernels.train.run_directory import RunResult, encode_result, load_result
+from cjepa_kernels.train.loop.run_directory import RunResult, encode_result, load_result
 
 SMALL_CHECKPOINT = {
     "state_dict": {"weight": torch.randn(3, 2), "steps": torch.arange(3)},

@@ -14,8 +14,8 @@ pytest.importorskip("typer")
 
 from typer.testing import CliRunner, Result
 
+from cjepa_kernels.cli.application import app
 from cjepa_kernels.train import compare as compare_module
-from cjepa_kernels.train.cli import app
 
 EXPERIMENT = """
 data: {source: digits, train_size: 64, test_size: 40}

@@ -17,22 +17,20 @@ from rich.console import Console
 from cjepa_kernels.train import compare as compare_module
 from cjepa_kernels.train import runner
 from cjepa_kernels.train.compare import arm_config, compare
-from cjepa_kernels.train.comparison import (
+from cjepa_kernels.train.config import ExperimentConfig, apply_overrides
+from cjepa_kernels.train.evaluation.comparison import (
     ArmRun,
     Comparison,
     Summary,
-    comparison_markdown,
     load_comparison,
     paired_differences,
-    rich_tables,
     save_comparison,
-    text_tables,
 )
-from cjepa_kernels.train.config import ExperimentConfig, apply_overrides
-from cjepa_kernels.train.evaluate import ProbeSizes
-from cjepa_kernels.train.run_directory import RunResult
-from cjepa_kernels.train.uncertainty import difference_margin, wilson
-from cjepa_kernels.train.worker_pool import JobError
+from cjepa_kernels.train.evaluation.probes import ProbeSizes
+from cjepa_kernels.train.evaluation.uncertainty import difference_margin, wilson
+from cjepa_kernels.train.loop.run_directory import RunResult
+from cjepa_kernels.train.loop.worker_pool import JobError
+from cjepa_kernels.train.report.tables import comparison_markdown, rich_tables, text_tables
 
 SMALL = apply_overrides(
     ExperimentConfig(),
@@ -173,7 +171,7 @@ def test_environment_is_recorded(compared: tuple[Comparison, Path, str]) -> None
 
 
 def test_recorded_command_is_one_that_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for program in ("/venv/bin/cjepa", "/somewhere/cjepa_kernels/train/cli.py"):
+    for program in ("/venv/bin/cjepa", "/somewhere/cjepa_kernels/cli/__main__.py"):
         monkeypatch.setattr("sys.argv", [program, "compare", "--seeds", "0"])
         assert compare_module.environment(SMALL)["command"] == "cjepa compare --seeds 0"
 

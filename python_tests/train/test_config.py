@@ -11,7 +11,7 @@ from repository import ROOT
 pytest.importorskip("pydantic")
 
 from cjepa_kernels import ContrastiveJEPALoss, create_loss_from_config
-from cjepa_kernels.train.atomic import atomic_path, atomic_write, remove_partial_files
+from cjepa_kernels.files import atomic_path, atomic_write, remove_partial_files
 from cjepa_kernels.train.config import (
     ExperimentConfig,
     apply_overrides,

@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cjepa_kernels.train.config import DataConfig
-from cjepa_kernels.train.data import (
+from cjepa_kernels.train.data.dataset import (
     balanced_subset,
     channel_statistics,
     load_dataset,

@@ -16,11 +16,11 @@ from image_sets import encode, grey, write_folder, write_table
 from train_experiments import tiny
 from typer.testing import CliRunner
 
+from cjepa_kernels.cli.application import app
 from cjepa_kernels.train import runner
-from cjepa_kernels.train.cli import app
 from cjepa_kernels.train.config import config_from_dict
-from cjepa_kernels.train.data import load_dataset
-from cjepa_kernels.train.data_summary import summarize
+from cjepa_kernels.train.data.dataset import load_dataset
+from cjepa_kernels.train.data.summary import summarize
 
 CONFIG = str(ROOT / "configs" / "cjepa.yaml")
 

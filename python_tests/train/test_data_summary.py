@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("datasets")
 
 from cjepa_kernels.train.config import config_from_dict
-from cjepa_kernels.train.data import Dataset, LabeledImages
-from cjepa_kernels.train.data_summary import DataSummary, summarize
+from cjepa_kernels.train.data.dataset import Dataset, LabeledImages
+from cjepa_kernels.train.data.summary import DataSummary, summarize
 
 
 def summary_of(height: int, width: int, **masking: Any) -> DataSummary:

@@ -13,10 +13,10 @@ from torch import Tensor
 pytest.importorskip("sklearn")
 pytest.importorskip("pydantic")
 
-from cjepa_kernels.train import corruptions
 from cjepa_kernels.train.config import DataConfig, EvaluationConfig
-from cjepa_kernels.train.data import Dataset, LabeledImages, load_dataset
-from cjepa_kernels.train.evaluate import (
+from cjepa_kernels.train.data.dataset import Dataset, LabeledImages, load_dataset
+from cjepa_kernels.train.evaluation import corruptions
+from cjepa_kernels.train.evaluation.probes import (
     FeatureExtractor,
     effective_rank,
     evaluate,

@@ -15,8 +15,8 @@ from image_sets import encode, grey, png_chunk, png_file
 from PIL import Image
 
 from cjepa_kernels.train.config import DataConfig, config_from_dict
-from cjepa_kernels.train.data import load_dataset
-from cjepa_kernels.train.data_summary import inspect_data
+from cjepa_kernels.train.data.dataset import load_dataset
+from cjepa_kernels.train.data.summary import inspect_data
 
 TWELVE_BITS = np.tile(np.array([0, 16, 1000, 2048, 4000, 4095], np.uint16), (4, 1))
 AS_EIGHT_BITS = [0, 1, 62, 128, 249, 255]

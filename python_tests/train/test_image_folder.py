@@ -13,7 +13,7 @@ pytest.importorskip("datasets")
 from image_sets import grey, grey_values, write_folder
 
 from cjepa_kernels.train.config import DataConfig
-from cjepa_kernels.train.data import load_dataset
+from cjepa_kernels.train.data.dataset import load_dataset
 
 
 def read(source: Path | str, kind: str = "imagefolder:", **options: Any) -> tuple[Any, Any]:

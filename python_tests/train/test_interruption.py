@@ -22,10 +22,10 @@ from rich.console import Console
 from train_experiments import TINY, tiny, weights
 
 from cjepa_kernels.train import runner
-from cjepa_kernels.train.interruption import Terminated, resumable
-from cjepa_kernels.train.module import CJEPAModule
-from cjepa_kernels.train.training_progress import RunProgressBar
-from cjepa_kernels.train.worker_pool import Event, Job, run_jobs
+from cjepa_kernels.train.loop.interruption import Terminated, resumable
+from cjepa_kernels.train.loop.module import CJEPAModule
+from cjepa_kernels.train.loop.training_progress import RunProgressBar
+from cjepa_kernels.train.loop.worker_pool import Event, Job, run_jobs
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs signals")
 

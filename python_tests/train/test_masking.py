@@ -13,8 +13,13 @@ from repository import ROOT
 pytest.importorskip("pydantic")
 
 from cjepa_kernels.train.config import MaskingConfig, config_from_dict, load_config
-from cjepa_kernels.train.masking import PatchCounts, PatchMasks, multi_block_masks, patch_counts
-from cjepa_kernels.train.module import build_loss
+from cjepa_kernels.train.data.masking import (
+    PatchCounts,
+    PatchMasks,
+    multi_block_masks,
+    patch_counts,
+)
+from cjepa_kernels.train.loop.module import build_loss
 
 RECORDED_MASKS = "c3a6580f6d7515d7"
 

@@ -22,10 +22,11 @@ from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, METRIC, relative_error
 from cjepa_kernels import nt_xent
 from cjepa_kernels.train import runner
 from cjepa_kernels.train.config import ExperimentConfig, ViewsConfig, config_from_dict
-from cjepa_kernels.train.data import load_dataset
-from cjepa_kernels.train.masking import multi_block_masks
-from cjepa_kernels.train.module import CJEPAModule, IndexedImages, MaskedViews
-from cjepa_kernels.train.views import two_views
+from cjepa_kernels.train.data.batches import IndexedImages
+from cjepa_kernels.train.data.dataset import load_dataset
+from cjepa_kernels.train.data.masking import multi_block_masks
+from cjepa_kernels.train.data.views import two_views
+from cjepa_kernels.train.loop.module import CJEPAModule, MaskedViews
 
 HIERARCHY_WEIGHTS = (1.0, 0.6, 0.3)
 TEMPERATURE = 0.2

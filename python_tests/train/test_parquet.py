@@ -15,7 +15,7 @@ import datasets
 from image_sets import grey, grey_values, write_table
 
 from cjepa_kernels.train.config import DataConfig
-from cjepa_kernels.train.data import load_dataset
+from cjepa_kernels.train.data.dataset import load_dataset
 
 TWO = ["x", "y"] * 5
 

@@ -16,7 +16,7 @@ from train_experiments import tiny, weights
 
 from cjepa_kernels.train import runner
 from cjepa_kernels.train.config import load_config
-from cjepa_kernels.train.module import CJEPAModule
+from cjepa_kernels.train.loop.module import CJEPAModule
 
 SHIPPED = ROOT / "configs" / "cjepa.yaml"
 MIXED = ("bf16-mixed", "16-mixed")

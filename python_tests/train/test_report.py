@@ -17,13 +17,13 @@ from torch import Tensor
 pytest.importorskip("matplotlib")
 pytest.importorskip("lightning")
 
-from cjepa_kernels.train.advisor import NOTES
-from cjepa_kernels.train.comparison import ArmRun, Comparison, paired_differences
-from cjepa_kernels.train.data import Dataset, LabeledImages
-from cjepa_kernels.train.data_summary import DataSummary, ImageSize, PatchCounts
-from cjepa_kernels.train.evaluate import ProbeSizes
-from cjepa_kernels.train.report import nearest_neighbours, write_report
-from cjepa_kernels.train.report_figures import project
+from cjepa_kernels.train.data.dataset import Dataset, LabeledImages
+from cjepa_kernels.train.data.summary import DataSummary, ImageSize, PatchCounts
+from cjepa_kernels.train.evaluation.comparison import ArmRun, Comparison, paired_differences
+from cjepa_kernels.train.evaluation.probes import ProbeSizes
+from cjepa_kernels.train.loop.advisor import NOTES
+from cjepa_kernels.train.report.figures import project
+from cjepa_kernels.train.report.page import nearest_neighbours, write_report
 
 ARMS = ("cjepa", "jepa", "contrastive")
 VOID = {"meta", "img", "br", "link", "input"}

@@ -20,15 +20,16 @@ from kill_and_resume import FORKS, cjepa
 from train_experiments import TINY, tiny
 from typer.testing import CliRunner
 
+from cjepa_kernels.cli.application import app
 from cjepa_kernels.train import compare as compare_module
-from cjepa_kernels.train import directory_lock, runner
-from cjepa_kernels.train.cli import app
+from cjepa_kernels.train import runner
 from cjepa_kernels.train.compare import compare
 from cjepa_kernels.train.config import apply_overrides, config_from_dict, config_to_dict
-from cjepa_kernels.train.data import Dataset, LabeledImages, load_dataset
-from cjepa_kernels.train.data_fingerprint import fingerprint
-from cjepa_kernels.train.directory_lock import LOCK_FILE, DirectoryLock, DirectoryLockedError
-from cjepa_kernels.train.run_directory import check_run_directory
+from cjepa_kernels.train.data.dataset import Dataset, LabeledImages, load_dataset
+from cjepa_kernels.train.data.fingerprint import fingerprint
+from cjepa_kernels.train.loop import directory_lock
+from cjepa_kernels.train.loop.directory_lock import LOCK_FILE, DirectoryLock, DirectoryLockedError
+from cjepa_kernels.train.loop.run_directory import check_run_directory
 
 DIGITS = load_dataset(tiny().data)
 

@@ -22,15 +22,15 @@ from train_experiments import tiny, weights
 
 from cjepa_kernels.backends import BackendStatus
 from cjepa_kernels.train import runner
-from cjepa_kernels.train.batches import EpochBatches
-from cjepa_kernels.train.callbacks import DivergenceError, MetricHistory, to_csv
-from cjepa_kernels.train.checkpoints import AtomicCheckpointIO
 from cjepa_kernels.train.config import DataConfig, ExperimentConfig, config_to_dict
-from cjepa_kernels.train.data import load_dataset
-from cjepa_kernels.train.run_directory import RunResult, load_result
-from cjepa_kernels.train.vit import VisionTransformer
+from cjepa_kernels.train.data.batches import EpochBatches
+from cjepa_kernels.train.data.dataset import load_dataset
+from cjepa_kernels.train.loop.callbacks import DivergenceError, MetricHistory, to_csv
+from cjepa_kernels.train.loop.checkpoints import AtomicCheckpointIO
+from cjepa_kernels.train.loop.run_directory import RunResult, load_result
+from cjepa_kernels.train.model.vit import VisionTransformer
 
-COMMAND = [sys.executable, "-m", "cjepa_kernels.train.cli", "train"]
+COMMAND = [sys.executable, "-m", "cjepa_kernels.cli", "train"]
 
 
 NO_GPU = pytest.mark.skipif(

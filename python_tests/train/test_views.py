@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("pydantic")
 
 from cjepa_kernels.train.config import ViewsConfig
-from cjepa_kernels.train.randomness import normal, permutation, stream_key, uniform
-from cjepa_kernels.train.views import one_view, two_views
+from cjepa_kernels.train.data.randomness import normal, permutation, stream_key, uniform
+from cjepa_kernels.train.data.views import one_view, two_views
 
 STILL = ViewsConfig(rotation=0, scale=(1, 1), shift=0, brightness=0, noise=0)
 COLOUR = ViewsConfig(

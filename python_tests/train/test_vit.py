@@ -10,8 +10,8 @@ import torch
 pytest.importorskip("lightning")
 
 from cjepa_kernels.train.config import ExperimentConfig, ModelConfig, config_from_dict
-from cjepa_kernels.train.module import CJEPAModule, MaskedViews, feature_extractor
-from cjepa_kernels.train.vit import (
+from cjepa_kernels.train.loop.module import CJEPAModule, MaskedViews, feature_extractor
+from cjepa_kernels.train.model.vit import (
     Predictor,
     TransformerBlock,
     VisionTransformer,

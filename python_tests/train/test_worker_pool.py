@@ -18,9 +18,9 @@ pytest.importorskip("rich")
 
 from rich.console import Console
 
-from cjepa_kernels.train.compare_progress import progress_display
+from cjepa_kernels.train.loop.comparison_progress import progress_display
+from cjepa_kernels.train.loop.worker_pool import Event, Job, JobDefectError, JobError, run_jobs
 from cjepa_kernels.train.reported_error import ReportedError
-from cjepa_kernels.train.worker_pool import Event, Job, JobDefectError, JobError, run_jobs
 
 
 def square(number: int, report: Any) -> tuple[int, int]:
@@ -113,7 +113,7 @@ def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from cjepa_kernels.train.worker_pool import Job, run_jobs\n"
+        "from cjepa_kernels.train.loop.worker_pool import Job, run_jobs\n"
         "from processes import wait_long\n"
         "if __name__ == '__main__':\n"
         f"    folder = Path({str(tmp_path)!r})\n"
@@ -156,7 +156,7 @@ def test_invalid_arguments(
 
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "plain"])
 def test_progress_display(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cjepa_kernels.train.compare_progress._LINE_SECONDS", 0.0)
+    monkeypatch.setattr("cjepa_kernels.train.loop.comparison_progress._LINE_SECONDS", 0.0)
     console = Console(force_terminal=terminal, width=80, record=True, quiet=False)
     with console.capture() as captured, progress_display(console, 2) as on_event:
         for name in ("first run", "second run"):

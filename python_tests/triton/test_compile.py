@@ -1,4 +1,8 @@
-"""The Triton kernels compile for GPUs that are not here: no spills, tensor cores, shared memory."""
+"""The Triton kernels compile for GPUs that are not here.
+
+The tests compile what a call would launch. They check that nothing spills, that products use the
+tensor cores, and that shared memory suffices.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,34 +23,46 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
 sys.path.insert(0, str(ROOT / "bench"))
-# Any: the scripts of bench/ are not part of the package.
+# The scripts of bench/ are no part of the package, so they are imported by name.
 gpu_machine_code = importlib.import_module("gpu_machine_code")
 
 ARCHITECTURES = [80, 90, 100]
-THOROUGH = 90  # the architecture that everything is compiled for
-# Rows, features, dtype, what makes other kernels or constants of them; and, as compiling is slow,
-# where else: each case on another architecture, every dtype and kind of kernel on all.
-CASES: dict[str, tuple[int, int, torch.dtype, dict[str, Any], tuple[int, ...]]] = {
-    "small": (256, 768, torch.bfloat16, {}, (80,)),
-    "one_block": (64, 16, torch.bfloat16, {}, (100,)),
-    "strips_64": (65536, 64, torch.bfloat16, {}, (100,)),
-    "strips_256": (65536, 256, torch.bfloat16, {}, (80,)),
-    "ragged": (50000, 100, torch.float16, {}, (80,)),
-    "wide": (65536, 768, torch.bfloat16, {}, (80, 100)),
-    "running_maxima": (65536, 768, torch.bfloat16, {"temperature": 0.01}, (100,)),
-    "temperature_tensor": (65536, 256, torch.float16, {"tensor": True}, (80, 100)),
-    "dot_product": (4096, 192, torch.bfloat16, {"cosine": False}, (80,)),
-    "mask": (4096, 256, torch.bfloat16, {"mask": True}, (100,)),
-    "fp32": (65536, 256, torch.float32, {}, (100,)),
-    "fp32_mask": (4096, 768, torch.float32, {"mask": True, "tensor": True}, (80, 100)),
-    "tf32_128": (65536, 128, torch.float32, {"tf32": True}, (80,)),
-    "tf32_768": (65536, 768, torch.float32, {"tf32": True}, (100,)),
+THOROUGH = 90  # the architecture for which every case is compiled
+
+
+class Case(NamedTuple):
+    """A call whose kernels are compiled."""
+
+    rows: int
+    features: int
+    dtype: torch.dtype
+    options: dict[str, Any]  # options of the call that select other kernels or constants
+    architectures: tuple[int, ...]  # where it is compiled besides THOROUGH
+
+
+# Compiling is slow, so each case is compiled for one or two more architectures. Together the cases
+# compile every dtype and every kind of kernel for all of them.
+CASES = {
+    "small": Case(256, 768, torch.bfloat16, {}, (80,)),
+    "one_block": Case(64, 16, torch.bfloat16, {}, (100,)),
+    "strips_64": Case(65536, 64, torch.bfloat16, {}, (100,)),
+    "strips_256": Case(65536, 256, torch.bfloat16, {}, (80,)),
+    "ragged": Case(50000, 100, torch.float16, {}, (80,)),
+    "wide": Case(65536, 768, torch.bfloat16, {}, (80, 100)),
+    "running_maxima": Case(65536, 768, torch.bfloat16, {"temperature": 0.01}, (100,)),
+    "temperature_tensor": Case(65536, 256, torch.float16, {"tensor": True}, (80, 100)),
+    "dot_product": Case(4096, 192, torch.bfloat16, {"cosine": False}, (80,)),
+    "mask": Case(4096, 256, torch.bfloat16, {"mask": True}, (100,)),
+    "fp32": Case(65536, 256, torch.float32, {}, (100,)),
+    "fp32_mask": Case(4096, 768, torch.float32, {"mask": True, "tensor": True}, (80, 100)),
+    "tf32_128": Case(65536, 128, torch.float32, {"tf32": True}, (80,)),
+    "tf32_768": Case(65536, 768, torch.float32, {"tf32": True}, (100,)),
 }
 
 
 @pytest.fixture
 def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Set and restore what PyTorch's products of fp32 may use."""
+    """Restore PyTorch's setting of tf32 for products of fp32."""
     before = torch.backends.cuda.matmul.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
@@ -63,7 +79,11 @@ def nt_xent_call(case: str) -> Callable[[], None]:
 @pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize(
     ("case", "architecture"),
-    [(case, architecture) for case in CASES for architecture in (THOROUGH, *CASES[case][-1])],
+    [
+        (case, architecture)
+        for case in CASES
+        for architecture in (THOROUGH, *CASES[case].architectures)
+    ],
 )
 def test_compiles_without_spills(case: str, architecture: int) -> None:
     check(gpu_machine_code.launches(architecture, nt_xent_call(case)), architecture)
@@ -80,7 +100,10 @@ def test_rectangles_compile_without_spills(features: int, architecture: int) -> 
 @pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_large_products_of_planes_are_added_apart(architecture: int) -> None:
-    """In fp32, as the tensor cores' own sum is cut off: the compiler has not merged them."""
+    """The compiler has not merged their sum in fp32 into a product.
+
+    The sum inside the tensor cores cuts bits off.
+    """
     names = {"tiles_kernel", "coefficient_tiles_kernel", "products_kernel"}
     launches = gpu_machine_code.launches(architecture, nt_xent_call("fp32_mask"))
     first = {x.name: x for x in launches if x.name in names}
@@ -91,17 +114,18 @@ def test_large_products_of_planes_are_added_apart(architecture: int) -> None:
 
 
 def check(launches: list[Any], architecture: int) -> None:
-    """Each fits the GPU and keeps its numbers in registers; products take the tensor cores."""
+    """Check that each kernel fits the GPU, does not spill, and multiplies on tensor cores."""
     checked = set()
     for launch in dict.fromkeys(launches):
         product = launch.name in gpu_machine_code.PRODUCTS
         if launch.name in checked and not product and architecture != THOROUGH:
-            continue  # bound by memory, and alike everywhere: one of its variants is enough
+            continue  # Kernels without a product differ little, so one variant is enough.
         checked.add(launch.name)
         binary = gpu_machine_code.compile_launch(launch, architecture)
         text = f"{launch.name} {dict(launch.constants)} {dict(launch.options)}: {binary}"
         assert binary.shared <= gpu_machine_code.SHARED_MEMORY[architecture], text
-        assert binary.registers > 8, text  # an empty kernel: the compiler found it undefined
+        # A kernel that the compiler found to be undefined would be empty.
+        assert binary.registers > 8, text
         if not product:
             continue
         assert (binary.stack, binary.spills) == (0, 0), text
@@ -116,7 +140,7 @@ def check(launches: list[Any], architecture: int) -> None:
     [(2, 1), (256, 256), (8192, 1), (8192, 4096), (2**17, 4096), (2**21, 256), (2**22, 256)],
 )
 def test_every_size_can_be_launched(rows: int, features: int) -> None:
-    """Grids within their limits; at most 4 kernels for few rows."""
+    """Grids are within their limits, and few rows take at most 4 kernels in each direction."""
     launches = gpu_machine_code.launches(
         90, gpu_machine_code.nt_xent_call(rows, features, torch.bfloat16)
     )
@@ -128,7 +152,7 @@ def test_every_size_can_be_launched(rows: int, features: int) -> None:
 
 
 class Allocations(TorchDispatchMode):
-    """Bytes of all tensors that are made."""
+    """Counts the bytes of all tensors that are allocated."""
 
     total = 0
 
@@ -166,7 +190,7 @@ def test_memory_grows_with_the_rows_and_not_their_square(options: dict[str, Any]
 def test_the_prediction_loss_compiles_without_spills(
     features: int, dtype: torch.dtype, normalization: str, architecture: int
 ) -> None:
-    """It is bound by memory: a spill would be read and written there."""
+    """The kernels are bound by memory, and a spill would read and write it once more."""
     call = gpu_machine_code.prediction_call(features, dtype, normalization)
     for launch in dict.fromkeys(gpu_machine_code.launches(architecture, call)):
         binary = gpu_machine_code.compile_launch(launch, architecture)
@@ -190,7 +214,7 @@ def test_instructions_are_counted_in_the_tightest_loop() -> None:
 
 
 def test_a_strip_spends_few_instructions_on_an_element() -> None:
-    """A sum of columns by shuffles, or a spill, would multiply them."""
+    """Sums of columns by shuffles, or a spill, would take several times as many."""
     records = {r["kernel"]: r for r in gpu_machine_code.count(128, 90)}
     assert records.keys() == {"strips_kernel", "tiles_kernel", "owned_rows_kernel"}
     assert records["strips_kernel"]["instructions"] < 9

@@ -1,4 +1,4 @@
-"""What the interpreter cannot show: CUDA graphs, determinism, no waiting for the device."""
+"""What only a GPU can show: CUDA graphs, determinism, and a host that never waits for it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_graph_replays_the_step_on_new_inputs(batch: int, features: int) -> No
 def test_the_host_never_waits(temperature: str) -> None:
     z = inputs(2048, 256)
     tau = 0.1 if temperature == "number" else torch.tensor(0.1, device="cuda")
-    step(z, tau)  # compiles
+    step(z, tau)  # This call compiles the kernels.
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(z, tau)
@@ -83,7 +83,7 @@ def test_several_streams_do_not_disturb_each_other() -> None:
 
 
 def test_offsets_beyond_two_to_the_31st() -> None:
-    """M D > 2^31: the last rows count like the first."""
+    """With M D > 2^31 the last rows are packed like the first."""
     rows, features = 2**21 + 128, 1024
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB")

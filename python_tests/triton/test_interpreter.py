@@ -1,4 +1,4 @@
-"""Repairs of Triton's interpreter, one by one. Run with TRITON_INTERPRET=1."""
+"""Each repair of Triton's interpreter. Run the tests with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def round_kernel(x, out):  # type: ignore[no-untyped-def]
 
 
 def rounding_inputs() -> Tensor:
-    """Random bits, ties among them, and what is no number."""
+    """Numbers of random bits, among them ties, infinities and a NaN."""
     bits = torch.randint(-(2**31), 2**31, (1024,), dtype=torch.int64).to(torch.int32)
-    bits[::4] = (bits[::4] & ~0xFFFF) | 0x8000  # half way between two neighbours
+    bits[::4] = (bits[::4] & ~0xFFFF) | 0x8000  # These lie half way between two neighbours.
     x = bits.view(torch.float32).clone()
     x[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     return x

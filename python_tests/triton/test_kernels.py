@@ -1,7 +1,7 @@
-"""The Triton kernels' ways through a problem: panels, strips, squares, splits, both kinds of loads.
+"""Every schedule of the Triton kernels: panels, strips, squares, splits, both kinds of loads.
 
-Values and gradients of every option are the parity suite's matter. Sizes here are those at which
-a way is taken; run with TRITON_INTERPRET=1, or on a GPU.
+The tests of the operators compare values and gradients for every option. The sizes here are those
+at which the host chooses a schedule. Run the tests with TRITON_INTERPRET=1, or on a GPU.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from cjepa_kernels.triton import allows_tf32, configs, launch
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET", "0") == "1" else "cuda"
 HALF = [torch.bfloat16, torch.float16]
-# Of a result whose operands were rounded, against fp64 from the operands as they were.
+# Bounds on the relative error of a result against fp64. The result's operands were rounded to the
+# dtype, those of fp64 were not.
 BOUND = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
 def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to load a block, whatever the device prefers."""
+    """Load blocks by pointers and by descriptors, whatever the device prefers."""
     if DEVICE == "cuda" and request.param and not launch.has_tma(torch.device("cuda")):
         pytest.skip("this GPU has no tensor memory accelerator")
     monkeypatch.setattr(launch, "has_tma", lambda _: request.param)
@@ -39,13 +40,13 @@ def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for a block of columns, or for a square of one block."""
+    """A workspace that holds one block of columns, or a square of one block."""
     monkeypatch.setenv("CJEPA_WORKSPACE_MIB", "0.03")
 
 
 @pytest.fixture
 def instead(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Puts entries in the place of the table's for a kernel."""
+    """A function that replaces the table's entries for a kernel."""
 
     def replace(kernel: str, *entries: configs.Config) -> None:
         others = [entry for entry in configs.table() if entry.kernel != kernel]
@@ -59,9 +60,9 @@ def instead(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treat a few blocks as many: inner tiles, strips of two blocks, and edges."""
-    monkeypatch.setattr(launch, "SMALL", 1)
-    monkeypatch.setattr(launch, "RUN", 2)
+    """Treat a few blocks as many, so that there are inner tiles, strips of two blocks and edges."""
+    monkeypatch.setattr(launch, "ONE_LAUNCH_BLOCKS", 1)
+    monkeypatch.setattr(launch, "RUN_LENGTH", 2)
 
 
 def gradients_of(loss: Tensor, inputs: tuple[Tensor, ...], upstream: Tensor) -> tuple[Tensor, ...]:
@@ -75,9 +76,9 @@ def check_nt_xent(
     rounded: torch.dtype | None = None,
     **options: Any,
 ) -> None:
-    """Loss of each anchor and gradients, against the reference in fp64.
+    """Compare the loss of each anchor and the gradients with the reference in fp64.
 
-    ``rounded`` has the mantissa that operands are rounded to, if that is not the inputs'.
+    The operands are rounded to the mantissa of ``rounded``, or of ``dtype`` without it.
     """
     bound = BOUND[rounded or dtype]
     z = tuple(torch.randn(batch, features, device=DEVICE).to(dtype) for _ in range(2))
@@ -98,7 +99,7 @@ def check_nt_xent(
 
 
 def check_rectangle(rows: int, columns: int, features: int, dtype: torch.dtype) -> None:
-    """Both sides' log-sum-exps and gradients, against the reference in fp64."""
+    """Compare the log-sum-exps and gradients of both sides with the reference in fp64."""
     inputs = tuple(
         torch.randn(n, features, device=DEVICE).to(dtype).requires_grad_() for n in (rows, columns)
     )
@@ -131,7 +132,17 @@ def test_strips_and_edges(batch: int, features: int) -> None:
 @pytest.mark.parametrize("pipelined", [False, True])
 @pytest.mark.parametrize("fold", [False, True])
 def test_every_kind_of_strip(pipelined: bool, fold: bool, instead: Callable[..., None]) -> None:
-    entry = configs.Config(0, "strips", 16, 256, 4, 2, rows=64, pipelined=pipelined, fold=fold)
+    entry = configs.Config(
+        architecture=0,
+        kernel="strips",
+        bits=16,
+        features=256,
+        warps=4,
+        stages=2,
+        rows=64,
+        pipelined=pipelined,
+        fold=fold,
+    )
     instead("strips", entry)
     check_nt_xent(201, 16, torch.float16)
     check_rectangle(300, 520, 16, torch.float16)
@@ -162,9 +173,9 @@ def test_panels_and_squares(options: dict[str, Any], dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_a_tie_of_the_positive_with_a_negative_is_no_hit(dtype: torch.dtype) -> None:
-    """Whichever of S_ab and S_ba the tiles happen to compute."""
+    """It is none whichever of S_ab and S_ba the tiles compute."""
     z = torch.randn(2, 70, 96, device=DEVICE).to(dtype)
-    z = torch.cat((z, z), 1)  # every sample twice
+    z = torch.cat((z, z), 1)  # Every sample is there twice.
     assert nt_xent(z[0], z[1], backend="triton").accuracy.item() == 0
 
 
@@ -215,9 +226,21 @@ def test_owned_rows_in_splits(splits: int, monkeypatch: pytest.MonkeyPatch) -> N
 def test_every_tile_of_owned_rows(
     rows: int, columns: int, instead: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    instead("owned", configs.Config(0, "owned", 16, 256, 8, 2, rows=rows, columns=columns))
+    instead(
+        "owned",
+        configs.Config(
+            architecture=0,
+            kernel="owned",
+            bits=16,
+            features=256,
+            warps=8,
+            stages=2,
+            rows=rows,
+            columns=columns,
+        ),
+    )
     monkeypatch.setattr(launch, "splits", lambda *_: 2)
-    check_nt_xent(99, 16, torch.float16)  # 198 rows: 70 in the last block
+    check_nt_xent(99, 16, torch.float16)  # 198 rows, of which 70 are in the last block.
     check_nt_xent(160, 16, torch.float16)
     check_rectangle(150, 200, 16, torch.float16)
 
@@ -238,7 +261,7 @@ def test_tf32_follows_pytorchs_setting() -> None:
         check_nt_xent(70, 40, rounded=torch.float16)
         matmul.allow_tf32 = False
         assert operands.of(torch.float32, None).planes == 3
-        if hasattr(matmul, "fp32_precision"):  # PyTorch's newer setting of the same
+        if hasattr(matmul, "fp32_precision"):  # PyTorch has a newer setting of the same.
             matmul.fp32_precision = "tf32"
             assert allows_tf32()
             matmul.fp32_precision = "ieee"
@@ -295,10 +318,12 @@ def test_a_tuned_choice_goes_before_the_packages(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     configs.forget()
     before = configs.choose("tiles", 90, torch.bfloat16, 256)
-    tuned = configs.Config(90, "tiles", 16, before.features, 4, 5)
+    tuned = configs.Config(
+        architecture=90, kernel="tiles", bits=16, features=before.features, warps=4, stages=5
+    )
     configs.write(configs.cache_file(), [tuned])
     assert configs.choose("tiles", 90, torch.bfloat16, 256) == tuned
-    configs.cache_file().write_text("[{")  # half written by someone else
+    configs.cache_file().write_text("[{")  # Another program left half a file.
     configs.forget()
     assert configs.choose("tiles", 90, torch.bfloat16, 256) == before
     monkeypatch.undo()
@@ -315,8 +340,12 @@ def test_a_workspace_must_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tuning_takes_the_fastest_and_leaves_out_what_fails(tmp_path: Any) -> None:
     from cjepa_kernels import tune
 
-    tiles = configs.Config(90, "tiles", 16, 256, 8, 3)
-    strips = configs.Config(90, "strips", 16, 256, 4, 2)
+    tiles = configs.Config(
+        architecture=90, kernel="tiles", bits=16, features=256, warps=8, stages=3
+    )
+    strips = configs.Config(
+        architecture=90, kernel="strips", bits=16, features=256, warps=4, stages=2
+    )
 
     def measure() -> float:
         chosen = {e.kernel: e for e in reversed(configs.table())}
@@ -328,10 +357,13 @@ def test_tuning_takes_the_fastest_and_leaves_out_what_fails(tmp_path: Any) -> No
     lines: list[str] = []
     found = tune.tune([tiles, strips], measure, lines.append)
     assert found == [
-        configs.Config(90, "tiles", 16, 256, 4, 2),
-        configs.Config(90, "strips", 16, 256, 0, 2),
+        configs.Config(architecture=90, kernel="tiles", bits=16, features=256, warps=4, stages=2),
+        configs.Config(architecture=90, kernel="strips", bits=16, features=256, warps=0, stages=2),
     ]
     assert any("inf" in line for line in lines)
     assert configs._trial == []
     assert tune.replaces(found, tiles)
-    assert not tune.replaces(found, configs.Config(80, "tiles", 16, 256, 4, 2))
+    assert not tune.replaces(
+        found,
+        configs.Config(architecture=80, kernel="tiles", bits=16, features=256, warps=4, stages=2),
+    )

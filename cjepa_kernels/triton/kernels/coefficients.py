@@ -1,12 +1,17 @@
-"""Backward kernels: G with G_ab = dL/ds_ab, and its products with the rows of the other side.
+"""Backward kernels: the matrix G, and its products with the rows of the other side.
 
-    G_ab  = e_ab (w_a + w_b)       dX = G Y,  dY = G^T X       (X = Y: G is symmetric)
+    G_ab = tau dL/ds_ab = exp((s_ab - c_a) / tau) w_a + exp((s_ab - c_b) / tau) w_b
+    dX   = G Y,    dY = G^T X
 
-(scaled, as the weights are, where its numbers have too few exponents).
-Two schedules. *Squares*: G of a square of blocks goes to a workspace, computed above the diagonal
-only, and is multiplied from there by rows and by columns (3 M^2 D operations). Serves every case.
-*Owned rows*: a program computes the tiles of its rows and multiplies them on the spot; nothing of G
-is written, S is computed in full (4 M^2 D operations).
+up to factors that ``finish_kernel`` applies. The weights w and the shifts c of both sides come from
+``pack_kernel``. With a constant shift c = 1 both exponentials are the same. Where X = Y, G is
+symmetric. G carries the scale of the weights, which is not 1 where the numbers of the operands'
+dtype have too few exponents.
+
+There are two schedules. *Squares* writes a square of blocks of G to a workspace and multiplies it
+from there, by rows and by columns. Where X = Y it computes G above the diagonal only, and takes
+3 M^2 D operations in all. It serves every case. *Owned rows* computes the tiles of G and multiplies
+them at once. It writes nothing of G, but it computes all of S, which takes 4 M^2 D operations.
 """
 
 from __future__ import annotations
@@ -34,28 +39,32 @@ def coefficients(
 
 
 @triton.jit
-def times(w, s):
-    """G_ab s_ab, 0 where G is: s may be NaN of padding."""
-    return tl.where(w == 0.0, 0.0, w * s)
+def times_similarity(g, s):
+    """G_ab s_ab; 0 where G_ab is 0, because s_ab may be a NaN of the padding there."""
+    return tl.where(g == 0.0, 0.0, g * s)
 
 
-# Specialised for rows and columns: their multiples of 16 spare registers on sm_100.
+# ``rows`` and ``columns`` are specialised: to know that they are multiples of 16 saves registers
+# on sm_100.
 @triton.jit(
-    do_not_specialize=["first_row", "first_column", "row_blocks", "orders", "filled"]
+    do_not_specialize=["first_row", "first_column", "row_blocks", "multiplicity", "filled_slots"]
 )  # fmt: skip
 def coefficient_tiles_kernel(
-    x, y, g, row_weight, row_shift, column_weight, column_shift, temperature,
+    x, y, g_out, row_weight, row_shift, column_weight, column_shift, temperature,
     mask, rows, columns, x_plane, y_plane,
-    first_row, first_column, row_blocks, g_stride, products, filled, orders,
+    first_row, first_column, row_blocks, g_stride, dots, filled_slots, multiplicity,
     SELF: tl.constexpr, SQUARE: tl.constexpr, MASKED: tl.constexpr, CONSTANT: tl.constexpr,
     TAU_TENSOR: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """G of a square of blocks from (first_row, first_column), to (rows, g_stride) numbers.
+    """G of a square of blocks from (first_row, first_column), one tile for each program.
 
-    SQUARE: on the diagonal of S with SELF: G is symmetric, and its upper half is computed. For a
-    temperature that is a tensor each program adds its part of sum_ab G_ab s_ab, ``orders`` times,
-    to ``products``, of which ``filled`` hold something.
+    SQUARE says that the square lies on the diagonal of S, with SELF. Only the upper half of it is
+    computed, and stored twice.
+
+    For a temperature that is a tensor, each program adds its part of the sum of G_ab s_ab to its
+    slot of ``dots``. Squares follow one another, and the first ``filled_slots`` slots already hold
+    the parts of an earlier square. ``multiplicity`` is 2 if a tile stands for two tiles of S.
     """
     program = tl.program_id(0)
     if SQUARE:
@@ -67,49 +76,61 @@ def coefficient_tiles_kernel(
     b = (first_column + j) * BM + tl.arange(0, BM)
     scale = read_scale(temperature, TAU_TENSOR)
     s = product(
-        x, y, (first_row + i) * BM, (first_column + j) * BM, x_plane, y_plane,
-        DEPTH, PLANES, BM, BM, BK, PRECISION, TMA,
+        x=x, y=y, row=(first_row + i) * BM, column=(first_column + j) * BM,
+        x_plane=x_plane, y_plane=y_plane,
+        DEPTH=DEPTH, PLANES=PLANES, BM=BM, BN=BM, BK=BK, PRECISION=PRECISION, TMA=TMA,
     )  # fmt: skip
-    w = coefficients(
-        s, tl.load(row_weight + a), tl.load(row_shift + a),
-        tl.load(column_weight + b), tl.load(column_shift + b), scale, CONSTANT,
+    g = coefficients(
+        s=s, row_weight=tl.load(row_weight + a), row_shift=tl.load(row_shift + a),
+        column_weight=tl.load(column_weight + b), column_shift=tl.load(column_shift + b),
+        scale=scale, CONSTANT=CONSTANT,
     )  # fmt: skip
     edge = (tl.max(a, 0) >= rows) | (tl.max(b, 0) >= columns)
     if SQUARE:
         edge = edge | (i == j)
-    if MASKED or PLANES > 1 or edge:  # a mask is nothing beside six products
-        keep = negatives(a, b, rows, columns, mask, SELF, MASKED)
-        w = tl.where(keep, w, 0.0)
+    # With three planes every tile is masked, as that costs nothing beside their six products.
+    if MASKED or PLANES > 1 or edge:
+        is_negative = negatives(
+            a=a, b=b, rows=rows, columns=columns, mask=mask, SELF=SELF, MASKED=MASKED
+        )
+        g = tl.where(is_negative, g, 0.0)
     if TAU_TENSOR:
         if SQUARE:
-            orders = tl.where(i == j, 1, 2)
-        dot = tl.sum(times(w, s))  # by axes the compiler (3.6) fails for sm_100
-        # Squares come one after another: a slot that an earlier one has filled is added to.
-        before = tl.load(products + program, mask=program < filled, other=0.0)
-        tl.store(products + program, before + dot.to(tl.float64) * orders)
+            multiplicity = tl.where(i == j, 1, 2)
+        # One sum over both axes: for two sums the compiler of Triton 3.6 fails on sm_100.
+        dot = tl.sum(times_similarity(g, s))
+        before = tl.load(dots + program, mask=program < filled_slots, other=0.0)
+        tl.store(dots + program, before + dot.to(tl.float64) * multiplicity)
     if PRECISION == "tf32":
-        w = round_to_tf32(w)
-    w = w.to(g.dtype.element_ty)
+        g = round_to_tf32(g)
+    g = g.to(g_out.dtype.element_ty)
     line = tl.arange(0, BM)
-    # The corner's offset may exceed 31 bits, those within a tile do not.
-    corner = g + tl.cast(i, tl.int64) * BM * g_stride + j * BM
-    tl.store(corner + line[:, None] * g_stride + line[None, :], w)
+    # The offset of a tile's corner may exceed 31 bits, those within the tile do not.
+    corner = g_out + tl.cast(i, tl.int64) * BM * g_stride + j * BM
+    tl.store(corner + line[:, None] * g_stride + line[None, :], g)
     if SQUARE and i != j:
-        corner = g + tl.cast(j, tl.int64) * BM * g_stride + i * BM
-        tl.store(corner + line[:, None] * g_stride + line[None, :], tl.trans(w))
+        corner = g_out + tl.cast(j, tl.int64) * BM * g_stride + i * BM
+        tl.store(corner + line[:, None] * g_stride + line[None, :], tl.trans(g))
 
 
 @triton.jit
 def multiply_split(
     a, z, row, column, plane, features, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """a z of fp32 ``a`` and three planes z, to be added in fp32 (see ``product``).
+    """a z, of fp32 ``a`` and of z in three planes. The caller adds it in fp32 (see ``product``).
 
-    The compiler cannot merge that sum into the last of several products.
+    The result is the last of several products, and the compiler cannot merge the caller's sum into
+    that one.
     """
-    z_0 = load_block(z, row, column, features, BK, BN, TMA)
-    z_1 = load_block(z, plane + row, column, features, BK, BN, TMA)
-    z_2 = load_block(z, 2 * plane + row, column, features, BK, BN, TMA)
+    z_0 = load_block(
+        source=z, row=row, column=column, stride=features, ROWS=BK, COLUMNS=BN, TMA=TMA
+    )
+    z_1 = load_block(
+        source=z, row=plane + row, column=column, stride=features, ROWS=BK, COLUMNS=BN, TMA=TMA
+    )
+    z_2 = load_block(
+        source=z, row=2 * plane + row, column=column, stride=features, ROWS=BK, COLUMNS=BN, TMA=TMA
+    )
     a_0 = a.to(tl.bfloat16)
     rest = a - a_0.to(tl.float32)
     a_1 = rest.to(tl.bfloat16)
@@ -128,60 +149,83 @@ def products_kernel(
     TRANSPOSED: tl.constexpr, ACCUMULATE: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """out[first_out + r] (+)= sum_k g[r, k] z[first_z + k], or of g[k, r]."""
-    across = tl.cdiv(features, BN)
-    i = tl.program_id(0) // across
-    column = tl.program_id(0) % across * BN
+    """out[first_out + r] = sum over k of g[r, k] z[first_z + k]; of g[k, r] if TRANSPOSED.
+
+    With ACCUMULATE the sum is added to what is there.
+    """
+    column_blocks = tl.cdiv(features, BN)
+    i = tl.program_id(0) // column_blocks
+    column = tl.program_id(0) % column_blocks * BN
     row = first_out + i * BM + tl.arange(0, BM)
     feature = column + tl.arange(0, BN)
-    to = out + row.to(tl.int64)[:, None] * features + feature[None, :]
+    offsets = out + row.to(tl.int64)[:, None] * features + feature[None, :]
     valid = (feature < features)[None, :]
-    if ACCUMULATE:  # from the start: at the end it would need twice the registers
-        acc = tl.load(to, mask=valid, other=0.0)
+    if ACCUMULATE:  # The sum begins with it: adding it at the end would take twice the registers.
+        acc = tl.load(offsets, mask=valid, other=0.0)
     else:
         acc = tl.zeros((BM, BN), tl.float32)
     for k in range(0, depth, BK):
         if TRANSPOSED:
-            a = load_block(g, k, i * BM, g_stride, BK, BM, TMA).T
+            a = load_block(
+                source=g, row=k, column=i * BM, stride=g_stride, ROWS=BK, COLUMNS=BM, TMA=TMA
+            ).T
         else:
-            a = load_block(g, i * BM, k, g_stride, BM, BK, TMA)
+            a = load_block(
+                source=g, row=i * BM, column=k, stride=g_stride, ROWS=BM, COLUMNS=BK, TMA=TMA
+            )
         if PLANES == 1:
-            b = load_block(z, first_z + k, column, features, BK, BN, TMA)
+            b = load_block(
+                source=z, row=first_z + k, column=column, stride=features,
+                ROWS=BK, COLUMNS=BN, TMA=TMA,
+            )  # fmt: skip
             acc = tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
         else:
-            acc += multiply_split(a, z, first_z + k, column, plane, features, BN, BK, TMA)
-    tl.store(to, acc, mask=valid)
+            acc += multiply_split(
+                a=a, z=z, row=first_z + k, column=column, plane=plane, features=features,
+                BN=BN, BK=BK, TMA=TMA,
+            )  # fmt: skip
+    tl.store(offsets, acc, mask=valid)
 
 
 @triton.jit
-def owned_tile(
-    acc, own, y, a, j, row_weight, column_weights, scale, rows, columns,
+def add_owned_tile(
+    acc, own_rows, y, a, j, row_weight, column_weight, scale, rows, columns,
     SELF: tl.constexpr, EDGE: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """acc + G Y of the rows ``a`` and the j-th block of columns."""
+    """acc + G Y of the rows ``a`` and the j-th block of columns; EDGE masks G."""
     b = j * BN + tl.arange(0, BN)
-    other = load_block(y, j * BN, 0, WIDTH, BN, WIDTH, TMA)
-    s = tl.dot(own, other.T, input_precision=PRECISION)
-    w = coefficients(s, row_weight, None, tl.load(column_weights + b), None, scale, True)
+    block = load_block(
+        source=y, row=j * BN, column=0, stride=WIDTH, ROWS=BN, COLUMNS=WIDTH, TMA=TMA
+    )
+    s = tl.dot(own_rows, block.T, input_precision=PRECISION)
+    g = coefficients(
+        s=s, row_weight=row_weight, row_shift=None, column_weight=tl.load(column_weight + b),
+        column_shift=None, scale=scale, CONSTANT=True,
+    )  # fmt: skip
     if EDGE:
-        w = tl.where(negatives(a, b, rows, columns, None, SELF, False), w, 0.0)
+        is_negative = negatives(
+            a=a, b=b, rows=rows, columns=columns, mask=None, SELF=SELF, MASKED=False
+        )
+        g = tl.where(is_negative, g, 0.0)
     if PRECISION == "tf32":
-        w = round_to_tf32(w)
-    return tl.dot(w.to(other.dtype), other, acc, input_precision=PRECISION)
+        g = round_to_tf32(g)
+    return tl.dot(g.to(block.dtype), block, acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "column_blocks", "splits"])
 def owned_rows_kernel(
-    x, y, out, row_weights, column_weights, temperature,
+    x, y, out, row_weight, column_weight, temperature,
     rows, columns, padded_rows, column_blocks, splits,
     SELF: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """out[split, a] = sum over the split's columns of G_ab y_b; out: (splits, rows, D).
+    """out[split, a] = sum of G_ab y_b over the columns b of a split; out: (splits, M, D).
 
-    For a constant shift and no user's mask. Tiles that need a mask come first: the ``own`` ones
-    on the diagonal, from ``diagonal`` on, and the one with ragged columns.
+    The kernel serves a constant shift without a user's mask.
+
+    The tiles that need a mask come first: with SELF the ``diagonal_count`` tiles on the diagonal,
+    which begin at column block ``diagonal``, and the last tile if the columns do not fill it.
     """
     i = tl.program_id(0) // splits
     split = tl.program_id(0) % splits
@@ -189,27 +233,32 @@ def owned_rows_kernel(
     last = (split + 1) * column_blocks // splits
     a = i * BM + tl.arange(0, BM)
     scale = read_scale(temperature, False)
-    own_rows = load_block(x, i * BM, 0, WIDTH, BM, WIDTH, TMA)
-    row_weight = tl.load(row_weights + a)
+    own_rows = load_block(
+        source=x, row=i * BM, column=0, stride=WIDTH, ROWS=BM, COLUMNS=WIDTH, TMA=TMA
+    )
+    weights = tl.load(row_weight + a)
     acc = tl.zeros((BM, WIDTH), tl.float32)
     diagonal = last
-    own = 0
+    diagonal_count = 0
     if SELF:
         diagonal = tl.minimum(tl.maximum(i * BM // BN, first), last)
-        own = tl.minimum(tl.maximum((i * BM + BM - 1) // BN + 1, first), last) - diagonal
-    among_own = (own > 0) & (diagonal + own == last)
-    ragged = (last == column_blocks) & (columns % BN != 0) & (among_own == 0)
-    for t in range(0, own + ragged.to(tl.int32)):
-        acc = owned_tile(
-            acc, own_rows, y, a, tl.where(t < own, diagonal + t, last - 1), row_weight,
-            column_weights, scale, rows, columns, SELF, True, WIDTH, BN, PRECISION, TMA,
+        diagonal_count = tl.minimum(tl.maximum((i * BM + BM - 1) // BN + 1, first), last) - diagonal
+    last_on_diagonal = (diagonal_count > 0) & (diagonal + diagonal_count == last)
+    ragged = (last == column_blocks) & (columns % BN != 0) & (last_on_diagonal == 0)
+    for t in range(0, diagonal_count + ragged.to(tl.int32)):
+        acc = add_owned_tile(
+            acc=acc, own_rows=own_rows, y=y, a=a,
+            j=tl.where(t < diagonal_count, diagonal + t, last - 1), row_weight=weights,
+            column_weight=column_weight, scale=scale, rows=rows, columns=columns,
+            SELF=SELF, EDGE=True, WIDTH=WIDTH, BN=BN, PRECISION=PRECISION, TMA=TMA,
         )  # fmt: skip
-    for t in range(0, last - first - own - ragged.to(tl.int32)):
+    for t in range(0, last - first - diagonal_count - ragged.to(tl.int32)):
         j = first + t
-        j = tl.where(j >= diagonal, j + own, j)
-        acc = owned_tile(
-            acc, own_rows, y, a, j, row_weight, column_weights, scale, rows, columns,
-            SELF, False, WIDTH, BN, PRECISION, TMA,
+        j = tl.where(j >= diagonal, j + diagonal_count, j)
+        acc = add_owned_tile(
+            acc=acc, own_rows=own_rows, y=y, a=a, j=j, row_weight=weights,
+            column_weight=column_weight, scale=scale, rows=rows, columns=columns,
+            SELF=SELF, EDGE=False, WIDTH=WIDTH, BN=BN, PRECISION=PRECISION, TMA=TMA,
         )  # fmt: skip
     feature = tl.arange(0, WIDTH)
     row = split.to(tl.int64) * padded_rows + a

@@ -1,4 +1,4 @@
-"""How kernels read and round the operands of their products."""
+"""How kernels load and round the operands of their matrix products."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import triton.language as tl
 
 @triton.jit
 def round_to_tf32(x):
-    """fp32 with 10 bits of mantissa. Tensor cores cut the others off, which has a bias to 0."""
+    """Round fp32 to the 10 bits of mantissa that tf32 has.
+
+    Tensor cores cut the other bits off, which would bias every number towards 0.
+    """
     bits = x.to(tl.int32, bitcast=True)
     rounded = ((bits + 0x1000) & ~0x1FFF).to(tl.float32, bitcast=True)
     return tl.where(x == x, rounded, x)
@@ -18,9 +21,10 @@ def round_to_tf32(x):
 def load_block(
     source, row, column, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
 ):
-    """Block from (row, column) of a padded matrix: by descriptor, or with TMA off by pointers.
+    """The (ROWS, COLUMNS) block of a padded matrix whose first entry is at (row, column).
 
-    A chip without the tensor memory accelerator copies ahead from pointers only.
+    With TMA, ``source`` is a descriptor, and the tensor memory accelerator copies the block. A GPU
+    without that unit prefetches only loads from pointers, so ``source`` is a pointer there.
     """
     if TMA:
         block = source.load([row, column])

@@ -1,4 +1,16 @@
-"""Rows normalised, rounded, interleaved and padded, and their weights for a backward."""
+"""Rows are normalised, rounded, interleaved and padded; for a backward they also get weights.
+
+    z_a = x_a / max(|x_a|, eps)        (z_a = x_a without COSINE), rounded to the operands' dtype
+
+The weights of a row follow from what the forward saved of it and from its upstream gradient g_a.
+With pairs, L_a = softplus(LSE-_a - s_a / tau), so that
+
+    r_a   = sigmoid(LSE-_a - s_a / tau)
+    w_a   = g_a r_a / sum_a            the factor of the row's exponentials in dL/ds_ab
+    w+_a  = g_a r_a                    the same for the positive: dL/ds_a = -w+_a / tau
+
+and without pairs, L_a = LSE_a and w_a = g_a / sum_a.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +26,7 @@ def load_rows(
     view_0, view_1, rows, columns, row_valid, column_valid,
     stride_0, feature_stride_0, stride_1, feature_stride_1, VIEWS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the interleaved batch, in fp32: row r is row r // VIEWS of view r % VIEWS."""
+    """Rows of the interleaved batch in fp32: row r is row r // VIEWS of view r % VIEWS."""
     sample = (rows // VIEWS).to(tl.int64)[:, None]
     feature = columns.to(tl.int64)[None, :]
     valid = row_valid[:, None] & column_valid[None, :]
@@ -32,72 +44,74 @@ def load_rows(
 
 @triton.jit
 def unit_rows(x, eps, COSINE: tl.constexpr):
-    """x / max(|x|, eps), and |x|; the rows themselves without COSINE.
+    """x / max(|x|, eps) and |x|; without COSINE the rows themselves.
 
-    Rounded correctly: the projection of a gradient that is nearly parallel to its row magnifies the
-    error of a division of 2 units in the last place, which is Triton's own.
+    The division is rounded correctly. The error of Triton's own division, 2 units in the last
+    place, would be magnified where a gradient that is nearly parallel to its row is projected.
     """
     norm = tl.sqrt_rn(tl.sum(x * x, 1))
     if COSINE:
         x = tl.div_rn(x, tl.broadcast_to(tl.maximum(norm, eps)[:, None], x.shape))
     else:
-        x += x - x  # inf becomes NaN, as the loss has to: its dot products may be -inf alone
+        # An infinity becomes NaN, and the loss with it. Its dot products alone might all be -inf.
+        x += x - x
     return x, norm
 
 
 @triton.jit
 def weigh(
-    row, weights, shifts, pulls, saved_shift, log_sums, positive, grad, largest, temperature,
-    rows, grad_stride, weight_scale,
+    row, weight_out, shift_out, positive_weight_out, saved_shift, saved_log_sum, saved_positive,
+    grad, largest_grad, temperature, rows, grad_stride, weight_scale,
     PAIRS: tl.constexpr, PER_ROW: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
 ):  # fmt: skip
-    """Per padded row, 0 beyond the rows: what multiplies its exponentials, their shift, its pull.
+    """Store the weight, the shift and the positive's weight of padded rows, 0 beyond the last row.
 
-    PAIRS: w = g r / sum with r = sigmoid(LSE- - l_pos), pull = g r, rows interleaved; else
-    w = g / sum. The largest |g| is left to the end (a gradient that is not PER_ROW altogether): no
-    weight leaves its range because of a loss scale.
+    Gradients of rows (PER_ROW) are divided by the largest of them, and a gradient that is one
+    number is left out: the kernel that finishes the backward multiplies by it. The weights thus
+    stay in the range of their dtype whatever the loss is scaled by.
     """
     valid = row < rows
-    at = row
+    offsets = row
     if PAIRS:
-        at = (row % 2) * (rows // 2) + row // 2
+        offsets = (row % 2) * (rows // 2) + row // 2
     inverse_tau = (read_scale(temperature, TAU_TENSOR) * LN2).to(tl.float64)
-    shift = tl.load(saved_shift + at, mask=valid, other=0.0)
-    log_sum = tl.load(log_sums + at, mask=valid, other=0.0).to(tl.float64)
+    shift = tl.load(saved_shift + offsets, mask=valid, other=0.0)
+    log_sum = tl.load(saved_log_sum + offsets, mask=valid, other=0.0).to(tl.float64)
     g = tl.full(row.shape, 1.0, tl.float64)
     if PER_ROW:
-        g = tl.load(grad + at.to(tl.int64) * grad_stride, mask=valid, other=0.0).to(tl.float64)
-        top = tl.load(largest).to(tl.float64)
-        g = tl.where(top > 0, g / top, g)
-    none = log_sum == float("-inf")  # no negatives: r is 0, and nothing pulls
+        g = tl.load(grad + offsets.to(tl.int64) * grad_stride, mask=valid, other=0.0).to(tl.float64)
+        largest = tl.load(largest_grad).to(tl.float64)
+        g = tl.where(largest > 0, g / largest, g)
+    empty = log_sum == float("-inf")  # A row without negatives has r = 0 and no gradient.
     if PAIRS:
-        s = tl.load(positive + at, mask=valid, other=0.0)
-        gap = (shift.to(tl.float64) - s) * inverse_tau + log_sum
-        g = g / (1.0 + tl.exp(-gap))
-        tl.store(pulls + row, tl.where(valid, g, 0.0).to(tl.float32))
+        s = tl.load(saved_positive + offsets, mask=valid, other=0.0)
+        difference = (shift.to(tl.float64) - s) * inverse_tau + log_sum
+        g = g / (1.0 + tl.exp(-difference))
+        tl.store(positive_weight_out + row, tl.where(valid, g, 0.0).to(tl.float32))
     exponent = -log_sum
-    if CONSTANT:  # the tiles' exponentials are relative to 1, whatever the saved ones are
+    if CONSTANT:  # The backward's exponentials are relative to 1, whatever the saved shift is.
         exponent += (1.0 - shift.to(tl.float64)) * inverse_tau
-    w = tl.where(valid & ~none, g * tl.exp(tl.where(none, 0.0, exponent)), 0.0)
-    tl.store(weights + row, (w * weight_scale).to(tl.float32))
-    tl.store(shifts + row, shift)
+    w = tl.where(valid & ~empty, g * tl.exp(tl.where(empty, 0.0, exponent)), 0.0)
+    tl.store(weight_out + row, (w * weight_scale).to(tl.float32))
+    tl.store(shift_out + row, shift)
 
 
 @triton.jit(do_not_specialize=["rows", "padded_rows"])
 def pack_kernel(
-    view_0, view_1, z, sums, squares, counter, rows, features, padded_rows,
+    view_0, view_1, z, feature_sums, squared_norms, counter, rows, features, padded_rows,
     stride_0, feature_stride_0, stride_1, feature_stride_1, eps,
-    weights, shifts, pulls, saved_shift, log_sums, positive, grad, largest, temperature,
-    grad_stride, weight_scale,
+    weight_out, shift_out, positive_weight_out, saved_shift, saved_log_sum, saved_positive,
+    grad, largest_grad, temperature, grad_stride, weight_scale,
     VIEWS: tl.constexpr, PLANES: tl.constexpr, COSINE: tl.constexpr, ROUND: tl.constexpr,
     TF32: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     WEIGH: tl.constexpr, PER_ROW: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
 ):  # fmt: skip
-    """z: (PLANES * padded_rows, PADDED); sums: (programs, WIDTH), squares: (programs,).
+    """Write z: (PLANES * padded_rows, PADDED), the operands of the matrix products.
 
-    Each program takes every programs-th block of rows and leaves the sum of its rounded rows and of
-    their squared norms, from which the mean similarity of all pairs follows. With WEIGH, for a
-    backward, it leaves the weights of its rows.
+    Each program takes every programs-th block of rows. It leaves the sum of its rounded rows in
+    ``feature_sums``: (programs, WIDTH), and the sum of their squared norms in ``squared_norms``:
+    (programs,). The mean similarity of all pairs follows from both. With WEIGH it also writes the
+    weights of its rows.
     """
     program = tl.program_id(0)
     if program == 0:
@@ -108,8 +122,9 @@ def pack_kernel(
     for block in range(program, padded_rows // ROWS, tl.num_programs(0)):
         row = block * ROWS + tl.arange(0, ROWS)
         x = load_rows(
-            view_0, view_1, row, column, row < rows, column < features,
-            stride_0, feature_stride_0, stride_1, feature_stride_1, VIEWS,
+            view_0=view_0, view_1=view_1, rows=row, columns=column, row_valid=row < rows,
+            column_valid=column < features, stride_0=stride_0, feature_stride_0=feature_stride_0,
+            stride_1=stride_1, feature_stride_1=feature_stride_1, VIEWS=VIEWS,
         )  # fmt: skip
         unit, _ = unit_rows(x, eps, COSINE)
         unit = unit.to(ROUND).to(tl.float32)
@@ -117,17 +132,20 @@ def pack_kernel(
             unit = round_to_tf32(unit)
         total += tl.sum(unit, 0)
         square += tl.sum(unit * unit, 1)
-        to = row.to(tl.int64)[:, None] * PADDED + column[None, :]
+        offsets = row.to(tl.int64)[:, None] * PADDED + column[None, :]
         plane = tl.cast(padded_rows, tl.int64) * PADDED
         if WEIGH:
             weigh(
-                row, weights, shifts, pulls, saved_shift, log_sums, positive, grad, largest,
-                temperature, rows, grad_stride, weight_scale, VIEWS == 2, PER_ROW, CONSTANT,
-                TAU_TENSOR,
+                row=row, weight_out=weight_out, shift_out=shift_out,
+                positive_weight_out=positive_weight_out, saved_shift=saved_shift,
+                saved_log_sum=saved_log_sum, saved_positive=saved_positive, grad=grad,
+                largest_grad=largest_grad, temperature=temperature, rows=rows,
+                grad_stride=grad_stride, weight_scale=weight_scale,
+                PAIRS=VIEWS == 2, PER_ROW=PER_ROW, CONSTANT=CONSTANT, TAU_TENSOR=TAU_TENSOR,
             )  # fmt: skip
-        for p in tl.static_range(PLANES):  # each holds what the planes before it leave
+        for p in tl.static_range(PLANES):  # Each plane holds what the planes before it leave.
             part = unit.to(z.dtype.element_ty)
-            tl.store(z + p * plane + to, part, mask=(column < PADDED)[None, :])
+            tl.store(z + p * plane + offsets, part, mask=(column < PADDED)[None, :])
             unit -= part.to(tl.float32)
-    tl.store(sums + program * WIDTH + column, total)
-    tl.store(squares + program, tl.sum(square, 0))
+    tl.store(feature_sums + program * WIDTH + column, total)
+    tl.store(squared_norms + program, tl.sum(square, 0))

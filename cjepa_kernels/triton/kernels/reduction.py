@@ -1,4 +1,12 @@
-"""Sums and maxima of tiles become log-sum-exps, and those the loss with its metrics."""
+"""The sums and maxima of tiles become log-sum-exps, and for NT-Xent the loss and the metrics.
+
+With LSE-_a the log-sum-exp over the negatives of row a and s_a the similarity of its positive,
+
+    sum_a  = sum of exp((s_ab - shift_a) / tau) over the negatives b, added from the tiles' sums
+    LSE-_a = shift_a / tau + log_sum_a,    log_sum_a = log(sum_a)
+    loss_a = softplus(LSE-_a - s_a / tau)
+    lse_a  = s_a / tau + loss_a                  (the log-sum-exp with the positive)
+"""
 
 from __future__ import annotations
 
@@ -7,227 +15,262 @@ import triton.language as tl
 
 from cjepa_kernels.triton.kernels.temperature import LN2, read_scale
 
+FEATURE_BLOCK = tl.constexpr(16)  # features whose sums over all rows a program squares at a time
+FEATURE_SUM_ROWS = tl.constexpr(128)  # rows of those sums that it reads at a time
+
 
 @triton.jit
 def add_slots(
-    total, top, sums, maxima, at, stride, first, last, scale,
+    total, maximum, sums, maxima, offsets, stride, first, last, scale,
     CONSTANT: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Add slots [first, last), in order: ``total`` is relative to ``top``, or to a constant."""
+    """Add the slots [first, last) in order, SLOTS of them at a time.
+
+    Slots are ``stride`` numbers apart. ``total`` is relative to the running ``maximum`` or, with
+    CONSTANT, to 1.
+    """
     for start in range(first, last, SLOTS):
         slot = start + tl.arange(0, SLOTS)
-        where = slot.to(tl.int64)[:, None] * stride + at[None, :]
+        slot_offsets = slot.to(tl.int64)[:, None] * stride + offsets[None, :]
         valid = (slot < last)[:, None]
-        s = tl.load(sums + where, mask=valid, other=0.0)
-        m = tl.load(maxima + where, mask=valid, other=float("-inf"))
-        new = tl.maximum(top, tl.max(m, 0))
+        s = tl.load(sums + slot_offsets, mask=valid, other=0.0)
+        m = tl.load(maxima + slot_offsets, mask=valid, other=float("-inf"))
+        new = tl.maximum(maximum, tl.max(m, 0))
         if not CONSTANT:
             shift = tl.where(new == float("-inf"), 0.0, new)
-            total *= tl.exp2((top - shift) * scale)
+            total *= tl.exp2((maximum - shift) * scale)
             s *= tl.exp2((m - shift[None, :]) * scale)
         total += tl.sum(s, 0)
-        top = new
-    return total, top
+        maximum = new
+    return total, maximum
 
 
 @triton.jit
 def add_column_slots(
-    total, top, sums, maxima, at, stride, block, whole_columns, row_blocks, whole_rows, run,
-    scale, SELF: tl.constexpr, CONSTANT: tl.constexpr, SLOTS: tl.constexpr,
+    total, maximum, sums, maxima, offsets, stride, block, whole_columns, row_blocks, whole_rows,
+    run_length, scale, SELF: tl.constexpr, CONSTANT: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Add the slots of a block of columns.
+    """Add the slots of one block of columns.
 
-    A whole block has runs of whole row blocks (those above it, with SELF) and, in a slot by their
-    own number, ragged ones; in a ragged block each row block has its own slot.
+    A whole block of columns has one slot for each run of whole row blocks (with SELF, of those
+    above it). A last row block that is not whole has the slot of its own number. A last block of
+    columns that is not whole has one slot for each row block.
     """
-    above = row_blocks
+    row_slots = row_blocks
     if SELF:
-        above = block
-    whole = tl.minimum(above, whole_rows)
-    slots = tl.where(block < whole_columns, tl.cdiv(whole, run), above)
-    total, top = add_slots(total, top, sums, maxima, at, stride, 0, slots, scale, CONSTANT, SLOTS)
+        row_slots = block
+    whole = tl.minimum(row_slots, whole_rows)
+    runs = tl.where(block < whole_columns, tl.cdiv(whole, run_length), row_slots)
+    total, maximum = add_slots(
+        total=total, maximum=maximum, sums=sums, maxima=maxima, offsets=offsets, stride=stride,
+        first=0, last=runs, scale=scale, CONSTANT=CONSTANT, SLOTS=SLOTS,
+    )  # fmt: skip
     if not SELF:
-        own = tl.where(block < whole_columns, whole, above)
-        total, top = add_slots(
-            total, top, sums, maxima, at, stride, own, above, scale, CONSTANT, SLOTS
-        )
-    return total, top
+        first_ragged = tl.where(block < whole_columns, whole, row_slots)
+        total, maximum = add_slots(
+            total=total, maximum=maximum, sums=sums, maxima=maxima, offsets=offsets, stride=stride,
+            first=first_ragged, last=row_slots, scale=scale, CONSTANT=CONSTANT, SLOTS=SLOTS,
+        )  # fmt: skip
+    return total, maximum
 
 
 @triton.jit
-def load_state(sums, maxima, at, any_before, FIRST: tl.constexpr):
-    """What the panels before this one came to, if they have anything of these rows."""
-    total = tl.zeros(at.shape, tl.float32)
-    top = tl.full(at.shape, float("-inf"), tl.float32)
+def load_running(sums, maxima, offsets, valid, FIRST: tl.constexpr):
+    """The sum and maximum of the panels before this one; an empty sum where not ``valid``."""
+    total = tl.zeros(offsets.shape, tl.float32)
+    maximum = tl.full(offsets.shape, float("-inf"), tl.float32)
     if not FIRST:
-        total = tl.load(sums + at, mask=any_before, other=0.0)
-        top = tl.load(maxima + at, mask=any_before, other=float("-inf"))
-    return total, top
+        total = tl.load(sums + offsets, mask=valid, other=0.0)
+        maximum = tl.load(maxima + offsets, mask=valid, other=float("-inf"))
+    return total, maximum
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + e^x) of fp64, accurate for x far below 0 as well."""
+    """log(1 + e^x) in fp64, with full relative accuracy for x far below 0."""
     t = tl.exp(-tl.abs(x))
     return tl.maximum(x, 0.0) + tl.where(t < 1e-8, t, tl.log(1.0 + t))
 
 
 @triton.jit
-def log_sum_of(total, top, CONSTANT: tl.constexpr):
-    """(shift, log of the sum relative to it) in fp64; (0, -inf) of an empty sum."""
-    none = total == 0.0
-    shift = top
+def log_sum_of(total, maximum, CONSTANT: tl.constexpr):
+    """The shift, and in fp64 the log of the sum relative to it; (0, -inf) for an empty sum."""
+    empty = total == 0.0
+    shift = maximum
     if CONSTANT:
-        shift = tl.full(top.shape, 1.0, tl.float32)
-    shift = tl.where(none, 0.0, shift)
-    log_sum = tl.where(none, float("-inf"), tl.log(tl.where(none, 1.0, total).to(tl.float64)))
+        shift = tl.full(maximum.shape, 1.0, tl.float32)
+    shift = tl.where(empty, 0.0, shift)
+    log_sum = tl.where(empty, float("-inf"), tl.log(tl.where(empty, 1.0, total).to(tl.float64)))
     return shift, log_sum
 
 
 @triton.jit
-def sum_in_order(values, count, BLOCK: tl.constexpr):
-    """Sum of ``count`` numbers, read past the L1 cache: other programs wrote them."""
+def sum_in_order(values, count, BLOCK: tl.constexpr = 1024):
+    """Sum of ``count`` numbers in fp64, always in the same order.
+
+    Other programs of this launch wrote the numbers, so the loads bypass the L1 cache.
+    """
     total = tl.zeros((BLOCK,), tl.float64)
     for start in range(0, count, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        total += tl.load(values + at, mask=at < count, other=0.0, cache_modifier=".cg")
+        offsets = start + tl.arange(0, BLOCK)
+        total += tl.load(values + offsets, mask=offsets < count, other=0.0, cache_modifier=".cg")
     return tl.sum(total, 0)
-
-
-FEATURES = tl.constexpr(16)  # whose sums over all rows a program adds up at a time
-SUMS = tl.constexpr(128)
 
 
 @triton.jit
 def squared_sum(sums, count, first, WIDTH: tl.constexpr):
-    """|sum z|^2 of FEATURES features, from ``count`` rows of sums."""
-    feature = first + tl.arange(0, FEATURES)
-    z = tl.zeros((FEATURES,), tl.float64)
-    for start in range(0, count, SUMS):
-        row = start + tl.arange(0, SUMS)
-        at = row[:, None] * WIDTH + feature[None, :]
-        z += tl.sum(tl.load(sums + at, mask=(row < count)[:, None], other=0.0), 0)
+    """|sum_a z_a|^2 over FEATURE_BLOCK features, from ``count`` partial sums of the rows z_a."""
+    feature = first + tl.arange(0, FEATURE_BLOCK)
+    z = tl.zeros((FEATURE_BLOCK,), tl.float64)
+    for start in range(0, count, FEATURE_SUM_ROWS):
+        row = start + tl.arange(0, FEATURE_SUM_ROWS)
+        offsets = row[:, None] * WIDTH + feature[None, :]
+        z += tl.sum(tl.load(sums + offsets, mask=(row < count)[:, None], other=0.0), 0)
     return tl.sum(z * z, 0)
 
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "blocks", "first_column", "last_column", "run", "programs", "kept_slots"
+        "rows", "blocks", "first_column", "last_column", "run_length", "feature_sum_count",
+        "negative_slots",
     ]
 )  # fmt: skip
 def nt_xent_rows_kernel(
-    row_sum, row_max, column_sum, column_max, running_sum, running_max, positives,
-    loss, lse, hardest, shifts, log_sums, positive, partial, sums, squares, kept_sum, kept_count,
-    counter, mean_loss, accuracy, positive_similarity, negative_similarity, temperature,
-    rows, blocks, first_column, last_column, run, programs, kept_slots, scale_of_loss,
+    row_sum, row_max, column_sum, column_max, running_sum, running_max, tile_positive,
+    row_loss_out, lse_out, largest_negative_out, shift_out, log_sum_out, positive_out,
+    partial, feature_sums, squared_norms, negative_sum, negative_count, counter,
+    loss_out, accuracy_out, positive_similarity_out, negative_similarity_out, temperature,
+    rows, blocks, first_column, last_column, run_length, feature_sum_count, negative_slots,
+    loss_factor,
     CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     NONE: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS of a block of BM: what a panel adds to them and, after the last, their loss and metrics.
+    """Add one panel of tiles to ROWS rows and, after the LAST panel, compute their loss.
 
-    The program that ends last adds up what all have left, in order, and writes the scalars.
+    Each program leaves partial sums of the loss and of the metrics in ``partial``. The program that
+    ends last adds those of all programs in order and writes the scalars.
+
+    The mean similarity of the negatives needs no pass over all pairs. Without a user's mask,
+
+        sum of s_ab over all negatives = |sum_a z_a|^2 - sum_a |z_a|^2 - sum_a s_a,
+
+    and M rows have M (M - 2) of them. ``feature_sums`` holds the parts of sum_a z_a, and
+    ``squared_norms`` those of sum_a |z_a|^2, as ``pack_kernel`` left them.
     """
     program = tl.program_id(0)
-    parts = blocks * (BM // ROWS)
+    programs = blocks * (BM // ROWS)
     block = program // (BM // ROWS)
     a = program * ROWS + tl.arange(0, ROWS)
     scale = read_scale(temperature, TAU_TENSOR)
-    total, top = load_state(running_sum, running_max, a, block < first_column, FIRST)
+    total, maximum = load_running(
+        sums=running_sum, maxima=running_max, offsets=a, valid=block < first_column, FIRST=FIRST
+    )
     if block >= first_column and block < last_column:
-        width = (last_column - first_column) * BM
-        total, top = add_column_slots(
-            total, top, column_sum, column_max, a - first_column * BM, width, block, rows // BM,
-            blocks, rows // BM, run, scale, True, CONSTANT, SLOTS,
+        total, maximum = add_column_slots(
+            total=total, maximum=maximum, sums=column_sum, maxima=column_max,
+            stride=(last_column - first_column) * BM, offsets=a - first_column * BM, block=block,
+            whole_columns=rows // BM, row_blocks=blocks, whole_rows=rows // BM,
+            run_length=run_length, scale=scale, SELF=True, CONSTANT=CONSTANT, SLOTS=SLOTS,
         )  # fmt: skip
-    total, top = add_slots(
-        total, top, row_sum, row_max, a, blocks * BM, tl.maximum(block - first_column, 0),
-        last_column - first_column, scale, CONSTANT, SLOTS,
+    total, maximum = add_slots(
+        total=total, maximum=maximum, sums=row_sum, maxima=row_max, offsets=a, stride=blocks * BM,
+        first=tl.maximum(block - first_column, 0), last=last_column - first_column, scale=scale,
+        CONSTANT=CONSTANT, SLOTS=SLOTS,
     )  # fmt: skip
     if not LAST:
         tl.store(running_sum + a, total)
-        tl.store(running_max + a, top)
+        tl.store(running_max + a, maximum)
         return
     valid = a < rows
-    # The smaller of S_ab and S_ba, which may differ in their last bit: a tie with a negative, of
-    # which a tile has one, is then no hit.
-    s = tl.load(positives + a, mask=valid, other=0.0)
-    s = tl.minimum(s, tl.load(positives + (a ^ 1), mask=valid, other=0.0))
-    shift, log_sum = log_sum_of(total, top, CONSTANT)
+    # S_ab and S_ba may differ in their last bit, and a tile holds only one of a tied negative's
+    # two. With the smaller one as the positive, a tie with a negative never counts as a hit.
+    s = tl.load(tile_positive + a, mask=valid, other=0.0)
+    s = tl.minimum(s, tl.load(tile_positive + (a ^ 1), mask=valid, other=0.0))
+    shift, log_sum = log_sum_of(total, maximum, CONSTANT)
     inverse_tau = (scale * LN2).to(tl.float64)
-    own = softplus((shift.to(tl.float64) - s) * inverse_tau + log_sum)
-    at = (a % 2) * (rows // 2) + a // 2  # the caller's order
+    row_loss = softplus((shift.to(tl.float64) - s) * inverse_tau + log_sum)
+    offsets = (a % 2) * (rows // 2) + a // 2  # The caller's order: all of one view, then the other.
     if NONE:
-        tl.store(loss + at, own.to(tl.float32), mask=valid)
-    tl.store(lse + at, (s * inverse_tau + own).to(tl.float32), mask=valid)
-    tl.store(hardest + at, top, mask=valid)
-    tl.store(shifts + at, shift, mask=valid)
-    tl.store(log_sums + at, log_sum.to(tl.float32), mask=valid)
-    tl.store(positive + at, s, mask=valid)
-    tl.store(partial + program, tl.sum(tl.where(valid, own, 0.0), 0))
-    tl.store(partial + parts + program, tl.sum((valid & (s > top)).to(tl.float64), 0))
-    tl.store(partial + 2 * parts + program, tl.sum(s.to(tl.float64), 0))
+        tl.store(row_loss_out + offsets, row_loss.to(tl.float32), mask=valid)
+    tl.store(lse_out + offsets, (s * inverse_tau + row_loss).to(tl.float32), mask=valid)
+    tl.store(largest_negative_out + offsets, maximum, mask=valid)
+    tl.store(shift_out + offsets, shift, mask=valid)
+    tl.store(log_sum_out + offsets, log_sum.to(tl.float32), mask=valid)
+    tl.store(positive_out + offsets, s, mask=valid)
+    tl.store(partial + program, tl.sum(tl.where(valid, row_loss, 0.0), 0))
+    tl.store(partial + programs + program, tl.sum((valid & (s > maximum)).to(tl.float64), 0))
+    tl.store(partial + 2 * programs + program, tl.sum(s.to(tl.float64), 0))
     if not MASKED:
-        for group in range(program, WIDTH // FEATURES, parts):
-            square = squared_sum(sums, programs, group * FEATURES, WIDTH)
-            tl.store(partial + 3 * parts + group, square)
+        for group in range(program, WIDTH // FEATURE_BLOCK, programs):
+            square = squared_sum(feature_sums, feature_sum_count, group * FEATURE_BLOCK, WIDTH)
+            tl.store(partial + 3 * programs + group, square)
     tl.debug_barrier()
-    if tl.atomic_add(counter, 1) != parts - 1:
+    if tl.atomic_add(counter, 1) != programs - 1:
         return
     if not NONE:
-        tl.store(mean_loss, (sum_in_order(partial, parts, 1024) * scale_of_loss).to(tl.float32))
-    hits = sum_in_order(partial + parts, parts, 1024)
-    square = sum_in_order(squares, programs, 1024)
-    hits = tl.where(square == square, hits, 0.0)  # maxima may leave a NaN out
-    positive_sum = sum_in_order(partial + 2 * parts, parts, 1024)
-    tl.store(accuracy, (hits / rows).to(tl.float32))
-    tl.store(positive_similarity, (positive_sum / rows).to(tl.float32))
+        tl.store(loss_out, (sum_in_order(partial, programs) * loss_factor).to(tl.float32))
+    hits = sum_in_order(partial + programs, programs)
+    square = sum_in_order(squared_norms, feature_sum_count)
+    # An embedding with a NaN makes the accuracy 0. The maxima may have left that NaN out.
+    hits = tl.where(square == square, hits, 0.0)
+    positive_sum = sum_in_order(partial + 2 * programs, programs)
+    tl.store(accuracy_out, (hits / rows).to(tl.float32))
+    tl.store(positive_similarity_out, (positive_sum / rows).to(tl.float32))
     if MASKED:
-        negative = sum_in_order(kept_sum, kept_slots, 1024)
-        negatives = sum_in_order(kept_count, kept_slots, 1024)
+        negative = sum_in_order(negative_sum, negative_slots)
+        negatives = sum_in_order(negative_count, negative_slots)
     else:
-        # (|sum z|^2 - sum |z|^2 - sum s_pos) / (M (M - 2)): no pass over pairs.
-        negative = sum_in_order(partial + 3 * parts, WIDTH // FEATURES, 1024) - positive_sum
+        negative = sum_in_order(partial + 3 * programs, WIDTH // FEATURE_BLOCK) - positive_sum
         negative -= square
         negatives = tl.cast(rows, tl.float64) * (rows - 2)
     negative = tl.where(negatives > 0, negative / negatives, float("nan"))
-    tl.store(negative_similarity, negative.to(tl.float32))
+    tl.store(negative_similarity_out, negative.to(tl.float32))
 
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "stride", "first", "slots", "row_blocks", "whole_rows", "whole_columns", "run"
+        "rows", "stride", "first", "slots", "row_blocks", "whole_rows", "whole_columns",
+        "run_length",
     ]
 )  # fmt: skip
 def logsumexp_kernel(
-    sums, maxima, running_sum, running_max, lse, largest, shifts, log_sums, temperature,
-    rows, stride, first, slots, row_blocks, whole_rows, whole_columns, run,
+    sums, maxima, running_sum, running_max, lse_out, max_out, shift_out, log_sum_out, temperature,
+    rows, stride, first, slots, row_blocks, whole_rows, whole_columns, run_length,
     COLUMNS: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, FIRST: tl.constexpr,
     LAST: tl.constexpr, BM: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exp of a block of rows, or with COLUMNS of the panel's columns from ``first`` on."""
+    """Log-sum-exps of one block of rows or, with COLUMNS, of one block of the panel's columns.
+
+    ``rows`` is the number of rows (of columns, with COLUMNS), ``first`` the panel's first block.
+    """
     block = tl.program_id(0)
     a = block * BM + tl.arange(0, BM)
     scale = read_scale(temperature, TAU_TENSOR)
-    total, top = load_state(running_sum, running_max, a, True, FIRST)
+    total, maximum = load_running(
+        sums=running_sum, maxima=running_max, offsets=a, valid=True, FIRST=FIRST
+    )
     if COLUMNS:
-        total, top = add_column_slots(
-            total, top, sums, maxima, a, stride, first + block, whole_columns, row_blocks,
-            whole_rows, run, scale, False, CONSTANT, SLOTS,
+        total, maximum = add_column_slots(
+            total=total, maximum=maximum, sums=sums, maxima=maxima, offsets=a, stride=stride,
+            block=first + block, whole_columns=whole_columns, row_blocks=row_blocks,
+            whole_rows=whole_rows, run_length=run_length, scale=scale,
+            SELF=False, CONSTANT=CONSTANT, SLOTS=SLOTS,
         )  # fmt: skip
         a += first * BM
     else:
-        total, top = add_slots(
-            total, top, sums, maxima, a, stride, 0, slots, scale, CONSTANT, SLOTS
-        )
+        total, maximum = add_slots(
+            total=total, maximum=maximum, sums=sums, maxima=maxima, offsets=a, stride=stride,
+            first=0, last=slots, scale=scale, CONSTANT=CONSTANT, SLOTS=SLOTS,
+        )  # fmt: skip
     if not LAST:
         tl.store(running_sum + a, total)
-        tl.store(running_max + a, top)
+        tl.store(running_max + a, maximum)
         return
     valid = a < rows
-    shift, log_sum = log_sum_of(total, top, CONSTANT)
-    result = shift.to(tl.float64) * (scale * LN2) + log_sum
-    tl.store(lse + a, result.to(tl.float32), mask=valid)
-    tl.store(largest + a, top, mask=valid)
-    tl.store(shifts + a, shift, mask=valid)
-    tl.store(log_sums + a, log_sum.to(tl.float32), mask=valid)
+    shift, log_sum = log_sum_of(total, maximum, CONSTANT)
+    lse = shift.to(tl.float64) * (scale * LN2) + log_sum
+    tl.store(lse_out + a, lse.to(tl.float32), mask=valid)
+    tl.store(max_out + a, maximum, mask=valid)
+    tl.store(shift_out + a, shift, mask=valid)
+    tl.store(log_sum_out + a, log_sum.to(tl.float32), mask=valid)

@@ -1,4 +1,7 @@
-"""The temperature as the kernels take it: the scale of the logits in powers of 2."""
+"""The scale of the logits, which every kernel computes from the temperature.
+
+exp(s / tau) = 2^(s scale)    with    scale = log2(e) / tau
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,10 @@ LARGEST = tl.constexpr(definitions.LARGEST)
 
 @triton.jit
 def read_scale(temperature, IS_TENSOR: tl.constexpr):
-    """log2(e) / tau, NaN for a tensor that is out of range: exp(s / tau) = 2^(s scale).
+    """log2(e) / tau; NaN if the temperature is a tensor whose number is out of range.
 
-    Rounding it to fp32 amounts to a temperature that is off by 6e-8, the same one in every kernel.
+    Rounding the scale to fp32 is the same as changing the temperature by 6e-8 of itself. Every
+    kernel makes the same change.
     """
     tau = temperature
     if IS_TENSOR:

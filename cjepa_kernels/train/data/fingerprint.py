@@ -1,0 +1,54 @@
+"""A fingerprint of the images and labels that a run sees, to notice that they have changed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any
+
+from cjepa_kernels.train.data.dataset import Dataset
+
+_LOG = logging.getLogger(__name__)
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Hash the decoded images, the labels and their division into training and test images.
+
+    Args:
+        dataset: The two sets.
+
+    Returns:
+        A string that is the same for the same data in the same order, on every machine.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in (dataset.train, dataset.test):
+        for values in (part.images, part.labels):
+            digest.update(f"{values.dtype} {tuple(values.shape)} ".encode())
+            digest.update(values.contiguous().numpy().data)
+    return f"blake2b:{digest.hexdigest()}"
+
+
+def check_fingerprint(stored: Any, found: str, *, origin: str, remedy: str) -> None:
+    """Refuse to go on with other data than those of before.
+
+    Args:
+        stored: The fingerprint that was recorded; None where an earlier version wrote the file.
+        found: The fingerprint of the data that are there now.
+        origin: The file with the record, for the message.
+        remedy: What to do, for the message.
+
+    Raises:
+        ValueError: If the two differ.
+    """
+    if stored is None:
+        _LOG.warning(
+            "note: %s was written by an earlier version, which did not record its data; whether "
+            "they have changed since is not known",
+            origin,
+        )
+    elif stored != found:
+        raise ValueError(
+            "data: the images, labels or their division into training and test images have changed "
+            f"since {origin} was written (fingerprint {stored} there, {found} now): bring the "
+            f"former data back, or {remedy}"
+        )

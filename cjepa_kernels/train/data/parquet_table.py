@@ -1,0 +1,187 @@
+"""Images and labels of Parquet files, read in pieces and without a copy on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cjepa_kernels.train.data.columns import columns_of
+from cjepa_kernels.train.data.image_decoding import EncodedImage
+from cjepa_kernels.train.data.split_names import listed, split_files, walk_files
+
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class ParquetTable:
+    """The rows of several Parquet files, one after the other."""
+
+    files: tuple[Path, ...]
+    lengths: tuple[int, ...]  # rows of each file
+    schema: pa.Schema
+
+    @classmethod
+    def open(cls, files: Sequence[Path]) -> ParquetTable:
+        """Read the schemas of some files.
+
+        Args:
+            files: Files with the same columns.
+
+        Returns:
+            The table, of which no row is read yet.
+
+        Raises:
+            ValueError: If a file cannot be read, or its columns are others than the first one's.
+        """
+        lengths, schemas = [], []
+        for file in files:
+            with _clear_errors(file), pq.ParquetFile(file) as opened:
+                lengths.append(opened.metadata.num_rows)
+                schemas.append(opened.schema_arrow)
+            names = schemas[-1].names
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"data.source: {str(file)!r} has several columns {listed(twice)}")
+            here, first = columns_of(schemas[-1]), columns_of(schemas[0])
+            if set(here) != set(first):
+                raise ValueError(
+                    f"data.source: the columns of {str(file)!r} are {listed(here)}, those of "
+                    f"{str(files[0])!r} are {listed(first)}; expected the same, with the same "
+                    "names of classes"
+                )
+        return cls(tuple(files), tuple(lengths), schemas[0])
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    def values(self, column: str) -> list[Any]:
+        """Read a whole column.
+
+        Args:
+            column: Its name.
+
+        Returns:
+            One Python value a row.
+
+        Raises:
+            ValueError: If a file is damaged.
+        """
+        found: list[Any] = []
+        for file in self.files:
+            with _clear_errors(file):
+                found += pq.read_table(file, columns=[column]).column(column).to_pylist()
+        return found
+
+    def images(self, column: str) -> ParquetImages:
+        """Return the images of a column.
+
+        Args:
+            column: Its name.
+        """
+        return ParquetImages(self, column)
+
+
+@dataclass(frozen=True)
+class ParquetImages:
+    """A column of encoded images."""
+
+    table: ParquetTable
+    column: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def read(self, rows: Sequence[int]) -> Iterator[EncodedImage]:
+        """Yield some of the images.
+
+        Args:
+            rows: Which ones, ascending.
+
+        Raises:
+            ValueError: If a file is damaged.
+        """
+        first, position = 0, 0
+        for file, length in zip(self.table.files, self.table.lengths, strict=True):
+            for start, values in self._batches(file):
+                end = first + start + len(values)
+                while position < len(rows) and rows[position] < end:
+                    row = rows[position] - first
+                    yield _encoded(file, row, values[row - start].as_py())
+                    position += 1
+                if position == len(rows) or rows[position] >= first + length:
+                    break
+            first += length
+
+    def _batches(self, file: Path) -> Iterator[tuple[int, Any]]:
+        """Yield pieces of the column, each with the number of its first row in the file."""
+        start = 0
+        with _clear_errors(file), pq.ParquetFile(file) as opened:
+            pieces = opened.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[self.column])
+            while True:
+                piece = next(pieces, None)
+                if piece is None:
+                    return
+                yield start, piece.column(self.column)
+                start += piece.num_rows
+
+
+def find_parquet_files(location: Path) -> dict[str, list[Path]]:
+    """Find the Parquet files of a source.
+
+    Args:
+        location: A file, or a folder.
+
+    Returns:
+        The files of each split under the split's name; a file is ``"train"``.
+
+    Raises:
+        FileNotFoundError: If there is nothing of the kind.
+        ValueError: If it is not clear what the files are.
+    """
+    if location.is_file():
+        return {"train": [location]}
+    if not location.is_dir():
+        raise FileNotFoundError(f"data.source: no file or directory {str(location)!r}")
+    everything = list(walk_files(location, {}))
+    files = [file for file in everything if file.suffix.lower() == ".parquet"]
+    if not files:
+        found = listed(str(file.relative_to(location)) for file in everything)
+        raise FileNotFoundError(
+            f"data.source: expected train.parquet (and test.parquet) in {str(location)!r}, found "
+            f"{found}"
+        )
+    return split_files(location, files, ".parquet")
+
+
+def _encoded(file: Path, row: int, value: Any) -> EncodedImage:
+    place = f"row {row} of {file}"
+    if not isinstance(value, dict):
+        return EncodedImage("data.image_column", place, value)
+    content, path = value.get("bytes"), value.get("path")
+    if path is not None:
+        place += f" ({path})"
+    return EncodedImage(
+        "data.image_column", place, Path(path) if content is None and path is not None else content
+    )
+
+
+@contextmanager
+def _clear_errors(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        with file.open("rb") as opened:
+            start = opened.read(32)
+        reason = lines[0]
+        if not start:
+            reason = "the file is empty"
+        elif start.startswith(b"version https://git-lfs"):
+            reason = "it is a pointer of Git LFS; fetch the files with `git lfs pull`"
+        raise ValueError(f"data.source: cannot read {str(file)!r}: {reason}") from error

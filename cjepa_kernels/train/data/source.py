@@ -1,0 +1,271 @@
+"""From ``data.source`` to images and labels: folders, Parquet files, ``datasets`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from cjepa_kernels.suggestions import closest
+from cjepa_kernels.train.config import DataConfig
+from cjepa_kernels.train.data.columns import (
+    LABEL_NAMES,
+    choose_image_column,
+    choose_label_column,
+    columns_of,
+)
+from cjepa_kernels.train.data.image_decoding import ImageSource
+from cjepa_kernels.train.data.image_folder import has_image_suffix, list_image_folder
+from cjepa_kernels.train.data.parquet_table import ParquetTable, find_parquet_files
+from cjepa_kernels.train.data.split_names import (
+    choose_splits,
+    expanded_path,
+    listed,
+    split_files,
+    splits_left_out,
+    walk_files,
+)
+
+# Formats beside Parquet and images in which a local directory may hold a data set.
+_OTHER_FORMATS = {".arrow": "arrow", ".tar": "webdataset"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images and labels by split, ``"train"`` and perhaps ``"test"``."""
+
+    images: dict[str, ImageSource]
+    labels: dict[str, list[Any]]  # names of classes, or values that have no names
+    class_names: tuple[str, ...] | None  # all classes in their order; None: the values, sorted
+    labels_from: str
+    label_key: str  # the configuration key that errors about labels name
+    test_from: str | None  # None: the source has no test split
+    image_column: str | None = None
+    label_column: str | None = None
+    ignored_columns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class _Table(Protocol):
+    @property
+    def schema(self) -> pa.Schema: ...
+
+    def __len__(self) -> int: ...
+
+    def values(self, column: str) -> list[Any]: ...
+
+    def images(self, column: str) -> ImageSource: ...
+
+
+def find_source(config: DataConfig) -> Source:
+    """Find the images and labels of a configuration; no image is opened.
+
+    Args:
+        config: Source and columns.
+
+    Returns:
+        What was found.
+
+    Raises:
+        FileNotFoundError: If a path or a named dataset does not exist.
+        ValueError: If it is not clear what the source holds.
+    """
+    kind, _, location = config.source.partition(":")
+    if kind == "parquet" and location:
+        return _parquet_source(config, expanded_path(location))
+    if kind == "imagefolder" and location:
+        return _folder_source(config, expanded_path(location))
+    path = expanded_path(config.source)
+    if path.is_dir():
+        return _directory_source(config, path)
+    if path.is_file() and path.suffix.lower() == ".parquet":
+        return _parquet_source(config, path)
+    # A name on the hub is `name` or `owner/name`; anything else can only be a path.
+    if path.is_file() or config.source.startswith((".", "~", "/")) or config.source.count("/") > 1:
+        raise FileNotFoundError(
+            f"data.source: no directory and no Parquet file {config.source!r}"
+            if path.is_file()
+            else f"data.source: no file or directory {config.source!r}"
+        )
+    _check_spelling(config.source)
+    return _named_source(config, config.source)
+
+
+def _check_spelling(source: str) -> None:
+    """Refuse what is nearly a known kind of source: the hub would be tried for half a minute."""
+    kind = source.partition(":")[0]
+    known = {"digits": "digits", "parquet": "parquet:PATH", "imagefolder": "imagefolder:PATH"}
+    meant = None if "/" in kind else closest(kind, known)
+    if meant is not None:
+        raise ValueError(f"data.source: no source {source!r}, did you mean {known[meant]!r}?")
+
+
+def _folder_source(config: DataConfig, root: Path) -> Source:
+    for key in ("image_column", "label_column"):
+        if getattr(config, key) is not None:
+            raise ValueError(
+                f"data.{key}: a folder of images has no columns, got {getattr(config, key)!r}"
+            )
+    folder = list_image_folder(root)
+    test = folder.splits.get("test")
+    return Source(
+        images={part: images for part, (_, images) in folder.splits.items()},
+        labels={part: list(images.classes) for part, (_, images) in folder.splits.items()},
+        class_names=folder.class_names,
+        labels_from="the names of the class folders",
+        label_key="data.source",
+        test_from=None if test is None else f"the folder {test[0]!r}",
+        notes=folder.notes,
+    )
+
+
+def _parquet_source(config: DataConfig, location: Path) -> Source:
+    files = find_parquet_files(location)
+    chosen = choose_splits(files, repr(str(location)))
+    tables = {
+        part: (_split_and_files(name, names), ParquetTable.open(names))
+        for part, (name, names) in chosen.items()
+    }
+    return _table_source(config, tables, splits_left_out(files, chosen))
+
+
+def _named_source(config: DataConfig, name: str, **options: Any) -> Source:
+    # `datasets` takes a second to import, and most sources do without it.
+    from cjepa_kernels.train.data.named_dataset import open_named
+
+    splits = open_named(name, config.source, **options)
+    chosen = choose_splits(splits, repr(config.source))
+    tables = {part: (f"the split {name!r}", table) for part, (name, table) in chosen.items()}
+    return _table_source(config, tables, splits_left_out(splits, chosen))
+
+
+def _directory_source(config: DataConfig, folder: Path) -> Source:
+    """Find out what a directory holds; the names in it play no role, except those of splits."""
+    saved = ("dataset_dict.json", "state.json")
+    if any((folder / name).is_file() for name in saved) or _says_its_files(folder / "README.md"):
+        return _named_source(config, str(folder))
+    files = list(walk_files(folder, {}))
+    parquet = [file for file in files if file.suffix.lower() == ".parquet"]
+    images = [file for file in files if has_image_suffix(file)]
+    if parquet and images:
+        examples = [str(found[0].relative_to(folder)) for found in (parquet, images)]
+        raise ValueError(
+            f"data.source: {str(folder)!r} holds Parquet files and image files "
+            f"({listed(examples)}); choose by 'parquet:{folder}' or 'imagefolder:{folder}'"
+        )
+    if parquet:
+        return _parquet_source(config, folder)
+    if images:
+        return _folder_source(config, folder)
+    for suffix, builder in _OTHER_FORMATS.items():
+        of_format = [file for file in files if file.suffix.lower() == suffix]
+        if of_format:
+            by_split = split_files(folder, of_format, suffix)
+            return _named_source(
+                config,
+                builder,
+                data_files={
+                    split: [_literal(file) for file in found] for split, found in by_split.items()
+                },
+            )
+    scripts = [file.name for file in files if file.suffix == ".py"]
+    hint = f"; the script {scripts[0]!r} is not run" if scripts else ""
+    raise ValueError(
+        f"data.source: {str(folder)!r} holds neither images nor Parquet files, found "
+        f"{listed(str(file.relative_to(folder)) for file in files)}{hint}"
+    )
+
+
+def _says_its_files(readme: Path) -> bool:
+    """Whether a README in the hub's format says which files belong to which split."""
+    try:
+        head = readme.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return head.startswith("---") and "data_files:" in head[3:].partition("\n---")[0]
+
+
+def _literal(file: Path) -> str:
+    """A path for ``datasets``, which takes every path for a pattern."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in str(file.absolute()))
+
+
+def _split_and_files(name: str, files: Sequence[Path]) -> str:
+    return f"the split {name!r} ({listed(file.name for file in files)})"
+
+
+def _table_source(
+    config: DataConfig, tables: Mapping[str, tuple[str, _Table]], notes: Sequence[str]
+) -> Source:
+    for where, table in tables.values():
+        if len(table) == 0:
+            raise ValueError(f"data.source: {where} of {config.source!r} is empty")
+    columns = columns_of(tables["train"][1].schema)
+    image = choose_image_column(columns, config.image_column)
+    label = choose_label_column(columns, image, config.label_column)
+    labels = {}
+    for part, (where, table) in tables.items():
+        here = {column.name: column for column in columns_of(table.schema)}
+        if image.name not in here or not (
+            here[image.name].is_image_feature or here[image.name].holds_bytes
+        ):
+            raise ValueError(
+                f"data.image_column: {where} has no column {image.name!r} of images, only "
+                f"{listed(here.values())}"
+            )
+        if label.name not in here or not here[label.name].holds_labels:
+            raise ValueError(
+                f"data.label_column: {where} has no column {label.name!r} of labels, only "
+                f"{listed(here.values())}"
+            )
+        values = table.values(label.name)
+        labels[part] = _named_labels(values, here[label.name].class_names, label.name, where)
+    guessed = (
+        config.label_column is None
+        and label.class_names is None
+        and label.name.lower() not in LABEL_NAMES
+    )
+    distinct = set(labels["train"])
+    if guessed and len(distinct) == len(labels["train"]) > 1:
+        raise ValueError(
+            f"data.label_column: the column {label.name!r} holds another value in each of the "
+            f"{len(distinct):,} rows of {tables['train'][0]}, so it cannot be the labels; the "
+            f"columns are {listed(columns)}"
+        )
+    test = tables.get("test")
+    return Source(
+        images={part: table.images(image.name) for part, (_, table) in tables.items()},
+        labels=labels,
+        class_names=label.class_names,
+        labels_from=f"the column {label.name!r} ({label.type})",
+        label_key="data.label_column",
+        test_from=None if test is None else test[0],
+        image_column=image.name,
+        label_column=label.name,
+        ignored_columns=tuple(column.name for column in columns if column not in (image, label)),
+        notes=tuple(notes),
+    )
+
+
+def _named_labels(
+    values: list[Any], class_names: tuple[str, ...] | None, column: str, where: str
+) -> list[Any]:
+    """Refuse missing labels; give numbers of a ClassLabel their names."""
+    missing = [row for row, value in enumerate(values) if value is None or value == -1]
+    if missing:
+        raise ValueError(
+            f"data.label_column: {column!r} of {where} has missing labels in {len(missing):,} of "
+            f"{len(values):,} rows, the first of them is row {missing[0]}"
+        )
+    if class_names is None:
+        return values
+    for row, value in enumerate(values):
+        if not 0 <= value < len(class_names):
+            raise ValueError(
+                f"data.label_column: {column!r} of {where} has {len(class_names)} classes, got the "
+                f"class {value} in row {row}"
+            )
+    return [class_names[value] for value in values]

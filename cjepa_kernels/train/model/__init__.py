@@ -1,0 +1,1 @@
+"""The vision transformer and the predictor of a joint-embedding architecture."""

@@ -1,0 +1,63 @@
+"""A new back end: a mapping from operators to implementations, and its name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cjepa_kernels import BackendStatus, backends, chunked, cross_logsumexp, nt_xent, ops
+
+module: Any = importlib.import_module("cjepa_kernels.backends")  # a function hides the module
+
+
+def forward(*args: Any) -> tuple[Tensor, ...]:
+    """Three times NT-Xent, so that a result tells which back end computed it."""
+    out = chunked.nt_xent.forward(*args)
+    return out._replace(loss=3 * out.loss)
+
+
+def backward(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return chunked.nt_xent.backward(3 * grad_loss, *args)
+
+
+@pytest.fixture(scope="module")
+def toy() -> Iterator[Any]:
+    """The name of a registered back end that knows one operator."""
+    ops.register_backend("toy", {"nt_xent": (forward, backward)})
+    module.add_backend("toy", lambda: BackendStatus(True, ("any",), "three times the loss"))
+    yield "toy"
+    del module._FINDERS["toy"]
+
+
+def test_values_and_gradients_come_from_it(toy: Any) -> None:
+    results = {}
+    for name in ("chunked", toy):
+        z_i, z_j = torch.manual_seed(0) and torch.randn(2, 5, 4).unbind()
+        z_i.requires_grad_()
+        temperature = torch.tensor(0.5, requires_grad=True)
+        loss = nt_xent(z_i, z_j, temperature=temperature, backend=name).loss
+        results[name] = [loss, *torch.autograd.grad(loss, (z_i, temperature))]
+    for ours, others in zip(results[toy], results["chunked"], strict=True):
+        torch.testing.assert_close(ours, 3 * others)
+
+
+def test_it_takes_part_in_a_compiled_graph(toy: Any) -> None:
+    z_i, z_j = torch.randn(2, 5, 4)
+    z_i.requires_grad_()
+    compiled = torch.compile(nt_xent, backend="aot_eager", fullgraph=True)
+    losses = [function(z_i, z_j, backend=toy).loss for function in (compiled, nt_xent)]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, z_i)[0] for loss in losses))
+
+
+def test_it_is_listed_and_errors_name_it(toy: Any) -> None:
+    assert backends()[toy].reason == "three times the loss"
+    with pytest.raises(ValueError, match=r"backend must be one of .*'toy'"):
+        nt_xent(torch.eye(2), torch.eye(2), backend="gpu")  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match='"toy" has no operator cross_logsumexp'):
+        cross_logsumexp(torch.eye(2), torch.eye(2), backend=toy)

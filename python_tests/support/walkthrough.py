@@ -1,0 +1,70 @@
+"""The files of CONTRIBUTING's walk-through, put into a copy of the package."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+BLOCK = re.compile(r"^```(py|diff)\n# (\S+\.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Extension(NamedTuple):
+    """A copy of the package with what the walk-through adds."""
+
+    directory: Path
+    added: list[str]  # paths of new files
+    changed: list[str]  # paths of files that got lines
+
+
+def copy_package(source: Path, target: Path) -> None:
+    """Copy the package with its compiled module and the helpers of the tests."""
+    ignored = shutil.ignore_patterns("__pycache__", "train", "bench")
+    shutil.copytree(source / "cjepa_kernels", target / "cjepa_kernels", ignore=ignored)
+    for name in ("pyproject.toml", "python_tests/conftest.py", "python_tests/support"):
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if (source / name).is_dir():
+            shutil.copytree(source / name, path, ignore=ignored)
+        else:
+            shutil.copy(source / name, path)
+
+
+def apply_walkthrough(document: str, target: Path) -> Extension:
+    """Write the files of all ``py`` blocks, and change files as the ``diff`` blocks say.
+
+    Args:
+        document: Text of the document.
+        target: Directory of the copy.
+
+    Raises:
+        ValueError: A file is there already, or the text to be changed is not there exactly once.
+    """
+    added, changed = [], []
+    for kind, name, content in BLOCK.findall(document):
+        if kind == "py":
+            if (target / name).exists():
+                raise ValueError(f"{name} is there already")
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (target / name).write_text(content, encoding="utf-8")
+            added.append(name)
+            continue
+        parts = re.split(r"^# (\S+\.py)\n", f"# {name}\n{content}", flags=re.MULTILINE)[1:]
+        for path, hunks in zip(parts[::2], parts[1::2], strict=True):
+            _change(target / path, hunks)
+            changed.append(path)
+    return Extension(target, added, changed)
+
+
+def _change(path: Path, hunks: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    for hunk in re.split(r"^@@\n", hunks, flags=re.MULTILINE):
+        lines = [(line[:1], line[1:]) for line in hunk.splitlines()]
+        before, after = (
+            "".join(f"{line}\n" for sign, line in lines if sign != other) for other in "+-"
+        )
+        if text.count(before) != 1:
+            raise ValueError(f"expected once in {path}, found {text.count(before)}:\n{before}")
+        text = text.replace(before, after)
+    path.write_text(text, encoding="utf-8")
