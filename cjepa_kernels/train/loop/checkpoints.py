@@ -60,7 +60,7 @@ class AtomicCheckpointIO(CheckpointIO):
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
-                # PyTorch reports a position in the file. The context is the operating system's error.
+                # PyTorch reports a position in the file; the system's error is its context.
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
