@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,28 +51,28 @@ class EncodedImage(NamedTuple):
     place: str  # where the image is, for errors
     content: bytes | Path | None  # the file's bytes, or where they are
 
+    @property
+    def where(self) -> str:
+        """How an error about the image begins."""
+        return f"{self.key}: {self.place}"
 
-class ImageSource(Protocol):
-    """Images that can be read by their rows."""
 
-    def __len__(self) -> int: ...
-
-    def read(self, rows: Sequence[int]) -> Iterator[EncodedImage]:
-        """Yield some of the images, by ascending rows."""
+# Yields the images of some rows, which ascend.
+ReadImages = Callable[[Sequence[int]], Iterator[EncodedImage]]
 
 
 @dataclass(frozen=True)
 class EncodedImages:
     """Some images of a source."""
 
-    source: ImageSource
+    read: ReadImages
     rows: Sequence[int]  # (N,) ascending
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[EncodedImage]:
-        return self.source.read(self.rows)
+        return self.read(self.rows)
 
 
 @dataclass
@@ -88,6 +88,50 @@ class Treatment:
     wide: int = 0
     largest_wide_value: int = 0
     wide_colour: int = 0
+    largest_wide_colour: int = 0  # of the upper 8 bits, which Pillow keeps
+
+    def add(self, encoded: EncodedImage) -> None:
+        """Count what is special about an image.
+
+        Args:
+            encoded: The image, of which the header is read, and the pixels if they are wide.
+
+        Raises:
+            ValueError: If it is damaged, or its pixels are of unknown range.
+        """
+        wide_value = wide_colour = None
+        with open_image(encoded) as image:
+            if image.mode == "F":
+                raise ValueError(
+                    f"{encoded.where} has floating-point pixels (mode 'F') of unknown range; "
+                    "convert the images to 8 or 16 bits"
+                )
+            orientation = _orientation(image)
+            width, height = image.size
+            if orientation > 4 and image.format != "TIFF":
+                width, height = height, width
+            mode, several_frames = image.mode, _has_several_frames(image)
+            transparent = mode in _ALPHA_MODES or "transparency" in image.info
+            if _is_wide(mode):
+                _load(image, encoded.where)
+                wide_value = int(_wide_pixels(image, encoded.where).max())
+            elif _is_wide_colour(image):
+                _load(image, encoded.where)
+                pixels = np.atleast_3d(np.asarray(image))  # (H, W, C)
+                colours = pixels.shape[2] - (mode in _ALPHA_MODES)
+                wide_colour = int(pixels[..., :colours].max())
+        self.images += 1
+        self.modes[mode] += 1
+        self.sizes[width, height] += 1
+        self.turned += orientation > 1
+        self.transparent += transparent
+        self.several_frames += several_frames
+        if wide_value is not None:
+            self.wide += 1
+            self.largest_wide_value = max(self.largest_wide_value, wide_value)
+        if wide_colour is not None:
+            self.wide_colour += 1
+            self.largest_wide_colour = max(self.largest_wide_colour, wide_colour)
 
 
 @dataclass(frozen=True)
@@ -129,18 +173,14 @@ class ImageLayout:
                 without ``image_size``.
         """
         found = Treatment()
-        largest_colour = None
         with _quiet_pillow():
             for image in (image for part in parts for image in part):
                 try:
-                    colour = _inspect(image, found)
+                    found.add(image)
                 except ValueError as error:
                     if on_damage is None:
                         raise
                     on_damage(str(error))
-                    continue
-                if colour is not None:
-                    largest_colour = max(colour, largest_colour or 0)
         if not found.images:
             raise ValueError("data.source: none of the images can be opened")
         if image_size is None and len(found.sizes) > 1:
@@ -150,7 +190,7 @@ class ImageLayout:
                 f"{', ...' if len(found.sizes) > 3 else ''}); set data.image_size to resize them "
                 "all to one square"
             )
-        _check_colour_depth(largest_colour, bit_depth)
+        _check_colour_depth(found, bit_depth)
         size = next(iter(found.sizes)) if image_size is None else (image_size, image_size)
         grey = all(mode in _GREY_MODES or _is_wide(mode) for mode in found.modes)
         return cls(
@@ -209,7 +249,7 @@ class ImageLayout:
                     on_damage(str(error))
 
     def _decode(self, encoded: EncodedImage) -> Image.Image:
-        where = f"{encoded.key}: {encoded.place}"
+        where = encoded.where
         with open_image(encoded) as image:
             # Pillow turns TIFF itself.
             upright = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image))
@@ -258,7 +298,7 @@ def open_image(encoded: EncodedImage) -> Iterator[Image.Image]:
     Raises:
         ValueError: If there is no image that Pillow can read; the message says where.
     """
-    where, content = f"{encoded.key}: {encoded.place}", encoded.content
+    where, content = encoded.where, encoded.content
     if content is None:
         raise ValueError(f"{where} has no image, it is null")
     try:
@@ -267,7 +307,9 @@ def open_image(encoded: EncodedImage) -> Iterator[Image.Image]:
         else:
             image = Image.open(content)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{where} is not an image{_instead(content)}") from error
+        cause = why_unreadable(content)
+        what = f": it {cause}" if cause else " that Pillow can read"
+        raise ValueError(f"{where} is not an image{what}") from error
     except OSError as error:
         what = f"cannot be read: {error.strerror}" if error.strerror else f"is damaged: {error}"
         raise ValueError(f"{where} {what}") from error
@@ -313,75 +355,26 @@ def treatment_lines(layout: ImageLayout) -> list[str]:
         target = "grey" if layout.mode == "L" else "colour (RGB)"
         what = ", ".join(f"{count:,} {name}" for name, count in sorted(converted.items()))
         lines.append(f"Images that are converted to {target}: {what}.")
-    if found.turned:
-        lines.append(
-            f"{_images(found.turned)} {_are(found.turned)} turned upright as their EXIF "
-            "orientation says."
-        )
-    if found.transparent:
-        lines.append(
-            f"{_images(found.transparent)} may be transparent: the transparency is dropped, the "
-            "colours below it are kept."
-        )
-    if found.several_frames:
-        lines.append(
-            f"{_images(found.several_frames)} with several frames or pages: the first one is taken."
-        )
-    if found.wide:
-        lines.append(
-            f"{_images(found.wide)} of more than 8 bits: the largest value is "
-            f"{found.largest_wide_value}, {layout.bit_depth} bits are taken to be in use "
-            f"(data.bit_depth), and 0..{2**layout.bit_depth - 1} becomes 0..255."
-        )
-    if found.wide_colour:
-        lines.append(
-            f"{_images(found.wide_colour)} of 16 bits per colour: the upper 8 bits are kept."
-        )
+    changes = {
+        f"{_are(found.turned)} turned upright as their EXIF orientation says": found.turned,
+        "may be transparent: the transparency is dropped, the colours below it are kept": (
+            found.transparent
+        ),
+        "with several frames or pages: the first one is taken": found.several_frames,
+        f"of more than 8 bits: the largest value is {found.largest_wide_value}, "
+        f"{layout.bit_depth} bits are taken to be in use (data.bit_depth), and "
+        f"0..{2**layout.bit_depth - 1} becomes 0..255": found.wide,
+        "of 16 bits per colour: the upper 8 bits are kept": found.wide_colour,
+    }
+    lines += [f"{_images(count)} {change}." for change, count in changes.items() if count]
     return lines
 
 
-def _inspect(encoded: EncodedImage, found: Treatment) -> int | None:
-    """Count what is special about an image; return the largest high byte of 16-bit colours."""
-    where = f"{encoded.key}: {encoded.place}"
-    with open_image(encoded) as image:
-        if image.mode == "F":
-            raise ValueError(
-                f"{where} has floating-point pixels (mode 'F') of unknown range; convert the "
-                "images to 8 or 16 bits"
-            )
-        orientation = _orientation(image)
-        width, height = image.size
-        if orientation > 4 and image.format != "TIFF":
-            width, height = height, width
-        mode, frames = image.mode, _has_several_frames(image)
-        transparent = mode in _ALPHA_MODES or "transparency" in image.info
-        wide_value = colour_value = None
-        if _is_wide(mode):
-            _load(image, where)
-            wide_value = int(_wide_pixels(image, where).max())
-        elif _is_wide_colour(image):
-            _load(image, where)
-            pixels = np.atleast_3d(np.asarray(image))  # (H, W, C)
-            colours = pixels.shape[2] - (mode in _ALPHA_MODES)
-            colour_value = int(pixels[..., :colours].max())
-    found.wide_colour += colour_value is not None
-    found.images += 1
-    found.modes[mode] += 1
-    found.sizes[width, height] += 1
-    found.turned += orientation > 1
-    found.transparent += transparent
-    found.several_frames += frames
-    if wide_value is not None:
-        found.wide += 1
-        found.largest_wide_value = max(found.largest_wide_value, wide_value)
-    return colour_value
-
-
-def _check_colour_depth(largest_high_byte: int | None, bit_depth: int | None) -> None:
+def _check_colour_depth(found: Treatment, bit_depth: int | None) -> None:
     """Refuse 16-bit colours of which Pillow would keep a few bits only."""
-    if largest_high_byte is None or bit_depth == 16:
+    if not found.wide_colour or bit_depth == 16:
         return
-    used = 8 + largest_high_byte.bit_length()
+    used = 8 + found.largest_wide_colour.bit_length()
     if bit_depth is not None or used < 16:
         raise ValueError(
             "data.bit_depth: of colour images with 16 bits Pillow keeps only the upper 8, and "
@@ -439,21 +432,23 @@ def _has_several_frames(image: Image.Image) -> bool:
         return False  # the first frame is what counts, and decoding says whether it is damaged
 
 
-def _instead(content: bytes | Path) -> str:
-    try:
-        if isinstance(content, bytes):
-            start, size = content[:32], len(content)
-        else:
-            size = content.stat().st_size
-            with content.open("rb") as file:
-                start = file.read(32)
-    except OSError:
-        return ""
-    if size == 0:
-        return ": it is empty"
-    if start.startswith(_LFS_POINTER):
-        return ": it is a pointer of Git LFS; fetch the files with `git lfs pull`"
-    return " that Pillow can read"
+def why_unreadable(content: bytes | Path) -> str | None:
+    """Say why a file holds no data, if its beginning shows it.
+
+    Args:
+        content: The file's bytes, or where they are.
+
+    Returns:
+        The end of a sentence about the file, or None if its beginning shows nothing.
+    """
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            content = file.read(32)
+    if not content:
+        return "is empty"
+    if content.startswith(_LFS_POINTER):
+        return "is a pointer of Git LFS; fetch the files with `git lfs pull`"
+    return None
 
 
 @contextmanager

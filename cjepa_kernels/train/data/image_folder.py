@@ -10,7 +10,6 @@ from stat import S_ISREG
 
 from PIL import Image
 
-from cjepa_kernels.suggestions import closest
 from cjepa_kernels.train.data.image_decoding import EncodedImage
 from cjepa_kernels.train.data.split_names import (
     SPLIT_NAMES,
@@ -18,7 +17,6 @@ from cjepa_kernels.train.data.split_names import (
     class_name,
     listed,
     split_role,
-    splits_left_out,
     visible_entries,
     walk_files,
 )
@@ -34,9 +32,6 @@ class FolderImages:
 
     paths: Sequence[Path]
     classes: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.paths)
 
     def read(self, rows: Sequence[int]) -> Iterator[EncodedImage]:
         """Yield some of the images.
@@ -105,19 +100,18 @@ def list_image_folder(root: Path) -> ImageFolder:
     left_out: Counter[str] = Counter()
     nested: list[str] = []
     if not named:
-        images = _list_classes(root, folders, visited, left_out, nested)
-        splits = {"train": (root.name, images)}
-        unused = []
+        unused: tuple[str, ...] = ()
+        splits = {"train": (root.name, _list_classes(folders, visited, left_out, nested))}
     else:
         chosen = choose_splits({folder.name: folder for folder in named}, repr(str(root)))
-        unused = splits_left_out((folder.name for folder in named), chosen)
+        unused = chosen.notes
         splits = {}
-        for part, (name, folder) in chosen.items():
+        for part, (name, folder) in chosen.parts.items():
             classes = _subfolders(folder)
             if not classes:
                 raise ValueError(_no_classes(root, folder))
             _refuse_loose_images(folder, "class")
-            splits[part] = (name, _list_classes(folder, classes, visited, left_out, nested))
+            splits[part] = (name, _list_classes(classes, visited, left_out, nested))
     class_names = tuple(sorted(set(splits["train"][1].classes)))
     _check_classes(root, class_names)
     if "test" in splits:
@@ -169,7 +163,6 @@ def _no_classes(root: Path, folder: Path) -> str:
 
 
 def _list_classes(
-    folder: Path,
     classes: Sequence[Path],
     visited: dict[tuple[int, int], Path],
     left_out: Counter[str],
@@ -231,20 +224,6 @@ def _refuse_shared_files(train: FolderImages, test: FolderImages) -> None:
                 f"data.source: the test image {str(file)!r} is the same file as the training image "
                 f"{str(same)!r}, by a link"
             )
-
-
-def nearest_class(name: str, known: Sequence[str]) -> str:
-    """Point at a class that was perhaps meant.
-
-    Args:
-        name: A class that does not exist.
-        known: Those that do.
-
-    Returns:
-        A clause for an error message, or nothing.
-    """
-    meant = closest(name, known)
-    return "" if meant is None else f" (the nearest training class is {meant!r})"
 
 
 def _notes(left_out: Counter[str], nested: Sequence[str]) -> list[str]:

@@ -6,8 +6,11 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
+
+from cjepa_kernels import suggestions
 
 # The whole name decides, in any case. What a name merely contains never does: CIFAR-100 has a
 # class "train", and other sets have classes such as "test_tube".
@@ -50,7 +53,15 @@ def split_role(name: str) -> str | None:
     return _ROLES.get(name.lower())
 
 
-def choose_splits(splits: Mapping[str, Content], where: str) -> dict[str, tuple[str, Content]]:
+@dataclass(frozen=True)
+class ChosenSplits(Generic[Content]):
+    """The splits of a source that are used."""
+
+    parts: dict[str, tuple[str, Content]]  # "train" and perhaps "test": the split's name, content
+    notes: tuple[str, ...]  # a sentence on the splits that are not used, if there are some
+
+
+def choose_splits(splits: Mapping[str, Content], where: str) -> ChosenSplits[Content]:
     """Choose the training and the test set among the splits of a source.
 
     A validation split is the test set only if there is no test split.
@@ -58,9 +69,6 @@ def choose_splits(splits: Mapping[str, Content], where: str) -> dict[str, tuple[
     Args:
         splits: The splits by name, each of which has a role.
         where: What errors call the source.
-
-    Returns:
-        Name and content of ``"train"`` and, if there is one, of ``"test"``.
 
     Raises:
         ValueError: If there is no training set, or two splits have one role.
@@ -85,38 +93,21 @@ def choose_splits(splits: Mapping[str, Content], where: str) -> dict[str, tuple[
     test = of_role.get("test", of_role.get("validation"))
     if test is not None:
         chosen["test"] = test
-    return {part: (name, splits[name]) for part, name in chosen.items()}
-
-
-def splits_left_out(splits: Iterable[str], chosen: Mapping[str, tuple[str, Content]]) -> list[str]:
-    """Say which splits are not used.
-
-    Args:
-        splits: Names of all splits.
-        chosen: What :func:`choose_splits` returned for them.
-
-    Returns:
-        One sentence, or none.
-    """
-    unused = sorted(set(splits) - {name for name, _ in chosen.values()})
-    if not unused:
-        return []
-    return [f"Splits that are not used: {', '.join(unused)}."]
+    unused = sorted(set(splits) - set(chosen.values()))
+    return ChosenSplits(
+        parts={part: (name, splits[name]) for part, name in chosen.items()},
+        notes=(f"Splits that are not used: {', '.join(unused)}.",) if unused else (),
+    )
 
 
 def listed(names: Iterable[object]) -> str:
-    """Show some names in an error.
+    """Write the first names for an error, and how many more there are."""
+    return suggestions.listed(names, most=_SHOWN)
 
-    Args:
-        names: Any number of names.
 
-    Returns:
-        The first of them, separated by commas, and how many more there are.
-    """
-    everything = [str(name) for name in names]
-    shown = ", ".join(everything[:_SHOWN])
-    more = len(everything) - _SHOWN
-    return (f"{shown} and {more} more" if more > 0 else shown) or "nothing"
+def is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` of the ``datasets`` library wrote a folder."""
+    return any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
 
 
 def visible_entries(folder: Path) -> list[Path]:
