@@ -10,7 +10,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from types import ModuleType
 from typing import Literal
 
@@ -126,9 +125,13 @@ _FINDERS: dict[str, Callable[[], BackendStatus]] = {
 }
 
 
-@lru_cache  # a status does not change while the process runs
+_statuses: dict[str, BackendStatus] = {}  # those found so far; they do not change
+
+
 def _find(name: str) -> BackendStatus:
-    return _FINDERS[name]()
+    if name not in _statuses:
+        _statuses[name] = _FINDERS[name]()
+    return _statuses[name]
 
 
 def _why_missing(name: str) -> str | None:

@@ -1,7 +1,7 @@
 """Losses from a configuration: a mapping or a YAML file.
 
-Defaults are those of the modules: a key that is absent is not passed on. A mistake is named by its
-dotted key, and all mistakes of a section are reported at once.
+A key that is absent takes the default of the module. An error names each mistake by its dotted
+key, and reports all mistakes of a section at once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from cjepa_kernels.backends import names
+from cjepa_kernels.definitions import SMALLEST
 from cjepa_kernels.modules import ContrastiveJEPALoss, HJEPALoss
 from cjepa_kernels.suggestions import nearest
 from cjepa_kernels.yaml_reader import read_yaml
@@ -55,8 +56,8 @@ BOOLEAN_KEYS = {
 }
 CJEPA_TYPES = ("cjepa", "contrastive_jepa")
 JEPA_TYPES = ("hjepa", "jepa", "smoothl1", "mse")  # the last two name the loss type as well
-# What a configuration may ask for. The modules take wider ranges; beyond these no training makes
-# sense, and products of the values could leave the range of fp32.
+# Ranges of a configuration's values. The modules take wider ranges; outside of these no training
+# makes sense, and products of the values could leave the range of fp32.
 RANGES: dict[str, tuple[float, float]] = {
     "jepa_weight": (0.0, 1e6),
     "contrastive_weight": (0.0, 1e6),
@@ -64,10 +65,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "contrastive_temperature": (1e-4, 1e4),
     "smoothl1_beta": (1e-6, 1e6),
     "huber_delta": (1e-6, 1e6),
-    "eps": (1e-30, 1.0),
+    "eps": (SMALLEST, 1.0),
     "num_hierarchies": (1, 32),
 }
-# H-JEPA's types that its files have and this package has not, and what to take instead.
+# Types of H-JEPA's files that this package does not have, and what to take instead.
 _VICREG = (
     "there is no VICReg here; type 'hjepa' is the prediction term alone, and type 'cjepa' adds "
     "NT-Xent, which also keeps representations apart"
@@ -173,12 +174,12 @@ def check_loss_section(config: Mapping[str, Any]) -> dict[str, Any]:
 def _wrap(section: Mapping[str, Any], prefix: str, jepa_loss: nn.Module) -> ContrastiveJEPALoss:
     try:
         return ContrastiveJEPALoss(jepa_loss, **_arguments(section, CONTRASTIVE_KEYS))
-    except RuntimeError as error:  # the back end is missing: all the rest was checked
+    except RuntimeError as error:  # the back end is missing; everything else was checked
         raise RuntimeError(f"{prefix}backend: {error}") from None
 
 
 def _loss_section(config: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any], str]:
-    """The section, and what stands before its keys in messages."""
+    """The loss section, and the prefix of its keys in messages."""
     if isinstance(config, (str, Path)):
         config = read_yaml(Path(config))
     if not isinstance(config, Mapping):
@@ -203,7 +204,7 @@ def _loss_section(config: Mapping[str, Any] | str | Path) -> tuple[dict[str, Any
 
 
 def _check(section: dict[str, Any], prefix: str) -> str:
-    """Check every key; drop those that H-JEPA ignores as well. Returns the type."""
+    """Check every key, drop the keys that H-JEPA ignores as well, and return the type."""
     ignored = [key for key in section if isinstance(key, str) and _is_of_vicreg(key)]
     kind = section.get("type", "cjepa")
     if ignored and "type" not in section:
@@ -211,7 +212,7 @@ def _check(section: dict[str, Any], prefix: str) -> str:
             f"{prefix}type: missing beside {', '.join(ignored)}, where H-JEPA takes 'combined': "
             f"{_VICREG}"
         )
-    if isinstance(kind, str) and kind.lower() in FOREIGN_TYPES:  # its keys would be unknown as well
+    if isinstance(kind, str) and kind.lower() in FOREIGN_TYPES:  # before its keys, also unknown
         raise ValueError(f"{prefix}type: no type {kind!r}: {FOREIGN_TYPES[kind.lower()]}")
     problems: list[tuple[str, Exception]] = []
 
@@ -232,7 +233,7 @@ def _check(section: dict[str, Any], prefix: str) -> str:
                 "contrastive_weight to 0"
             )
             problems.append(("use_contrastive", ValueError(message)))
-        # What is left concerns two keys: as many weights as levels.
+        # This check concerns two keys: there must be as many weights as levels.
         check("hierarchy_weights", lambda: HJEPALoss(**_arguments(section, JEPA_KEYS)))
     if problems:
         lines = [
@@ -311,7 +312,7 @@ def _check_range(key: str, value: Any) -> None:
 
 
 def _without_key(key: str, error: Exception) -> str:
-    """The message without the name that stands before it already."""
+    """The message without the argument's name, which the key in front of it replaces."""
     argument = {**JEPA_KEYS, **CONTRASTIVE_KEYS}.get(key, key)
     return str(error).removeprefix(f"{argument} ").removeprefix(f"{key} ")
 

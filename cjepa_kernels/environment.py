@@ -1,4 +1,4 @@
-"""What environment variables say."""
+"""Values of environment variables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import re
 _problems: list[str] = []
 
 _MOST = 2**40  # MiB: more than any address space, and in bytes no more than C++'s size_t holds
-# Decimal, since csrc/cpu/memory.cpp reads the same text: no underscores, inf or other scripts.
+# It is decimal, because csrc/cpu/memory.cpp reads the same text: no underscores, no inf, and no
+# digits of other scripts.
 _NUMBER = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
 

@@ -96,8 +96,8 @@ def _name(entry: Config) -> str:
     return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
-def entries_for(rows: int, features: int, dtype: torch.dtype) -> list[Config]:
-    """The table's entries for the kernels that a batch of this size uses.
+def entries_for(features: int, dtype: torch.dtype) -> list[Config]:
+    """The table's entries for the kernels that NT-Xent uses at this width.
 
     Raises:
         RuntimeError: There is no CUDA device.

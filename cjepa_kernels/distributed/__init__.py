@@ -1,8 +1,9 @@
 """Negatives from every rank of a process group.
 
-nt_xent      the loss and its gradient         strategies   all-gather and ring
-group        who holds how many pairs          ring         who meets whom, and when
-exchange     what ranks send each other        blocks       parts of S, by the operators
+nt_xent      the loss and its gradient           strategies   all-gather and ring
+group        the ranks and their pairs           ring         the schedule of the ring
+exchange     messages between ranks, counted     blocks       parts of S, by the operators
+reference    the formula on all gathered pairs
 """
 
 from cjepa_kernels.definitions import STRATEGIES, Strategy

@@ -1,4 +1,4 @@
-"""What ranks send each other, point to point and collectively, counted; errors say why."""
+"""Messages between ranks, point to point and collective, which are counted; errors name a cause."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-@dataclass(eq=False)  # told apart by identity
+@dataclass(eq=False)  # compared by identity
 class Counts:
-    """What this rank sent and multiplied.
+    """Bytes that this rank sent, and FLOPs of its products.
 
     Attributes:
         forward_bytes: Sent in forwards. A collective counts what a ring algorithm sends: R - 1
             parts for an all-gather, 2 (R - 1) / R of the tensor for an all-reduce.
         backward_bytes: The same in backwards.
-        flops: Of the products that the loss needs, 2 for a multiply-add: what the compiled kernel
-            does. The chunked path multiplies the own block twice over, Triton's kernels for narrow
-            rows compute the similarities of a backward once for each side.
+        flops: FLOPs of the products that the loss needs, 2 for a multiply-add. The compiled kernel
+            does exactly these. The chunked back end computes both halves of the own block. The
+            Triton kernels for narrow rows compute the similarities of a backward twice, once for
+            each side.
     """
 
     forward_bytes: int = 0
@@ -34,7 +35,7 @@ _counting: list[Counts] = []
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """Count what this rank sends and multiplies for ``nt_xent`` of a group, until the end."""
+    """Count the bytes and FLOPs of this rank for ``nt_xent`` of a group, inside the ``with``."""
     counts = Counts()
     _counting.append(counts)
     try:
@@ -44,25 +45,25 @@ def counting() -> Iterator[Counts]:
 
 
 def count_flops(flops: int) -> None:
-    """Add to whoever is counting."""
+    """Add FLOPs to every open count."""
     for counts in _counting:
         counts.flops += flops
 
 
 @dataclass(frozen=True)
 class Message:
-    """A tensor for a rank of the group, or room for one from it."""
+    """A tensor to send to a rank of the group, or a buffer for one from it."""
 
     tensor: Tensor  # contiguous
     rank: int
 
 
 class Exchange:
-    """The ranks of a group as one of them sees them.
+    """The exchanges of one rank with the other ranks of a group.
 
     Args:
         group: The ranks.
-        backward: Whether a backward is what this exchange is part of.
+        backward: Whether this exchange is part of a backward.
     """
 
     def __init__(self, group: dist.ProcessGroup, *, backward: bool = False) -> None:
@@ -71,11 +72,11 @@ class Exchange:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def start(self, sent: Sequence[Message], received: Sequence[Message]) -> list[dist.Work]:
-        """Begin to send and to receive; to be ended by :meth:`finish`."""
+        """Begin to send and to receive. :meth:`finish` ends it."""
         if not sent and not received:
             return []
         operations = [
-            # A tag of its own for each message between two ranks.
+            # Each message between two ranks has a tag of its own.
             dist.P2POp(function, m.tensor, group=self.group, tag=tag, group_peer=m.rank)
             for function, messages in ((dist.isend, sent), (dist.irecv, received))
             for tag, m in enumerate(messages)
@@ -85,13 +86,16 @@ class Exchange:
             return dist.batch_isend_irecv(operations)
 
     def finish(self, works: Sequence[dist.Work]) -> None:
-        """Wait until all of it is there; on a GPU, have the current stream wait."""
+        """Wait until all messages are here; on a GPU the current stream waits."""
         with self._blame():
             for work in works:
                 work.wait()
 
     def start_all_gather(self, own: Tensor) -> tuple[Tensor, list[dist.Work]]:
-        """Room for (n, ...) of every rank, as large everywhere, as (R, n, ...); to be finished."""
+        """Begin to gather (n, ...) of every rank, with the same n, as (R, n, ...).
+
+        The result is complete after :meth:`finish`.
+        """
         own = own.contiguous()
         everything = own.new_empty(self.ranks, *own.shape)
         self._count((self.ranks - 1) * own.nbytes)
@@ -100,23 +104,23 @@ class Exchange:
             return everything, [dist.all_gather(parts, own, group=self.group, async_op=True)]
 
     def all_gather(self, own: Tensor) -> Tensor:
-        """(n, ...) of every rank, as large everywhere, as (R, n, ...)."""
+        """Gather (n, ...) of every rank, with the same n, as (R, n, ...)."""
         everything, works = self.start_all_gather(own)
         self.finish(works)
         return everything
 
     def all_reduce(self, own: Tensor) -> None:
-        """Add up in place, to the same bits on every rank."""
+        """Sum over the ranks, in place, with the same bits on every rank."""
         self._count(2 * (self.ranks - 1) * own.nbytes // self.ranks)
         with self._blame():
             dist.all_reduce(own, group=self.group)
 
     def numbers(self, own: Sequence[int], device: torch.device) -> list[list[int]]:
-        """Whole numbers of every rank, as many on each, on the host.
+        """Gather integers of every rank on the host; every rank gives equally many.
 
-        A group that can exchange nothing but tensors of the GPU does it there, on a stream of its
-        own: the host waits for this exchange and for earlier ones of the group, but not for other
-        work that was queued before it.
+        A group that can only exchange tensors of the GPU does so there, on a separate stream. The
+        host waits for this exchange and for earlier ones of the group, but not for other work that
+        was queued before it.
         """
         if "cpu:" in dist.get_backend_config(self.group):
             device = torch.device("cpu")
@@ -147,7 +151,7 @@ class Exchange:
 
 
 class Mail:
-    """Messages of one step; all ranks send each other as many as the others expect, in order."""
+    """The messages of one step. Every rank sends what the others expect, in the same order."""
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
@@ -156,25 +160,25 @@ class Mail:
         self._works: list[dist.Work] = []
 
     def send(self, tensor: Tensor, rank: int) -> None:
-        """Have a contiguous tensor, which must not change before the end, sent."""
+        """Add a contiguous tensor to send, which must not change before :meth:`finish`."""
         self._sent.append(Message(tensor, rank))
 
     def receive(self, like: Tensor, rows: slice, rank: int) -> Tensor:
-        """What will hold those rows of a tensor like that one."""
+        """The buffer that will hold these rows of another rank's tensor like this one."""
         tensor = like.new_empty(rows.stop - rows.start, *like.shape[1:])
         self._received.append(Message(tensor, rank))
         return tensor
 
     def pass_on(self, tensor: Tensor, sent: slice, to: int, received: slice, source: int) -> Tensor:
-        """Send some rows of a tensor and receive some of another rank's."""
+        """Send some rows of a tensor, and receive rows of another rank's tensor."""
         self.send(tensor[sent], to)
         return self.receive(tensor, received, source)
 
     def start(self) -> None:
-        """Begin with all of it."""
+        """Begin to send and to receive all messages."""
         self._works = self.exchange.start(self._sent, self._received)
 
     def finish(self) -> None:
-        """Wait for all of it, and let go of the tensors."""
+        """Wait for all messages, and release the tensors."""
         self.exchange.finish(self._works)
         self._sent, self._received, self._works = [], [], []

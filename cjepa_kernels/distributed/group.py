@@ -1,4 +1,4 @@
-"""The ranks of a group: who holds how many pairs, and whether all ask for the same."""
+"""The ranks of a group: the pairs of each rank, and the check that all options agree."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cjepa_kernels.distributed.exchange import Exchange
 def resolve_group(distributed: bool | dist.ProcessGroup) -> dist.ProcessGroup | None:
     """The process group of ``distributed=True`` (all ranks), of a group (itself), or None.
 
-    ``True`` is None too, one process, where ``init_process_group`` was not called.
+    Without a call of ``init_process_group``, ``True`` gives None as well: one process.
 
     Raises:
         TypeError: Neither a bool nor a process group.
@@ -56,11 +56,11 @@ class SharedGroup:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The pairs of all ranks, in the order of the ranks.
+    """The numbers of pairs of all ranks, in the order of the ranks.
 
     Attributes:
-        rank: This one.
-        batches: Pairs of each rank.
+        rank: This rank.
+        batches: Number of pairs of each rank.
     """
 
     rank: int
@@ -68,27 +68,27 @@ class GlobalBatch:
 
     @property
     def ranks(self) -> int:
-        """R."""
+        """R, the number of ranks."""
         return len(self.batches)
 
     @property
     def rows(self) -> int:
-        """M, both views of all pairs."""
+        """M, the rows of both views of all pairs."""
         return 2 * sum(self.batches)
 
     def rows_of(self, rank: int) -> int:
-        """Both views of one rank's pairs."""
+        """M_r, the rows of both views of one rank's pairs."""
         return 2 * self.batches[rank]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every rank has to ask for alike: a number, or one of some values.
+    """An option that must be the same on every rank: a number, or one of some values.
 
     Attributes:
-        name: As the user knows it.
-        value: This rank's.
-        known: The values, unless it is a number.
+        name: The name that an error shows.
+        value: The value on this rank.
+        known: The possible values, or None for a number.
     """
 
     name: str
@@ -96,21 +96,21 @@ class Setting:
     known: Sequence[Any] | None = None
 
     def encode(self) -> int:
-        """The value as 64 bits."""
+        """The value as an integer of 64 bits."""
         if self.known is not None:
             return list(self.known).index(self.value)
         code: int = struct.unpack("q", struct.pack("d", float(self.value)))[0]
         return code
 
     def decode(self, code: int) -> Any:
-        """The value of any rank."""
+        """The value of any rank, from its integer."""
         if self.known is not None:
             return self.known[code]
         return struct.unpack("d", struct.pack("q", code))[0]
 
 
 def agree(z_i: Tensor, settings: Sequence[Setting], group: dist.ProcessGroup) -> GlobalBatch:
-    """Tell each other how many pairs there are, and see that all ranks ask for the same.
+    """Exchange the numbers of pairs, and check that all ranks have the same options.
 
     Args:
         z_i: (B_r, D) first views of this rank.
@@ -118,7 +118,7 @@ def agree(z_i: Tensor, settings: Sequence[Setting], group: dist.ProcessGroup) ->
         group: The ranks.
 
     Raises:
-        ValueError: On all ranks alike, if one of them has no pair or asks for something else; the
+        ValueError: On all ranks alike, if a rank has no pair or another value of an option; the
             message names the rank.
     """
     features = Setting("the number of features", z_i.shape[1])

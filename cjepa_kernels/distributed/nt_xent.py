@@ -1,14 +1,14 @@
-"""NT-Xent of a group: features travel between the ranks, similarities never.
+"""NT-Xent of a group of ranks, which exchange features and never similarities.
 
-Rank r holds M_r of the M rows. Its own block of S is the NT-Xent operator's; against the rows of
-other ranks there are rectangles, which the operator of the log-sum-exp of both sides computes:
+Rank r holds M_r of the M rows. The operator ``nt_xent`` computes its own block of S, and the
+operator ``cross_logsumexp`` the rectangles of its rows and the rows of other ranks:
 
     LSE-_a   = log of the sum of exp(LSE-) of the own block and of all rectangles of row a
     x_a      = LSE-_a - l_pos,  loss_a = softplus(x_a),  r_a = sigmoid(x_a)
     dL/ds_ab = (1/tau) [ g_a r_a exp(l_ab - LSE-_a) + g_b r_b exp(l_ab - LSE-_b) ]   over ranks too
 
-The last line is the rectangle's backward with g r as the upstream gradients of both sides: what
-travels with a row is (g r, LSE-). A positive is always of the own rank.
+The last line is the rectangle's backward with g r as the upstream gradients of both sides, so a row
+travels with (g r, LSE-). A row and its positive are always on the same rank.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def nt_xent(
         The loss and the log-sum-exps of this rank's rows, and the metrics of all ranks.
 
     Raises:
-        ValueError: On all ranks alike, if one of them has no pair or asks for something else.
-        RuntimeError: A rank ended, or did not take part in time.
+        ValueError: On all ranks alike, if a rank has no pair or another value of an option.
+        RuntimeError: A rank ended, or did not take part before the timeout.
     """
     batch = agree(z_i, _settings(z_i, temperature, options), group)
     if options.overload == REFERENCE:

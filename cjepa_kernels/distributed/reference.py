@@ -44,6 +44,8 @@ def gather_pairs(
 
 
 class _AllGather(torch.autograd.Function):
+    """All-gather whose gradient is the sum over the ranks."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group

@@ -1,9 +1,10 @@
-"""The ring: shards travel from rank to rank, and each pair of shards meets once.
+"""The ring: shards travel from rank to rank, and each pair of shards is multiplied once.
 
 In step k = 1 ... floor(R / 2) the shard of rank r - k visits rank r, which multiplies it with its
-own: the tiles of that rectangle serve the rows of both. What it adds to the visitor's rows follows
-the visitor on its way, one step behind, and at the end goes home. With R even, the last step has
-rank r and rank r + R / 2 each visit the other: each takes a half of their rectangle.
+own shard. The tiles of that rectangle serve the rows of both shards. The results for the visitor's
+rows follow the visitor on its way, one step behind, and are sent home at the end. If R is even,
+rank r and rank r + R / 2 visit each other in the last step, and each computes a half of their
+rectangle.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Rectangle:
 
 @dataclass(frozen=True)
 class Ring:
-    """Who meets whom.
+    """The schedule: which shard visits which rank in each step.
 
     Attributes:
         batch: The pairs of all ranks.
@@ -37,7 +38,7 @@ class Ring:
 
     @property
     def steps(self) -> int:
-        """Visitors that each rank receives."""
+        """Number of visitors that each rank receives."""
         return self.batch.ranks // 2
 
     def visitor(self, rank: int, step: int) -> int:
@@ -45,19 +46,19 @@ class Ring:
         return (rank - step) % self.batch.ranks
 
     def rectangle(self, rank: int, step: int) -> Rectangle:
-        """What ``rank`` multiplies in a step."""
+        """The rectangle that ``rank`` computes in a step."""
         other = self.visitor(rank, step)
         own_rows, rows = self.batch.rows_of(rank), self.batch.rows_of(other)
         if 2 * step != self.batch.ranks:
             return Rectangle(slice(0, own_rows), slice(0, rows))
-        # Both meet: all rows of the lower rank with the first half of the upper one's, and with
-        # the second half.
+        # Both ranks visit each other. One computes all rows of the lower rank with the first half
+        # of the upper rank's rows, the other one computes them with the second half.
         if rank < other:
             return Rectangle(slice(0, own_rows), slice(0, rows // 2))
         return Rectangle(slice(own_rows // 2, own_rows), slice(0, rows))
 
     def collected(self, rank: int) -> slice:
-        """Rows of a rank's shard that other ranks collect something for, on its way."""
+        """Rows of a rank's shard for which other ranks compute results on its way."""
         return self.rectangle((rank + 1) % self.batch.ranks, 1).visiting
 
 
@@ -72,26 +73,26 @@ def circulate(
     last: Callable[[], None] = lambda: None,
     first_visitor: Sequence[Tensor] = (),
 ) -> Tensor | None:
-    """Send the own shard round, receive the others', and collect what they find for its rows.
+    """Send the own shard round the ring, work on its visitors, and collect results for its rows.
 
-    Exchange and compute overlap: while a visitor is worked on, the next one arrives, as does what
-    the current one has collected so far.
+    Exchange and computation overlap. During the work on a visitor, the next visitor arrives, and so
+    do the results that earlier ranks have computed for the current one.
 
     Args:
-        ring: Who meets whom.
-        exchange: The ranks.
+        ring: The schedule.
+        exchange: Exchanges with the other ranks.
         own: Tensors with a row for each row of the own shard, contiguous.
-        visit: Called with a rectangle and the visitor's tensors, the rows of the rectangle alone;
-            returns what it adds to these rows, (rows, C).
-        merge: Called with what was collected before for some rows, to which it adds what a visit
-            returned, its second argument.
-        first: Work that needs no visitor, while the first one is on its way.
-        last: The same, while what was collected goes home.
-        first_visitor: As many of the first visitor's tensors as are here already.
+        visit: Called with a rectangle and the rows of the visitor's tensors that belong to it;
+            returns the results for these rows, (rows, C).
+        merge: Called with the earlier results for some rows, and with those of a visit, which it
+            adds to the first argument.
+        first: Work that needs no visitor, done while the first one is on its way.
+        last: Work that needs no visitor, done while the collected results are sent home.
+        first_visitor: The tensors of the first visitor that are here already.
 
     Returns:
-        What was collected for the rows ``ring.collected(rank)`` of the own shard; None of a group
-        of one.
+        The results for the rows ``ring.collected(rank)`` of the own shard; None in a group of one
+        rank.
     """
     rank, ranks = ring.batch.rank, ring.batch.ranks
     right, left = (rank + 1) % ranks, (rank - 1) % ranks

@@ -113,7 +113,7 @@ class ContrastiveJEPALoss(nn.Module):
 
     @property
     def eps(self) -> float:
-        """Smallest norm that the contrastive term divides by."""
+        """Lower bound on the norm that the contrastive term uses for normalisation."""
         return self.contrastive.eps
 
     def forward(
@@ -163,7 +163,7 @@ class ContrastiveJEPALoss(nn.Module):
         if self.contrastive_weight:
             self._warn_without_gradient(features_i, features_j)
             terms.append(as_float(self.contrastive_weight) * contrastive["loss"])
-        # A weight of 0 leaves its term out: 0 x NaN would still be NaN.
+        # A weight of 0 leaves its term out, because 0 x NaN would still be NaN.
         loss = sum(terms[1:], terms[0]) if terms else 0.0 * jepa["loss"]
         return {
             **jepa,
@@ -242,7 +242,7 @@ class ContrastiveJEPALoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def get_loss_summary(self, loss_dict: dict[str, Tensor]) -> str:
-        """A readable breakdown of what ``forward`` returned (reads it on the host)."""
+        """A readable breakdown of the result of ``forward``; the host waits for it."""
 
         def value(key: str) -> float:
             return float(loss_dict[key].detach().mean())

@@ -194,9 +194,9 @@ def _as_levels(name: str, levels: Levels) -> list[Any]:
 
 
 def _as_bool(name: str, mask: Any, prediction: Any) -> Any:
-    """A mask of numbers or with a last axis of 1, as H-JEPA takes them, as (B, N_l) bool."""
+    """A (B, N_l) bool mask of one as H-JEPA takes them: of numbers, or with a last axis of 1."""
     if not isinstance(mask, Tensor):
-        return mask  # None, or refused with everything else that is no tensor
+        return mask  # None, or an error of check_levels for every other type
     if isinstance(prediction, Tensor) and mask.ndim == prediction.ndim and mask.shape[-1] == 1:
         mask = mask.squeeze(-1)
     if mask.dtype == torch.bool or mask.is_meta:

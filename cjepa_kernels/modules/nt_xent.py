@@ -94,7 +94,7 @@ class NTXentLoss(nn.Module):
         self._distributed: bool | SharedGroup
         self.distributed = distributed
         self.strategy = strategy
-        self._temperature = as_float(temperature)  # of a learnable one, where it starts
+        self._temperature = as_float(temperature)  # of a learnable one, the start
         self.log_temperature: nn.Parameter | None
         if learnable_temperature:
             self.log_temperature = nn.Parameter(torch.empty(tuple(temperature_shape)))
@@ -103,7 +103,7 @@ class NTXentLoss(nn.Module):
             self.register_parameter("log_temperature", None)
 
     def reset_parameters(self) -> None:
-        """Set a learnable temperature back to where it started."""
+        """Set a learnable temperature back to its first value."""
         if self.log_temperature is not None:
             self._fill(self.log_temperature, self._temperature)
 
@@ -136,7 +136,7 @@ class NTXentLoss(nn.Module):
     def _fill(self, parameter: nn.Parameter, temperature: float) -> None:
         with torch.no_grad():
             if parametrize.is_parametrized(self, "log_temperature"):
-                # What was read is computed: only an assignment reaches what it is computed from.
+                # The attribute is computed from other parameters, which an assignment changes.
                 value: Any = torch.full_like(parameter, math.log(temperature))
                 self.log_temperature = value
             else:
@@ -193,7 +193,7 @@ class NTXentLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def describe_temperature(self) -> str:
-        """The temperature for ``print``, a word where no process can read it alone."""
+        """The temperature for ``print``, or a formula where no process can read it alone."""
         if self.log_temperature is None:
             return f"{self._temperature:.6g}"
         log = self.log_temperature.detach()

@@ -25,13 +25,12 @@ from torch import Tensor
 from cjepa_kernels import chunked
 from cjepa_kernels.backends import OLDEST_CAPABILITY
 
+Implementation = Callable[..., tuple[Any, ...]]
+
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-Implementation = Callable[..., tuple[Any, ...]]
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor:

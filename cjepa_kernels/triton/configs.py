@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -24,7 +24,6 @@ Kernel = Literal[
     "tiles", "inner_tiles", "strips", "owned", "coefficients", "products", "products_split"
 ]
 TILE = 128  # rows and columns of a square tile; padded rows are a multiple of it
-KERNELS: tuple[str, ...] = get_args(Kernel)
 INTERPRETED = 90  # architecture for which the interpreter stands
 
 

@@ -188,7 +188,7 @@ def test_one_class_stops_before_training(tmp_path: Path, monkeypatch: pytest.Mon
 def test_missing_back_end_is_a_value_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = BackendStatus(False, ("cpu",), "not built")
     module = sys.modules["cjepa_kernels.backends"]  # the package has a function of this name
-    monkeypatch.setitem(module._find_backends(), "native", missing)
+    monkeypatch.setitem(module._statuses, "native", missing)
     with pytest.raises(ValueError, match=r"loss\.backend.*native.*not built"):
         runner.train(tiny("loss.backend=native"), tmp_path / "run", progress_bar=False)
     assert not (tmp_path / "run").exists()
