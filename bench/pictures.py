@@ -244,12 +244,14 @@ def _read(path: Path) -> Content:
 
 def pictures() -> dict[Path, Callable[[], Figure]]:
     """What draws each picture, from the records."""
-    (gpu,) = RESULTS.glob("NVIDIA-*.json")
+    records = list(RESULTS.glob("NVIDIA-*.json"))
+    if len(records) != 1:
+        raise SystemExit(f"{RESULTS}: {len(records)} files NVIDIA-*.json instead of one")
     errors = _read(RESULTS / "temperature_error_cpu.json")["rows"]
     costs = _read(RESULTS / "distributed_cost.json")["rows"]
     images = DOCS / "images"
     return {
-        images / "headline.svg": partial(draw_headline, _read(CPU_OF_HEADLINE), _read(gpu)),
+        images / "headline.svg": partial(draw_headline, _read(CPU_OF_HEADLINE), _read(records[0])),
         images / "nt_xent_cpu.svg": partial(draw_nt_xent, _read(RESULTS / "nt_xent_cpu.json")),
         images / "temperature_error.svg": partial(draw_temperature_errors, errors),
         images / "distributed.svg": partial(draw_distributed, costs),
