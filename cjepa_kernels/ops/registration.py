@@ -1,4 +1,4 @@
-"""How an operator and its backward are registered with PyTorch: the same way for all of them.
+"""Registration of an operator and its backward with PyTorch, in the same way for all of them.
 
 ``cjepa_kernels::<name>`` is one operator with a kernel for each device: the compiled module
 registers its own for the CPU, the Triton kernels are registered for CUDA, and the chunked back end
@@ -10,10 +10,11 @@ recompiles for every new value of a number in a schema, but not for a new value 
 operator reads the numbers when it runs and calls ``<name>`` with them. Its results, and the choices
 that a kernel makes by a number, are therefore those of ``<name>``.
 
-To add an operator, write one file in ``ops`` with its :class:`Definition`, one file in the folder
-of each back end, and one line in ``ops/__init__.py`` and in each back end's ``OPERATORS``.
+CONTRIBUTING.md adds an operator as an example. It takes one file in ``ops`` with a
+:class:`~cjepa_kernels.ops.definition.Definition`, one file in the folder of each back end, one line in
+``ops/__init__.py``, and one line in the ``OPERATORS`` of each back end.
 
-To add a back end, write a folder whose ``OPERATORS`` maps the name of an operator to its
+A new back end takes a folder whose ``OPERATORS`` maps the name of an operator to its
 implementations in both directions, and two lines: one in ``backends.py`` that says whether the back
 end can run here, and one call of :func:`register_backend` in ``ops/__init__.py``.
 """
@@ -52,7 +53,7 @@ _definitions: dict[str, Definition] = {}
 
 
 def define(definition: Definition) -> None:
-    """Define an operator and its backward, for back ends to be registered.
+    """Define an operator and its backward, which get their implementations by register_backend.
 
     Args:
         definition: The operator.
@@ -114,7 +115,7 @@ def _define_schemas(definition: Definition, overload: str) -> None:
 
 
 def _define_overload(definition: Definition, overload: str) -> None:
-    """Give an overload all that back ends share, and define the same with numbers as tensors."""
+    """Register the parts of an overload that back ends share, and its ``_dynamic`` variant."""
     name = definition.name
     binding = bind(definition)
     gradients = _register_shared(definition, overload, binding)
