@@ -10,9 +10,9 @@ recompiles for every new value of a number in a schema, but not for a new value 
 operator reads the numbers when it runs and calls ``<name>`` with them. Its results, and the choices
 that a kernel makes by a number, are therefore those of ``<name>``.
 
-CONTRIBUTING.md adds an operator as an example. It takes one file in ``ops`` with a
-:class:`~cjepa_kernels.ops.definition.Definition`, one file in the folder of each back end, one line in
-``ops/__init__.py``, and one line in the ``OPERATORS`` of each back end.
+CONTRIBUTING.md adds an operator as an example. It takes one file in ``ops`` with a ``Definition``,
+one file in the folder of each back end, one line in ``ops/__init__.py``, and one line in the
+``OPERATORS`` of each back end.
 
 A new back end takes a folder whose ``OPERATORS`` maps the name of an operator to its
 implementations in both directions, and two lines: one in ``backends.py`` that says whether the back
