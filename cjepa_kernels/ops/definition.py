@@ -69,6 +69,7 @@ class Binding:
 
     Attributes:
         arguments: Named tuple of the forward's arguments.
+        arguments_backward: Named tuple of the backward's arguments.
         saved: Named tuple of the saved tensors.
         upstream: Positions of the differentiable results.
         not_differentiable: Positions of the other results.
@@ -80,6 +81,7 @@ class Binding:
     """
 
     arguments: Any
+    arguments_backward: Any
     saved: Any
     upstream: tuple[int, ...]
     not_differentiable: tuple[int, ...]
@@ -139,6 +141,7 @@ def bind(definition: Definition) -> Binding:
         inputs.append(arguments.index(of))
     return Binding(
         arguments=registry.arguments[definition.name],
+        arguments_backward=registry.arguments[f"{definition.name}_backward"],
         saved=namedtuple(f"{definition.name}_saved", [everything[k] for k in saved]),
         upstream=tuple(upstream),
         not_differentiable=tuple(k for k in range(len(results)) if k not in upstream),

@@ -50,6 +50,7 @@ AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "Autoca
 # Any: the methods of Library carry no annotations.
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _definitions: dict[str, Definition] = {}
+_bindings: dict[str, Binding] = {}
 
 
 def define(definition: Definition) -> None:
@@ -66,6 +67,7 @@ def define(definition: Definition) -> None:
         registry.arguments[name] = named_arguments(name, operator(name)._schema)
         registry.results[name] = result
     registry.numbers[definition.name] = _number_positions(operator(definition.name))
+    _bindings[definition.name] = bind(definition)
     _define_overload(definition, "")
 
 
@@ -117,7 +119,7 @@ def _define_schemas(definition: Definition, overload: str) -> None:
 def _define_overload(definition: Definition, overload: str) -> None:
     """Register the parts of an overload that back ends share, and its ``_dynamic`` variant."""
     name = definition.name
-    binding = bind(definition)
+    binding = _bindings[name]
     gradients = _register_shared(definition, overload, binding)
     registry.functions[name, overload] = _make_function(definition, overload, binding, gradients)
     dynamic = replace(
@@ -161,10 +163,9 @@ def _register_shared(
     """Register fakes, autograd and autocast of an overload; returns its gradients."""
     forward, backward = f"{definition.name}{overload}", f"{definition.name}_backward{overload}"
     fakes = (definition.fake, definition.fake_backward)
-    schemas = (operator(definition.name), operator(f"{definition.name}_backward"))
-    for name, fake, of in zip((forward, backward), fakes, schemas, strict=True):
-        named_fake = _make_fake(fake, named_arguments(definition.name, of._schema))
-        torch.library.register_fake(f"{NAMESPACE}::{name}", named_fake, lib=_library)
+    arguments = (binding.arguments, binding.arguments_backward)
+    for name, fake, of in zip((forward, backward), fakes, arguments, strict=True):
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _make_fake(fake, of), lib=_library)
     gradients = _make_gradients(definition, overload, binding)
     torch.library.register_autograd(
         f"{NAMESPACE}::{forward}",
