@@ -1,15 +1,17 @@
 """Builds the compiled module with CMake and Ninja; everything else is in pyproject.toml.
 
-The module needs PyTorch's headers, so an installation that is to have it uses the PyTorch that is
-installed already: ``pip install --no-build-isolation``. With PyTorch, the build tools and a
-compiler at hand a failed build fails the installation. Without one of them the installation goes on
-in pure Python: ``cjepa_kernels.backends()`` says so, and so does a warning at the first use on a
-CPU.
+The module needs the headers of the PyTorch that is installed already. To build it, install with
+``pip install --no-build-isolation``. If PyTorch, the build tools and a compiler are there, a failed
+build fails the installation. If one of them is missing, the installation goes on in pure Python:
+``cjepa_kernels.backends()`` says so, and so does a warning at the first use on a CPU.
 
-Variables of the environment: ``CJEPA_NO_NATIVE=1`` skips the build, ``CJEPA_REQUIRE_NATIVE=1``
-makes a missing compiler an error too, ``CJEPA_WERROR=1`` treats the compiler's warnings as errors,
-and ``CJEPA_BUILD_DIR`` is where CMake builds and may be kept, so that the C++ tests find the same
-object files there.
+These variables of the environment change the build:
+
+- ``CJEPA_NO_NATIVE=1`` skips it.
+- ``CJEPA_REQUIRE_NATIVE=1`` makes a missing compiler or tool an error.
+- ``CJEPA_WERROR=1`` treats the compiler's warnings as errors.
+- ``CJEPA_BUILD_DIR`` names the directory in which CMake builds. It can be used again, so that the
+  C++ tests find the same object files there.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
-COMPILERS = ("c++", "g++", "clang++")  # where CXX names none; CMake looks for these as well
+COMPILERS = ("c++", "g++", "clang++")  # CMake looks for these too, unless CXX names one
 LINES_OF_ERROR = 20
 
 
@@ -38,12 +40,12 @@ def flag(name: str) -> bool:
 
 
 def search_path() -> str:
-    """A build environment's own cmake and ninja stand beside its Python, not on PATH."""
+    """PATH, preceded by the directory of this Python, where pip installs cmake and ninja."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 
 def missing_tools() -> list[str]:
-    """What the build needs and this machine does not have; a compiler that CXX names counts."""
+    """What the build needs and this machine lacks. A compiler that CXX names counts as present."""
     missing = []
     if importlib.util.find_spec("torch") is None:
         missing.append("PyTorch (build isolation hides it: pip install --no-build-isolation)")
@@ -58,7 +60,7 @@ def missing_tools() -> list[str]:
 
 
 def check_torch() -> None:
-    """An older PyTorch lacks the headers, which the compiler's errors would not say."""
+    """Stop if PyTorch is too old. It lacks headers, and the compiler's errors would not say so."""
     version = importlib.metadata.version("torch")
     found = re.match(r"(\d+)\.(\d+)", version)
     if found and (int(found[1]), int(found[2])) < OLDEST_TORCH:
@@ -67,7 +69,7 @@ def check_torch() -> None:
 
 
 def errors_in(output: Sequence[str]) -> list[str]:
-    """From the first line with an error on, else the last lines."""
+    """The lines from the first one with an error on, else the last lines."""
     for position, line in enumerate(output):
         if re.search(r"\berror\b|CMake Error|undefined reference", line, re.IGNORECASE):
             return list(output[position : position + LINES_OF_ERROR])
@@ -75,7 +77,7 @@ def errors_in(output: Sequence[str]) -> list[str]:
 
 
 def failure(lines: Sequence[str]) -> str:
-    """The last lines of an installation that failed."""
+    """The last lines that a failed installation shows."""
     return "\n".join(
         [
             "error: the compiled module cjepa_kernels._C could not be built:",
@@ -87,7 +89,7 @@ def failure(lines: Sequence[str]) -> str:
 
 
 def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Run a step of the build, and end the installation with its errors if it fails."""
+    """Run a step of the build. If it fails, end the installation with its errors."""
     output = []
     try:
         with subprocess.Popen(
@@ -108,7 +110,7 @@ def run(command: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 class CMakeBuild(build_ext):
-    """Configure and build CMakeLists.txt, the module landing where setuptools expects it."""
+    """Builds CMakeLists.txt, with the module where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
         if flag("CJEPA_NO_NATIVE"):
@@ -154,7 +156,8 @@ class CMakeBuild(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
     def copy_extensions_to_source(self) -> None:
-        # An editable install builds to a temporary place and copies; nothing to copy if skipped.
+        # An editable installation builds in a temporary directory and copies the module from
+        # there. A skipped build leaves nothing to copy.
         self.extensions = [
             ext
             for ext in self.extensions

@@ -53,7 +53,6 @@ from cjepa_kernels.bench import sizes as bench_sizes
 from cjepa_kernels.bench.candidates import BOTH, FORWARD, one_pass, products
 from cjepa_kernels.bench.errors import exact, of_formula
 from cjepa_kernels.bench.formulas import TEMPERATURE, Formula, eager
-from cjepa_kernels.bench.machine import installed_version
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.sizes import Size
 from cjepa_kernels.bench.tables import print_table
@@ -68,6 +67,7 @@ from cjepa_kernels.bench.timing import (
     interleaved_on_gpu,
 )
 from cjepa_kernels.extras import require
+from cjepa_kernels.provenance import installed_version
 
 DEVICE = "cuda"
 BACKEND: Backend = "triton"

@@ -241,7 +241,9 @@ def compare(part: str, rows: list[Record], *, bf16_instructions: bool) -> list[R
     records = []
     for (size, direction), medians in cells.items():
         for numerator, denominator in _pairs(part, medians):
-            target, at_most = _target(part, size, direction, numerator, bf16_instructions)
+            target, at_most = _target(
+                part, size, direction, numerator, bf16_instructions=bf16_instructions
+            )
             ratio = medians[numerator] / medians[denominator]
             verdict = "no target"
             if target is not None:
@@ -276,7 +278,7 @@ def _pairs(part: str, medians: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def _target(
-    part: str, size: Size, direction: str, numerator: str, bf16_instructions: bool
+    part: str, size: Size, direction: str, numerator: str, *, bf16_instructions: bool
 ) -> tuple[float | None, bool]:
     """The bound, if there is one, and whether it is an upper one."""
     if part == "targets":

@@ -194,17 +194,22 @@ def draw_headline(cpu: Content, gpu: Content) -> Figure:
     figure = Figure(figsize=(10.4, 2.5), layout="constrained")
     times, memory, gpu_times = figure.subplots(1, 3)
     of_cpu = {label: 1e3 * seconds[name] for name, label in on_cpu.items() if name in seconds}
-    _draw_headline_panel(times, f"Time, {where}", of_cpu, "ms", 1e3 * seconds[MM])
+    _draw_headline_panel(times, f"Time, {where}", of_cpu, unit="ms", products=1e3 * seconds[MM])
     mebibytes = {label: extra[name] / 2**20 for name, label in on_cpu.items() if name in extra}
-    _draw_headline_panel(memory, f"Memory, {where}", mebibytes, "MiB")
+    _draw_headline_panel(memory, f"Memory, {where}", mebibytes, unit="MiB")
     of_gpu = {label: 1e3 * gpu_seconds[name] for name, label in on_gpu.items()}
     title = f"Time, {device}, batch {GPU_ROWS // 2:,}"
-    _draw_headline_panel(gpu_times, title, of_gpu, "ms", 1e3 * gpu_seconds[MM3])
+    _draw_headline_panel(gpu_times, title, of_gpu, unit="ms", products=1e3 * gpu_seconds[MM3])
     return figure
 
 
 def _draw_headline_panel(
-    axes: Axes, title: str, values: dict[str, float], unit: str, products: float | None = None
+    axes: Axes,
+    title: str,
+    values: dict[str, float],
+    *,
+    unit: str,
+    products: float | None = None,
 ) -> None:
     """Bars with their values, this package's first, and a line for the bare products."""
     texts = [f"{v:,.0f} {unit}" if v >= 20 else f"{v:.1f} {unit}" for v in values.values()]
@@ -239,12 +244,14 @@ def _read(path: Path) -> Content:
 
 def pictures() -> dict[Path, Callable[[], Figure]]:
     """What draws each picture, from the records."""
-    (gpu,) = RESULTS.glob("NVIDIA-*.json")
+    records = list(RESULTS.glob("NVIDIA-*.json"))
+    if len(records) != 1:
+        raise SystemExit(f"{RESULTS}: {len(records)} files NVIDIA-*.json instead of one")
     errors = _read(RESULTS / "temperature_error_cpu.json")["rows"]
     costs = _read(RESULTS / "distributed_cost.json")["rows"]
     images = DOCS / "images"
     return {
-        images / "headline.svg": partial(draw_headline, _read(CPU_OF_HEADLINE), _read(gpu)),
+        images / "headline.svg": partial(draw_headline, _read(CPU_OF_HEADLINE), _read(records[0])),
         images / "nt_xent_cpu.svg": partial(draw_nt_xent, _read(RESULTS / "nt_xent_cpu.json")),
         images / "temperature_error.svg": partial(draw_temperature_errors, errors),
         images / "distributed.svg": partial(draw_distributed, costs),

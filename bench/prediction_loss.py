@@ -45,9 +45,9 @@ class Case:
     batch: int
     patches: tuple[int, int, int]
     features: int
-    speedup: float | None
-    over_limit: float | None
-    whole_speedup: float | None
+    speedup: float | None = None
+    over_limit: float | None = None
+    whole_speedup: float | None = None
 
     @property
     def name(self) -> str:
@@ -55,12 +55,12 @@ class Case:
 
 
 FULL = (
-    Case(64, (196, 49, 16), 768, 10, 2, 8),
-    Case(128, (196, 49, 16), 768, 10, 2, 8),
-    Case(2048, (16, 4, 1), 384, None, None, 5),
-    Case(16, (16, 4, 1), 192, None, None, None),
+    Case(64, (196, 49, 16), 768, speedup=10, over_limit=2, whole_speedup=8),
+    Case(128, (196, 49, 16), 768, speedup=10, over_limit=2, whole_speedup=8),
+    Case(2048, (16, 4, 1), 384, whole_speedup=5),
+    Case(16, (16, 4, 1), 192),
 )
-QUICK = (Case(4, (9, 4, 1), 16, 10, 2, 8),)
+QUICK = (Case(4, (9, 4, 1), 16, speedup=10, over_limit=2, whole_speedup=8),)
 
 
 class Inputs:

@@ -75,7 +75,9 @@ def time_training_step(configuration: str, seconds: float) -> dict[str, float]:
     shape = IMAGES[configuration]
     torch.manual_seed(0)
     mean, deviation = torch.full((shape[0],), 0.5), torch.full((shape[0],), 0.25)
-    module = train.CJEPAModule(config, shape, mean, deviation, 1000)
+    module = train.CJEPAModule(
+        config, shape, channel_mean=mean, channel_std=deviation, total_steps=1000
+    )
     size = config.trainer.batch_size
     images = torch.randint(0, 256, (size, *shape), dtype=torch.uint8)
     views = module.on_after_batch_transfer(train.IndexedImages(images, torch.arange(size)), 0)

@@ -1,10 +1,11 @@
-"""Whether csrc compiles against the headers of other versions of PyTorch.
+"""Checks whether csrc compiles against the headers of other versions of PyTorch.
 
     python csrc/check_headers.py 2.11.0 latest
 
-downloads the wheel of each version once (some 500 MB) into build/headers, takes its headers, and
-has the compiler check every file that includes them, with the flags of CMakeLists.txt. `installed`
-stands for the PyTorch that is installed. Remove the folder to ask for a newer "latest".
+The script downloads the wheel of each version once (some 500 MB) into build/headers and takes the
+headers out of it. The compiler then checks every file that includes them, with the flags of
+CMakeLists.txt. `installed` stands for the PyTorch that is installed. Remove build/headers to ask
+for a newer "latest".
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ WORK = ROOT / "build" / "headers"
 
 
 def unpack(version: str) -> Path:
-    """Folder with a package `torch` that holds nothing but the headers of that version."""
+    """The folder of a package `torch` that holds only the headers of that version."""
     wheels = WORK / "wheels" / version
     if not list(wheels.glob("*.whl")):
         wanted = "torch" if version == "latest" else f"torch=={version}"
@@ -44,7 +45,7 @@ def unpack(version: str) -> Path:
 
 
 def compile_commands(name: str, path: str) -> list[dict[str, str]]:
-    """The commands that CMake would build csrc and its tests with."""
+    """The commands with which CMake would build csrc and its tests."""
     import pybind11
 
     build = WORK / "build" / name
@@ -68,7 +69,7 @@ def compile_commands(name: str, path: str) -> list[dict[str, str]]:
 
 
 def check(command: dict[str, str]) -> tuple[str, str]:
-    """Name of the file, and what the compiler has against it."""
+    """The name of the file and the compiler's errors."""
     words = shlex.split(command["command"])
     output = words.index("-o")
     del words[output : output + 2]
@@ -80,11 +81,11 @@ def check(command: dict[str, str]) -> tuple[str, str]:
 
 
 def check_version(version: str) -> bool:
-    """Print how the files of one version fared; True if all of them compile."""
+    """Print how many files compile against one version. True if all of them do."""
     folder = None if version == "installed" else unpack(version)
     name = version if folder is None else folder.name
     commands = compile_commands(name, "" if folder is None else str(folder))
-    # module.cpp includes no PyTorch, but must not find the pybind11 among its headers.
+    # module.cpp includes no header of PyTorch, and must not find PyTorch's copy of pybind11 either.
     chosen = [c for c in commands if "/torch/" in c["command"] or c["file"].endswith("module.cpp")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(check, chosen))

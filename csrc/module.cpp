@@ -33,9 +33,6 @@ py::dict build_info() {
 
 py::dict constants() {
   py::dict numbers;
-  numbers["small_block"] = cjepa::kSmallBlock;
-  numbers["large_block"] = cjepa::kLargeBlock;
-  numbers["large_block_rows"] = cjepa::kLargeBlockRows;
   numbers["few_rows"] = cjepa::kFewRows;
   numbers["smallest_temperature"] = cjepa::kSmallestTemperature;
   numbers["largest_temperature"] = cjepa::kLargestTemperature;

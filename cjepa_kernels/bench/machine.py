@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 import cjepa_kernels
 from cjepa_kernels.backends import compiled_module
 from cjepa_kernels.bench.timing import clock_of, interleaved
+from cjepa_kernels.provenance import cpu_name, git, installed_version
 
 ROOT = Path(cjepa_kernels.__file__).parent.parent
 # Distributions whose versions change the figures, by key of the results.
@@ -36,25 +35,6 @@ def instruction_set() -> str:
     return "none" if module is None else str(module.build_info()["instruction_set"])
 
 
-def installed_version(distribution: str) -> str | None:
-    """The version of a library, or None if it is missing."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def git(*arguments: str, root: Path = ROOT) -> str:
-    """The output of git in a folder; empty if there is no git."""
-    try:
-        result = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, cwd=root, check=False
-        )
-    except OSError:
-        return ""
-    return result.stdout.strip()
-
-
 def commit() -> str | None:
     """The commit of this checkout, with ``-dirty`` if anything but results differs from it.
 
@@ -64,21 +44,11 @@ def commit() -> str | None:
         return os.environ["CJEPA_COMMIT"]
     if not (ROOT / "csrc").exists():
         return None  # The package is installed, and a repository around it is another project's.
-    name = git("describe", "--always", "--abbrev=12")
-    results = ("bench/results", "docs/results", "docs/images")
-    if git("status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in results)):
+    name = git("describe", "--always", "--abbrev=12", root=ROOT)
+    no_results = [f":(exclude){path}" for path in ("bench/results", "docs/results", "docs/images")]
+    if git("status", "--porcelain", "--", ".", *no_results, root=ROOT):
         name += "-dirty"
     return name or None
-
-
-def cpu_name() -> str:
-    """The name of the processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if names:
-            return names[0].split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

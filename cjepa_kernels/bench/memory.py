@@ -36,7 +36,7 @@ def peak_bytes(name: str, size: Size, *, device: str, dtype: str, temperature: f
         RuntimeError: If it failed; the message says how.
     """
     if torch.device(device).type == "cuda":
-        return _on_cuda(name, size, device, dtype, temperature)
+        return _on_cuda(name, size, device=device, dtype=dtype, temperature=temperature)
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:  # Each process starts with PyTorch loaded.
@@ -99,7 +99,7 @@ def _status(field: str) -> int:
     return 1024 * int(found[1])
 
 
-def _on_cuda(name: str, size: Size, device: str, dtype: str, temperature: float) -> int:
+def _on_cuda(name: str, size: Size, *, device: str, dtype: str, temperature: float) -> int:
     formula = candidates.find(name).make(temperature)
     inputs = views(size, device=device, dtype=DTYPES[dtype])
     torch.autograd.grad(formula(*inputs), inputs)

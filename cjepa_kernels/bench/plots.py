@@ -69,7 +69,7 @@ def draw_curve(axes: Axes, points: Sequence[Point], name: str) -> Label:
     return Label(xs[-1], ys[-1], TITLES[name], colour)
 
 
-def draw_spread(axes: Axes, x: float, low: float, high: float, colour: str) -> None:
+def draw_spread(axes: Axes, x: float, *, low: float, high: float, colour: str) -> None:
     """An error bar from ``low`` to ``high``."""
     axes.errorbar(
         [x],
@@ -138,7 +138,8 @@ def draw_times(axes: Axes, rows: Sequence[Record], features: int) -> None:
     for row in rows:
         if row["D"] == features and row["name"] in STYLES:
             colour = STYLES[row["name"]].colour
-            draw_spread(axes, row["M"], 1e3 * row["p20"], 1e3 * row["p80"], colour)
+            low, high = 1e3 * row["p20"], 1e3 * row["p80"]
+            draw_spread(axes, row["M"], low=low, high=high, colour=colour)
     _rows_axis(axes, [m for points in curves.values() for m, _ in points])
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -254,7 +255,7 @@ def draw_roofline(results: Results) -> Figure:
         colour, _, marker, _ = STYLES[name]
         size = 9 if name == OURS else 6
         axes.plot([intensity], [rate / unit], marker, color=colour, markersize=size)
-        draw_spread(axes, intensity, slow / unit, quick / unit, colour)
+        draw_spread(axes, intensity, low=slow / unit, high=quick / unit, colour=colour)
         text = TITLES[name] if rows == largest else f"{TITLES[name]}, M = {rows}"
         labels.append(Label(intensity, rate / unit, text, colour))
     labels.append(Label(ridge, peak / unit, "", "none"))  # It keeps the others off the roof.

@@ -22,10 +22,10 @@ from rich.table import Table
 
 import cjepa_kernels
 from cjepa_kernels.bench.cli import bench
-from cjepa_kernels.bench.machine import installed_version
 from cjepa_kernels.cli.command_errors import Program
 from cjepa_kernels.extras import require
 from cjepa_kernels.files import check_directory, check_file, write_file
+from cjepa_kernels.provenance import installed_version
 from cjepa_kernels.train.loop.interruption import resumable
 
 # What the training program needs beyond this file.

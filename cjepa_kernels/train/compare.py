@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence, Set
 from datetime import datetime, timezone
@@ -17,6 +15,7 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 
 from cjepa_kernels.files import atomic_write
+from cjepa_kernels.provenance import cpu_name, git, installed_version
 from cjepa_kernels.suggestions import nearest
 from cjepa_kernels.train import checksummed_json, runner
 from cjepa_kernels.train.config import ExperimentConfig, config_from_dict, config_to_dict
@@ -413,10 +412,7 @@ def environment(config: ExperimentConfig) -> dict[str, Any]:
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+        versions[package] = installed_version(package) or "not installed"
     program = Path(sys.argv[0]).name
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -433,29 +429,15 @@ def environment(config: ExperimentConfig) -> dict[str, Any]:
 def _device(accelerator: str) -> str:
     if accelerator != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.is_file():
-        for line in cpu_info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return cpu_name()
 
 
 def _commit() -> str | None:
     """The commit of the source tree, with ``+`` if it has changes; None outside a git tree."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
-    commit = git("rev-parse", "HEAD")
-    if tracked is None or commit is None:
+    here = Path(__file__).resolve()
+    tracked = git("ls-files", "--error-unmatch", here.name, root=here.parent)
+    commit = git("rev-parse", "HEAD", root=here.parent)
+    if not (tracked and commit):
         return None
-    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    changes = git("status", "--porcelain", "--untracked-files=no", root=here.parent)
+    return commit + ("+" if changes else "")

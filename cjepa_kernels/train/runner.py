@@ -44,14 +44,8 @@ from cjepa_kernels.train.evaluation.probes import (
     evaluate,
 )
 from cjepa_kernels.train.loop.advisor import Advisor
-from cjepa_kernels.train.loop.callbacks import (
-    AdvisorHook,
-    MetricHistory,
-    Progress,
-    ProgressHook,
-    SignalHandlers,
-    Stopwatch,
-)
+from cjepa_kernels.train.loop.advisor_hook import AdvisorHook
+from cjepa_kernels.train.loop.callbacks import SignalHandlers, Stopwatch
 from cjepa_kernels.train.loop.checkpoints import (
     LAST_CHECKPOINT,
     AtomicCheckpointIO,
@@ -62,11 +56,13 @@ from cjepa_kernels.train.loop.checkpoints import (
 )
 from cjepa_kernels.train.loop.directory_lock import DirectoryLock
 from cjepa_kernels.train.loop.interruption import kept_ctrl_c
+from cjepa_kernels.train.loop.metric_history import MetricHistory
 from cjepa_kernels.train.loop.module import (
     CJEPAModule,
     build_loss,
     feature_extractor,
 )
+from cjepa_kernels.train.loop.progress_reports import Progress, ProgressHook
 from cjepa_kernels.train.loop.run_directory import (
     RESULT,
     RunResult,

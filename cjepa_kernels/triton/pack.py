@@ -20,6 +20,7 @@ PROGRAMS = 1024  # The kernel runs at most this many programs. Each leaves one r
 BLOCK_ELEMENTS = 4096  # elements of whole rows that a program takes at a time
 WEIGHT_SCALE = 2.0**13  # of fp16 weights, which have too few exponents for a large batch
 LARGEST_EXPONENT = 111  # of 2 in fp32, which leaves room for sums and for the scale of the weights
+LARGEST_LOGITS = 2.05  # tau times the largest exponent in base e, with a constant shift
 PLANES = 3  # bf16 numbers that together hold the 24 bits of an fp32 number
 
 _ELEMENT_TYPES = {
@@ -57,7 +58,7 @@ class Temperature:
         They may if |s| <= 1.02 (rounded cosines) and fp32 holds the exponentials. The host does not
         know the number of a tensor, so that case uses running maxima, which serve every number.
         """
-        exponent = 2.05 * math.log2(math.e) / self.number
+        exponent = LARGEST_LOGITS * math.log2(math.e) / self.number
         return self.tensor is None and cosine and exponent < LARGEST_EXPONENT
 
 

@@ -13,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "arguments.h"
 #include "constants.h"
 #include "gradients.h"
 #include "memory.h"

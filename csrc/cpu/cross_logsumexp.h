@@ -6,7 +6,6 @@
 
 #include <optional>
 
-#include "arguments.h"
 #include "tensors.h"
 
 namespace cjepa {

@@ -2,11 +2,14 @@
 // and that of cross_logsumexp share.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
+#include "constants.h"
 #include "core/tile_core.h"
 #include "memory.h"
 #include "packing.h"

@@ -23,7 +23,6 @@
 #include "memory.h"
 #include "packing.h"
 #include "sample_mask.h"
-#include "selected_core.h"
 #include "tiles.h"
 
 namespace cjepa {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "constants.h"
+#include "core/tile_core.h"
 #include "memory.h"
 #include "selected_core.h"
 #include "tensors.h"

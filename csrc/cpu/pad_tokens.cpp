@@ -1,5 +1,7 @@
 #include "pad_tokens.h"
 
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 #include <cstdint>
 

@@ -11,7 +11,6 @@
 #include <tuple>
 #include <utility>
 
-#include "core/tile_core.h"
 #include "memory.h"
 #include "selected_core.h"
 

@@ -26,9 +26,9 @@ std::vector<Entry>& tests() {
 }
 
 constexpr int64_t kPrinted = 20;  // failures
-std::mutex mutex;                 // of all below, which several threads may reach
+std::mutex mutex;                 // guards all variables below, which several threads may reach
 int64_t checks = 0, failures = 0;
-Exact largest_share = 0;  // of its bound that an error took
+Exact largest_share = 0;  // largest error, as a share of its bound
 std::atomic<uint64_t> next_seed{0};
 
 void fail(const char* file, int line, const std::string& what, const char* format, va_list args) {

@@ -1,5 +1,5 @@
-// Checks, random numbers and guarded memory for the C++ tests. No framework: what is built under
-// sanitizers should be all ours.
+// Checks, random numbers and guarded memory for the C++ tests. They use no framework, so that all
+// code under a sanitizer is compiled with it.
 #pragma once
 
 #include <cmath>
@@ -20,7 +20,8 @@
 
 namespace cjepa::test {
 
-// What an expected value is computed in: its own rounding must not count against the kernel's.
+// The type in which expected values are computed. Their own rounding must not count against the
+// kernel's.
 using Exact = long double;
 
 // Unit roundoff: the largest relative error of one operation.
@@ -29,7 +30,7 @@ inline constexpr T kRoundoff = std::numeric_limits<T>::epsilon() / 2;
 inline constexpr double kBf16Roundoff = 1.0 / 256;
 inline constexpr double kHalfRoundoff = 1.0 / 2048;
 
-// A test is a function that CHECKs; main() runs all of them, each with a seed of its own.
+// A test is a function that calls CHECK. main() runs all tests, each with a seed of its own.
 struct Test {
   Test(const char* name, void (*run)());
 };
@@ -38,7 +39,8 @@ struct Test {
   static const ::cjepa::test::Test test_of_##name(#name, &name); \
   static void name()
 
-// Both count and go on. The text after the condition is printf's and says which case it was.
+// A failed check is counted, and the test goes on. The arguments after the condition are those of
+// printf and say which case failed.
 [[gnu::format(printf, 5, 6)]] void check(bool condition, const char* expression, const char* file,
                                          int line, const char* format, ...);
 [[gnu::format(printf, 6, 7)]] void check_near(Exact actual, Exact expected, Exact bound,
@@ -50,7 +52,7 @@ struct Test {
 
 class Random {
  public:
-  Random();  // of the running test's seed, another one each time
+  Random();  // its seed follows from that of the running test and differs each time
   double normal() { return normal_(engine_); }
   double uniform(double low, double high) {
     return std::uniform_real_distribution<double>(low, high)(engine_);
@@ -62,8 +64,9 @@ class Random {
   std::normal_distribution<double> normal_;
 };
 
-// `count` numbers, NaN at first, between guards that must stay as they are. An address sanitizer
-// refuses to read the guards too; elsewhere what is read there is NaN and shows in the results.
+// `count` numbers, NaN at first, between guards that nobody may write to. An address sanitizer also
+// refuses to read the guards. Without one, a number that is read there is NaN and shows in the
+// results.
 template <typename T>
 class Guarded {
  public:

@@ -1,4 +1,4 @@
-// With g_a and h_b the gradients of what rows and columns give,
+// With the upstream gradients g_a of the rows' and h_b of the columns' log-sum-exps,
 //   c_ab = g_a exp(s_ab / tau - row_lse_a) + h_b exp(s_ab / tau - column_lse_b)
 //   dL/dx_a = 1 / tau sum_b c_ab y_b, dL/dy_b = 1 / tau sum_a c_ab x_a
 // which for the cosine are projected and divided by the norm; dL/dtau = -1 / tau^2 sum c_ab s_ab.
@@ -39,7 +39,7 @@ Sums prepare(const CrossInput& in, int which, CrossOutput::Side& out) {
   return s;
 }
 
-// The gradients with respect to unit rows become those with respect to raw ones.
+// Turns the gradients with respect to unit rows into those with respect to raw rows.
 void finish(const CrossInput& in, Sums& s, CrossOutput::Side& out) {
   const int64_t rows = static_cast<int64_t>(s.sum.size()), D = in.features;
   for (int64_t a = 0; a < rows; ++a) {

@@ -1,5 +1,5 @@
-// Both directions of the rectangle's operator from several threads at once, with different numbers
-// of threads for each, against plain loops.
+// Both directions of cross_logsumexp, called from several threads at once that each use another
+// number of threads, against plain loops.
 #include "../cpu/cross_logsumexp.h"
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 namespace cjepa::test {
 namespace {
 
-// Which of the outputs have a gradient.
+// Which outputs have an upstream gradient.
 enum Upstream { kBoth, kRows, kColumns, kNone };
 
 struct Problem {
@@ -24,9 +24,10 @@ struct Problem {
   double tau;
   bool cosine = true, tensor_temperature = false, strided = false, zero_rows = false;
   Upstream upstream = kBoth;
-  double raised_shift = 0;  // of the backward, by so much: a larger S may have larger ones
+  double raised_shift =
+      0;  // added to the shifts for the backward, as if they were those of a larger S
   std::optional<ScalarType> product_dtype{};
-  double length = 1;  // of rows in the dot product
+  double length = 1;  // of the rows, for the dot product
 
   int64_t count(int side) const { return side == 0 ? size.rows : size.columns; }
   ScalarType rounded_dtype() const { return product_dtype.value_or(dtype); }
@@ -314,9 +315,9 @@ CJEPA_TEST(gradient_of_one_output) {
   }
 }
 
-// From 1536 rows of either side on blocks are larger. The workspace of the backward holds 15 x 15
-// of them in fp64 and 21 x 21 in fp32, so that more rows, of one side or of both, are worked off in
-// squares, with sums in the gradients themselves (16 features) or beside them.
+// Blocks are larger from 1536 rows of either side on. The workspace of the backward holds 15 x 15
+// of them in fp64 and 21 x 21 in fp32. With more rows of one side or of both, the backward works on
+// squares of blocks, with sums in the gradients themselves (16 features) or in a buffer.
 CJEPA_TEST(large_blocks) {
   for (const ScalarType dtype : {kFloat, kBf16}) {
     const double tau = dtype == kFloat ? 0.01 : 0.5;
@@ -347,8 +348,8 @@ CJEPA_TEST(squares_of_blocks) {
                         counts, 1);
 }
 
-// One number that is not finite makes all values NaN, and the gradient of every row: nothing is
-// passed over, nothing is read or written beside the tensors.
+// One number that is not finite makes all values and all gradients NaN. No row is skipped, and
+// nothing is read or written outside of the tensors.
 void check_non_finite(const Problem& p, int side, double poison) {
   const Inputs inputs(p);
   inputs.sides[side].set(100, 4, poison);
@@ -356,7 +357,8 @@ void check_non_finite(const Problem& p, int side, double poison) {
     return p.dtype == kDouble ? run<double>(inputs) : run<float>(inputs);
   });
   for (size_t k = 0; k < results.size(); ++k) {
-    if (k == kShift || k == kShift + 1) continue;  // a log sum of NaN takes any shift
+    if (k == kShift || k == kShift + 1)
+      continue;  // the shift does not matter beside a log sum of NaN
     const std::vector<double>& numbers = results[k];
     const bool rows = k == kGradient || k == kGradient + 1;
     const auto width = static_cast<std::ptrdiff_t>(rows ? p.size.features : 1);

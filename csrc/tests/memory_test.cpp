@@ -1,4 +1,4 @@
-// The cache of blocks, and the dealing of work to threads.
+// The cache of blocks, and tasks that threads share.
 #include "../cpu/memory.h"
 
 #include <sys/wait.h>
@@ -19,7 +19,7 @@ namespace {
 
 constexpr size_t kMebibyte = size_t{1} << 20;
 constexpr size_t kLimit = 8 * kMebibyte;
-// Before the first block is taken: the limit is read once.
+// Set before the first block is taken, because the limit is read only once.
 [[maybe_unused]] const int limited = setenv("CJEPA_CACHE_MIB", "8", 1);
 
 Block take(size_t bytes) {
@@ -30,8 +30,8 @@ Block take(size_t bytes) {
   return block;
 }
 
-// Leaves one block in the cache, which is too large for all that is asked for here and gives way to
-// the first one that comes back.
+// Leaves one block in the cache. It is too large for everything that the tests ask for, and the
+// first block that is given back takes its place.
 void empty_cache() { give_back(take(kLimit)); }
 
 CJEPA_TEST(blocks_are_used_again) {
@@ -60,12 +60,13 @@ CJEPA_TEST(the_best_fitting_block_is_taken) {
 CJEPA_TEST(the_oldest_blocks_leave_first) {
   empty_cache();
   const Block a = take(3 * kMebibyte), b = take(3 * kMebibyte + 64), c = take(3 * kMebibyte + 128);
-  for (const Block& block : {a, b, c}) give_back(block);  // 9 MiB: the first one has to leave
+  for (const Block& block : {a, b, c})
+    give_back(block);  // 9 MiB, so the first one leaves the cache
   const Block first = take_block(3 * kMebibyte), second = take_block(3 * kMebibyte);
   CHECK(first.data == b.data && second.data == c.data, "the last two of three should be left");
   give_back(first);
   give_back(second);
-  give_back(take(kLimit + 1));  // never kept
+  give_back(take(kLimit + 1));  // never enters the cache
   CHECK(take_block(3 * kMebibyte).data == b.data, "a block above the limit displaced others");
   give_back(b);
 }
@@ -79,7 +80,7 @@ CJEPA_TEST(empty_and_moved_buffers) {
   CHECK(some.get() == nullptr, "two buffers own one block");  // NOLINT: that is the question
 }
 
-// Every thread finds what it wrote in the blocks that it holds.
+// A thread finds in the blocks that it holds what it wrote there.
 void use_blocks(uint8_t mark, int rounds) {
   Random random;
   for (int round = 0; round < rounds; ++round) {
@@ -104,8 +105,8 @@ CJEPA_TEST(several_threads) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// A thread that found the cache locked and allocated afresh would leave one block more there: they
-// would pile up.
+// If a thread that finds the cache locked allocated a new block, the cache would hold one block
+// more each time.
 CJEPA_TEST(no_more_blocks_than_were_in_use) {
   empty_cache();
   constexpr size_t kSizes[] = {100 << 10, 200 << 10, 400 << 10};  // none fits another
@@ -140,7 +141,7 @@ CJEPA_TEST(no_more_blocks_than_were_in_use) {
   }
 }
 
-// A child of fork has none of the threads that may hold the lock of the cache at that time.
+// At a fork another thread may hold the lock of the cache, and the child does not have that thread.
 CJEPA_TEST(fork_while_others_use_the_cache) {
   constexpr size_t kBytes = 100 << 10;
   std::atomic<bool> stop{false};
@@ -177,10 +178,10 @@ CJEPA_TEST(work_is_dealt_once) {
     use_threads(threads);
     for (const int64_t count : {0, 1, 4, 20000}) {
       for (const double work : {0.0, 7.5e5, 1e9}) {
-        std::vector<int> taken(count);  // not atomic: no two threads may meet
+        std::vector<int> taken(count);  // not atomic, because no two threads may take the same task
         std::atomic<int> workers{0};
         parallel_tasks(count, work, [&](const auto& take) {
-          ++workers;  // and wait for the others, so that they really take at the same time
+          ++workers;  // waits for the others, so that they really take tasks at the same time
           for (int k = 0; k < 1000 && workers < static_cast<int>(threads); ++k)
             std::this_thread::yield();
           for (int64_t k; (k = take()) < count;) ++taken[k];

@@ -1,5 +1,5 @@
-// Both directions of the operator from several threads at once, with different numbers of threads
-// for each, against plain loops.
+// Both directions of nt_xent, called from several threads at once that each use another number of
+// threads, against plain loops.
 #include "../cpu/nt_xent.h"
 
 #include <algorithm>
@@ -21,8 +21,8 @@ struct Problem {
   bool cosine = true, mask = false, tensor_temperature = false, strided = false, zero_row = false;
   Reduction reduction = Reduction::kMean;
   std::optional<ScalarType> product_dtype{};
-  double length = 1;        // of rows in the dot product
-  double raised_shift = 0;  // what the backward takes is relative to that much more
+  double length = 1;        // of the rows, for the dot product
+  double raised_shift = 0;  // added to the shifts for the backward
 
   int64_t rows() const { return 2 * batch; }
   ScalarType rounded_dtype() const { return product_dtype.value_or(dtype); }
@@ -121,15 +121,15 @@ void check_results(const Case& c, const Results& actual) {
   const LoopOutput& e = c.expected;
   const double u = kRoundoff<T>, rows = static_cast<double>(p.rows());
   const double D = static_cast<double>(p.features);
-  // Roundoff of the operands.
+  // The roundoff of the operands' dtype.
   const double narrow = p.rounded_dtype() == c.sum_dtype ? 0 : roundoff_of(p.rounded_dtype());
   // Normalised rows are known up to D / 2 + 3 roundings, so they may also be rounded to the narrow
   // dtype's next number: two roundoffs. Rows that are not normalised fit that dtype as they are.
   const double size = p.cosine ? 1 : p.length * p.length;
   const double row_error = p.cosine ? (D / 2 + 3) * u + 2 * narrow : 0;
   const double s_error = size * (2 * row_error + (D + 1) * u);
-  // Of an exponential or a sum of them, relative, and so of its logarithm, absolute. No sum adds
-  // more than 300 terms in T one after the other.
+  // The relative error of an exponential or of a sum of them, which is the absolute error of its
+  // logarithm. No sum adds more than 300 terms in T one after the other.
   const double log_error = 2 * s_error / p.tau + (300 + 4 * (size + p.raised_shift) / p.tau) * u;
 
   const auto mean = [&](const std::vector<double>& x) {
@@ -320,15 +320,15 @@ CJEPA_TEST(bf16_in_pairs) {
   if (has_bf16_core()) check_narrow<Bf16Pair>(kBf16);
 }
 
-// From 1536 rows on blocks are larger; the workspace of the backward holds 15 x 15 of them in fp64,
-// so that more rows are worked off in squares, with sums in the gradients themselves or beside
-// them.
+// Blocks are larger from 1536 rows on. The workspace of the backward holds 15 x 15 of them in fp64.
+// With more rows the backward works on squares of blocks, with sums in the gradients themselves or
+// in a buffer.
 CJEPA_TEST(large_blocks) {
   check_problem<float, float>(
       {.name = "large blocks", .batch = 770, .features = 9, .dtype = kFloat, .tau = 0.1}, {1, 4},
       1);
 }
-// More than one band of samples, more than one square in a band, and ragged ones.
+// More than one band of samples and more than one square in a band, the last ones not full.
 CJEPA_TEST(large_mask) {
   for (const int64_t batch : {128, 150})
     check_problem<float, float>({.name = "large mask",
@@ -339,7 +339,7 @@ CJEPA_TEST(large_mask) {
                                  .mask = true},
                                 {1, 4}, 1);
 }
-// Sums of more products than are added up in one accumulator.
+// Sums of more products than one accumulator adds up.
 CJEPA_TEST(many_features) {
   for (const int64_t features : {512, 600})
     check_problem<float, float>(

@@ -2,7 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "../cpu/core/tile_core.h"
@@ -31,7 +36,7 @@ inline uint32_t to_bf16(float x) {  // to nearest, ties to even; no NaN
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// Number `index` of packed words: half of one if there are two in each.
+// Number `index` of packed words, each of which holds one number or two.
 template <typename T, typename P>
 T unpack(const P* words, int64_t index) {
   if constexpr (kNumbers<T, P> == 1) {
@@ -51,7 +56,7 @@ struct Matrix {
   const T* operator[](int64_t i) const { return numbers.data() + i * columns; }
 };
 
-// Rows of length `length` or so, representable in P.
+// Rows of about that length, whose numbers P can represent.
 template <typename T, typename P>
 Matrix<T> random_rows(Random& random, int64_t rows, int64_t features, double length = 1) {
   Matrix<T> z(rows, features);
@@ -67,8 +72,8 @@ Matrix<T> random_rows(Random& random, int64_t rows, int64_t features, double len
   return z;
 }
 
-// One block of rows in all three layouts. The rows that pad it stay NaN, which must not be seen;
-// but where two numbers of a word come from two rows, a last one without a partner has zeros beside
+// One block of rows in all three layouts. The rows that pad it stay NaN, which must not show. But
+// where the two numbers of a word come from two rows, a last row without a partner has zeros beside
 // it.
 template <typename T, typename P>
 struct Operands {
@@ -105,8 +110,9 @@ void for_each_core(const Run& run) {
   if (has_bf16_core()) run(tile_core<float, Bf16Pair>(), "bf16");
 }
 
-// Log2(e) / tau in two numbers, and the constant shift 1 / tau. The first has fewer digits than its
-// type holds, so that a kernel which forgets the second is off by far more than rounding.
+// log2(e) / tau in two numbers, and the constant shift 1 / tau. The first number has fewer digits
+// than its type holds, so that a kernel which forgets the second one is wrong by far more than
+// rounding.
 template <typename T>
 Exponent<T> make_exponent(double tau, bool constant_shift) {
   const Exact scale = std::log2(std::exp(Exact{1})) / tau;
@@ -129,7 +135,7 @@ Exact exp2_error(Exact d, Exact error, const Exponent<T>& e) {
   return std::log(Exact{2}) * exponent + 8 * kRoundoff<T>;
 }
 
-// What an exponent below the dtype's range may leave where nothing is expected.
+// The largest result of an exponent below the range of the dtype where 0 is expected.
 template <typename T>
 inline constexpr Exact kTiny = 4 * Exact{std::numeric_limits<T>::min()};
 

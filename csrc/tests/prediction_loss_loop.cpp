@@ -1,5 +1,5 @@
-// With u and v what the sides are normalised to, h the derivative of the penalty at u - v and g = h
-// times what comes from upstream, the gradients are those of the chain rule:
+// u and v are the normalised prediction and target, h is the derivative of the penalty at u - v,
+// and g is h times the upstream gradient. The gradients follow by the chain rule:
 //   L2          dL/dp = (g - (g . u) u) / |p|, dL/dt = -(g - (g . v) v) / |t|
 //   LayerNorm   dL/dt = -(g - mean(g) - mean(g v) v) / deviation
 #include "prediction_loss_loop.h"
@@ -12,8 +12,8 @@
 namespace cjepa::test {
 namespace {
 
-// A number, and how far one computed in T may lie from it: what the operands are off by, and one
-// roundoff for each operation.
+// A number and a bound for the error of the same number computed in T: the errors of the operands
+// and one roundoff for each operation.
 template <typename T>
 struct Number {
   using X = std::conditional_t<std::is_same_v<T, float>, double, long double>;
@@ -34,15 +34,16 @@ struct Number {
     const X of_x = std::sqrt(x);
     return rounded(of_x, x > 0 ? error / (2 * of_x) : 0);
   }
-  Bounded bounded() const {  // 1 %: for products of errors
+  Bounded bounded() const {  // 1 % more for the products of errors
     constexpr double kOwn = std::numeric_limits<double>::epsilon() / 2;
     return {static_cast<double>(x),
             static_cast<double>(1.01 * error) + kOwn * static_cast<double>(std::fabs(x))};
   }
 };
 
-// Whatever the order, in vectors of 16 to 64 bytes: as many accumulators as a vector has numbers,
-// which are added in pairs, and one more for what is left over, fewer than 16 numbers.
+// The bound holds for any order of the additions in vectors of 16 to 64 bytes. There are as many
+// accumulators as a vector has numbers, which are added in pairs, and one more for the fewer than
+// 16 numbers that fill no vector.
 template <typename T>
 struct Sum {
   using X = typename Number<T>::X;

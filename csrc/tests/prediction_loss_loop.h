@@ -1,5 +1,5 @@
 // The prediction loss of several levels with its gradients as plain loops over rows. Every number
-// comes with a bound for how far one computed in T may lie from it.
+// comes with a bound for the error of the same number computed in T.
 #pragma once
 
 #include <cstdint>
@@ -12,14 +12,14 @@ namespace cjepa::test {
 enum class LossType { kSquare, kSmoothL1, kHuber };
 
 struct PredictionInput {
-  // Only the first rows of a level are given, the others repeat them in that order.
+  // `sides` holds only the first rows of a level. The others repeat them in that order.
   struct Level {
     int64_t rows, features;
     double weight;
     std::vector<double> sides[2];  // predictions, targets: as they are in T
-    std::vector<char> mask;        // of all rows; empty: keeps all
-    double of_level;               // gradients from upstream, of the level
-    std::vector<double> of_each;   // and of each error; empty: none
+    std::vector<char> mask;        // of all rows; empty: all are included
+    double of_level;               // upstream gradient of the level
+    std::vector<double> of_each;   // upstream gradient of each error; empty: none
 
     int64_t given() const { return static_cast<int64_t>(sides[0].size()) / features; }
     bool includes(int64_t row) const { return mask.empty() || mask[row] != 0; }

@@ -1,5 +1,5 @@
-// Both directions of the prediction loss from several threads at once, with different numbers of
-// threads for each, against plain loops; and the tensors on memory of the kernel's own.
+// Both directions of the prediction loss, called from several threads at once that each use another
+// number of threads, against plain loops.
 #include "../cpu/prediction_loss.h"
 
 #include <algorithm>
@@ -7,7 +7,6 @@
 #include <deque>
 #include <limits>
 
-#include "../cpu/memory.h"
 #include "check.h"
 #include "prediction_loss_loop.h"
 #include "tensors.h"
@@ -46,7 +45,7 @@ struct Problem {
   bool zero_rows = false;
 };
 
-// Which gradients come from upstream, bit by bit.
+// Which outputs have an upstream gradient: one bit for each.
 enum Upstream { kOfLoss = 1, kOfUnweighted = 2, kOfLevels = 4 };
 
 struct Variant {
@@ -57,8 +56,8 @@ struct Variant {
   bool with_targets;
 };
 
-// All of what a row's functions differ by; problem after problem they meet each choice of
-// gradients.
+// Every choice of normalisation, penalty and reduction. Each comes with another choice of upstream
+// gradients, which goes on from problem to problem.
 std::vector<Variant> variants() {
   static int choice = 7;
   std::vector<Variant> all;
@@ -69,7 +68,7 @@ std::vector<Variant> variants() {
   return all;
 }
 
-// (B, N, features) or (B, N), N = 1 for what has no patches, on guarded memory.
+// A tensor (B, N, features) or (B, N) on guarded memory; N = 1 without patches.
 class Strided {
  public:
   Strided(ScalarType dtype, const Shape& shape, int64_t features, Layout layout)
@@ -81,7 +80,7 @@ class Strided {
     if (shape.patches > 0) strides_.push_back(place_.patch);
     if (dtype != ScalarType::Bool) strides_.push_back(place_.feature);
   }
-  // Writes the value as the dtype has it, and returns that.
+  // Writes the value rounded to the dtype, and returns it.
   double set(int64_t row, int64_t feature, double value) const {
     const int64_t at = index(row) + feature * place_.feature;
     if (dtype_ != ScalarType::Bool) return memory_.set(at, 0, value);
@@ -129,7 +128,8 @@ class Strided {
 
 constexpr double kEps = 1e-8, kWeights[] = {0.7, 1.6, 0.3};
 
-// The tensors of a problem. Rows that a mask drops are NaN, unless other rows share their memory.
+// The tensors of a problem. Rows that a mask excludes are NaN, unless other rows share their
+// memory.
 struct Inputs {
   struct Level {
     Shape shape;
@@ -209,7 +209,7 @@ struct Inputs {
     }
   }
 
-  // As the operator reads it.
+  // Writes a value, and returns it as the operator reads it.
   double set(const Strided& to, int64_t row, int64_t feature, double value) const {
     const double rounded = to.set(row, feature, value);
     return dtype == kFloat ? static_cast<float>(rounded) : rounded;
@@ -308,9 +308,10 @@ Results run(const Inputs& in, const Variant& v) {
   return results;
 }
 
-// `actual` holds, for each row of a level, as many numbers as `expected` has for those given; of a
-// row that is dropped they are 0. `narrow` is the roundoff of the dtype, if that is not T, and
-// `least` half of its smallest number. Checks one number of all: the one furthest off.
+// `actual` holds as many numbers for each row of a level as `expected` holds for each given row.
+// Those of an excluded row are 0. `narrow` is the roundoff of the dtype, if that is not T, and
+// `least` is half of its smallest number. Checks only the number whose error is the largest share
+// of its bound.
 void check_rows(const std::string& what, const double* actual, const PredictionInput::Level& level,
                 const std::vector<Bounded>& expected, double narrow = 0, double least = 0) {
   const int64_t width = static_cast<int64_t>(expected.size()) / level.given();
@@ -393,7 +394,7 @@ void check_variants(const Problem& problem, const std::vector<Variant>& all,
   }
 }
 
-// Too small for several threads.
+// Problems that are too small for several threads.
 void check_small(const Problem& problem) { check_variants(problem, variants(), {2}, 2); }
 
 CJEPA_TEST(fp32) {
@@ -493,8 +494,8 @@ std::vector<Variant> some(Reduction reduction) {
   return all;
 }
 
-// A block is a row or as many rows as have 32768 numbers; a thread takes 125000 numbers at least
-// in the forward.
+// A block is one row or as many rows as have 32768 numbers. A thread of the forward takes at least
+// 125000 numbers.
 CJEPA_TEST(blocks_on_threads) {
   const std::vector<uint32_t> counts{1, 2, 3, 4};
   check_variants({.name = "rows of several blocks", .levels = {{1, 3, 40001}, {2, 0, 32768}}},
@@ -511,8 +512,8 @@ CJEPA_TEST(blocks_on_threads) {
                  some(Reduction::kNone), {1, 4}, 1);
 }
 
-// From 16 MiB of numbers T on, gradients of dtype T go around the caches where their rows are
-// aligned: all, one row in 16, and none that is narrower.
+// From 16 MiB of numbers T on, gradients of dtype T are written around the caches if their row is
+// aligned. Here this is so for all rows, for one row in 16, and for no row of a narrower dtype.
 CJEPA_TEST(past_the_caches) {
   constexpr Layout kRepeated[2] = {Layout::kRepeated, Layout::kRepeated};
   const std::vector<Variant> l2{
@@ -535,8 +536,8 @@ CJEPA_TEST(past_the_caches) {
                  others, {1, 2}, 1);
 }
 
-// What NaN in row 7 of either side reaches: the losses, its own error and the other side's gradient
-// there; all other rows are as they were.
+// A NaN in row 7 of one side reaches the losses, the errors of that row and the other side's
+// gradient there. All other rows stay as they were.
 template <typename T>
 void check_not_a_number(const Inputs& inputs, const Variant& v, int side) {
   constexpr int64_t kRow = 7, kLast = 36, kWidth = kLast + 1;
@@ -578,46 +579,6 @@ CJEPA_TEST(not_a_number) {
                          : check_not_a_number<float>(inputs, v, side);
     }
   }
-}
-
-CJEPA_TEST(tensors_of_the_kernels_memory) {
-  for (const ScalarType dtype : {kFloat, kDouble, kBf16, kHalf}) {
-    const int64_t bytes = with_number(dtype, [](auto x) { return sizeof x; });
-    for (const int64_t rows : {0, 1, 5, 3001}) {
-      for (const bool zero : {false, true}) {
-        const std::vector<int64_t> shape{rows, 3, 101};
-        {  // what the system may give again
-          std::vector<char> dirty(rows * 303 * bytes, 1);
-          asm volatile("" : : "r"(dirty.data()) : "memory");
-        }
-        const Tensor t = zero ? zero_tensor(shape, dtype) : cached_tensor(shape, dtype);
-        CHECK(t.dim() == 3 && t.size(0) == rows && t.size(1) == 3 && t.size(2) == 101 &&
-                  t.is_contiguous() && t.scalar_type() == dtype && t.numel() == rows * 303,
-              "%ld rows", rows);
-        char* const data = static_cast<char*>(t.mutable_data_ptr());
-        if (zero)
-          CHECK(std::all_of(data, data + t.numel() * bytes, [](char x) { return x == 0; }),
-                "%ld rows are not all zero", rows);
-        else
-          CHECK(rows == 0 || reinterpret_cast<uintptr_t>(data) % 64 == 0, "%p is not aligned",
-                data);
-        std::fill_n(data, t.numel() * bytes, 1);  // all of it is there
-      }
-    }
-  }
-  const char* const limit = std::getenv("CJEPA_CACHE_MIB");
-  if (limit != nullptr && std::atof(limit) == 0) return;
-  // A copy keeps the memory; the last one gives it back.
-  const std::vector<int64_t> shape{1021, 257};
-  std::optional<Tensor> t = cached_tensor(shape, kFloat);
-  const void* const data = t->const_data_ptr();
-  std::optional<Tensor> copy = t;
-  t.reset();
-  CHECK(cached_tensor(shape, kFloat).const_data_ptr() != data, "memory that is in use");
-  copy.reset();
-  const Tensor first = cached_tensor(shape, kFloat), second = cached_tensor(shape, kFloat);
-  CHECK(first.const_data_ptr() == data || second.const_data_ptr() == data,
-        "the memory did not return to the cache");
 }
 
 }  // namespace

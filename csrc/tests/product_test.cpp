@@ -14,7 +14,8 @@ void check_coefficients(const TileCore<T, P>& core, const char* kind, int64_t he
   constexpr int64_t kPairs = kNumbers<T, P>;
   Random random;
   const int64_t vector = core.panel / 2;
-  // Nothing beyond `width` is touched if it holds a vector, else one vector is; pairs are whole.
+  // Nothing beyond `width` is touched if a vector fits into it, else one vector is. Pairs are
+  // whole.
   const int64_t covered = round_up(std::max(width, vector), kPairs);
   const int64_t stored_stride = covered + 5;
   const Guarded<T> stored((height - 1) * stored_stride + covered);
@@ -45,7 +46,7 @@ void check_coefficients(const TileCore<T, P>& core, const char* kind, int64_t he
   }
   for (int64_t i = 0; i < height; ++i) {
     for (int64_t j = 0; j < width; ++j) {
-      // What the forward leaves: e or 0, or s below both shifts or -inf.
+      // The forward stores e or 0, or, without a constant shift, s below both shifts or -inf.
       const bool excluded = random.chance(0.1);
       const double s = std::min(row_shift[i], column_shift[j]) - random.uniform(0, 1.2);
       if (constant_shift) {
@@ -79,7 +80,7 @@ void check_coefficients(const TileCore<T, P>& core, const char* kind, int64_t he
           error += std::fabs(w) * (e * relative + kTiny<T>);
         }
       }
-      // The conversion to bf16 rounds, and makes 0 of a denormal number.
+      // The conversion to bf16 rounds, and turns a denormal number into 0.
       if (kPairs == 2) error += (std::fabs(expected) + error) * kBf16Roundoff + kTiny<T>;
       const P* row = out.get() + (over_rows ? i / kPairs : i) * kCoefficientStride;
       const T actual = over_rows ? unpack<T, P>(row + j, i % kPairs) : unpack<T, P>(row, j);
@@ -131,7 +132,7 @@ void check_product(const TileCore<T, P>& core, const char* kind, int64_t height,
   constexpr int64_t kPairs = kNumbers<T, P>;
   const Matrix<T> y = random_rows<T, P>(random, depth, features);
   const Operands<T, P> operands(core, y, 0, kBlock);
-  // The rows that fill up the last micro-tile are read, and NaN here: they must not be seen.
+  // The rows that fill up the last micro-tile are read. They are NaN here, which must not show.
   const int64_t words = depth / kPairs, read = round_up(height, core.micro_rows);
   const int64_t a_stride = transposed ? kCoefficientStride - 5 : kCoefficientStride;
   const Guarded<P> a(transposed ? (words - 1) * a_stride + read
@@ -139,7 +140,7 @@ void check_product(const TileCore<T, P>& core, const char* kind, int64_t height,
   const auto at = [&](int64_t i, int64_t k) {
     return transposed ? k * a_stride + i : i * kCoefficientStride + k;
   };
-  // Another NaN than that of memory which nobody wrote: a sum takes it over to what it writes.
+  // This NaN differs from that of memory which nobody wrote. A sum would carry it into its result.
   for (int64_t k = 0; k < a.size(); ++k) a[k] = nan_coefficient<T, P>();
   for (int64_t i = 0; i < height; ++i)
     for (int64_t k = 0; k < words; ++k) a[at(i, k)] = random_coefficient<T, P>(random);

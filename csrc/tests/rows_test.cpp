@@ -1,4 +1,4 @@
-// What the tile core does to single rows, and how rows are laid out as operands.
+// The functions of the tile core for single rows, and the layout of rows as operands.
 #include <algorithm>
 
 #include "operands.h"
@@ -13,7 +13,7 @@ void fill(Random& random, const Guarded<T>& x, double scale = 1) {
   for (int64_t d = 0; d < x.size(); ++d) x[d] = static_cast<T>(scale * random.normal());
 }
 
-// x . y, and what `count` products and additions may be off it, relative or not.
+// x . y with a bound for the error of `count` products and additions.
 struct Dot {
   Exact value = 0, magnitude = 0, error = 0;
 };
@@ -48,7 +48,7 @@ void check_row(const TileCore<T, P>& core, const char* kind, int64_t count) {
   for (const double eps : {1e-8, 1e4}) {
     const Exact norm = std::sqrt(dot<T>(x, x, count).value), divisor = std::max<Exact>(norm, eps);
     const T returned = core.normalize(x.get(), count, static_cast<T>(eps), unit.get());
-    // A square root halves the relative error of the dot product; it and the quotient round.
+    // A square root halves the relative error of the dot product. The root and the quotient round.
     const Exact relative = (count + 1) * kRoundoff<T> / 2 + 3 * kRoundoff<T>;
     CHECK_NEAR(returned, norm, norm * relative, "%s: norm of %ld", kind, count);
     for (int64_t d = 0; d < count; ++d)
@@ -91,7 +91,7 @@ void check_finish(const TileCore<T, P>& core, const char* kind, int64_t count, b
     g[d] = (gradient[d] - weighted) * f.factor;
     error[d] = 3 * kRoundoff<T> * (std::fabs(gradient[d]) + std::fabs(weighted)) * f.factor;
   }
-  // A dot product with numbers that are off by `error` themselves.
+  // A dot product with numbers that have an error of their own, `error`.
   const auto along = [&](const Guarded<T>& x) {
     Dot product = dot<T>(g, x, count);
     for (int64_t d = 0; d < count; ++d) product.error += error[d] * std::fabs(x[d]);
@@ -120,7 +120,7 @@ CJEPA_TEST(finish) {
   });
 }
 
-// Packing moves numbers, so every comparison is exact; what pads an operand is zero.
+// Packing moves numbers, so every comparison is exact. Operands are padded with zeros.
 template <typename T, typename P>
 void check_packing(const TileCore<T, P>& core, const char* kind, int64_t features, int64_t count,
                    bool with_panel) {

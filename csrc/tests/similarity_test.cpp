@@ -10,14 +10,15 @@ namespace {
 constexpr int64_t kBlock = 96;
 constexpr Exact kInfinity = std::numeric_limits<Exact>::infinity();
 
-struct Place {  // of a tile
+// Where a tile lies in S.
+struct Place {
   const char* name;
   int64_t rows, columns;  // of S
   bool self;
   int64_t row, first_column, column;  // the block begins at first_column, the tile at column
 };
 
-// Similarities of a tile as the kernel sees its operands, and how far rounding may take them.
+// Similarities of a tile, computed from the kernel's operands, and bounds for their errors.
 template <typename T>
 struct Expected {
   Matrix<Exact> s, error;
@@ -159,7 +160,8 @@ class TileCheck {
     return std::exp2(expected_.s[i][j] * scale - shift);
   }
 
-  // What is written: the tile, of one on the diagonal the part above it and its mirror image.
+  // The kernel writes the tile. Of one on the diagonal it writes the part above and its mirror
+  // image.
   void check_stored() const {
     const int64_t begin = place_.column - place_.first_column;
     for (int64_t i = 0; i < kBlock; ++i) {
@@ -185,7 +187,7 @@ class TileCheck {
     }
   }
 
-  // The sum and the maximum of a row or column whose entry number k is entry(k).
+  // Checks the sum and the maximum of a row or column whose entry number k is entry(k).
   template <typename Entry>
   void check_line(const char* side, int64_t index, int64_t count, T sum, T maximum,
                   Exact sum_before, Exact maximum_before, const Entry& entry) const {
@@ -216,7 +218,7 @@ class TileCheck {
                    ? e * exp2_error(s, expected_.error[i][j], exponent_)
                    : e * exp2_error(s - highest, 2 * highest_error, exponent_) + kTiny<T>;
     }
-    // Every term passes through no more additions than there are terms and lanes, and the prior.
+    // No term passes through more additions than there are terms and lanes, and one for the prior.
     error += (terms + 6) * kRoundoff<T> * total;
     CHECK_NEAR(sum, total, error, "%s: sum of %s %ld", name_.c_str(), side, index);
   }
@@ -269,7 +271,7 @@ class TileCheck {
   std::string name_;
 };
 
-// Every mode of a tile of `width` columns at most (0: all).
+// Checks every mode of a tile of at most `width` columns (0: all).
 template <typename T, typename P>
 void check_place(const TileCore<T, P>& core, const char* kind, const Place& place, int64_t features,
                  int64_t width) {

@@ -1,11 +1,11 @@
-// Tensors on guarded memory, what operators made of them, and operators called from several threads
-// at once with different numbers of threads for each.
+// Tensors on guarded memory, the results of operators, and calls from several threads at once that
+// each use another number of threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdint>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -28,7 +28,7 @@ double round_through(double x) {
   });
 }
 
-// What operands of that dtype are rounded to if the sums are of type `sum`; null: they are not.
+// How operands of that dtype are rounded if the sums are of type `sum`; null: not at all.
 inline double (*rounding_to(ScalarType operands, ScalarType sum))(double) {
   if (operands == ScalarType::BFloat16) return round_through<ScalarType::BFloat16>;
   if (operands == ScalarType::Half) return round_through<ScalarType::Half>;
@@ -42,7 +42,7 @@ inline double roundoff_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? kRoundoff<double> : kRoundoff<float>;
 }
 
-// A tensor on memory of the test's own, so that what lies around it is guarded too.
+// A tensor on the test's own memory, which is guarded on both sides.
 class Given {
  public:
   Given(ScalarType dtype, std::vector<int64_t> sizes, std::vector<int64_t> strides)
@@ -52,7 +52,7 @@ class Given {
     width_ = dtype_ == ScalarType::Bool ? 1 : with_number(dtype_, [](auto x) { return sizeof x; });
     memory_.emplace((last + 1) * static_cast<int64_t>(width_));
   }
-  // Writes the value as the dtype has it, and returns that.
+  // Writes the value rounded to the dtype, and returns it.
   double set(int64_t row, int64_t column, double value) const {
     char* at = memory_->get() + (row * strides_[0] + column * strides_[1]) * width_;
     return with_number(dtype_, [&](auto x) {
@@ -94,7 +94,7 @@ void raise_shift(Tensor& shift, Tensor& log_sum, double by, double tau) {
   }
 }
 
-// What operators returned, in order.
+// The results of operators, in order.
 using Results = std::vector<std::vector<double>>;
 
 inline bool same_bits(const Results& a, const Results& b) {
@@ -106,7 +106,7 @@ inline bool same_bits(const Results& a, const Results& b) {
   return true;
 }
 
-// The results of run(), which all callers must have to the bit, with every number of threads.
+// The results of run(), which must have the same bits for all callers and all numbers of threads.
 template <typename Run>
 Results run_on_threads(const std::string& name, const std::vector<uint32_t>& thread_counts,
                        int callers, const Run& run) {

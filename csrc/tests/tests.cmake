@@ -1,10 +1,11 @@
-# C++ tests of the kernel: CJEPA_TESTS=ON adds the target `cpp_tests`, which builds them, and CTest
-# entries that run them. Included, not a directory of its own: the flags of single files hold in one.
+# C++ tests of the kernels. CJEPA_TESTS=ON adds the target `cpp_tests`, which builds them, and CTest
+# entries that run them. CMakeLists.txt includes this file instead of adding a directory, because
+# CMake keeps the flags of single files within one directory.
 enable_testing()
 add_custom_target(cpp_tests)
 set(tests csrc/tests)
 
-# A target for tests only; links the libraries that follow.
+# Sets up a target for tests only and links it with the libraries that follow its name.
 function(cjepa_configure_tests target)
   cjepa_compile(${target})
   set_target_properties(${target} PROPERTIES EXCLUDE_FROM_ALL ON CXX_VISIBILITY_PRESET hidden
@@ -12,8 +13,8 @@ function(cjepa_configure_tests target)
   target_link_libraries(${target} PRIVATE ${ARGN})
 endfunction()
 
-# Sanitizers of GCC 12 want addresses that are randomised in 28 bits at most, and some systems take
-# more: there the tests run without, where that is allowed.
+# The sanitizers of GCC 12 fail if the system randomises more than 28 bits of addresses. The tests run
+# without randomisation if that is allowed.
 if(CJEPA_SANITIZE)
   execute_process(COMMAND setarch -R true RESULT_VARIABLE refused OUTPUT_QUIET ERROR_QUIET)
   if(refused EQUAL 0)
@@ -21,19 +22,20 @@ if(CJEPA_SANITIZE)
   endif()
 endif()
 
-if(CMAKE_CROSSCOMPILING_EMULATOR)  # the programs are of another machine
+if(CMAKE_CROSSCOMPILING_EMULATOR)  # because the programs are of another machine
   set(launcher ${CMAKE_CROSSCOMPILING_EMULATOR})
 endif()
 
-# A name, a program, what it finds in its environment. A test whose instruction set this machine
-# lacks says so by its exit code.
+# Adds a test: its name, its program, and the variables of its environment. A test skips itself, by its
+# exit code, if this machine lacks its instruction set.
 function(cjepa_add_test name program)
   add_test(NAME ${name} COMMAND ${launcher} $<TARGET_FILE:${program}>)
   set_tests_properties(${name} PROPERTIES
     ENVIRONMENT "${ARGN}" SKIP_RETURN_CODE 77 TIMEOUT 600)
 endfunction()
 
-# Sanitizers are slow to compile, and their tests skip what this machine lacks.
+# Code with sanitizers compiles slowly. It is compiled without them for instruction sets that this
+# machine lacks, because their tests skip themselves.
 if(CJEPA_SANITIZE AND EXISTS /proc/cpuinfo)
   file(STRINGS /proc/cpuinfo flags REGEX "avx512vl" LIMIT_COUNT 1)
   if(NOT flags)
@@ -58,16 +60,16 @@ if(NOT CJEPA_SANITIZE)
   add_dependencies(cpp_tests headers)
 endif()
 
-# The expected values: quick, and nothing that a sanitizer is to look at.
+# The expected values are computed by optimised code without sanitizers.
 add_library(test_loop STATIC ${tests}/nt_xent_loop.cpp ${tests}/cross_logsumexp_loop.cpp
   ${tests}/prediction_loss_loop.cpp)
 cjepa_configure_tests(test_loop)
 target_compile_options(test_loop PRIVATE -O2 -fno-sanitize=all)
 
-# What several programs share is compiled once.
+# Several programs share these.
 add_library(test_main OBJECT ${tests}/check.cpp)
 cjepa_configure_tests(test_main)
-# Takes the place of PyTorch's threads: it says why.
+# These threads take the place of PyTorch's; threads.cpp says why.
 add_library(test_threads OBJECT ${tests}/threads.cpp)
 cjepa_configure_tests(test_threads)
 cjepa_link_torch(test_threads)
@@ -82,11 +84,12 @@ foreach(name ${operators} memory)
   cjepa_link_torch(${name}_test)
   add_dependencies(cpp_tests ${name}_test)
 endforeach()
+target_sources(prediction_loss_test PRIVATE ${tests}/tensor_memory_test.cpp)
 
 cjepa_add_test(memory memory_test)
 set(poisoned CJEPA_POISON_MEMORY=1)
 if(CJEPA_SANITIZE STREQUAL "thread")
-  # One set is enough: the cores know nothing of threads.
+  # One instruction set is enough, because the cores know nothing of threads.
   foreach(name ${operators})
     cjepa_add_test(${name} ${name}_test ${poisoned})
   endforeach()
@@ -95,8 +98,8 @@ endif()
 add_dependencies(cpp_tests tile_core_test)
 foreach(set ${instruction_sets})
   cjepa_add_test(tile_core.${set} tile_core_test CJEPA_INSTRUCTION_SET=${set})
-  # A block that comes out of the cache may be larger than what was asked for, and hides from an
-  # address sanitizer what is written there.
+  # The cache is off. A block from the cache may be larger than what was asked for, so an address
+  # sanitizer would not see a write beyond that.
   foreach(name ${operators})
     cjepa_add_test(${name}.${set} ${name}_test ${poisoned} CJEPA_INSTRUCTION_SET=${set}
       CJEPA_CACHE_MIB=0)

@@ -1,7 +1,7 @@
-// PyTorch's parallel loop out of std::thread, under PyTorch's own names: a program's symbols come
-// before those of its shared libraries. A thread sanitizer knows std::thread, and reports every
-// access that only luck keeps apart; in an OpenMP run-time that was built without it, it sees
-// neither the beginning nor the end of a loop, and everything would have to be suppressed.
+// PyTorch's parallel loop, made of std::thread. It has PyTorch's own names, and the symbols of a
+// program come before those of its shared libraries, so it takes the place of PyTorch's. A thread
+// sanitizer knows std::thread and reports every race. It does not see where a loop begins or ends
+// in an OpenMP run-time that was built without the sanitizer, and would report every access.
 #include "threads.h"
 
 #include <torch/csrc/stable/c/shim.h>
@@ -13,7 +13,8 @@
 
 namespace {
 std::atomic<uint32_t> thread_count{1};
-thread_local bool inside = false;  // of a loop: those within it use no other threads
+thread_local bool inside =
+    false;  // whether this thread runs a loop; loops inside of it use no other threads
 }  // namespace
 
 void cjepa::test::use_threads(uint32_t count) { thread_count = count; }

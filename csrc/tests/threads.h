@@ -5,8 +5,8 @@
 
 namespace cjepa::test {
 
-// How many threads torch::stable::parallel_for uses from now on: those of threads.cpp, which takes
-// the place of PyTorch's.
+// Sets how many threads torch::stable::parallel_for uses from now on. threads.cpp provides them in
+// place of PyTorch.
 void use_threads(uint32_t count);
 
 }  // namespace cjepa::test

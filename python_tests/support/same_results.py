@@ -144,9 +144,14 @@ def run_cjepa(checkout: Path, directory: Path, arguments: list[str]) -> str:
     Raises:
         RuntimeError: It failed; the message is what it wrote.
     """
-    code = "import sys; from cjepa_kernels.cli import main; main(sys.argv[1:])"
+    # A file and not python -c: with two devices Lightning starts the same program a second time.
+    program = directory / "start_cjepa.py"
+    program.write_text(
+        "from cjepa_kernels.cli import main\n\nif __name__ == '__main__':\n    main()\n",
+        encoding="utf-8",
+    )
     result = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, str(program), *arguments],
         cwd=directory,
         env=variables(checkout, {}),
         capture_output=True,

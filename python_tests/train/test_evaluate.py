@@ -16,14 +16,13 @@ pytest.importorskip("pydantic")
 from cjepa_kernels.train.config import DataConfig, EvaluationConfig
 from cjepa_kernels.train.data.dataset import Dataset, LabeledImages, load_dataset
 from cjepa_kernels.train.evaluation import corruptions
+from cjepa_kernels.train.evaluation.collapse import effective_rank, standard_deviation
 from cjepa_kernels.train.evaluation.probes import (
     FeatureExtractor,
-    effective_rank,
     evaluate,
     evaluate_pixels,
     few_label_draws,
     probe_sizes,
-    standard_deviation,
 )
 
 FAST = EvaluationConfig(few_label_draws=2, robustness=False)

@@ -25,8 +25,8 @@ from cjepa_kernels.train import runner
 from cjepa_kernels.train.config import DataConfig, ExperimentConfig, config_to_dict
 from cjepa_kernels.train.data.batches import EpochBatches
 from cjepa_kernels.train.data.dataset import load_dataset
-from cjepa_kernels.train.loop.callbacks import DivergenceError, MetricHistory, to_csv
 from cjepa_kernels.train.loop.checkpoints import AtomicCheckpointIO
+from cjepa_kernels.train.loop.metric_history import DivergenceError, MetricHistory, to_csv
 from cjepa_kernels.train.loop.run_directory import RunResult, load_result
 from cjepa_kernels.train.model.vit import VisionTransformer
 
@@ -228,10 +228,10 @@ def test_collapse_monitor_looks_at_every_class(tmp_path: Path) -> None:
     dataset = load_dataset(DataConfig())
     by_class = dataset.train.labels.argsort()
     history = MetricHistory(tmp_path / "metrics.csv", dataset, by_class)
-    assert len(history.monitored) == 512
-    assert len(dataset.train.labels[history.monitored].unique()) == 10
+    assert len(history.collapse_monitor.samples) == 512
+    assert len(dataset.train.labels[history.collapse_monitor.samples].unique()) == 10
     again = MetricHistory(tmp_path / "metrics.csv", dataset, by_class)
-    assert torch.equal(history.monitored, again.monitored)
+    assert torch.equal(history.collapse_monitor.samples, again.collapse_monitor.samples)
 
 
 def test_metrics_are_summed_without_fp64_on_mps(tmp_path: Path) -> None:

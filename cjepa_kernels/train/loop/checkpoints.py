@@ -30,6 +30,9 @@ class EpochCheckpoint(Checkpoint):
         keep_every_n_epochs: Also keep every n-th epoch's checkpoint; 0: only the last two.
     """
 
+    # Lightning's ModelCheckpoint writes the absolute path of its directory into each checkpoint, so
+    # the same run would leave different checkpoints in different directories.
+
     def __init__(self, directory: Path, keep_every_n_epochs: int = 0) -> None:
         self.directory = directory
         self.keep_every_n_epochs = keep_every_n_epochs

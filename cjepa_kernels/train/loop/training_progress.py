@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from cjepa_kernels.train.loop.callbacks import MetricHistory
+from cjepa_kernels.train.loop.metric_history import MetricHistory
 from cjepa_kernels.train.loop.module import CJEPAModule
 
 

@@ -2,9 +2,8 @@
 // Only tile_core_impl.h may include this file, directly or not.
 #pragma once
 
+#include <cstdint>
 #include <utility>
-
-#include "tile_core.h"
 
 namespace cjepa {
 namespace {

@@ -4,6 +4,8 @@
 // memory once and stays in the L1 cache from then on.
 #pragma once
 
+#include <cstdint>
+
 #include "micro_tile.h"
 #include "prediction_row.h"
 

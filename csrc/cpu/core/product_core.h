@@ -2,7 +2,10 @@
 // Only for files that tile_core_impl.h includes.
 #pragma once
 
+#include <cstdint>
+
 #include "micro_tile.h"
+#include "tile_core.h"
 
 namespace cjepa {
 namespace {

@@ -2,7 +2,10 @@
 // may include this file.
 #pragma once
 
+#include <cstdint>
+
 #include "micro_tile.h"
+#include "tile_core.h"
 
 namespace cjepa {
 namespace {

@@ -6,6 +6,10 @@
 #define CJEPA_STREAM(p, x) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)(x))
 #include <immintrin.h>
 
+#include <cstdint>
+
+#include "micro_tile.h"
+#include "tile_core.h"
 #include "tile_core_impl.h"
 
 namespace cjepa {

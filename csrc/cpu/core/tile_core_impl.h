@@ -7,6 +7,7 @@
 // Everything is in an unnamed namespace, for the reason that tile_core.h gives.
 #pragma once
 
+#include "micro_tile.h"
 #include "prediction_core.h"
 #include "product_core.h"
 #include "row_core.h"
