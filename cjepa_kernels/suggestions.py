@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 MOST_EDITS = 2
 MOST_NAMES = 24  # that an error lists
@@ -46,14 +46,19 @@ def closest(name: object, known: Iterable[str]) -> str | None:
     return None
 
 
-def listed(names: Sequence[str]) -> str:
-    """Names with commas between them, shortened if they are many.
+def listed(names: Iterable[object], most: int = MOST_NAMES) -> str:
+    """Write names with commas between them, shortened if there are many.
 
     Args:
         names: The names, in their order.
+        most: How many of them are written.
+
+    Returns:
+        The names and the number of those left out; ``"nothing"`` if there is no name.
     """
-    more = len(names) - MOST_NAMES
-    return ", ".join(names[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    everything = [str(name) for name in names]
+    more = len(everything) - most
+    return (", ".join(everything[:most]) or "nothing") + (f" and {more} more" if more > 0 else "")
 
 
 def edits(a: str, b: str) -> int:

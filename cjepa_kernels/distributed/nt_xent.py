@@ -234,18 +234,21 @@ def _finish(
     loss = -torch.nn.functional.logsigmoid((own - shift) / tau - log_sum)
     lse = torch.logaddexp(shift / tau + log_sum, own / tau)
     # The sum of s over the negatives is |sum z|^2 - sum |z|^2 - sum s_pos, from sums of rows alone.
-    hits = (own > largest_negative).sum(dtype=torch.float64)
-    sums = torch.cat([own.new_zeros(z_i.shape[1] + 1), torch.stack([own.sum(), hits])])
+    features = z_i.shape[1]
+    row_sum, squares = own.new_zeros(features), own.new_zeros(())  # (D,) and ()
     for z in (z_i, z_j):
         unit = operands(z, options.use_cosine_similarity, options.eps, options.product_dtype)
-        sums[:-3] += unit.sum(dim=0, dtype=torch.float64)
-        sums[-3] += unit.square().sum(dtype=torch.float64)
+        row_sum += unit.sum(dim=0, dtype=torch.float64)
+        squares += unit.square().sum(dtype=torch.float64)
+    hits = (own > largest_negative).sum(dtype=torch.float64)
+    sums = torch.cat([row_sum, torch.stack([squares, own.sum(), hits])])
     exchange.all_reduce(sums)
-    squares, positives, hits = sums[-3:].unbind()
+    row_sum = sums[:features]
+    squares, positives, hits = sums[features:].unbind()
     # A NaN of any rank makes the accuracy 0. Kernels may leave a NaN out of their maxima.
     hits = hits.where(~squares.isnan(), 0.0)
     negatives = batch.rows * (batch.rows - 2)
-    negative = (sums[:-3].square().sum() - squares - positives) / (negatives or torch.nan)
+    negative = (row_sum.square().sum() - squares - positives) / (negatives or torch.nan)
     out = NTXentOutput(
         loss=_reduce(loss, options, batch),
         accuracy=hits / batch.rows,

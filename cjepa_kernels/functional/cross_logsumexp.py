@@ -32,10 +32,10 @@ def cross_logsumexp(
             ``torch.promote_types`` gives; gradients have each input's own.
         temperature: Float from 1e-30 to 1e30, or a tensor of shape () or (1,), which then gets a
             gradient of its shape. A tensor outside of that range gives NaN, because the host never
-            reads it.
+            reads it. Default 0.1.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         eps: Lower bound on the norm used for normalisation; a row below it gets a zero
-            gradient.
+            gradient. Default 1e-8.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
 
     Returns:
@@ -118,7 +118,7 @@ def pair_similarity(
         y: Same shape and device. Two dtypes become the one that ``torch.promote_types`` gives.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         eps: Lower bound on the norm used for normalisation; a row below it gets a zero
-            gradient.
+            gradient. Default 1e-8.
         backend: The one that :func:`cross_logsumexp` is given: each has a rounding of its own.
 
     Returns:

@@ -42,10 +42,10 @@ def nt_xent(
             the one that ``torch.promote_types`` gives; gradients have each input's own.
         temperature: Float from 1e-30 to 1e30, or a tensor of shape () or (1,), which then gets a
             gradient of its shape. A tensor outside of that range gives NaN, because the host never
-            reads it.
+            reads it. Default 0.1.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         eps: Lower bound on the norm used for normalisation; a row below it gets a zero
-            gradient.
+            gradient. Default 1e-8.
         reduction: ``mean`` over the 2B anchors, ``sum``, or ``none``.
         mask: (B, B) bool (B*N for 3-D inputs); True takes the pair of samples (k, l) out of the
             negatives, in all four blocks of views and both ways. The diagonal is ignored.

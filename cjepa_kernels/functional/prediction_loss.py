@@ -46,10 +46,10 @@ def prediction_loss(
         mask: (B, N) or (B,) bool, True keeps the row. ``mean`` divides by the number of
             elements in these rows (rows x D), and is 0 if the mask keeps no row.
         reduction: ``mean``, ``sum`` or ``none``.
-        smoothl1_beta: Where ``smoothl1`` turns linear.
-        huber_delta: Where ``huber`` turns linear.
+        smoothl1_beta: Where ``smoothl1`` turns linear. Default 1.0.
+        huber_delta: Where ``huber`` turns linear. Default 1.0.
         eps: Lower bound on the norm used for normalisation; a row below it gets a zero
-            gradient.
+            gradient. Default 1e-8.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
 
     Returns:

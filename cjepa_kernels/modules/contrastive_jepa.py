@@ -40,14 +40,15 @@ class ContrastiveJEPALoss(nn.Module):
     Args:
         jepa_loss: Module called as ``jepa_loss(predictions, targets, masks)`` that returns a dict
             with ``loss``, such as :class:`HJEPALoss`.
-        jepa_weight: Weight of the JEPA term, finite and not negative.
+        jepa_weight: Weight of the JEPA term, finite and not negative. Default 1.0.
         contrastive_weight: Weight of the contrastive term, finite and not negative.
-        contrastive_temperature: Temperature of NT-Xent.
+            Default 0.1.
+        contrastive_temperature: Temperature of NT-Xent. Default 0.1.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         contrastive_on_context: Contrast the context features. The default takes the target
             features where they are given, which under an EMA encoder carry no gradient.
         reduction: Reduction of NT-Xent: ``mean``, ``sum`` or ``none``.
-        eps: Lower bound on the norm used for normalisation.
+        eps: Lower bound on the norm used for normalisation. Default 1e-8.
         backend: Back end of NT-Xent, see :func:`cjepa_kernels.backends`.
         distributed: Take NT-Xent's negatives from all ranks (True) or from those of a process
             group, as described for ``group`` in :func:`cjepa_kernels.nt_xent`.

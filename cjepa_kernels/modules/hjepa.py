@@ -37,12 +37,12 @@ class HJEPALoss(nn.Module):
         num_hierarchies: Number of levels.
         reduction: ``mean``, ``sum`` or ``none``, per level.
         normalize_embeddings: L2-normalise predictions and targets along D first.
-        huber_delta: Where ``huber`` turns linear.
-        eps: Lower bound on the norm used for normalisation.
+        huber_delta: Where ``huber`` turns linear. Default 1.0.
+        eps: Lower bound on the norm used for normalisation. Default 1e-8.
         detach_targets: Stop the gradient at the targets.
         target_norm: ``"layer"`` is I-JEPA's recipe, parameter-free LayerNorm of the targets with
             predictions as they are; it overrides ``normalize_embeddings``.
-        smoothl1_beta: Where ``smoothl1`` turns linear.
+        smoothl1_beta: Where ``smoothl1`` turns linear. Default 1.0.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
 
     Raises:

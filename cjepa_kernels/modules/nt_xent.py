@@ -30,10 +30,11 @@ class NTXentLoss(nn.Module):
     """Normalised temperature-scaled cross entropy of two views, with monitoring metrics.
 
     Args:
-        temperature: Float from 1e-30 to 1e30. Lower separates hard negatives more sharply.
+        temperature: Float from 1e-30 to 1e30, default 0.1. A lower temperature separates hard
+            negatives more sharply.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         reduction: ``mean`` over the 2B anchors, ``sum`` or ``none``.
-        eps: Lower bound on the norm used for normalisation.
+        eps: Lower bound on the norm used for normalisation. Default 1e-8.
         learnable_temperature: Train log(temperature) as the parameter ``log_temperature``,
             starting at ``temperature``: it stays positive whatever the optimiser does. Keep it out
             of weight decay, which pulls the temperature towards 1.

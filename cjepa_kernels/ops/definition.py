@@ -1,4 +1,4 @@
-"""What defines an operator, and how its backward follows from its forward by names."""
+"""The definition of an operator, and the names by which its backward follows from it."""
 
 from __future__ import annotations
 
@@ -63,21 +63,25 @@ class Definition:
 
 @dataclass(frozen=True)
 class Binding:
-    """How the arguments of a backward follow from the forward, as positions: found once, by name.
+    """Positions by which the arguments of a backward follow from the forward.
+
+    They are found once, by the names in the schemas.
 
     Attributes:
         arguments: Named tuple of the forward's arguments.
+        arguments_backward: Named tuple of the backward's arguments.
         saved: Named tuple of the saved tensors.
-        upstream: Differentiable results.
-        not_differentiable: The other results.
-        saved_positions: Saved tensors among the arguments and then the results.
-        options: Arguments that are no tensors and that the backward takes.
-        lists: Arguments that are lists of tensors.
-        flags: The input that each flag is about.
-        inputs: The input of each result of the backward.
+        upstream: Positions of the differentiable results.
+        not_differentiable: Positions of the other results.
+        saved_positions: Positions of the saved tensors in the arguments followed by the results.
+        options: Positions of the arguments that the backward takes and that are no tensors.
+        lists: Positions of the arguments that are lists of tensors.
+        flags: For each flag, the position of the input that it is about.
+        inputs: For each result of the backward, the position of its input.
     """
 
     arguments: Any
+    arguments_backward: Any
     saved: Any
     upstream: tuple[int, ...]
     not_differentiable: tuple[int, ...]
@@ -137,6 +141,7 @@ def bind(definition: Definition) -> Binding:
         inputs.append(arguments.index(of))
     return Binding(
         arguments=registry.arguments[definition.name],
+        arguments_backward=registry.arguments[f"{definition.name}_backward"],
         saved=namedtuple(f"{definition.name}_saved", [everything[k] for k in saved]),
         upstream=tuple(upstream),
         not_differentiable=tuple(k for k in range(len(results)) if k not in upstream),

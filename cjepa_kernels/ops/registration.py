@@ -1,4 +1,4 @@
-"""How an operator and its backward are registered with PyTorch: the same way for all of them.
+"""Registration of an operator and its backward with PyTorch, in the same way for all of them.
 
 ``cjepa_kernels::<name>`` is one operator with a kernel for each device: the compiled module
 registers its own for the CPU, the Triton kernels are registered for CUDA, and the chunked back end
@@ -10,10 +10,11 @@ recompiles for every new value of a number in a schema, but not for a new value 
 operator reads the numbers when it runs and calls ``<name>`` with them. Its results, and the choices
 that a kernel makes by a number, are therefore those of ``<name>``.
 
-To add an operator, write one file in ``ops`` with its :class:`Definition`, one file in the folder
-of each back end, and one line in ``ops/__init__.py`` and in each back end's ``OPERATORS``.
+CONTRIBUTING.md adds an operator as an example. It takes one file in ``ops`` with a ``Definition``,
+one file in the folder of each back end, one line in ``ops/__init__.py``, and one line in the
+``OPERATORS`` of each back end.
 
-To add a back end, write a folder whose ``OPERATORS`` maps the name of an operator to its
+A new back end takes a folder whose ``OPERATORS`` maps the name of an operator to its
 implementations in both directions, and two lines: one in ``backends.py`` that says whether the back
 end can run here, and one call of :func:`register_backend` in ``ops/__init__.py``.
 """
@@ -49,10 +50,11 @@ AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "Autoca
 # Any: the methods of Library carry no annotations.
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
 _definitions: dict[str, Definition] = {}
+_bindings: dict[str, Binding] = {}
 
 
 def define(definition: Definition) -> None:
-    """Define an operator and its backward, for back ends to be registered.
+    """Define an operator and its backward, which get their implementations by register_backend.
 
     Args:
         definition: The operator.
@@ -65,6 +67,7 @@ def define(definition: Definition) -> None:
         registry.arguments[name] = named_arguments(name, operator(name)._schema)
         registry.results[name] = result
     registry.numbers[definition.name] = _number_positions(operator(definition.name))
+    _bindings[definition.name] = bind(definition)
     _define_overload(definition, "")
 
 
@@ -114,9 +117,9 @@ def _define_schemas(definition: Definition, overload: str) -> None:
 
 
 def _define_overload(definition: Definition, overload: str) -> None:
-    """Give an overload all that back ends share, and define the same with numbers as tensors."""
+    """Register the parts of an overload that back ends share, and its ``_dynamic`` variant."""
     name = definition.name
-    binding = bind(definition)
+    binding = _bindings[name]
     gradients = _register_shared(definition, overload, binding)
     registry.functions[name, overload] = _make_function(definition, overload, binding, gradients)
     dynamic = replace(
@@ -160,10 +163,9 @@ def _register_shared(
     """Register fakes, autograd and autocast of an overload; returns its gradients."""
     forward, backward = f"{definition.name}{overload}", f"{definition.name}_backward{overload}"
     fakes = (definition.fake, definition.fake_backward)
-    schemas = (operator(definition.name), operator(f"{definition.name}_backward"))
-    for name, fake, of in zip((forward, backward), fakes, schemas, strict=True):
-        named_fake = _make_fake(fake, named_arguments(definition.name, of._schema))
-        torch.library.register_fake(f"{NAMESPACE}::{name}", named_fake, lib=_library)
+    arguments = (binding.arguments, binding.arguments_backward)
+    for name, fake, of in zip((forward, backward), fakes, arguments, strict=True):
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _make_fake(fake, of), lib=_library)
     gradients = _make_gradients(definition, overload, binding)
     torch.library.register_autograd(
         f"{NAMESPACE}::{forward}",

@@ -86,11 +86,11 @@ CrossOutput cross_logsumexp_loop(const CrossInput& in) {
       s.weight[a] = in.grad[side][a] / s.sum[a];
     }
   }
-  Exact along = 0;
+  Exact coefficients_dot_s = 0;
   for_each_pair([&](int64_t a, int64_t b, Exact s, Exact e) {
     const Exact c = e * (x.weight[a] + y.weight[b]) / in.tau;
     const Exact size = e * (std::fabs(x.weight[a]) + std::fabs(y.weight[b])) / in.tau;
-    along += c * s;
+    coefficients_dot_s += c * s;
     x.size[a] += size;
     y.size[b] += size;
     for (int64_t d = 0; d < D; ++d) {
@@ -98,7 +98,7 @@ CrossOutput cross_logsumexp_loop(const CrossInput& in) {
       y.gradient[b * D + d] += c * x.own[a * D + d];
     }
   });
-  out.grad_temperature = static_cast<double>(-along / in.tau);
+  out.grad_temperature = static_cast<double>(-coefficients_dot_s / in.tau);
   finish(in, x, out.sides[0]);
   finish(in, y, out.sides[1]);
   return out;

@@ -139,14 +139,15 @@ struct Row {
     for (int s = 0; s < 2; ++s) {
       const std::vector<N>& w = sides[s].values;
       const bool layer = s == 1 && in.normalization == Normalization::kLayer;
-      N along{}, mean{};
+      N w_dot_g{}, mean{};
       if (in.normalization == Normalization::kL2 || layer)
-        along = sum([&](int64_t d) { return g[d] * w[d]; });
-      if (layer) along = along / features, mean = sum([&](int64_t d) { return g[d]; }) / features;
+        w_dot_g = sum([&](int64_t d) { return g[d] * w[d]; });
+      if (layer)
+        w_dot_g = w_dot_g / features, mean = sum([&](int64_t d) { return g[d]; }) / features;
       for (int64_t d = 0; d < features; ++d) {
         N of_p = g[d];
-        if (layer) of_p = (g[d] - mean - w[d] * along) * sides[s].scale;
-        if (in.normalization == Normalization::kL2) of_p = (g[d] - w[d] * along) * sides[s].scale;
+        if (layer) of_p = (g[d] - mean - w[d] * w_dot_g) * sides[s].scale;
+        if (in.normalization == Normalization::kL2) of_p = (g[d] - w[d] * w_dot_g) * sides[s].scale;
         out[s].push_back(sides[s].constant ? Bounded{} : (s == 0 ? of_p : -of_p).bounded());
       }
     }

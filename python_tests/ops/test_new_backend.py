@@ -32,6 +32,7 @@ def toy() -> Iterator[Any]:
     module.add_backend("toy", lambda: BackendStatus(True, ("any",), "three times the loss"))
     yield "toy"
     del module._FINDERS["toy"]
+    module._statuses.pop("toy", None)
 
 
 def test_values_and_gradients_come_from_it(toy: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.metadata
+import inspect
 import os
 import pkgutil
 import re
@@ -268,3 +269,23 @@ def test_examples_run(script: Path, tmp_path: Path) -> None:
     # A process that an example starts leaves its coverage here.
     left = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".coverage")]
     assert not left, "an example leaves nothing behind"
+
+
+NAMED_DEFAULTS = [
+    (name, argument)
+    for name in cjepa_kernels.__all__
+    if callable(getattr(cjepa_kernels, name))
+    for argument, parameter in inspect.signature(getattr(cjepa_kernels, name)).parameters.items()
+    if isinstance(parameter.default, float) and argument != "hierarchy_weights"
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), NAMED_DEFAULTS)
+def test_docstrings_name_the_defaults_that_signatures_show_as_constants(
+    name: str, argument: str
+) -> None:
+    function = getattr(cjepa_kernels, name)
+    entry = rf"^ *{argument}:(?:.|\n)*?[Dd]efault ([0-9.e-]*[0-9])"
+    documented = re.search(entry, function.__doc__, re.MULTILINE)
+    assert documented is not None
+    assert float(documented[1]) == inspect.signature(function).parameters[argument].default

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from cjepa_kernels.suggestions import closest, listed
+from cjepa_kernels.train.data.image_decoding import EncodedImage
 
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 _PANDAS_INDEX = "__index_level_"
@@ -26,18 +28,19 @@ class Column:
     holds_labels: bool  # integers, strings or booleans
     class_names: tuple[str, ...] | None  # of a ClassLabel
 
+    @property
+    def holds_images(self) -> bool:
+        """Whether the values can be encoded images."""
+        return self.is_image_feature or self.holds_bytes
+
     def __str__(self) -> str:
         return f"{self.name} ({self.type})"
 
 
 def columns_of(schema: pa.Schema) -> list[Column]:
-    """Describe the columns of a table.
+    """Describe the columns of a table, without the index that pandas adds.
 
-    Args:
-        schema: Its schema, with the metadata of the `datasets` library if it has some.
-
-    Returns:
-        The columns in their order, without the index that pandas adds.
+    The metadata that the ``datasets`` library stores in the schema are taken into account.
     """
     features = _features(schema)
     return [
@@ -50,19 +53,12 @@ def columns_of(schema: pa.Schema) -> list[Column]:
 def choose_image_column(columns: Sequence[Column], wanted: str | None) -> Column:
     """Choose the column of the images.
 
-    Args:
-        columns: All columns.
-        wanted: ``data.image_column``.
-
-    Returns:
-        The column that is wanted, or the only one of type Image, or the only one of encoded files.
-
-    Raises:
-        ValueError: If there is none or more than one, with all columns and their types.
+    This is the column ``wanted`` (``data.image_column``), or the only one of type Image, or the
+    only one of encoded files. Otherwise a ValueError lists all columns and their types.
     """
     if wanted is not None:
         column = _named(columns, wanted, "image_column")
-        if not (column.is_image_feature or column.holds_bytes):
+        if not column.holds_images:
             raise ValueError(
                 f"data.image_column: expected encoded images in column {wanted!r}, got "
                 f"{column.type}"
@@ -74,7 +70,7 @@ def choose_image_column(columns: Sequence[Column], wanted: str | None) -> Column
         candidates = "no column" if not found else "more than one column"
         raise ValueError(
             f"data.image_column: {candidates} of encoded images (type Image, binary, or a struct "
-            f"with bytes) among {_listed(columns)}; name the column with data.image_column"
+            f"with bytes) among {listed(columns)}; name the column with data.image_column"
         )
     return found[0]
 
@@ -82,17 +78,9 @@ def choose_image_column(columns: Sequence[Column], wanted: str | None) -> Column
 def choose_label_column(columns: Sequence[Column], image: Column, wanted: str | None) -> Column:
     """Choose the column of the labels.
 
-    Args:
-        columns: All columns.
-        image: The one of the images.
-        wanted: ``data.label_column``.
-
-    Returns:
-        The column that is wanted, or the only one of type ClassLabel or with a usual name, or the
-        only one besides the images.
-
-    Raises:
-        ValueError: If there is none or more than one, with all columns and their types.
+    This is the column ``wanted`` (``data.label_column``), or the only one of type ClassLabel or
+    with a usual name, or the only one beside the images. Otherwise a ValueError lists all columns
+    and their types.
     """
     if wanted is not None:
         column = _named(columns, wanted, "label_column")
@@ -125,10 +113,23 @@ def choose_label_column(columns: Sequence[Column], image: Column, wanted: str | 
             else f"{', '.join(column.name for column in found)} could all be the labels"
         )
         raise ValueError(
-            f"data.label_column: {what}; the columns are {_listed(columns)}; name the column of "
+            f"data.label_column: {what}; the columns are {listed(columns)}; name the column of "
             "the labels with data.label_column"
         )
     return found[0]
+
+
+def encoded_image(value: Any, place: str) -> EncodedImage:
+    """Take the image of one row: the file's bytes, or a struct with its bytes or its path.
+
+    ``place`` names the row and its file or split in errors.
+    """
+    if isinstance(value, dict):
+        value, path = value.get("bytes"), value.get("path")
+        if path:
+            place = f"{place} ({path})"
+            value = Path(path) if value is None else value
+    return EncodedImage("data.image_column", place, value)
 
 
 def _named(columns: Sequence[Column], wanted: str, key: str) -> Column:
@@ -137,11 +138,7 @@ def _named(columns: Sequence[Column], wanted: str, key: str) -> Column:
             return column
     meant = closest(wanted, [column.name for column in columns])
     hint = "" if meant is None else f"; did you mean {meant!r}?"
-    raise ValueError(f"data.{key}: no column {wanted!r} among {_listed(columns)}{hint}")
-
-
-def _listed(columns: Sequence[Column]) -> str:
-    return listed([str(column) for column in columns])
+    raise ValueError(f"data.{key}: no column {wanted!r} among {listed(columns)}{hint}")
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
@@ -160,7 +157,6 @@ def _column(name: str, arrow: pa.DataType, feature: Any) -> Column:
     if kind == "ClassLabel" and integers:
         names = feature.get("names") or range(int(feature.get("num_classes") or 0))
         class_names = tuple(str(name) for name in names)
-    is_image = kind == "Image"
     binary = _is_binary(values) or (
         pa.types.is_struct(arrow)
         and any(field.name == "bytes" and _is_binary(field.type) for field in arrow)
@@ -171,7 +167,7 @@ def _column(name: str, arrow: pa.DataType, feature: Any) -> Column:
     return Column(
         name=name,
         type=kind if kind in ("ClassLabel", "Image") else str(arrow),
-        is_image_feature=is_image,
+        is_image_feature=kind == "Image",
         holds_bytes=binary,
         holds_labels=integers or strings or pa.types.is_boolean(values),
         class_names=class_names,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,17 +14,17 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from cjepa_kernels.suggestions import closest
 from cjepa_kernels.train.config import DataConfig
 from cjepa_kernels.train.data.image_decoding import (
     EncodedImages,
     ImageLayout,
     treatment_lines,
 )
-from cjepa_kernels.train.data.image_folder import nearest_class
-from cjepa_kernels.train.data.source import Source, find_source
+from cjepa_kernels.train.data.source import Reading, Source, find_source
 from cjepa_kernels.train.data.split_names import listed
 
-# Splits and subsets are part of the task, not of a run: every seed of an experiment shares them.
+# Splits and subsets belong to the task, so all seeds of an experiment share them.
 _SPLIT_SEED = 0
 _DIGITS_TEST_IMAGES = 450
 _TEST_FRACTION = 0.2
@@ -39,18 +40,6 @@ class LabeledImages:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a source was understood."""
-
-    image_column: str | None = None
-    label_column: str | None = None
-    ignored_columns: tuple[str, ...] = ()
-    labels_from: str = "the source"
-    test_from: str = "the source"
-    notes: tuple[str, ...] = ()  # sentences
-
-
-@dataclass(frozen=True)
 class Dataset:
     """A training and a test set over the same classes."""
 
@@ -58,7 +47,7 @@ class Dataset:
     train: LabeledImages
     test: LabeledImages
     class_names: tuple[str, ...]
-    reading: Reading = Reading()
+    reading: Reading = field(default_factory=Reading)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -90,26 +79,17 @@ class EncodedDataset:
         return (1 if self.layout.mode == "L" else 3), height, width
 
     def decode(self, *, show_progress: bool = True) -> Dataset:
-        """Decode the images.
+        """Decode the images, on the CPU; a large set can show a progress bar on stderr.
 
-        Args:
-            show_progress: Whether decoding a large set shows a progress bar on stderr.
-
-        Returns:
-            The two sets, on the CPU.
-
-        Raises:
-            ValueError: If an image is damaged.
+        A damaged image is a ValueError.
         """
-        names = {"train": "training", "test": "test"}
-        images = {
-            part: self.layout.decode(encoded, names[part], show_progress)
+        decoded = {
+            part: LabeledImages(self.layout.decode(encoded, part, show_progress), self.labels[part])
             for part, encoded in self.parts.items()
         }
         return Dataset(
             name=self.name,
-            train=LabeledImages(images["train"], self.labels["train"]),
-            test=LabeledImages(images["test"], self.labels["test"]),
+            **decoded,
             class_names=self.class_names,
             reading=self.reading,
         )
@@ -156,38 +136,30 @@ def open_dataset(
         return _load_digits(config)
     found = find_source(config)
     class_names, labels = _number_classes(found)
-    rows = _split_rows(labels, class_names, config)
-    of_part = {part: part if part in labels else "train" for part in ("train", "test")}
+    images, reading = dict(found.images), found.reading
+    rows = {part: torch.arange(len(values)) for part, values in labels.items()}
+    if "test" not in rows:
+        rows = _divide(labels["train"], class_names)
+        labels["test"], images["test"] = labels["train"], images["train"]
+        test_from = (
+            f"a random fifth of the source ({len(rows['test']):,} of {len(labels['train']):,} "
+            f"images, {_DIVIDED}): the source has no test split"
+        )
+        reading = replace(reading, test_from=test_from)
+    subsets = {part: _choose_subset(config, part, labels[part], rows[part]) for part in rows}
     parts = {
-        part: EncodedImages(found.images[split], rows[part].tolist())
-        for part, split in of_part.items()
+        part: EncodedImages(images[part], subset.rows.tolist()) for part, subset in subsets.items()
     }
-    chosen = {part: labels[split][rows[part]] for part, split in of_part.items()}
     layout = ImageLayout.of(parts.values(), config.image_size, config.bit_depth, on_damage)
-    every = len(labels["train"])
-    divided = _test_images(every)
-    available = (
-        {part: len(values) for part, values in labels.items()}
-        if "test" in labels
-        else {"train": every - divided, "test": divided}
+    subset_notes = (note for subset in subsets.values() for note in subset.notes)
+    return EncodedDataset(
+        name=config.source,
+        labels={part: labels[part][subset.rows] for part, subset in subsets.items()},
+        parts=parts,
+        class_names=class_names,
+        layout=layout,
+        reading=replace(reading, notes=(*reading.notes, *subset_notes, *treatment_lines(layout))),
     )
-    reading = Reading(
-        image_column=found.image_column,
-        label_column=found.label_column,
-        ignored_columns=found.ignored_columns,
-        labels_from=found.labels_from,
-        test_from=(
-            found.test_from
-            or f"a random fifth of the source ({divided:,} of {every:,} images, {_DIVIDED}): the "
-            "source has no test split"
-        ),
-        notes=(
-            *found.notes,
-            *_subset_notes(config, available),
-            *treatment_lines(layout),
-        ),
-    )
-    return EncodedDataset(config.source, chosen, parts, class_names, layout, reading)
 
 
 def resolve_pretrain_classes(
@@ -284,22 +256,17 @@ def _load_digits(config: DataConfig) -> Dataset:
     bunch = load_digits()
     images = torch.from_numpy(np.rint(bunch.images * (255.0 / 16.0)).astype(np.uint8))[:, None]
     labels = torch.from_numpy(bunch.target.astype(np.int64))
-    train, test = train_test_split(
-        np.arange(len(labels)),
-        test_size=_DIGITS_TEST_IMAGES,
-        stratify=bunch.target,
-        random_state=_SPLIT_SEED,
-    )
-    parts = {}
-    for name, rows in (("train", torch.from_numpy(train)), ("test", torch.from_numpy(test))):
-        kept = balanced_subset(
-            labels[rows], getattr(config, f"{name}_size"), key=f"data.{name}_size"
-        )
-        parts[name] = LabeledImages(images[rows[kept]], labels[rows[kept]])
+    train, test = _stratified_rows(labels, _DIGITS_TEST_IMAGES)
+    subsets = {
+        part: _choose_subset(config, part, labels, rows)
+        for part, rows in (("train", train), ("test", test))
+    }
     return Dataset(
         name="digits",
-        train=parts["train"],
-        test=parts["test"],
+        **{
+            part: LabeledImages(images[subset.rows], labels[subset.rows])
+            for part, subset in subsets.items()
+        },
         class_names=tuple(str(digit) for digit in range(10)),
         reading=Reading(
             labels_from="scikit-learn",
@@ -307,7 +274,7 @@ def _load_digits(config: DataConfig) -> Dataset:
                 f"a random quarter of scikit-learn's images ({_DIGITS_TEST_IMAGES} of "
                 f"{len(labels):,}, {_DIVIDED})"
             ),
-            notes=tuple(_subset_notes(config, {"train": len(train), "test": len(test)})),
+            notes=(*subsets["train"].notes, *subsets["test"].notes),
         ),
     )
 
@@ -318,8 +285,12 @@ def _number_classes(found: Source) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     in_test = dict.fromkeys(found.labels.get("test", ()))
     unknown = [label for label in in_test if label not in in_training]
     if unknown:
-        known = _as_text(in_training)
-        names = [f"{label!r}{nearest_class(str(label), known)}" for label in unknown]
+        known = [str(label) for label in in_training]
+        nearest = {label: closest(label, known) for label in unknown}
+        names = [
+            f"{label!r}" + (f" (the nearest training class is {name!r})" if name else "")
+            for label, name in nearest.items()
+        ]
         raise ValueError(
             f"{found.label_key}: test images of classes without a training image: {listed(names)}; "
             f"the training classes are {listed(sorted(in_training))}"
@@ -330,71 +301,61 @@ def _number_classes(found: Source) -> tuple[tuple[str, ...], dict[str, Tensor]]:
         part: torch.tensor([index[label] for label in values], dtype=torch.int64)
         for part, values in found.labels.items()
     }
-    return tuple(_as_text(order)), labels
+    return tuple(str(label) for label in order), labels
 
 
-def _as_text(labels: Sequence[Any] | set[Any]) -> list[str]:
-    return [str(label) for label in labels]
-
-
-def _subset_notes(config: DataConfig, available: Mapping[str, int]) -> list[str]:
-    notes = []
-    for part in ("train", "test"):
-        size = getattr(config, f"{part}_size")
-        if size is not None:
-            what = "training" if part == "train" else "test"
-            notes.append(
-                f"{size:,} of the {available[part]:,} {what} images are used, drawn at random with "
-                f"classes as equal in number as possible (data.{part}_size)."
-            )
-    return notes
-
-
-def _test_images(count: int) -> int:
-    """Size of the test set of a source without one."""
-    return int(np.ceil(_TEST_FRACTION * count))
-
-
-def _split_rows(
-    labels: dict[str, Tensor], class_names: Sequence[str], config: DataConfig
-) -> dict[str, Tensor]:
-    """Rows of the training and of the test set; a source without a test split is divided."""
-    if "test" in labels:
-        rows = {name: torch.arange(len(part)) for name, part in labels.items()}
-    else:
-        every = np.arange(len(labels["train"]))
-        counts = Counter(labels["train"].tolist())
-        smallest, images = min(counts.items(), key=lambda item: item[1])
-        test_images = _test_images(len(every))
-        if images < 2 or test_images < len(counts):
-            raise ValueError(
-                f"data.source: too few images ({len(every)} of {len(counts)} classes, "
-                f"{images} of class {class_names[smallest]!r}) to divide into a training and a "
-                "test set that both hold every class; provide a test split"
-            )
-        train, test = train_test_split(
-            every, test_size=test_images, stratify=labels["train"].numpy(), random_state=_SPLIT_SEED
+def _divide(labels: Tensor, class_names: Sequence[str]) -> dict[str, Tensor]:
+    """Divide a source without a test split into rows of a training and of a test set."""
+    counts = Counter(labels.tolist())
+    smallest, images = min(counts.items(), key=lambda item: item[1])
+    test_images = math.ceil(_TEST_FRACTION * len(labels))
+    if images < 2 or test_images < len(counts):
+        raise ValueError(
+            f"data.source: too few images ({len(labels)} of {len(counts)} classes, "
+            f"{images} of class {class_names[smallest]!r}) to divide into a training and a "
+            "test set that both hold every class; provide a test split"
         )
-        rows = {
-            "train": torch.from_numpy(train).sort()[0],
-            "test": torch.from_numpy(test).sort()[0],
-        }
-    for name in rows:
-        of_split = labels.get(name, labels["train"])[rows[name]]
-        kept = balanced_subset(of_split, getattr(config, f"{name}_size"), key=f"data.{name}_size")
-        rows[name] = rows[name][kept]
-    return rows
+    train, test = _stratified_rows(labels, test_images)
+    return {"train": train.sort().values, "test": test.sort().values}
+
+
+def _stratified_rows(labels: Tensor, test_images: int) -> tuple[Tensor, Tensor]:
+    """Draw the rows of a training and of a test set, with equal shares of every class."""
+    train, test = train_test_split(
+        np.arange(len(labels)),
+        test_size=test_images,
+        stratify=labels.numpy(),
+        random_state=_SPLIT_SEED,
+    )
+    return torch.from_numpy(train), torch.from_numpy(test)
+
+
+class _Subset(NamedTuple):
+    """The images of a set that are used."""
+
+    rows: Tensor  # (n,) int64, in the source
+    notes: tuple[str, ...]  # a sentence, unless all images are used
+
+
+def _choose_subset(config: DataConfig, part: str, labels: Tensor, rows: Tensor) -> _Subset:
+    """Choose among the rows of a part as ``data.train_size`` or ``data.test_size`` says."""
+    key = f"{part}_size"
+    size = getattr(config, key)
+    chosen = rows[balanced_subset(labels[rows], size, key=f"data.{key}")]
+    if size is None:
+        return _Subset(chosen, ())
+    what = "training" if part == "train" else "test"
+    note = (
+        f"{size:,} of the {len(rows):,} {what} images are used, drawn at random with "
+        f"classes as equal in number as possible (data.{key})."
+    )
+    return _Subset(chosen, (note,))
 
 
 def channel_statistics(images: Tensor, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over some images.
+    """Return the mean and standard deviation of each channel over some images.
 
-    Args:
-        images: (N, C, H, W) uint8.
-        indices: (n,) int64, the images to take into account.
-
-    Returns:
-        Two (C,) fp32 tensors on the scale where 255 is 1; a constant channel has deviation 1.
+    Both are (C,) fp32 on the scale where 255 is 1; a constant channel has deviation 1.
     """
     # Histograms are exact in integers and need no float copy of the images.
     values = torch.arange(256, dtype=torch.float64) / 255.0

@@ -1,4 +1,4 @@
-"""Encoded images of any format to one uint8 tensor."""
+"""Decoding images of any format into one uint8 tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ _MODE_NAMES = {
     "LAB": "LAB",
     "HSV": "HSV",
 }
-# What turns an image as it is stored into the image as it is meant, by EXIF orientation.
+# The transposition that turns a stored image upright, by its EXIF orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -51,28 +51,28 @@ class EncodedImage(NamedTuple):
     place: str  # where the image is, for errors
     content: bytes | Path | None  # the file's bytes, or where they are
 
+    @property
+    def where(self) -> str:
+        """How an error about the image begins."""
+        return f"{self.key}: {self.place}"
 
-class ImageSource(Protocol):
-    """Images that can be read by their rows."""
 
-    def __len__(self) -> int: ...
-
-    def read(self, rows: Sequence[int]) -> Iterator[EncodedImage]:
-        """Yield some of the images, by ascending rows."""
+# A function that yields the images of some rows, which ascend.
+ReadImages = Callable[[Sequence[int]], Iterator[EncodedImage]]
 
 
 @dataclass(frozen=True)
 class EncodedImages:
     """Some images of a source."""
 
-    source: ImageSource
+    read: ReadImages
     rows: Sequence[int]  # (N,) ascending
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[EncodedImage]:
-        return self.source.read(self.rows)
+        return self.read(self.rows)
 
 
 @dataclass
@@ -88,6 +88,47 @@ class Treatment:
     wide: int = 0
     largest_wide_value: int = 0
     wide_colour: int = 0
+    largest_wide_colour: int = 0  # of the upper 8 bits, which Pillow keeps
+
+    def add(self, encoded: EncodedImage) -> None:
+        """Count what is special about an image, of which the header is read.
+
+        The pixels are read too if they have more than 8 bits. A damaged image is a ValueError, and
+        so are pixels of unknown range.
+        """
+        wide_value = wide_colour = None
+        with open_image(encoded) as image:
+            if image.mode == "F":
+                raise ValueError(
+                    f"{encoded.where} has floating-point pixels (mode 'F') of unknown range; "
+                    "convert the images to 8 or 16 bits"
+                )
+            orientation = _orientation(image)
+            width, height = image.size
+            if orientation > 4 and image.format != "TIFF":
+                width, height = height, width
+            mode, several_frames = image.mode, _has_several_frames(image)
+            transparent = mode in _ALPHA_MODES or "transparency" in image.info
+            if _is_wide(mode):
+                _load(image, encoded.where)
+                wide_value = int(_wide_pixels(image, encoded.where).max())
+            elif _is_wide_colour(image):
+                _load(image, encoded.where)
+                pixels = np.atleast_3d(np.asarray(image))  # (H, W, C)
+                colours = pixels.shape[2] - (mode in _ALPHA_MODES)
+                wide_colour = int(pixels[..., :colours].max())
+        self.images += 1
+        self.modes[mode] += 1
+        self.sizes[width, height] += 1
+        self.turned += orientation > 1
+        self.transparent += transparent
+        self.several_frames += several_frames
+        if wide_value is not None:
+            self.wide += 1
+            self.largest_wide_value = max(self.largest_wide_value, wide_value)
+        if wide_colour is not None:
+            self.wide_colour += 1
+            self.largest_wide_colour = max(self.largest_wide_colour, wide_colour)
 
 
 @dataclass(frozen=True)
@@ -108,9 +149,9 @@ class ImageLayout:
         bit_depth: int | None = None,
         on_damage: Callable[[str], None] | None = None,
     ) -> ImageLayout:
-        """Find the layout of some images.
+        """Find the layout of some images; it is grey only if every image is.
 
-        Reads the headers alone, so that a set which does not fit fails before it is decoded.
+        Only the headers are read, so that a set which does not fit fails before it is decoded.
         Images with more than 8 bits are decoded, because only their values say how many bits are
         in use.
 
@@ -121,26 +162,19 @@ class ImageLayout:
             on_damage: Called with the message of an image that cannot be opened, which is then
                 left out. Default: the message is raised.
 
-        Returns:
-            The layout: grey only if every image is.
-
         Raises:
             ValueError: If a row is no image or holds pixels of unknown range, or sizes differ
                 without ``image_size``.
         """
         found = Treatment()
-        largest_colour = None
         with _quiet_pillow():
             for image in (image for part in parts for image in part):
                 try:
-                    colour = _inspect(image, found)
+                    found.add(image)
                 except ValueError as error:
                     if on_damage is None:
                         raise
                     on_damage(str(error))
-                    continue
-                if colour is not None:
-                    largest_colour = max(colour, largest_colour or 0)
         if not found.images:
             raise ValueError("data.source: none of the images can be opened")
         if image_size is None and len(found.sizes) > 1:
@@ -150,7 +184,7 @@ class ImageLayout:
                 f"{', ...' if len(found.sizes) > 3 else ''}); set data.image_size to resize them "
                 "all to one square"
             )
-        _check_colour_depth(largest_colour, bit_depth)
+        _check_colour_depth(found, bit_depth)
         size = next(iter(found.sizes)) if image_size is None else (image_size, image_size)
         grey = all(mode in _GREY_MODES or _is_wide(mode) for mode in found.modes)
         return cls(
@@ -162,15 +196,12 @@ class ImageLayout:
         )
 
     def decode(self, part: EncodedImages, name: str, show_progress: bool) -> Tensor:
-        """Decode images.
+        """Decode images to (N, C, H, W) uint8.
 
         Args:
             part: Images to decode.
-            name: What the progress bar calls them.
+            name: ``"train"`` or ``"test"``.
             show_progress: Whether a large part shows a progress bar on stderr.
-
-        Returns:
-            (N, C, H, W) uint8.
 
         Raises:
             ValueError: If an image is damaged or does not fit the layout, or the memory does not
@@ -193,14 +224,7 @@ class ImageLayout:
     def find_damage(
         self, part: EncodedImages, name: str, show_progress: bool, on_damage: Callable[[str], None]
     ) -> None:
-        """Decode every image and keep none.
-
-        Args:
-            part: Images to decode.
-            name: What the progress bar calls them.
-            show_progress: Whether a large part shows a progress bar on stderr.
-            on_damage: Called with the message of each image that cannot be decoded.
-        """
+        """Decode every image, keep none, and report the message of each damaged one."""
         with _quiet_pillow():
             for image in _tracked(part, name, show_progress):
                 try:
@@ -209,9 +233,9 @@ class ImageLayout:
                     on_damage(str(error))
 
     def _decode(self, encoded: EncodedImage) -> Image.Image:
-        where = f"{encoded.key}: {encoded.place}"
+        where = encoded.where
         with open_image(encoded) as image:
-            # Pillow turns TIFF itself.
+            # Pillow turns TIFF files upright by itself.
             upright = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image))
             _load(image, where)
             narrow = self._to_eight_bits(image, where) if _is_wide(image.mode) else image
@@ -225,7 +249,7 @@ class ImageLayout:
         if upright is not None:
             converted = converted.transpose(upright)
         if self.resize and converted.size != self.size:
-            # Crops the centre to a square first, so that nothing is distorted.
+            # This crops the centre to a square first, so that nothing is distorted.
             converted = ImageOps.fit(converted, self.size, Image.Resampling.BICUBIC)
         if converted.size != self.size:
             raise ValueError(
@@ -235,7 +259,7 @@ class ImageLayout:
         return converted
 
     def _to_eight_bits(self, image: Image.Image, where: str) -> Image.Image:
-        """Rescale; Pillow's own conversion clips at 255."""
+        """Rescale the values, because Pillow's own conversion clips them at 255."""
         pixels, largest = _wide_pixels(image, where), 2**self.bit_depth - 1
         if pixels.max() > largest:
             raise ValueError(
@@ -249,16 +273,9 @@ class ImageLayout:
 def open_image(encoded: EncodedImage) -> Iterator[Image.Image]:
     """Open an image; only its header is read.
 
-    Args:
-        encoded: The image.
-
-    Yields:
-        Pillow's image.
-
-    Raises:
-        ValueError: If there is no image that Pillow can read; the message says where.
+    Where there is no image that Pillow can read, a ValueError says where.
     """
-    where, content = f"{encoded.key}: {encoded.place}", encoded.content
+    where, content = encoded.where, encoded.content
     if content is None:
         raise ValueError(f"{where} has no image, it is null")
     try:
@@ -267,7 +284,9 @@ def open_image(encoded: EncodedImage) -> Iterator[Image.Image]:
         else:
             image = Image.open(content)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{where} is not an image{_instead(content)}") from error
+        cause = why_unreadable(content)
+        what = f": it {cause}" if cause else " that Pillow can read"
+        raise ValueError(f"{where} is not an image{what}") from error
     except OSError as error:
         what = f"cannot be read: {error.strerror}" if error.strerror else f"is damaged: {error}"
         raise ValueError(f"{where} {what}") from error
@@ -283,14 +302,7 @@ def open_image(encoded: EncodedImage) -> Iterator[Image.Image]:
 
 
 def treatment_lines(layout: ImageLayout) -> list[str]:
-    """Say how images that differ are made alike.
-
-    Args:
-        layout: The layout.
-
-    Returns:
-        Sentences, none if all images are alike.
-    """
+    """Say in sentences how images that differ are made alike."""
     found, (width, height) = layout.treatment, layout.size
     lines = []
     others = found.images - found.sizes[layout.size]
@@ -303,85 +315,35 @@ def treatment_lines(layout: ImageLayout) -> list[str]:
             f"{_images(others)} of another size ({span}) {_are(others)} resized to "
             f"{width} x {height} pixels{crop}."
         )
-    alike = {"L": ("L",), "RGB": ("RGB",)}[layout.mode]
     converted = Counter[str]()
     for mode, count in found.modes.items():
         base = mode.rstrip("Aa") if mode in _ALPHA_MODES else mode
-        if base not in alike and not (_is_wide(mode) and layout.mode == "L"):
+        if base != layout.mode and not (_is_wide(mode) and layout.mode == "L"):
             converted[_MODE_NAMES.get(base, "grey of 16 bits" if _is_wide(mode) else base)] += count
     if converted:
         target = "grey" if layout.mode == "L" else "colour (RGB)"
         what = ", ".join(f"{count:,} {name}" for name, count in sorted(converted.items()))
         lines.append(f"Images that are converted to {target}: {what}.")
-    if found.turned:
-        lines.append(
-            f"{_images(found.turned)} {_are(found.turned)} turned upright as their EXIF "
-            "orientation says."
-        )
-    if found.transparent:
-        lines.append(
-            f"{_images(found.transparent)} may be transparent: the transparency is dropped, the "
-            "colours below it are kept."
-        )
-    if found.several_frames:
-        lines.append(
-            f"{_images(found.several_frames)} with several frames or pages: the first one is taken."
-        )
-    if found.wide:
-        lines.append(
-            f"{_images(found.wide)} of more than 8 bits: the largest value is "
-            f"{found.largest_wide_value}, {layout.bit_depth} bits are taken to be in use "
-            f"(data.bit_depth), and 0..{2**layout.bit_depth - 1} becomes 0..255."
-        )
-    if found.wide_colour:
-        lines.append(
-            f"{_images(found.wide_colour)} of 16 bits per colour: the upper 8 bits are kept."
-        )
+    changes = {
+        f"{_are(found.turned)} turned upright as their EXIF orientation says": found.turned,
+        "may be transparent: the transparency is dropped, the colours below it are kept": (
+            found.transparent
+        ),
+        "with several frames or pages: the first one is taken": found.several_frames,
+        f"of more than 8 bits: the largest value is {found.largest_wide_value}, "
+        f"{layout.bit_depth} bits are taken to be in use (data.bit_depth), and "
+        f"0..{2**layout.bit_depth - 1} becomes 0..255": found.wide,
+        "of 16 bits per colour: the upper 8 bits are kept": found.wide_colour,
+    }
+    lines += [f"{_images(count)} {change}." for change, count in changes.items() if count]
     return lines
 
 
-def _inspect(encoded: EncodedImage, found: Treatment) -> int | None:
-    """Count what is special about an image; return the largest high byte of 16-bit colours."""
-    where = f"{encoded.key}: {encoded.place}"
-    with open_image(encoded) as image:
-        if image.mode == "F":
-            raise ValueError(
-                f"{where} has floating-point pixels (mode 'F') of unknown range; convert the "
-                "images to 8 or 16 bits"
-            )
-        orientation = _orientation(image)
-        width, height = image.size
-        if orientation > 4 and image.format != "TIFF":
-            width, height = height, width
-        mode, frames = image.mode, _has_several_frames(image)
-        transparent = mode in _ALPHA_MODES or "transparency" in image.info
-        wide_value = colour_value = None
-        if _is_wide(mode):
-            _load(image, where)
-            wide_value = int(_wide_pixels(image, where).max())
-        elif _is_wide_colour(image):
-            _load(image, where)
-            pixels = np.atleast_3d(np.asarray(image))  # (H, W, C)
-            colours = pixels.shape[2] - (mode in _ALPHA_MODES)
-            colour_value = int(pixels[..., :colours].max())
-    found.wide_colour += colour_value is not None
-    found.images += 1
-    found.modes[mode] += 1
-    found.sizes[width, height] += 1
-    found.turned += orientation > 1
-    found.transparent += transparent
-    found.several_frames += frames
-    if wide_value is not None:
-        found.wide += 1
-        found.largest_wide_value = max(found.largest_wide_value, wide_value)
-    return colour_value
-
-
-def _check_colour_depth(largest_high_byte: int | None, bit_depth: int | None) -> None:
+def _check_colour_depth(found: Treatment, bit_depth: int | None) -> None:
     """Refuse 16-bit colours of which Pillow would keep a few bits only."""
-    if largest_high_byte is None or bit_depth == 16:
+    if not found.wide_colour or bit_depth == 16:
         return
-    used = 8 + largest_high_byte.bit_length()
+    used = 8 + found.largest_wide_colour.bit_length()
     if bit_depth is not None or used < 16:
         raise ValueError(
             "data.bit_depth: of colour images with 16 bits Pillow keeps only the upper 8, and "
@@ -394,7 +356,7 @@ def _load(image: Image.Image, where: str) -> None:
     try:
         image.load()
     except Exception as error:
-        # As in opening: a damaged file can make a reader fail in any way.
+        # A damaged file can make Pillow's readers fail in any way.
         raise ValueError(f"{where} is damaged: {error}") from error
 
 
@@ -421,7 +383,7 @@ def _wide_pixels(image: Image.Image, where: str) -> np.ndarray[tuple[int, ...], 
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 if there is none; must be asked before the image is loaded."""
+    """Return the EXIF orientation, or 1 without one, of an image that is not loaded yet."""
     exif_keys = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
     if image.format == "PNG" and not any(key in image.info for key in exif_keys):
         return 1  # Pillow would decode the image to look behind its pixels
@@ -429,36 +391,31 @@ def _orientation(image: Image.Image) -> int:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
         return value if value in _UPRIGHT else 1
     except Exception:
-        return 1  # metadata that cannot be read say nothing, as in other programs
+        return 1  # other programs ignore metadata that cannot be read, too
 
 
 def _has_several_frames(image: Image.Image) -> bool:
     try:
         return bool(getattr(image, "is_animated", False))
     except Exception:
-        return False  # the first frame is what counts, and decoding says whether it is damaged
+        return False  # only the first frame is used, and decoding shows whether it is damaged
 
 
-def _instead(content: bytes | Path) -> str:
-    try:
-        if isinstance(content, bytes):
-            start, size = content[:32], len(content)
-        else:
-            size = content.stat().st_size
-            with content.open("rb") as file:
-                start = file.read(32)
-    except OSError:
-        return ""
-    if size == 0:
-        return ": it is empty"
-    if start.startswith(_LFS_POINTER):
-        return ": it is a pointer of Git LFS; fetch the files with `git lfs pull`"
-    return " that Pillow can read"
+def why_unreadable(content: bytes | Path) -> str | None:
+    """Say why a file holds no data: the end of a sentence, or None if that is not known."""
+    if isinstance(content, Path):
+        with content.open("rb") as file:
+            content = file.read(32)
+    if not content:
+        return "is empty"
+    if content.startswith(_LFS_POINTER):
+        return "is a pointer of Git LFS; fetch the files with `git lfs pull`"
+    return None
 
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    """Silence Pillow's warnings, which name no file; what cannot be decoded is an error."""
+    """Silence Pillow's warnings, which name no file; an image that is damaged is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)

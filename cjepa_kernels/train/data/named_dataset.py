@@ -11,6 +11,8 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from cjepa_kernels.train.data.columns import encoded_image
+from cjepa_kernels.train.data.folder_listing import is_saved
 from cjepa_kernels.train.data.image_decoding import EncodedImage
 
 
@@ -30,56 +32,16 @@ class NamedTable:
         return self.records.features.arrow_schema
 
     def values(self, column: str) -> list[Any]:
-        """Read a whole column.
-
-        Args:
-            column: Its name.
-
-        Returns:
-            One Python value a row.
-        """
+        """Read a whole column, one Python value a row."""
         return list(self.records.select_columns([column])[column])
 
-    def images(self, column: str) -> NamedImages:
-        """Return the images of a column.
-
-        Args:
-            column: Its name.
-        """
+    def read_images(self, column: str, rows: Sequence[int]) -> Iterator[EncodedImage]:
+        """Yield the images of some rows of a column."""
         records = self.records.select_columns([column])
         if isinstance(records.features[column], datasets.Image):
             records = records.cast_column(column, datasets.Image(decode=False))
-        return NamedImages(records, column, self.split)
-
-
-@dataclass(frozen=True)
-class NamedImages:
-    """A column of encoded images."""
-
-    records: datasets.Dataset
-    column: str
-    split: str
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def read(self, rows: Sequence[int]) -> Iterator[EncodedImage]:
-        """Yield some of the images.
-
-        Args:
-            rows: Which ones.
-        """
-        for row, record in zip(rows, self.records.select(rows), strict=True):
-            value = record[self.column]
-            content, path = (
-                (value.get("bytes"), value.get("path"))
-                if isinstance(value, dict)
-                else (value, None)
-            )
-            place = f"row {row} of split {self.split!r}" + (f" ({path})" if path else "")
-            if content is None and path is not None:
-                content = Path(path)
-            yield EncodedImage("data.image_column", place, content)
+        for row, record in zip(rows, records.select(rows), strict=True):
+            yield encoded_image(record[column], f"row {row} of split {self.split!r}")
 
 
 def open_named(name: str, source: str, **options: Any) -> dict[str, NamedTable]:
@@ -99,7 +61,7 @@ def open_named(name: str, source: str, **options: Any) -> dict[str, NamedTable]:
     """
     try:
         with _quiet_datasets():
-            if _is_saved(Path(name)):
+            if is_saved(Path(name)):
                 loaded = datasets.load_from_disk(name)
             else:
                 loaded = datasets.load_dataset(name, **options)
@@ -118,11 +80,6 @@ def open_named(name: str, source: str, **options: Any) -> dict[str, NamedTable]:
     if not isinstance(loaded, datasets.DatasetDict):
         raise ValueError(f"data.source: {source!r} does not hold the splits of a dataset")
     return {str(split): NamedTable(records, str(split)) for split, records in loaded.items()}
-
-
-def _is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` wrote a folder."""
-    return any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
 
 
 @contextmanager

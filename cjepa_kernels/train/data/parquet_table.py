@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cjepa_kernels.train.data.columns import columns_of
-from cjepa_kernels.train.data.image_decoding import EncodedImage
-from cjepa_kernels.train.data.split_names import listed, split_files, walk_files
+from cjepa_kernels.train.data.columns import columns_of, encoded_image
+from cjepa_kernels.train.data.folder_listing import walk_files
+from cjepa_kernels.train.data.image_decoding import EncodedImage, why_unreadable
+from cjepa_kernels.train.data.split_names import listed, split_files
 
 _ROWS_AT_ONCE = 64
 
@@ -28,16 +30,9 @@ class ParquetTable:
 
     @classmethod
     def open(cls, files: Sequence[Path]) -> ParquetTable:
-        """Read the schemas of some files.
+        """Read the schemas of some files; their rows are not read yet.
 
-        Args:
-            files: Files with the same columns.
-
-        Returns:
-            The table, of which no row is read yet.
-
-        Raises:
-            ValueError: If a file cannot be read, or its columns are others than the first one's.
+        A file that cannot be read, or that has other columns than the first one, is a ValueError.
         """
         lengths, schemas = [], []
         for file in files:
@@ -61,88 +56,42 @@ class ParquetTable:
         return sum(self.lengths)
 
     def values(self, column: str) -> list[Any]:
-        """Read a whole column.
-
-        Args:
-            column: Its name.
-
-        Returns:
-            One Python value a row.
-
-        Raises:
-            ValueError: If a file is damaged.
-        """
+        """Read a whole column, one Python value a row."""
         found: list[Any] = []
         for file in self.files:
             with _clear_errors(file):
                 found += pq.read_table(file, columns=[column]).column(column).to_pylist()
         return found
 
-    def images(self, column: str) -> ParquetImages:
-        """Return the images of a column.
-
-        Args:
-            column: Its name.
-        """
-        return ParquetImages(self, column)
-
-
-@dataclass(frozen=True)
-class ParquetImages:
-    """A column of encoded images."""
-
-    table: ParquetTable
-    column: str
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def read(self, rows: Sequence[int]) -> Iterator[EncodedImage]:
-        """Yield some of the images.
-
-        Args:
-            rows: Which ones, ascending.
-
-        Raises:
-            ValueError: If a file is damaged.
-        """
-        first, position = 0, 0
-        for file, length in zip(self.table.files, self.table.lengths, strict=True):
-            for start, values in self._batches(file):
-                end = first + start + len(values)
-                while position < len(rows) and rows[position] < end:
-                    row = rows[position] - first
-                    yield _encoded(file, row, values[row - start].as_py())
-                    position += 1
-                if position == len(rows) or rows[position] >= first + length:
-                    break
+    def read_images(self, column: str, rows: Sequence[int]) -> Iterator[EncodedImage]:
+        """Yield the images of some rows, which ascend, of a column."""
+        first = 0
+        for file, length in zip(self.files, self.lengths, strict=True):
+            begin, end = bisect_left(rows, first), bisect_left(rows, first + length)
+            yield from _images_of_file(file, column, [row - first for row in rows[begin:end]])
             first += length
 
-    def _batches(self, file: Path) -> Iterator[tuple[int, Any]]:
-        """Yield pieces of the column, each with the number of its first row in the file."""
-        start = 0
-        with _clear_errors(file), pq.ParquetFile(file) as opened:
-            pieces = opened.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[self.column])
-            while True:
-                piece = next(pieces, None)
-                if piece is None:
+
+def _images_of_file(file: Path, column: str, rows: Sequence[int]) -> Iterator[EncodedImage]:
+    if not rows:
+        return
+    wanted, first = iter(rows), 0
+    row = next(wanted)
+    with _clear_errors(file), pq.ParquetFile(file) as opened:
+        for piece in opened.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[column]):
+            while row < first + piece.num_rows:
+                value = piece.column(column)[row - first].as_py()
+                yield encoded_image(value, f"row {row} of {file}")
+                if (row := next(wanted, -1)) < 0:
                     return
-                yield start, piece.column(self.column)
-                start += piece.num_rows
+            first += piece.num_rows
 
 
 def find_parquet_files(location: Path) -> dict[str, list[Path]]:
-    """Find the Parquet files of a source.
+    """Find the Parquet files of each split of a file or folder; a file is ``"train"``.
 
-    Args:
-        location: A file, or a folder.
-
-    Returns:
-        The files of each split under the split's name; a file is ``"train"``.
-
-    Raises:
-        FileNotFoundError: If there is nothing of the kind.
-        ValueError: If it is not clear what the files are.
+    A location without any is a FileNotFoundError. Files whose splits are not clear are a
+    ValueError.
     """
     if location.is_file():
         return {"train": [location]}
@@ -159,29 +108,12 @@ def find_parquet_files(location: Path) -> dict[str, list[Path]]:
     return split_files(location, files, ".parquet")
 
 
-def _encoded(file: Path, row: int, value: Any) -> EncodedImage:
-    place = f"row {row} of {file}"
-    if not isinstance(value, dict):
-        return EncodedImage("data.image_column", place, value)
-    content, path = value.get("bytes"), value.get("path")
-    if path is not None:
-        place += f" ({path})"
-    return EncodedImage(
-        "data.image_column", place, Path(path) if content is None and path is not None else content
-    )
-
-
 @contextmanager
 def _clear_errors(file: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        with file.open("rb") as opened:
-            start = opened.read(32)
-        reason = lines[0]
-        if not start:
-            reason = "the file is empty"
-        elif start.startswith(b"version https://git-lfs"):
-            reason = "it is a pointer of Git LFS; fetch the files with `git lfs pull`"
+        cause = why_unreadable(file)
+        reason = f"the file {cause}" if cause else lines[0]
         raise ValueError(f"data.source: cannot read {str(file)!r}: {reason}") from error

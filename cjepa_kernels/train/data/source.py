@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,16 +18,14 @@ from cjepa_kernels.train.data.columns import (
     choose_label_column,
     columns_of,
 )
-from cjepa_kernels.train.data.image_decoding import ImageSource
+from cjepa_kernels.train.data.folder_listing import expanded_path, is_saved, walk_files
+from cjepa_kernels.train.data.image_decoding import EncodedImage, ReadImages
 from cjepa_kernels.train.data.image_folder import has_image_suffix, list_image_folder
 from cjepa_kernels.train.data.parquet_table import ParquetTable, find_parquet_files
 from cjepa_kernels.train.data.split_names import (
     choose_splits,
-    expanded_path,
     listed,
     split_files,
-    splits_left_out,
-    walk_files,
 )
 
 # Formats beside Parquet and images in which a local directory may hold a data set.
@@ -34,19 +33,26 @@ _OTHER_FORMATS = {".arrow": "arrow", ".tar": "webdataset"}
 
 
 @dataclass(frozen=True)
-class Source:
-    """Images and labels by split, ``"train"`` and perhaps ``"test"``."""
+class Reading:
+    """How a source was understood."""
 
-    images: dict[str, ImageSource]
-    labels: dict[str, list[Any]]  # names of classes, or values that have no names
-    class_names: tuple[str, ...] | None  # all classes in their order; None: the values, sorted
-    labels_from: str
-    label_key: str  # the configuration key that errors about labels name
-    test_from: str | None  # None: the source has no test split
     image_column: str | None = None
     label_column: str | None = None
     ignored_columns: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    labels_from: str = "the source"
+    test_from: str = "the source"
+    notes: tuple[str, ...] = ()  # sentences
+
+
+@dataclass(frozen=True)
+class Source:
+    """Images and labels by split, ``"train"`` and perhaps ``"test"``."""
+
+    images: dict[str, ReadImages]
+    labels: dict[str, list[Any]]  # names of classes, or values that have no names
+    class_names: tuple[str, ...] | None  # all classes in their order; None: the values, sorted
+    label_key: str  # the configuration key that errors about labels name
+    reading: Reading
 
 
 class _Table(Protocol):
@@ -57,7 +63,7 @@ class _Table(Protocol):
 
     def values(self, column: str) -> list[Any]: ...
 
-    def images(self, column: str) -> ImageSource: ...
+    def read_images(self, column: str, rows: Sequence[int]) -> Iterator[EncodedImage]: ...
 
 
 def find_source(config: DataConfig) -> Source:
@@ -112,13 +118,15 @@ def _folder_source(config: DataConfig, root: Path) -> Source:
     folder = list_image_folder(root)
     test = folder.splits.get("test")
     return Source(
-        images={part: images for part, (_, images) in folder.splits.items()},
+        images={part: images.read for part, (_, images) in folder.splits.items()},
         labels={part: list(images.classes) for part, (_, images) in folder.splits.items()},
         class_names=folder.class_names,
-        labels_from="the names of the class folders",
         label_key="data.source",
-        test_from=None if test is None else f"the folder {test[0]!r}",
-        notes=folder.notes,
+        reading=Reading(
+            labels_from="the names of the class folders",
+            test_from="the source" if test is None else f"the folder {test[0]!r}",
+            notes=folder.notes,
+        ),
     )
 
 
@@ -127,9 +135,9 @@ def _parquet_source(config: DataConfig, location: Path) -> Source:
     chosen = choose_splits(files, repr(str(location)))
     tables = {
         part: (_split_and_files(name, names), ParquetTable.open(names))
-        for part, (name, names) in chosen.items()
+        for part, (name, names) in chosen.parts.items()
     }
-    return _table_source(config, tables, splits_left_out(files, chosen))
+    return _table_source(config, tables, chosen.notes)
 
 
 def _named_source(config: DataConfig, name: str, **options: Any) -> Source:
@@ -138,14 +146,13 @@ def _named_source(config: DataConfig, name: str, **options: Any) -> Source:
 
     splits = open_named(name, config.source, **options)
     chosen = choose_splits(splits, repr(config.source))
-    tables = {part: (f"the split {name!r}", table) for part, (name, table) in chosen.items()}
-    return _table_source(config, tables, splits_left_out(splits, chosen))
+    tables = {part: (f"the split {name!r}", table) for part, (name, table) in chosen.parts.items()}
+    return _table_source(config, tables, chosen.notes)
 
 
 def _directory_source(config: DataConfig, folder: Path) -> Source:
     """Find out what a directory holds; the names in it play no role, except those of splits."""
-    saved = ("dataset_dict.json", "state.json")
-    if any((folder / name).is_file() for name in saved) or _says_its_files(folder / "README.md"):
+    if is_saved(folder) or _says_its_files(folder / "README.md"):
         return _named_source(config, str(folder))
     files = list(walk_files(folder, {}))
     parquet = [file for file in files if file.suffix.lower() == ".parquet"]
@@ -198,7 +205,7 @@ def _split_and_files(name: str, files: Sequence[Path]) -> str:
 
 
 def _table_source(
-    config: DataConfig, tables: Mapping[str, tuple[str, _Table]], notes: Sequence[str]
+    config: DataConfig, tables: Mapping[str, tuple[str, _Table]], notes: tuple[str, ...]
 ) -> Source:
     for where, table in tables.values():
         if len(table) == 0:
@@ -209,9 +216,7 @@ def _table_source(
     labels = {}
     for part, (where, table) in tables.items():
         here = {column.name: column for column in columns_of(table.schema)}
-        if image.name not in here or not (
-            here[image.name].is_image_feature or here[image.name].holds_bytes
-        ):
+        if image.name not in here or not here[image.name].holds_images:
             raise ValueError(
                 f"data.image_column: {where} has no column {image.name!r} of images, only "
                 f"{listed(here.values())}"
@@ -237,16 +242,20 @@ def _table_source(
         )
     test = tables.get("test")
     return Source(
-        images={part: table.images(image.name) for part, (_, table) in tables.items()},
+        images={
+            part: partial(table.read_images, image.name) for part, (_, table) in tables.items()
+        },
         labels=labels,
         class_names=label.class_names,
-        labels_from=f"the column {label.name!r} ({label.type})",
         label_key="data.label_column",
-        test_from=None if test is None else test[0],
-        image_column=image.name,
-        label_column=label.name,
-        ignored_columns=tuple(column.name for column in columns if column not in (image, label)),
-        notes=tuple(notes),
+        reading=Reading(
+            image_column=image.name,
+            label_column=label.name,
+            ignored_columns=tuple(c.name for c in columns if c not in (image, label)),
+            labels_from=f"the column {label.name!r} ({label.type})",
+            test_from="the source" if test is None else test[0],
+            notes=notes,
+        ),
     )
 
 

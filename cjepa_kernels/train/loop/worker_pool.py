@@ -1,4 +1,10 @@
-"""Jobs in parallel processes, with progress reports and an error that names the job."""
+"""Jobs in parallel processes, with progress reports and an error that names the job.
+
+This is not ``concurrent.futures.ProcessPoolExecutor``, because that class cannot say which job's
+process died: it ends all others by SIGTERM first, and a job that was itself ended by SIGTERM looks
+like them. It also waits for running jobs when one has failed. What is needed around it (progress,
+exit codes, ending the processes) takes as many lines as this pool.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +27,9 @@ from cjepa_kernels.train.reported_error import ReportedError
 
 ReportProgress = Callable[[int, int], None]  # (step, total steps)
 
-_GOODBYE_SECONDS = 10.0  # for a worker to end by itself
+_GOODBYE_SECONDS = 10.0  # how long a worker may take to end by itself
 _REPORT_SECONDS = 0.2  # at most five progress reports a second from each job
-# Mistakes of the user keep their type, so that a command line can tell them from defects.
+# Errors of these types are mistakes of the user, which the command line tells from defects.
 _USER_ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (ValueError, TypeError, FileNotFoundError, OSError, ImportError, ReportedError)
@@ -35,9 +41,10 @@ class Job:
     """Work for one process.
 
     Attributes:
-        name: Name in progress reports and errors, unique among the jobs.
-        function: Called as ``function(*arguments, report)``; it must be importable, its arguments
-            and its result picklable. ``report(step, total_steps)`` shows progress.
+        name: The name in progress reports and errors, unique among the jobs.
+        function: Called as ``function(*arguments, report)``. It must be importable, and its
+            arguments and its result must be picklable. ``report(step, total_steps)`` shows
+            progress.
         arguments: The positional arguments before ``report``.
     """
 
@@ -48,19 +55,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to a job.
+    """What happened to a job."""
 
-    Attributes:
-        kind: ``"started"``, ``"progress"`` or ``"finished"``.
-        job: Name of the job.
-        step: Steps done, for ``"progress"``.
-        total_steps: All steps, for ``"progress"``.
-    """
-
-    kind: str
-    job: str
-    step: int = 0
-    total_steps: int = 0
+    kind: str  # "started", "progress" or "finished"
+    job: str  # its name
+    step: int = 0  # steps done, for "progress"
+    total_steps: int = 0  # all steps, for "progress"
 
 
 class JobError(ReportedError):
@@ -90,14 +90,14 @@ def run_jobs(
         jobs: The jobs, started in this order.
         workers: Number of processes, >= 1; 1 runs the jobs one by one in this process.
         on_event: Called in this process as jobs start, progress and finish.
-        log_directory: What worker processes print goes to ``worker-<n>.log`` in it.
+        log_directory: Worker processes print to the files ``worker-<n>.log`` in it.
 
     Returns:
         The results by job name.
 
     Raises:
-        ValueError: If ``workers`` is below 1, names repeat, or a job raised it; TypeError, OSError,
-            ImportError and ReportedError of a job are likewise raised with the job's name.
+        ValueError: If ``workers`` is below 1, if names repeat, or if a job raised it. A TypeError,
+            OSError, ImportError or ReportedError of a job is also raised with the job's name.
         JobError: If a process died.
         JobDefectError: If a job raised anything else.
     """
@@ -143,8 +143,8 @@ def _failure(job: str, kind: str, message: str) -> Exception:
 
 @contextmanager
 def _worker_processes(workers: int, log_directory: Path) -> Iterator[dict[Connection, Any]]:
-    """Worker processes by the connection that takes them jobs and brings their messages."""
-    # Spawned, not forked: a forked child of a process with threads (torch's) may deadlock.
+    """Start worker processes; each has a connection for its jobs and messages."""
+    # They are spawned, because a forked child of a process with threads (torch has some) may hang.
     context = multiprocessing.get_context("spawn")
     processes: dict[Connection, Any] = {}
     try:
@@ -153,10 +153,10 @@ def _worker_processes(workers: int, log_directory: Path) -> Iterator[dict[Connec
             process = context.Process(target=_work, args=(there, log_directory / f"worker-{i}.log"))
             with _ctrl_c_is_ours():
                 process.start()
-            there.close()  # so that the end of the process is the end of the connection
+            there.close()  # now the connection ends when the process ends
             processes[here] = process
         yield processes
-        # All done: without jobs to wait for they leave by themselves, and clean up after libraries.
+        # All jobs are done. Workers without a connection end by themselves and clean up.
         for link in processes:
             link.close()
         for process in processes.values():
@@ -167,15 +167,15 @@ def _worker_processes(workers: int, log_directory: Path) -> Iterator[dict[Connec
             process.terminate()
         for process in processes.values():
             process.join(timeout=_GOODBYE_SECONDS)
-            process.kill()  # files are complete or absent at every moment
+            process.kill()  # which is safe, since files are complete or absent at every moment
             process.join()
 
 
 @contextmanager
 def _ctrl_c_is_ours() -> Iterator[None]:
-    """Start a process that does not see Ctrl-C, which a terminal sends to all of a program.
+    """Start a process that ignores Ctrl-C, which a terminal sends to every process of a program.
 
-    Blocked signals are inherited from the first moment on. This process ends the others.
+    A process inherits blocked signals from its first moment on. This process ends the others.
     """
     if not hasattr(signal, "pthread_sigmask"):
         yield
@@ -229,10 +229,10 @@ def _distribute(
 
 
 def _work(link: Connection, log: Path) -> None:
-    """A worker process: does the jobs that come until there are no more."""
+    """Do the jobs that come over the connection of a worker process, until it is closed."""
     _end_with_parent()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    os.dup2(descriptor, 1)  # libraries that print must not disturb the progress display
+    os.dup2(descriptor, 1)  # so that libraries that print do not disturb the progress display
     os.dup2(descriptor, 2)
     while True:
         try:
@@ -257,7 +257,7 @@ def _work(link: Connection, log: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent dies, even by SIGKILL, so that no orphan goes on writing."""
+    """End this process when its parent dies, even by SIGKILL, so that no orphan writes files."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
