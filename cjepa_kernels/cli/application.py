@@ -1,6 +1,7 @@
-"""The ``cjepa`` command: train, compare, probe, tune, bench, info.
+"""The commands of ``cjepa``: data, train, compare, probe, tune, bench, info.
 
-Loaded with the extras ``[train]`` or ``[bench]``: a command asks for the rest of what it needs.
+This module loads with either extra, ``[train]`` or ``[bench]``. A command checks itself for the
+other packages that it needs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cjepa_kernels.files import check_directory, check_file, write_file
 from cjepa_kernels.provenance import installed_version
 from cjepa_kernels.train.loop.interruption import resumable
 
-# What the training program needs beyond this file.
+# The training program needs these packages, and this file does not.
 _NEEDED = ("lightning", "sklearn", "datasets", "pydantic", "yaml", "matplotlib")
 _PACKAGES = ("torch", "lightning", "scikit-learn", "datasets", "numpy")
 _PROBE_ROWS = (
@@ -140,7 +141,7 @@ def data(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Show what is understood of the data, before anything is trained."""
+    """Show what the training program understands of the data, without training."""
     _require_training()
     from cjepa_kernels.train.config import load_config
     from cjepa_kernels.train.data.summary import count_patches, inspect_data
@@ -167,8 +168,10 @@ def data(
 
 @app.command()
 def tune(
-    rows: Annotated[int, typer.Option(min=2, help="M = 2B, the rows of both views.")] = 65536,
-    features: Annotated[int, typer.Option(min=1, help="D.")] = 256,
+    rows: Annotated[
+        int, typer.Option(min=2, help="M = 2B, the number of rows of both views together.")
+    ] = 65536,
+    features: Annotated[int, typer.Option(min=1, help="D, the features of a row.")] = 256,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     debug: Debug = False,
 ) -> None:
@@ -237,7 +240,7 @@ def probe(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Probe the target encoder of a checkpoint, on its experiment's data or on others."""
+    """Probe the target encoder of a checkpoint, on its experiment's data or on other data."""
     _require_training()
     from cjepa_kernels.train import runner
     from cjepa_kernels.train.config import apply_overrides, config_to_dict

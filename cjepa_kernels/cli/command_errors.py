@@ -1,9 +1,9 @@
-"""How a command ends when something goes wrong: one line for each mistake, and the exit status.
+"""Errors of a command: it prints one line for each mistake and exits with a status.
 
-The status is 2 for whatever a user, a file or the operating system can do wrong. Any other
-exception is a defect of this program and ends with status 1 and a line that asks to report it. A
-defect may not show again after hours of work, so its traceback is written to a file at once
-instead of being dropped. ``--debug`` prints tracebacks in both cases.
+The status is 2 for every mistake of a user, a file or the operating system. Any other exception is
+a defect of this program: the command exits with status 1 and a line that asks to report it. A
+defect may not show again after hours of work, so its traceback is written to a file at once.
+``--debug`` prints the traceback in both cases.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cjepa_kernels.train.loop.worker_pool import JobDefectError
 from cjepa_kernels.train.reported_error import ReportedError
 
 USER_ERROR, DEFECT = 2, 1
-MOST_LINES = 20  # of one error
+MOST_LINES = 20  # that one error prints
 # Typer brings its own copy of Click in some versions and takes the installed one in others.
 _UsageError: Any = typer.BadParameter.__base__
 _ClickException: Any = _UsageError.__base__
@@ -41,21 +41,21 @@ class Program(TyperGroup):
     """The group of all commands; every error of every command passes here."""
 
     def main(self, args: Sequence[str] | None = None, *positional: Any, **options: Any) -> Any:
-        """Run a command line and exit; without arguments it is ``--help``."""
+        """Run a command line and exit; without arguments, show the help."""
         arguments = list(sys.argv[1:] if args is None else args) or ["--help"]
         debug = "--debug" in arguments
         for stream in (sys.stdout, sys.stderr):
-            # A name in another encoding must not end the program while it is printed.
+            # A name that the terminal's encoding lacks must not end the program.
             with suppress(AttributeError, ValueError):
                 stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-        options["standalone_mode"] = False  # exceptions come out instead of being printed
+        options["standalone_mode"] = False  # Typer raises exceptions instead of printing them
         with one_line_errors(debug), _plain_warnings():
             status = super().main(arguments, *positional, **{"obj": debug, **options})
-            sys.stdout.flush()  # a full disk shows here, and not after the exit status is set
+            sys.stdout.flush()  # a full disk is an error here, before the exit status is set
         sys.exit(status if isinstance(status, int) else 0)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command, inside of Typer's own handling, which hides a broken pipe."""
+        """Run the command; errors are handled here, before Typer's handling hides a broken pipe."""
         with one_line_errors(debug=bool(ctx.obj)):
             return super().invoke(ctx)
 
@@ -76,7 +76,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError as error:
-        if _stdout_is_lost():  # as in `cjepa info | head -1`: the reader has what it wanted
+        if _stdout_is_lost():  # as in `cjepa info | head -1`, where the reader has what it wanted
             sys.exit(1)
         _end(error, debug)
     except Exception as error:
@@ -87,7 +87,7 @@ def one_line_errors(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Print what this package warns of as one line, without a place in its source."""
+    """Print a warning of this package as one line, without its place in the source."""
     before = warnings.showwarning
 
     def show(
@@ -158,14 +158,14 @@ def _usage(error: Any) -> str:
 
 
 def _operating_system(error: OSError) -> str:
-    if error.strerror is None:  # of a worker process, with the name of its job
+    if error.strerror is None:  # the error comes from a worker process and names its job
         return _on_one_line(re.sub(r"\[Errno \d+\] ", "", str(error)))
     reason = error.strerror[:1].lower() + error.strerror[1:]
     return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
 
 
 def _on_one_line(message: str) -> str:
-    """A list keeps its order, with semicolons between its items."""
+    """Join the lines of a message, with semicolons between the items of a list."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     joined = ""
     for line in lines:
@@ -186,7 +186,7 @@ def _saved_traceback(error: Exception) -> str:
 
 
 def _stdout_is_lost() -> bool:
-    """Whether standard output takes nothing; then Python must not try again at exit."""
+    """Whether standard output takes no more text; if so, Python does not try again at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

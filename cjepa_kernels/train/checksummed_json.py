@@ -1,4 +1,4 @@
-"""JSON with a checksum inside: a document that is damaged is an error, never another document."""
+"""JSON with a checksum inside, so that a damaged document is an error."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def decode(text: str) -> tuple[dict[str, Any], bool]:
 
 
 def _checksum(document: Mapping[str, Any]) -> str:
-    # Of the values and not of the text: spaces and the order of keys do not matter.
+    # The checksum is that of the values, so spaces and the order of keys do not matter.
     canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
     return "blake2b:" + hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -278,8 +278,7 @@ def _finished_run(run_dir: Path, data: str, out_dir: Path) -> RunResult:
         result.data,
         data,
         origin=str(run_dir / RESULT),
-        remedy=f"choose another directory, or remove {str(out_dir)!r} to train on the data as they "
-        "are",
+        remedy=runner.start_again(out_dir),
     )
     return result
 
@@ -300,48 +299,47 @@ def _train_job(config: ExperimentConfig, run_dir: Path, report: ReportProgress) 
 def _untrained_job(
     config: ExperimentConfig, path: Path, data: str, report: ReportProgress
 ) -> dict[str, float]:
-    known = _known_evaluation(path, config, data)
-    if known is not None:
-        return known
-    dataset = load_dataset(config.data, show_progress=False)
-    with threadpool_limits(limits=config.trainer.threads):
-        result = evaluate(
-            runner.untrained_encoder(config, dataset),
-            dataset,
-            config.evaluation,
-            pretrain_classes=resolve_pretrain_classes(config.data, dataset),
-        )
-    return _keep_evaluation(path, config, data, result)
+    return _baseline(config, path, data, _evaluate_untrained)
 
 
 def _pixels_job(
     config: ExperimentConfig, path: Path, data: str, report: ReportProgress
 ) -> dict[str, float]:
-    known = _known_evaluation(path, config, data)
-    if known is not None:
-        return known
+    return _baseline(config, path, data, _evaluate_pixels)
+
+
+def _evaluate_untrained(config: ExperimentConfig, dataset: Dataset) -> dict[str, float]:
+    return evaluate(
+        runner.untrained_encoder(config, dataset),
+        dataset,
+        config.evaluation,
+        pretrain_classes=resolve_pretrain_classes(config.data, dataset),
+    )
+
+
+def _evaluate_pixels(config: ExperimentConfig, dataset: Dataset) -> dict[str, float]:
+    return evaluate_pixels(
+        dataset,
+        config.evaluation,
+        pretrain_classes=resolve_pretrain_classes(config.data, dataset),
+    )
+
+
+def _baseline(
+    config: ExperimentConfig,
+    path: Path,
+    data: str,
+    measure: Callable[[ExperimentConfig, Dataset], dict[str, float]],
+) -> dict[str, float]:
+    """The evaluation in a file if it is of this experiment and these data, or a new one."""
+    key = {"config": config_to_dict(config), "data": data}
+    saved = _verified(path)
+    if saved is not None and {name: saved.get(name) for name in key} == key:
+        return dict(saved["evaluation"])
     dataset = load_dataset(config.data, show_progress=False)
     with threadpool_limits(limits=config.trainer.threads):
-        result = evaluate_pixels(
-            dataset,
-            config.evaluation,
-            pretrain_classes=resolve_pretrain_classes(config.data, dataset),
-        )
-    return _keep_evaluation(path, config, data, result)
-
-
-def _known_evaluation(path: Path, config: ExperimentConfig, data: str) -> dict[str, float] | None:
-    saved = _verified(path)
-    if saved is None or (saved.get("config"), saved.get("data")) != (config_to_dict(config), data):
-        return None
-    return dict(saved["evaluation"])
-
-
-def _keep_evaluation(
-    path: Path, config: ExperimentConfig, data: str, evaluation: dict[str, float]
-) -> dict[str, float]:
-    document = {"config": config_to_dict(config), "data": data, "evaluation": evaluation}
-    atomic_write(path, checksummed_json.encode(document))
+        evaluation = measure(config, dataset)
+    atomic_write(path, checksummed_json.encode({**key, "evaluation": evaluation}))
     return evaluation
 
 

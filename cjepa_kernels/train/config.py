@@ -27,10 +27,10 @@ from cjepa_kernels.yaml_reader import parse_yaml, read_yaml
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, le=0.999999)]
 Range = tuple[float, float]
-# Bounds of values that have no natural one. They lie far beyond what anybody trains with, and keep
-# a slip of the keyboard from taking all memory or an endless time before it shows.
+# These values have no natural bound. The bounds are far above what anybody trains with. They catch
+# a typing error before it takes all memory or an endless time.
 MOST_PIXELS = 4096  # of an image's side
-MOST_PATCHES = 128 * 128  # of an image; attention takes a time that grows with their square
+MOST_PATCHES = 128 * 128  # of an image; the time of attention grows with their square
 MOST_BLOCKS = 64
 MOST_WIDTH = 8192
 MOST_DEPTH = 256
@@ -49,8 +49,8 @@ class _Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _types_are_as_written(cls, value: Any, info: ValidationInfo) -> Any:
-        # YAML's `yes` and `on` are booleans, which Python would silently take for 1; a quoted
-        # number is a text; and a text would be taken for a boolean.
+        # YAML reads `yes` and `on` as booleans, which Python would silently take for 1. It reads a
+        # quoted number as a text, and Pydantic would turn some texts into booleans.
         if info.field_name is not None:
             annotation = cls.model_fields[info.field_name].annotation
             kinds = _kinds(annotation)
@@ -462,7 +462,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _described(problems: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A line for each key: of the items of a list the first one with a mistake stands for all."""
+    """One line for each key, also if several items of a list are wrong."""
     lines: dict[str, str] = {}
     for problem in problems:
         location = [shortened(str(part)) for part in problem["loc"][:2]]

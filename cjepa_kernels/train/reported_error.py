@@ -1,7 +1,7 @@
-"""Errors of the training program whose message says it all."""
+"""Errors of the training program whose message is all that a user needs."""
 
 from __future__ import annotations
 
 
 class ReportedError(RuntimeError):
-    """Something that happened to a run and is no defect of the program."""
+    """A failure of a run that is not a defect of the program."""

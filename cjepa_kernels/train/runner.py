@@ -86,7 +86,7 @@ def train(
     progress_bar: bool = True,
     epoch_lines: bool = False,
 ) -> RunResult:
-    """Train and evaluate one encoder, or take up where a killed process stopped.
+    """Train and evaluate one encoder, or go on where a killed process stopped.
 
     The directory gets ``config.yaml``, ``checkpoints/last.ckpt`` (replaced at each epoch's end;
     the one before stays as ``previous.ckpt``), ``metrics.csv``, ``log.txt``, ``tensorboard/`` and,
@@ -100,8 +100,8 @@ def train(
         on_progress: Called with the progress, a few times a second at most.
         on_summary: Called once before training with what was understood of the data.
         progress_bar: Whether to draw a progress bar.
-        epoch_lines: Whether to print a line per epoch to the standard error, where no progress bar
-            is drawn.
+        epoch_lines: Whether to print a line per epoch to the standard error if no progress bar is
+            drawn.
 
     Returns:
         Metrics of every epoch, the final evaluation, the advisor's findings. Of several ranks,
@@ -118,7 +118,7 @@ def train(
     check_run_directory(config, run_dir)
     finished = run_dir / RESULT
     show_bar = progress_bar and config.logging.progress_bar
-    # A finished run is only read, perhaps from a place that cannot be written.
+    # A finished run is only read, and its directory may not be writable.
     first_rank = _is_first_rank(config)
     with (
         _threads(config.trainer.threads),
@@ -130,7 +130,7 @@ def train(
         summary = summarize(config, dataset)
         data = fingerprint(dataset)
         if known is not None:
-            check_fingerprint(known.data, data, origin=str(finished), remedy=_afresh(run_dir))
+            check_fingerprint(known.data, data, origin=str(finished), remedy=start_again(run_dir))
             return known
         module = _build_module(config, dataset, samples, data)
         lock.acquire()
@@ -169,11 +169,18 @@ def train(
                 weights_only=True,
             )
         result = RunResult(
-            run_dir, history.rows, {}, advice.findings, stopwatch.seconds, data, now()
+            run_dir=run_dir,
+            history=history.rows,
+            evaluation={},
+            findings=advice.findings,
+            seconds=stopwatch.seconds,
+            data=data,
+            finished=now(),
         )
         if not trainer.is_global_zero:
             return result
-        # Again, if no epoch was left to train: these files may be damaged, the checkpoint is not.
+        # These files are written again in case no epoch was left to train: a file may have been
+        # damaged since, and the checkpoint has everything that belongs in it.
         history.write()
         advice.write()
         evaluation = evaluate(
@@ -187,8 +194,11 @@ def train(
     return result
 
 
-def _afresh(run_dir: Path) -> str:
-    return f"choose another directory, or remove {str(run_dir)!r} to train on the data as they are"
+def start_again(directory: Path) -> str:
+    """What a user can do about results of other data, for the end of an error message."""
+    return (
+        f"choose another directory, or remove {str(directory)!r} to train on the data as they are"
+    )
 
 
 def _is_first_rank(config: ExperimentConfig) -> bool:
@@ -200,13 +210,13 @@ def load_encoder(checkpoint: Path) -> tuple[FeatureExtractor, ExperimentConfig]:
     """Load the target encoder of a checkpoint for evaluation.
 
     Args:
-        checkpoint: A ``.ckpt`` file, or the directory of a run, of which the last one is taken.
+        checkpoint: A ``.ckpt`` file, or the directory of a run, whose last checkpoint is loaded.
 
     Returns:
         The feature extractor, on the CPU, and the experiment that it comes from. The extractor
         takes uint8 images (N, C, H, W) with pixels of 0 to 255, as they are stored, and returns
-        the CLS tokens (N, D) and the means of the patch tokens (N, D), fp32. Another dtype is a
-        TypeError; another C, H or W than the experiment's is a ValueError.
+        the CLS tokens (N, D) and the means of the patch tokens (N, D), fp32. It raises a TypeError
+        for another dtype, and a ValueError if C, H or W differs from the experiment's.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -232,7 +242,7 @@ def load_encoder(checkpoint: Path) -> tuple[FeatureExtractor, ExperimentConfig]:
             for name, value in stored["state_dict"].items()
             if name.startswith(prefix)
         }
-        # Without memory of its own, since nobody knows yet whether the file has so many weights.
+        # The meta device takes no memory: it is not known yet whether the file has these weights.
         with torch.device("meta"):
             encoder = VisionTransformer(
                 config.model, (channels, height, width), torch.zeros(channels), torch.ones(channels)
@@ -240,7 +250,7 @@ def load_encoder(checkpoint: Path) -> tuple[FeatureExtractor, ExperimentConfig]:
         encoder.load_state_dict(weights, assign=True)
         encoder.float()
     except Exception as error:
-        # A sound file of another program fails somewhere here, in a way that names nothing.
+        # An intact checkpoint of another program fails in this block, with an error of any kind.
         raise ValueError(f"{file} is not a checkpoint of this program: {error}") from error
     return _checked(feature_extractor(encoder, "cpu"), (channels, height, width)), config
 
@@ -364,7 +374,7 @@ def completed_steps(run_dir: Path, config: ExperimentConfig, data: str) -> int:
     except DamagedCheckpointError as error:
         raise ValueError(f"{error}: {remedy(run_dir)}") from error
     check_checkpoint(stored, config, file)
-    check_fingerprint(stored.get("data"), data, origin=str(file), remedy=_afresh(run_dir))
+    check_fingerprint(stored.get("data"), data, origin=str(file), remedy=start_again(run_dir))
     return int(stored["global_step"])
 
 
@@ -374,7 +384,14 @@ def _build_module(
     mean, std = channel_statistics(dataset.train.images, samples)
     steps_per_epoch = len(samples) // config.trainer.batch_size
     total_steps = steps_per_epoch * config.trainer.epochs
-    return CJEPAModule(config, dataset.image_shape, mean, std, total_steps, data=data)
+    return CJEPAModule(
+        config,
+        dataset.image_shape,
+        channel_mean=mean,
+        channel_std=std,
+        total_steps=total_steps,
+        data=data,
+    )
 
 
 def _advisor(config: ExperimentConfig, module: CJEPAModule) -> Advisor:
@@ -396,7 +413,7 @@ def _trainer(
 ) -> L.Trainer:
     loggers: list[Logger] = []
     if config.logging.tensorboard:
-        # What a killed process logged after its last checkpoint will be logged again.
+        # The resumed run logs again what a killed process logged after its last checkpoint.
         loggers.append(
             TensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=steps_before + 1)
         )

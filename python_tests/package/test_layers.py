@@ -36,6 +36,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
+# The same order inside train/.
+ROOMS: tuple[tuple[str, ...], ...] = (
+    ("config", "checksummed_json", "reported_error"),
+    ("model",),
+    ("data",),
+    ("evaluation",),
+    ("loop",),
+    ("report",),
+    ("runner",),
+    ("compare",),
+)
+ROOM_LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
+
 
 class Import(NamedTuple):
     """An import of the package by one of its modules."""
@@ -112,6 +125,24 @@ def test_no_import_runs_upward() -> None:
         for found in imports_of(path, (PACKAGE / path).read_text(encoding="utf-8"))
         if found.is_upward
     ]
+    assert not upward, "\n".join(upward)
+
+
+def test_no_room_of_the_training_program_imports_upward() -> None:
+    upward = []
+    for path in sorted((PACKAGE / "train").rglob("*.py")):
+        inside = path.relative_to(PACKAGE)
+        room = inside.parts[1].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Import, ast.ImportFrom, ast.Call)):
+                upward += [
+                    f"{inside}:{node.lineno} imports {name}"
+                    for name in imported_names(node, inside)
+                    if name.startswith(f"{NAME}.train.")
+                    and ROOM_LEVEL[name.split(".")[2]] > ROOM_LEVEL[room]
+                ]
     assert not upward, "\n".join(upward)
 
 

@@ -38,13 +38,9 @@ class Column:
 
 
 def columns_of(schema: pa.Schema) -> list[Column]:
-    """Describe the columns of a table.
+    """Describe the columns of a table, without the index that pandas adds.
 
-    Args:
-        schema: Its schema, with the metadata of the `datasets` library if it has some.
-
-    Returns:
-        The columns in their order, without the index that pandas adds.
+    The metadata that the ``datasets`` library stores in the schema are taken into account.
     """
     features = _features(schema)
     return [
@@ -57,15 +53,8 @@ def columns_of(schema: pa.Schema) -> list[Column]:
 def choose_image_column(columns: Sequence[Column], wanted: str | None) -> Column:
     """Choose the column of the images.
 
-    Args:
-        columns: All columns.
-        wanted: ``data.image_column``.
-
-    Returns:
-        The column that is wanted, or the only one of type Image, or the only one of encoded files.
-
-    Raises:
-        ValueError: If there is none or more than one, with all columns and their types.
+    This is the column ``wanted`` (``data.image_column``), or the only one of type Image, or the
+    only one of encoded files. Otherwise a ValueError lists all columns and their types.
     """
     if wanted is not None:
         column = _named(columns, wanted, "image_column")
@@ -89,17 +78,9 @@ def choose_image_column(columns: Sequence[Column], wanted: str | None) -> Column
 def choose_label_column(columns: Sequence[Column], image: Column, wanted: str | None) -> Column:
     """Choose the column of the labels.
 
-    Args:
-        columns: All columns.
-        image: The one of the images.
-        wanted: ``data.label_column``.
-
-    Returns:
-        The column that is wanted, or the only one of type ClassLabel or with a usual name, or the
-        only one besides the images.
-
-    Raises:
-        ValueError: If there is none or more than one, with all columns and their types.
+    This is the column ``wanted`` (``data.label_column``), or the only one of type ClassLabel or
+    with a usual name, or the only one beside the images. Otherwise a ValueError lists all columns
+    and their types.
     """
     if wanted is not None:
         column = _named(columns, wanted, "label_column")
@@ -141,9 +122,7 @@ def choose_label_column(columns: Sequence[Column], image: Column, wanted: str | 
 def encoded_image(value: Any, place: str) -> EncodedImage:
     """Take the image of one row: the file's bytes, or a struct with its bytes or its path.
 
-    Args:
-        value: The row's value in the column of images.
-        place: The row and its file or split, for errors.
+    ``place`` names the row and its file or split in errors.
     """
     if isinstance(value, dict):
         value, path = value.get("bytes"), value.get("path")

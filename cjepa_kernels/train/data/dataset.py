@@ -24,7 +24,7 @@ from cjepa_kernels.train.data.image_decoding import (
 from cjepa_kernels.train.data.source import Reading, Source, find_source
 from cjepa_kernels.train.data.split_names import listed
 
-# Splits and subsets are part of the task, not of a run: every seed of an experiment shares them.
+# Splits and subsets belong to the task, so all seeds of an experiment share them.
 _SPLIT_SEED = 0
 _DIGITS_TEST_IMAGES = 450
 _TEST_FRACTION = 0.2
@@ -79,26 +79,17 @@ class EncodedDataset:
         return (1 if self.layout.mode == "L" else 3), height, width
 
     def decode(self, *, show_progress: bool = True) -> Dataset:
-        """Decode the images.
+        """Decode the images, on the CPU; a large set can show a progress bar on stderr.
 
-        Args:
-            show_progress: Whether decoding a large set shows a progress bar on stderr.
-
-        Returns:
-            The two sets, on the CPU.
-
-        Raises:
-            ValueError: If an image is damaged.
+        A damaged image is a ValueError.
         """
-        names = {"train": "training", "test": "test"}
-        images = {
-            part: self.layout.decode(encoded, names[part], show_progress)
+        decoded = {
+            part: LabeledImages(self.layout.decode(encoded, part, show_progress), self.labels[part])
             for part, encoded in self.parts.items()
         }
         return Dataset(
             name=self.name,
-            train=LabeledImages(images["train"], self.labels["train"]),
-            test=LabeledImages(images["test"], self.labels["test"]),
+            **decoded,
             class_names=self.class_names,
             reading=self.reading,
         )
@@ -362,14 +353,9 @@ def _choose_subset(config: DataConfig, part: str, labels: Tensor, rows: Tensor) 
 
 
 def channel_statistics(images: Tensor, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel over some images.
+    """Return the mean and standard deviation of each channel over some images.
 
-    Args:
-        images: (N, C, H, W) uint8.
-        indices: (n,) int64, the images to take into account.
-
-    Returns:
-        Two (C,) fp32 tensors on the scale where 255 is 1; a constant channel has deviation 1.
+    Both are (C,) fp32 on the scale where 255 is 1; a constant channel has deviation 1.
     """
     # Histograms are exact in integers and need no float copy of the images.
     values = torch.arange(256, dtype=torch.float64) / 255.0

@@ -1,4 +1,4 @@
-"""Encoded images of any format to one uint8 tensor."""
+"""Decoding images of any format into one uint8 tensor."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MODE_NAMES = {
     "LAB": "LAB",
     "HSV": "HSV",
 }
-# What turns an image as it is stored into the image as it is meant, by EXIF orientation.
+# The transposition that turns a stored image upright, by its EXIF orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -57,7 +57,7 @@ class EncodedImage(NamedTuple):
         return f"{self.key}: {self.place}"
 
 
-# Yields the images of some rows, which ascend.
+# A function that yields the images of some rows, which ascend.
 ReadImages = Callable[[Sequence[int]], Iterator[EncodedImage]]
 
 
@@ -91,13 +91,10 @@ class Treatment:
     largest_wide_colour: int = 0  # of the upper 8 bits, which Pillow keeps
 
     def add(self, encoded: EncodedImage) -> None:
-        """Count what is special about an image.
+        """Count what is special about an image, of which the header is read.
 
-        Args:
-            encoded: The image, of which the header is read, and the pixels if they are wide.
-
-        Raises:
-            ValueError: If it is damaged, or its pixels are of unknown range.
+        The pixels are read too if they have more than 8 bits. A damaged image is a ValueError, and
+        so are pixels of unknown range.
         """
         wide_value = wide_colour = None
         with open_image(encoded) as image:
@@ -152,9 +149,9 @@ class ImageLayout:
         bit_depth: int | None = None,
         on_damage: Callable[[str], None] | None = None,
     ) -> ImageLayout:
-        """Find the layout of some images.
+        """Find the layout of some images; it is grey only if every image is.
 
-        Reads the headers alone, so that a set which does not fit fails before it is decoded.
+        Only the headers are read, so that a set which does not fit fails before it is decoded.
         Images with more than 8 bits are decoded, because only their values say how many bits are
         in use.
 
@@ -164,9 +161,6 @@ class ImageLayout:
             bit_depth: Bits in use of images with more than 8 bits, or None to find it out.
             on_damage: Called with the message of an image that cannot be opened, which is then
                 left out. Default: the message is raised.
-
-        Returns:
-            The layout: grey only if every image is.
 
         Raises:
             ValueError: If a row is no image or holds pixels of unknown range, or sizes differ
@@ -202,15 +196,12 @@ class ImageLayout:
         )
 
     def decode(self, part: EncodedImages, name: str, show_progress: bool) -> Tensor:
-        """Decode images.
+        """Decode images to (N, C, H, W) uint8.
 
         Args:
             part: Images to decode.
-            name: What the progress bar calls them.
+            name: ``"train"`` or ``"test"``.
             show_progress: Whether a large part shows a progress bar on stderr.
-
-        Returns:
-            (N, C, H, W) uint8.
 
         Raises:
             ValueError: If an image is damaged or does not fit the layout, or the memory does not
@@ -233,14 +224,7 @@ class ImageLayout:
     def find_damage(
         self, part: EncodedImages, name: str, show_progress: bool, on_damage: Callable[[str], None]
     ) -> None:
-        """Decode every image and keep none.
-
-        Args:
-            part: Images to decode.
-            name: What the progress bar calls them.
-            show_progress: Whether a large part shows a progress bar on stderr.
-            on_damage: Called with the message of each image that cannot be decoded.
-        """
+        """Decode every image, keep none, and report the message of each damaged one."""
         with _quiet_pillow():
             for image in _tracked(part, name, show_progress):
                 try:
@@ -251,7 +235,7 @@ class ImageLayout:
     def _decode(self, encoded: EncodedImage) -> Image.Image:
         where = encoded.where
         with open_image(encoded) as image:
-            # Pillow turns TIFF itself.
+            # Pillow turns TIFF files upright by itself.
             upright = None if image.format == "TIFF" else _UPRIGHT.get(_orientation(image))
             _load(image, where)
             narrow = self._to_eight_bits(image, where) if _is_wide(image.mode) else image
@@ -265,7 +249,7 @@ class ImageLayout:
         if upright is not None:
             converted = converted.transpose(upright)
         if self.resize and converted.size != self.size:
-            # Crops the centre to a square first, so that nothing is distorted.
+            # This crops the centre to a square first, so that nothing is distorted.
             converted = ImageOps.fit(converted, self.size, Image.Resampling.BICUBIC)
         if converted.size != self.size:
             raise ValueError(
@@ -275,7 +259,7 @@ class ImageLayout:
         return converted
 
     def _to_eight_bits(self, image: Image.Image, where: str) -> Image.Image:
-        """Rescale; Pillow's own conversion clips at 255."""
+        """Rescale the values, because Pillow's own conversion clips them at 255."""
         pixels, largest = _wide_pixels(image, where), 2**self.bit_depth - 1
         if pixels.max() > largest:
             raise ValueError(
@@ -289,14 +273,7 @@ class ImageLayout:
 def open_image(encoded: EncodedImage) -> Iterator[Image.Image]:
     """Open an image; only its header is read.
 
-    Args:
-        encoded: The image.
-
-    Yields:
-        Pillow's image.
-
-    Raises:
-        ValueError: If there is no image that Pillow can read; the message says where.
+    Where there is no image that Pillow can read, a ValueError says where.
     """
     where, content = encoded.where, encoded.content
     if content is None:
@@ -325,14 +302,7 @@ def open_image(encoded: EncodedImage) -> Iterator[Image.Image]:
 
 
 def treatment_lines(layout: ImageLayout) -> list[str]:
-    """Say how images that differ are made alike.
-
-    Args:
-        layout: The layout.
-
-    Returns:
-        Sentences, none if all images are alike.
-    """
+    """Say in sentences how images that differ are made alike."""
     found, (width, height) = layout.treatment, layout.size
     lines = []
     others = found.images - found.sizes[layout.size]
@@ -345,11 +315,10 @@ def treatment_lines(layout: ImageLayout) -> list[str]:
             f"{_images(others)} of another size ({span}) {_are(others)} resized to "
             f"{width} x {height} pixels{crop}."
         )
-    alike = {"L": ("L",), "RGB": ("RGB",)}[layout.mode]
     converted = Counter[str]()
     for mode, count in found.modes.items():
         base = mode.rstrip("Aa") if mode in _ALPHA_MODES else mode
-        if base not in alike and not (_is_wide(mode) and layout.mode == "L"):
+        if base != layout.mode and not (_is_wide(mode) and layout.mode == "L"):
             converted[_MODE_NAMES.get(base, "grey of 16 bits" if _is_wide(mode) else base)] += count
     if converted:
         target = "grey" if layout.mode == "L" else "colour (RGB)"
@@ -387,7 +356,7 @@ def _load(image: Image.Image, where: str) -> None:
     try:
         image.load()
     except Exception as error:
-        # As in opening: a damaged file can make a reader fail in any way.
+        # A damaged file can make Pillow's readers fail in any way.
         raise ValueError(f"{where} is damaged: {error}") from error
 
 
@@ -414,7 +383,7 @@ def _wide_pixels(image: Image.Image, where: str) -> np.ndarray[tuple[int, ...], 
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 if there is none; must be asked before the image is loaded."""
+    """Return the EXIF orientation, or 1 without one, of an image that is not loaded yet."""
     exif_keys = ("exif", "Raw profile type exif", "XML:com.adobe.xmp")
     if image.format == "PNG" and not any(key in image.info for key in exif_keys):
         return 1  # Pillow would decode the image to look behind its pixels
@@ -422,25 +391,18 @@ def _orientation(image: Image.Image) -> int:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
         return value if value in _UPRIGHT else 1
     except Exception:
-        return 1  # metadata that cannot be read say nothing, as in other programs
+        return 1  # other programs ignore metadata that cannot be read, too
 
 
 def _has_several_frames(image: Image.Image) -> bool:
     try:
         return bool(getattr(image, "is_animated", False))
     except Exception:
-        return False  # the first frame is what counts, and decoding says whether it is damaged
+        return False  # only the first frame is used, and decoding shows whether it is damaged
 
 
 def why_unreadable(content: bytes | Path) -> str | None:
-    """Say why a file holds no data, if its beginning shows it.
-
-    Args:
-        content: The file's bytes, or where they are.
-
-    Returns:
-        The end of a sentence about the file, or None if its beginning shows nothing.
-    """
+    """Say why a file holds no data: the end of a sentence, or None if that is not known."""
     if isinstance(content, Path):
         with content.open("rb") as file:
             content = file.read(32)
@@ -453,7 +415,7 @@ def why_unreadable(content: bytes | Path) -> str | None:
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    """Silence Pillow's warnings, which name no file; what cannot be decoded is an error."""
+    """Silence Pillow's warnings, which name no file; an image that is damaged is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -10,18 +10,22 @@ from stat import S_ISREG
 
 from PIL import Image
 
-from cjepa_kernels.train.data.image_decoding import EncodedImage
-from cjepa_kernels.train.data.split_names import (
-    SPLIT_NAMES,
-    choose_splits,
+from cjepa_kernels.train.data.folder_listing import (
     class_name,
-    listed,
-    split_role,
+    identity,
     visible_entries,
     walk_files,
 )
+from cjepa_kernels.train.data.image_decoding import EncodedImage
+from cjepa_kernels.train.data.split_names import (
+    SPLIT_NAMES,
+    ChosenSplits,
+    choose_splits,
+    listed,
+    split_role,
+)
 
-# Pillow only names these formats, or starts another program to draw them.
+# Pillow recognises these formats but cannot decode them, or starts another program for it.
 _NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 _LAYOUT = "expected PATH/<class>/* or PATH/train/<class>/* and PATH/test/<class>/*"
 
@@ -34,11 +38,7 @@ class FolderImages:
     classes: Sequence[str]
 
     def read(self, rows: Sequence[int]) -> Iterator[EncodedImage]:
-        """Yield some of the images.
-
-        Args:
-            rows: Which ones.
-        """
+        """Yield the images of some rows."""
         for row in rows:
             yield EncodedImage("data.source", str(self.paths[row]), self.paths[row])
 
@@ -53,11 +53,7 @@ class ImageFolder:
 
 
 def has_image_suffix(file: Path) -> bool:
-    """Whether a file's name is that of an image.
-
-    Args:
-        file: The file, which is not opened.
-    """
+    """Whether a file's name is that of an image; the file is not opened."""
     kind = Image.registered_extensions().get(file.suffix.lower())
     # MPO is JPEG with further pictures, and is opened as JPEG.
     return kind == "MPO" or (kind in Image.OPEN and kind not in _NOT_DECODED)
@@ -66,19 +62,10 @@ def has_image_suffix(file: Path) -> bool:
 def list_image_folder(root: Path) -> ImageFolder:
     """List the images of a folder.
 
-    A class is a folder, directly under the root or under a split's folder; all images below it
+    A class is a folder, directly under the root or under a split's folder, and all images below it
     belong to it. A split is a folder directly under the root that has a split's whole name, if
-    every folder beside it has one too. Nothing else about a name plays a role.
-
-    Args:
-        root: The folder.
-
-    Returns:
-        Splits and classes.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If it is not clear what the folder holds; the message shows what was found.
+    every folder beside it has one too. Nothing else about a name plays a role. Where it is not
+    clear what the folder holds, a ValueError shows what was found.
     """
     if not root.is_dir():
         what = "a file, expected a directory" if root.exists() else "no directory"
@@ -95,28 +82,26 @@ def list_image_folder(root: Path) -> ImageFolder:
             f"or all are classes. Rename a split that is called otherwise; if all of them are "
             "classes, put them into one folder 'train'"
         )
-    _refuse_loose_images(root, "split" if named else "class")
-    visited = {(status.st_dev, status.st_ino): root for status in [root.stat()]}
+    if named:
+        _refuse_loose_images(root, "split")
+        chosen = choose_splits({folder.name: folder for folder in named}, repr(str(root)))
+    else:
+        chosen = ChosenSplits({"train": (root.name, root)}, notes=())
+    visited = {identity(root): root}
     left_out: Counter[str] = Counter()
     nested: list[str] = []
-    if not named:
-        unused: tuple[str, ...] = ()
-        splits = {"train": (root.name, _list_classes(folders, visited, left_out, nested))}
-    else:
-        chosen = choose_splits({folder.name: folder for folder in named}, repr(str(root)))
-        unused = chosen.notes
-        splits = {}
-        for part, (name, folder) in chosen.parts.items():
-            classes = _subfolders(folder)
-            if not classes:
-                raise ValueError(_no_classes(root, folder))
-            _refuse_loose_images(folder, "class")
-            splits[part] = (name, _list_classes(classes, visited, left_out, nested))
+    splits = {}
+    for part, (name, folder) in chosen.parts.items():
+        classes = _subfolders(folder)
+        if not classes:
+            raise ValueError(_no_classes(root, folder))
+        _refuse_loose_images(folder, "class")
+        splits[part] = (name, _list_classes(classes, visited, left_out, nested))
     class_names = tuple(sorted(set(splits["train"][1].classes)))
     _check_classes(root, class_names)
     if "test" in splits:
         _refuse_shared_files(splits["train"][1], splits["test"][1])
-    return ImageFolder(splits, class_names, (*unused, *_notes(left_out, nested)))
+    return ImageFolder(splits, class_names, (*chosen.notes, *_notes(left_out, nested)))
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -168,7 +153,7 @@ def _list_classes(
     left_out: Counter[str],
     nested: list[str],
 ) -> FolderImages:
-    found: list[tuple[str, Path, str]] = []
+    class_of: dict[Path, str] = {}
     for class_folder in classes:
         inner = _subfolders(class_folder)
         if inner and all(split_role(part.name) for part in inner):
@@ -180,22 +165,22 @@ def _list_classes(
             )
         if inner:
             nested.append(f"{class_folder.name}/{inner[0].name}")
-        before = len(found)
+        before = len(class_of)
         for file in walk_files(class_folder, visited):
             if not has_image_suffix(file):
                 left_out[file.suffix.lower() or file.name] += 1
             elif not S_ISREG(file.stat().st_mode):
                 raise ValueError(f"data.source: {str(file)!r} is neither a file nor a folder")
             else:
-                found.append((str(file), file, class_name(class_folder)))
-        if len(found) == before:
+                class_of[file] = class_name(class_folder)
+        if len(class_of) == before:
             raise ValueError(
                 f"data.source: no images in the class folder {str(class_folder)!r}, found "
                 f"{listed(entry.name for entry in visible_entries(class_folder))}; remove the "
                 "folder if it is no class"
             )
-    found.sort()
-    return FolderImages([file for _, file, _ in found], [name for _, _, name in found])
+    paths = sorted(class_of, key=str)
+    return FolderImages(paths, [class_of[path] for path in paths])
 
 
 def _check_classes(root: Path, class_names: Sequence[str]) -> None:
@@ -212,10 +197,6 @@ def _check_classes(root: Path, class_names: Sequence[str]) -> None:
 
 
 def _refuse_shared_files(train: FolderImages, test: FolderImages) -> None:
-    def identity(file: Path) -> tuple[int, int]:
-        status = file.stat()
-        return status.st_dev, status.st_ino
-
     known = {identity(file): file for file in train.paths}
     for file in test.paths:
         same = known.get(identity(file))

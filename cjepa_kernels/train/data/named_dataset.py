@@ -12,8 +12,8 @@ import datasets
 import pyarrow as pa
 
 from cjepa_kernels.train.data.columns import encoded_image
+from cjepa_kernels.train.data.folder_listing import is_saved
 from cjepa_kernels.train.data.image_decoding import EncodedImage
-from cjepa_kernels.train.data.split_names import is_saved
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,11 @@ class NamedTable:
         return self.records.features.arrow_schema
 
     def values(self, column: str) -> list[Any]:
-        """Read a whole column.
-
-        Args:
-            column: Its name.
-
-        Returns:
-            One Python value a row.
-        """
+        """Read a whole column, one Python value a row."""
         return list(self.records.select_columns([column])[column])
 
     def read_images(self, column: str, rows: Sequence[int]) -> Iterator[EncodedImage]:
-        """Yield some images of a column.
-
-        Args:
-            column: Its name.
-            rows: Which ones.
-        """
+        """Yield the images of some rows of a column."""
         records = self.records.select_columns([column])
         if isinstance(records.features[column], datasets.Image):
             records = records.cast_column(column, datasets.Image(decode=False))

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cjepa_kernels.train.data.columns import columns_of, encoded_image
+from cjepa_kernels.train.data.folder_listing import walk_files
 from cjepa_kernels.train.data.image_decoding import EncodedImage, why_unreadable
-from cjepa_kernels.train.data.split_names import listed, split_files, walk_files
+from cjepa_kernels.train.data.split_names import listed, split_files
 
 _ROWS_AT_ONCE = 64
 
@@ -29,16 +30,9 @@ class ParquetTable:
 
     @classmethod
     def open(cls, files: Sequence[Path]) -> ParquetTable:
-        """Read the schemas of some files.
+        """Read the schemas of some files; their rows are not read yet.
 
-        Args:
-            files: Files with the same columns.
-
-        Returns:
-            The table, of which no row is read yet.
-
-        Raises:
-            ValueError: If a file cannot be read, or its columns are others than the first one's.
+        A file that cannot be read, or that has other columns than the first one, is a ValueError.
         """
         lengths, schemas = [], []
         for file in files:
@@ -62,17 +56,7 @@ class ParquetTable:
         return sum(self.lengths)
 
     def values(self, column: str) -> list[Any]:
-        """Read a whole column.
-
-        Args:
-            column: Its name.
-
-        Returns:
-            One Python value a row.
-
-        Raises:
-            ValueError: If a file is damaged.
-        """
+        """Read a whole column, one Python value a row."""
         found: list[Any] = []
         for file in self.files:
             with _clear_errors(file):
@@ -80,15 +64,7 @@ class ParquetTable:
         return found
 
     def read_images(self, column: str, rows: Sequence[int]) -> Iterator[EncodedImage]:
-        """Yield some images of a column.
-
-        Args:
-            column: Its name.
-            rows: Which ones, ascending.
-
-        Raises:
-            ValueError: If a file is damaged.
-        """
+        """Yield the images of some rows, which ascend, of a column."""
         first = 0
         for file, length in zip(self.files, self.lengths, strict=True):
             begin, end = bisect_left(rows, first), bisect_left(rows, first + length)
@@ -112,17 +88,10 @@ def _images_of_file(file: Path, column: str, rows: Sequence[int]) -> Iterator[En
 
 
 def find_parquet_files(location: Path) -> dict[str, list[Path]]:
-    """Find the Parquet files of a source.
+    """Find the Parquet files of each split of a file or folder; a file is ``"train"``.
 
-    Args:
-        location: A file, or a folder.
-
-    Returns:
-        The files of each split under the split's name; a file is ``"train"``.
-
-    Raises:
-        FileNotFoundError: If there is nothing of the kind.
-        ValueError: If it is not clear what the files are.
+    A location without any is a FileNotFoundError. Files whose splits are not clear are a
+    ValueError.
     """
     if location.is_file():
         return {"train": [location]}

@@ -18,16 +18,14 @@ from cjepa_kernels.train.data.columns import (
     choose_label_column,
     columns_of,
 )
+from cjepa_kernels.train.data.folder_listing import expanded_path, is_saved, walk_files
 from cjepa_kernels.train.data.image_decoding import EncodedImage, ReadImages
 from cjepa_kernels.train.data.image_folder import has_image_suffix, list_image_folder
 from cjepa_kernels.train.data.parquet_table import ParquetTable, find_parquet_files
 from cjepa_kernels.train.data.split_names import (
     choose_splits,
-    expanded_path,
-    is_saved,
     listed,
     split_files,
-    walk_files,
 )
 
 # Formats beside Parquet and images in which a local directory may hold a data set.

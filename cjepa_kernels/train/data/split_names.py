@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +10,8 @@ from typing import Generic, TypeVar
 
 from cjepa_kernels import suggestions
 
-# The whole name decides, in any case. What a name merely contains never does: CIFAR-100 has a
-# class "train", and other sets have classes such as "test_tube".
+# The whole name decides, in upper or lower case. A part of a name never decides, because data sets
+# have classes such as "test_tube".
 _ROLES = {
     "train": "train",
     "training": "train",
@@ -24,32 +22,13 @@ _ROLES = {
     "validation": "validation",
 }
 SPLIT_NAMES = tuple(_ROLES)
-_SYSTEM_NAMES = frozenset(
-    {
-        "thumbs.db",
-        "desktop.ini",
-        "icon\r",
-        "__macosx",
-        "@eadir",
-        "$recycle.bin",
-        "system volume information",
-        "lost+found",
-    }
-)
 _SHOWN = 8
 
 Content = TypeVar("Content")
 
 
 def split_role(name: str) -> str | None:
-    """Return what a split is for.
-
-    Args:
-        name: Name of a folder or of a split.
-
-    Returns:
-        ``"train"``, ``"test"``, ``"validation"``, or None if it is no split's whole name.
-    """
+    """Return what the split of this name is for; None if this is no split's whole name."""
     return _ROLES.get(name.lower())
 
 
@@ -62,16 +41,10 @@ class ChosenSplits(Generic[Content]):
 
 
 def choose_splits(splits: Mapping[str, Content], where: str) -> ChosenSplits[Content]:
-    """Choose the training and the test set among the splits of a source.
+    """Choose the training and the test set among the splits of a source, which have names.
 
-    A validation split is the test set only if there is no test split.
-
-    Args:
-        splits: The splits by name, each of which has a role.
-        where: What errors call the source.
-
-    Raises:
-        ValueError: If there is no training set, or two splits have one role.
+    A validation split is the test set only if there is no test split. A source without a training
+    set, or with two splits for one role, is a ValueError, which calls the source ``where``.
     """
     of_role: dict[str, str] = {}
     for name in splits:
@@ -105,90 +78,8 @@ def listed(names: Iterable[object]) -> str:
     return suggestions.listed(names, most=_SHOWN)
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` of the ``datasets`` library wrote a folder."""
-    return any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
-
-
-def visible_entries(folder: Path) -> list[Path]:
-    """List a folder without hidden files and without what operating systems leave behind.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Its files and folders by name, symbolic links included.
-
-    Raises:
-        ValueError: If the folder cannot be read, or holds a link that leads nowhere.
-    """
-    try:
-        found = [
-            entry
-            for entry in folder.iterdir()
-            if not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM_NAMES
-        ]
-    except OSError as error:
-        raise ValueError(
-            f"data.source: cannot read the folder {str(folder)!r}: {error.strerror}"
-        ) from error
-    for entry in found:
-        if not entry.exists():
-            what = "a symbolic link that leads nowhere" if entry.is_symlink() else "unreadable"
-            raise ValueError(f"data.source: {str(entry)!r} is {what}")
-    return sorted(found)
-
-
-def walk_files(folder: Path, visited: dict[tuple[int, int], Path]) -> Iterable[Path]:
-    """List the files of a folder and of all folders below it; symbolic links are followed.
-
-    Args:
-        folder: The folder.
-        visited: Folders met so far, by device and inode, which grows. A folder that is met twice
-            would give its images twice, or without end.
-
-    Yields:
-        The files, in the order of their names.
-
-    Raises:
-        ValueError: If a folder is met twice or cannot be read.
-    """
-    status = folder.stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in visited:
-        raise ValueError(
-            f"data.source: {str(folder)!r} is the same folder as {str(visited[identity])!r}, by a "
-            "symbolic link; its images would be read twice"
-        )
-    visited[identity] = folder
-    for entry in visible_entries(folder):
-        if entry.is_dir():
-            yield from walk_files(entry, visited)
-        else:
-            yield entry
-
-
-def class_name(folder: Path) -> str:
-    """Return the name of the class of a folder, the same on every operating system.
-
-    Args:
-        folder: The class's folder.
-    """
-    # Bytes that are no UTF-8 could be neither printed nor written to a log.
-    text = folder.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return unicodedata.normalize("NFC", text)
-
-
-def expanded_path(location: str) -> Path:
-    """Return a path in which ``~`` is the user's home; every other character stands for itself.
-
-    Args:
-        location: What the user wrote.
-    """
-    return Path(os.path.expanduser(location))
-
-
-# A shard: its set's name, then a number, perhaps "-of-" the number of all, perhaps a fingerprint.
+# The name of a shard: its set's name, a number, perhaps "-of-" and the number of all shards, and
+# perhaps a fingerprint.
 _SHARD = re.compile(
     r"(?P<name>.*?)[-_.]?(?P<number>\d+)(?:[-_]of[-_](?P<total>\d+))?(?:-[0-9a-f]{16})?",
     re.IGNORECASE,
@@ -197,22 +88,11 @@ _NAME_OF_FILE = re.compile(rf"({'|'.join(SPLIT_NAMES)})(?:[-_.].*|\d+)?", re.IGN
 
 
 def split_files(folder: Path, files: Sequence[Path], suffix: str) -> dict[str, list[Path]]:
-    """Sort the data files of a folder by split.
+    """Sort the data files of a folder by split; without splits they are ``"train"``.
 
     Known are ``train.parquet``, ``train-00000-of-00002.parquet``, ``train-*.parquet``, the same in
-    one folder (``data/``) or in folders that are called as the splits, and one set in one file or
-    in numbered files.
-
-    Args:
-        folder: The source.
-        files: Its data files, at least one.
-        suffix: Their suffix, for the error messages.
-
-    Returns:
-        The files of each split, under the split's name; a source without splits is ``"train"``.
-
-    Raises:
-        ValueError: If it is not clear what the files are, or a numbered file is missing.
+    one folder (``data/``) or in folders that have the names of splits, and one set in one file or
+    in numbered files. Anything else, or a numbered file that is missing, is a ValueError.
     """
     below = {file: file.relative_to(folder).parts for file in files}
     depth = 0

@@ -57,11 +57,7 @@ class DataSummary:
     warnings: tuple[str, ...]  # sentences on what is probably not meant
 
     def lines(self) -> list[str]:
-        """Say the same in plain sentences.
-
-        Returns:
-            One sentence or more a line, without a line break.
-        """
+        """Say the same in plain sentences, one or more a line."""
         size, patches = self.image_size, self.patches
         channels = "grey" if size.channels == 1 else "colour"
         lines = [
@@ -88,21 +84,13 @@ class DataSummary:
         return [_printable(line) for line in lines]
 
     def print(self, console: Console) -> None:
-        """Print the sentences.
-
-        Args:
-            console: Where they go.
-        """
+        """Print the sentences."""
         for line in self.lines():
             style = "yellow" if line.startswith("Warning: ") else None
             console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the summary as plain values, ready for JSON.
-
-        Returns:
-            A mapping with a key for each field.
-        """
+        """Return the summary as plain values, ready for JSON, with a key for each field."""
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
@@ -110,11 +98,7 @@ class DataSummary:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> DataSummary:
-        """Read what :meth:`to_dict` returned.
-
-        Args:
-            values: A mapping with a key for each field.
-        """
+        """Read what :meth:`to_dict` returned."""
         patches = values["patches"]
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
         return DataSummary(
@@ -191,11 +175,7 @@ class InspectedData:
     damage: tuple[str, ...] | None  # one message for each damaged image; None: not looked for
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, ready for JSON.
-
-        Returns:
-            The summary, and ``damaged`` if damage was looked for.
-        """
+        """Return the summary for JSON, and ``damaged`` if damaged images were looked for."""
         content = self.summary.to_dict()
         return content if self.damage is None else {**content, "damaged": list(self.damage)}
 

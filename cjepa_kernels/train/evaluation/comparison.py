@@ -50,11 +50,11 @@ class Summary:
     @staticmethod
     def of(values: Iterable[float]) -> Summary:
         """Summarise at least one value."""
-        kept = tuple(float(value) for value in values)
-        if not kept:
+        numbers = tuple(float(value) for value in values)
+        if not numbers:
             raise ValueError("values must hold at least one number, got none")
-        std = statistics.stdev(kept) if len(kept) > 1 else math.nan
-        return Summary(statistics.fmean(kept), std, kept)
+        std = statistics.stdev(numbers) if len(numbers) > 1 else math.nan
+        return Summary(statistics.fmean(numbers), std, numbers)
 
     def format(self, *, signed: bool = False) -> str:
         """``"80.6 ± 1.1"``, without the deviation for a single seed."""
@@ -99,9 +99,9 @@ class Comparison:
         baselines: ``pixels``: one evaluation; ``untrained``: one evaluation per seed.
         paired: ``{"cjepa - jepa": {"mean/knn": Summary}}``: differences seed by seed.
         environment: Versions, device, threads, command, commit, date.
-        data: What was understood of the data; None in records of before it was kept.
+        data: The summary of the data; None in earlier records, which lack it.
         probes: Sizes of the probes: ``"all"`` of all classes, and ``"transfer"`` of the classes
-            left out of pretraining; empty in records of before they were kept.
+            left out of pretraining; empty in earlier records, which lack them.
     """
 
     dataset: str
@@ -136,7 +136,7 @@ class Comparison:
     def best(self, features: str, metric: str) -> str | None:
         """The trained arm that is ahead of every other one by more than the noise, or None.
 
-        None, too, in records that do not hold the number of test images, which is needed for it.
+        It is None, too, in records without the number of test images, which the noise depends on.
         """
         sizes = self.probes.get("transfer" if metric in TRANSFER_METRICS else "all")
         cells = {arm: self.summary(arm, features, metric) for arm in self.arms}

@@ -32,7 +32,8 @@ both (n, D), fp32, on the CPU, from the encoder in eval mode, without augmentati
 Array: TypeAlias = npt.NDArray[np.float32]
 Labels: TypeAlias = npt.NDArray[np.int64]
 
-_SUBSET_SEED = 0  # constants, not the run's seed: every run and arm sees the same images and labels
+# These seeds are constants and not the run's, so that every run and arm has the same labels.
+_SUBSET_SEED = 0
 _DRAW_SEED = 1
 _MAX_ITER = 300
 _QUICK_DRAWS = 3
@@ -64,8 +65,8 @@ def _percent(predicted: npt.NDArray[np.int64], labels: Labels) -> float:
 
 def _fit_linear(features: Array, labels: Labels, c: float) -> LogisticRegression:
     with warnings.catch_warnings():
-        # The iteration limit is part of the probe's definition (early stopping, equal for every
-        # encoder), so reaching it is no fault to report.
+        # The iteration limit is part of the probe's definition and the same for every encoder, so
+        # a probe that reaches it is no cause for a warning.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(C=c, max_iter=_MAX_ITER).fit(features, labels)
 
@@ -110,13 +111,13 @@ class _Probes:
 
 
 def _score(
+    *,
     train: Array,
     train_labels: Labels,
     test: Array,
     test_labels: Labels,
     config: EvaluationConfig,
     corrupted: dict[str, Array],
-    *,
     quick: bool,
 ) -> dict[str, float]:
     """Metrics of one kind of features, without the prefix."""
@@ -141,8 +142,15 @@ def _subset(split: LabeledImages, limit: int | None) -> tuple[Tensor, Labels]:
     images, labels = split.images, split.labels.numpy().astype(np.int64)
     if limit is None or len(labels) <= limit:
         return images, labels
-    kept = np.sort(np.random.RandomState(_SUBSET_SEED).permutation(len(labels))[:limit])
-    return images[torch.from_numpy(kept)], labels[kept]
+    chosen = np.sort(np.random.RandomState(_SUBSET_SEED).permutation(len(labels))[:limit])
+    return images[torch.from_numpy(chosen)], labels[chosen]
+
+
+def _probe_labels(dataset: Dataset, config: EvaluationConfig) -> Labels:
+    """The labels of the images on which the probes are fitted."""
+    # The labels stand in for the images, which are large and not needed here.
+    labels_alone = replace(dataset.train, images=dataset.train.labels)
+    return _subset(labels_alone, config.max_train_images)[1]
 
 
 def _features(extract: FeatureExtractor, images: Tensor) -> dict[str, Array]:
@@ -221,10 +229,7 @@ def check_probe_images(
     Raises:
         ValueError: If ``max_train_images`` keeps too few.
     """
-    # The labels stand in for the images, which are large and not looked at.
-    _, labels = _subset(
-        replace(dataset.train, images=dataset.train.labels), config.max_train_images
-    )
+    labels = _probe_labels(dataset, config)
     if len(set(labels.tolist()) - set(pretrain_classes or ())) < 2:
         raise ValueError(
             "evaluation.max_train_images must keep images of at least 2 probed classes, "
@@ -261,17 +266,14 @@ def probe_sizes(
     Args:
         dataset: Images and labels.
         config: The evaluation section of the experiment.
-        pretrain_classes: Classes that the transfer probes leave out. Default: none is.
+        pretrain_classes: Classes that the transfer probes leave out. Default: all classes stay.
     """
-    # The labels stand in for the images, which are large and not looked at.
-    _, labels = _subset(
-        replace(dataset.train, images=dataset.train.labels), config.max_train_images
-    )
+    labels = _probe_labels(dataset, config)
     test_labels = dataset.test.labels.numpy()
     seen = [] if pretrain_classes is None else list(pretrain_classes)
     labels = labels[~np.isin(labels, seen)]
     test_labels = test_labels[~np.isin(test_labels, seen)]
-    # A class of which the subset keeps no image is one of the classes all the same.
+    # A class counts even if none of its images is in the subset.
     classes = np.setdiff1d(np.unique(dataset.train.labels.numpy()), seen)
     counts = [min(config.few_labels, int((labels == label).sum())) for label in classes]
     return ProbeSizes(
@@ -288,6 +290,7 @@ def _evaluate(
     extract: Callable[[Tensor], dict[str, Array]],
     dataset: Dataset,
     config: EvaluationConfig,
+    *,
     quick: bool,
     pretrain_classes: Sequence[int] | None,
 ) -> dict[str, float]:
@@ -304,16 +307,16 @@ def _evaluate(
                 changed = corruptions.corrupt(dataset.test.images, kind, strength)
                 corrupted[f"{kind}_{strength}"] = extract(changed)
     result: dict[str, float] = {}
-    # One thread: the problems are small, and the numbers do not depend on the number of cores.
+    # With one thread the numbers do not depend on the number of cores, and the problems are small.
     with threadpool_limits(limits=1, user_api="blas"):
         for name in train:
             scores = _score(
-                train[name],
-                train_labels,
-                test[name],
-                test_labels,
-                config,
-                {key: value[name] for key, value in corrupted.items()},
+                train=train[name],
+                train_labels=train_labels,
+                test=test[name],
+                test_labels=test_labels,
+                config=config,
+                corrupted={key: value[name] for key, value in corrupted.items()},
                 quick=quick,
             )
             scores["std"] = standard_deviation(test[name])
@@ -321,12 +324,12 @@ def _evaluate(
             if pretrain_classes is not None and not quick:
                 rows, test_rows = ~np.isin(train_labels, seen), ~np.isin(test_labels, seen)
                 transfer = _score(
-                    train[name][rows],
-                    train_labels[rows],
-                    test[name][test_rows],
-                    test_labels[test_rows],
-                    config,
-                    {},
+                    train=train[name][rows],
+                    train_labels=train_labels[rows],
+                    test=test[name][test_rows],
+                    test_labels=test_labels[test_rows],
+                    config=config,
+                    corrupted={},
                     quick=False,
                 )
                 scores |= {f"transfer_{key}": value for key, value in transfer.items()}
@@ -369,7 +372,11 @@ def evaluate(
             features have the wrong shape or are not finite.
     """
     return _evaluate(
-        lambda images: _features(extract, images), dataset, config, quick, pretrain_classes
+        lambda images: _features(extract, images),
+        dataset,
+        config,
+        quick=quick,
+        pretrain_classes=pretrain_classes,
     )
 
 
@@ -392,4 +399,4 @@ def evaluate_pixels(
     Raises:
         ValueError: If the dataset is empty or malformed, or has fewer than two classes.
     """
-    return _evaluate(_pixels, dataset, config, False, pretrain_classes)
+    return _evaluate(_pixels, dataset, config, quick=False, pretrain_classes=pretrain_classes)

@@ -38,9 +38,9 @@ class Stopwatch(Callback):
 class SignalHandlers(Callback):
     """Keeps the handlers of SIGTERM and SIGUSR1 that there were before the training.
 
-    Lightning's own would end a terminated run with exit status 0, wait for other ranks that may be
-    waiting themselves, and under SLURM save a checkpoint in the middle of an epoch, from which a
-    run does not go on to the same numbers.
+    Lightning's own handlers would end a terminated run with exit status 0 and wait for other ranks,
+    which may be waiting themselves. Under SLURM they would save a checkpoint in the middle of an
+    epoch, and a run that resumes from it ends with other numbers.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written whole at each epoch's end, verified when they are read."""
+"""The checkpoints of a run: complete at each epoch's end, and verified when they are read."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class AtomicCheckpointIO(CheckpointIO):
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:
-                # PyTorch reports a position in the file; what the operating system said is behind.
+                # PyTorch reports a position in the file; the system's error is its context.
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
@@ -78,13 +78,13 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class DamagedCheckpointError(ValueError):
-    """A file that is no checkpoint, or no longer the one that was written."""
+    """A file that is not a checkpoint, or not as it was written."""
 
 
 def read_checkpoint(file: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a checkpoint and verify that it is as it was written.
 
-    PyTorch stores a checksum with each record and does not compare it when it reads.
+    PyTorch stores a checksum with each record but does not compare it when it reads the file.
 
     Args:
         file: The checkpoint.
@@ -105,7 +105,7 @@ def read_checkpoint(file: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
             # directory, and returns memory that it has not written.
             altered = [info.filename for info in archive.infolist() if info.external_attr]
     except Exception as error:
-        # A damaged position in the file becomes an invalid argument of the operating system.
+        # The operating system reports a damaged position in the file as an invalid argument.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise DamagedCheckpointError(
@@ -120,7 +120,7 @@ def read_checkpoint(file: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
     except OSError:
         raise
     except Exception as error:
-        # PyTorch's message advises to load the file without weights_only, which runs its code.
+        # PyTorch's message advises to load the file without weights_only, which would run its code.
         raise DamagedCheckpointError(
             f"{file} is not a checkpoint of this program: it does not load with weights_only=True"
         ) from error
@@ -133,7 +133,7 @@ def read_checkpoint(file: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 def remedy(run_dir: Path) -> str:
-    """Say how a run whose last checkpoint cannot be used goes on.
+    """Say how to go on with a run whose last checkpoint cannot be used.
 
     Args:
         run_dir: Directory of the run.

@@ -1,4 +1,4 @@
-"""Progress of a comparison: live bars on a terminal, plain lines elsewhere."""
+"""Progress of a comparison: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def progress_display(console: Console, jobs: int) -> Iterator[Callable[[Event], 
     """Show the progress of a number of jobs.
 
     Args:
-        console: A terminal gets one bar per running job and one for the total; anything else gets
-            a line whenever a job ends and a line on the running ones every ten seconds.
+        console: On a terminal, each running job has a bar, and all jobs together have one.
+            Elsewhere a line is printed when a job ends, and one about the running jobs every ten
+            seconds.
         jobs: How many jobs there are.
 
     Yields:

@@ -1,4 +1,4 @@
-"""A lock on a directory: two processes never write the same run."""
+"""A lock on a directory, so that two processes never write the same run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import TracebackType
 
 try:
     import fcntl
-except ImportError:  # no POSIX: the note of a file system without locks is given
+except ImportError:  # not POSIX: the lock warns as it does on a file system without locks
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
@@ -33,18 +33,18 @@ class DirectoryLock:
     The kernel holds it for the process, so it ends with the process, however that ends. The file
     ``.lock`` names the owner while the lock is held.
 
-    Entering the block locks the directory if there is one already. :meth:`acquire` creates the
-    directory first; so a program can check its arguments before it writes anything.
+    Entering the block locks the directory if it exists. :meth:`acquire` creates it first if
+    necessary, so that a program can check its arguments before it writes anything.
 
     Args:
         directory: The directory.
-        wanted: Whether to lock at all: of several ranks the first one does.
+        wanted: Whether to lock at all. Of several ranks, only the first one does.
 
     Raises:
         DirectoryLockedError: If another process holds the lock; the message names it.
     """
 
-    # fcntl and not the package filelock, which truncates the file and with it the owner's name.
+    # The package filelock would truncate the file, and with it the owner's name.
 
     def __init__(self, directory: Path, *, wanted: bool = True) -> None:
         self.directory = Path(directory)
@@ -65,7 +65,7 @@ class DirectoryLock:
         self.release()
 
     def acquire(self) -> None:
-        """Create the directory and lock it; nothing happens if this object holds the lock."""
+        """Create the directory and lock it, unless this object holds the lock already."""
         if not self.wanted or self._descriptor is not None:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ class DirectoryLock:
             )
             return True
         try:
-            # The owner before may have removed the file between opening and locking it here.
+            # The previous owner may have removed the file after it was opened here.
             if not os.path.samestat(os.fstat(descriptor), os.stat(self.directory / LOCK_FILE)):
                 return False
         except FileNotFoundError:
@@ -120,7 +120,7 @@ class DirectoryLock:
         """Give the lock back."""
         if self._descriptor is None:
             return
-        # Removed while it is still locked; whoever opened it meanwhile sees that it is gone.
+        # The file is removed while it is locked. A process that has opened it since sees that.
         (self.directory / LOCK_FILE).unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None

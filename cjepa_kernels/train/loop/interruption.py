@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run ends with a line that says how it goes on."""
+"""Ctrl-C and SIGTERM end a run with a line that says how to go on with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import NoReturn
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a program like Ctrl-C, with another exit status."""
+    """SIGTERM ends the program like Ctrl-C, but with another exit status."""
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def resumable(directory: Path) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as stop:
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # one rank speaks for all
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # only the first rank prints it
                 print(_how_to_go_on(directory), file=sys.stderr)
             signum = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
             raise SystemExit(128 + signum) from None
@@ -36,7 +36,7 @@ def resumable(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def kept_ctrl_c() -> Iterator[None]:
-    """Undo what Lightning makes of Ctrl-C: SystemExit, and a process deaf to it from then on."""
+    """Keep Ctrl-C as it is: Lightning raises SystemExit instead and ignores a second Ctrl-C."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     try:

@@ -78,7 +78,7 @@ class CJEPAModule(L.LightningModule):
         self.loss.contrastive.distributed = False  # until there are several processes
         self.levels = hierarchy_levels(self.loss)
         self.metric_names = metric_names(self.levels)
-        # The global generator is left as it was; the weights are the same in every arm of a
+        # The global generator keeps its state. The weights are the same in every arm of a
         # comparison, because the encoder is drawn before the predictor and the loss draws nothing.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -86,7 +86,8 @@ class CJEPAModule(L.LightningModule):
             self.predictor = Predictor(config.model, self.encoder.grid, self.levels)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         if self.loss.jepa_weight == 0:
-            # Its loss is monitored only. Frozen, it takes no part in DDP's gradient exchange.
+            # The predictor's loss is only monitored. A frozen predictor takes no part in DDP's
+            # exchange of gradients.
             self.predictor.requires_grad_(False)
 
     def setup(self, stage: str) -> None:
@@ -95,13 +96,26 @@ class CJEPAModule(L.LightningModule):
 
     def on_after_batch_transfer(self, batch: IndexedImages, dataloader_idx: int) -> MaskedViews:
         """Augment and mask on the device, outside of autocast."""
-        seed, epoch, grid = self.config.seed, self.current_epoch, self.encoder.grid
+        seed, epoch = self.config.seed, self.current_epoch
         masks = [
-            multi_block_masks(batch.samples, grid, self.config.masking, seed, epoch, view)
+            multi_block_masks(
+                samples=batch.samples,
+                grid=self.encoder.grid,
+                config=self.config.masking,
+                seed=seed,
+                epoch=epoch,
+                view=view,
+            )
             for view in (0, 1)
         ]
         both = _concatenate(masks)
-        images = two_views(batch.images, batch.samples, self.config.views, seed, epoch)
+        images = two_views(
+            images=batch.images,
+            samples=batch.samples,
+            config=self.config.views,
+            seed=seed,
+            epoch=epoch,
+        )
         return MaskedViews(images, both.visible, both.predicted)
 
     def training_step(self, batch: MaskedViews, batch_idx: int) -> dict[str, Tensor]:
@@ -159,11 +173,11 @@ class CJEPAModule(L.LightningModule):
         """AdamW; vectors, biases and tokens do not decay."""
         config = self.config.optimizer
         decayed: list[nn.Parameter] = []
-        kept: list[nn.Parameter] = []
+        undecayed: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
                 is_token = name.endswith(("cls_token", "mask_token"))
-                (kept if parameter.ndim <= 1 or is_token else decayed).append(parameter)
+                (undecayed if parameter.ndim <= 1 or is_token else decayed).append(parameter)
         # Lightning does not clip the gradients of a fused optimizer in mixed precision, because the
         # fused kernel may undo the scaling of fp16 only after clipping. None leaves the choice of
         # the implementation to PyTorch.
@@ -172,7 +186,7 @@ class CJEPAModule(L.LightningModule):
             fused = self.device.type in ("cpu", "cuda")
         groups: list[dict[str, Any]] = [
             {"params": decayed},
-            {"params": kept, "weight_decay": 0.0},
+            {"params": undecayed, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(
             groups,
@@ -204,7 +218,7 @@ def build_loss(
     Raises:
         ValueError: If the ``loss`` section is invalid or does not fit the ``masking`` section.
     """
-    # Several devices train as one does with the whole batch, unless the experiment says otherwise.
+    # Unless the experiment says otherwise, several devices train as one does with the whole batch.
     loss = create_loss_from_config({"loss": {"gather_distributed": True, **config.loss}})
     if not isinstance(loss, ContrastiveJEPALoss):
         raise ValueError(
@@ -227,7 +241,7 @@ def build_loss(
     if image_shape is not None:
         rows, columns = patch_grid(config.model.patch_size, image_shape)
         predicted = patch_counts(config.masking, rows * columns).predicted
-    # A fraction is known to be too small once the number of patches is.
+    # Whether a fraction is too small is known only with the number of patches.
     if isinstance(predicted, int) and predicted < needed:
         raise ValueError(
             f"masking.predicted: {levels} hierarchy levels need at least "

@@ -31,7 +31,7 @@ class ProgressHook(Callback):
 
     Args:
         report: Called with the progress.
-        history: Where the metrics come from; it must run first.
+        history: The source of the metrics. It must run before this callback.
     """
 
     def __init__(self, report: Callable[[Progress], None], history: MetricHistory) -> None:

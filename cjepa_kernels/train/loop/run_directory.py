@@ -1,4 +1,4 @@
-"""What a run leaves in its directory: the result, and whether it can be taken up."""
+"""The directory of a run: its result, and whether a new process can resume it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cjepa_kernels.yaml_reader import read_yaml
 RESULT = "result.json"
 
 _LOG = logging.getLogger(__name__)
-# The keys of a result without a checksum, as earlier versions wrote it.
+# Earlier versions wrote results with these keys and without a checksum.
 _FIRST_FORMAT = {"history", "evaluation", "findings", "seconds"}
 
 # Keys of the section `loss` that earlier versions lacked, with the values that they trained with.
@@ -32,7 +32,7 @@ _ADDED_LOSS_KEYS = {"smoothl1_beta": 1.0}
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run measured."""
+    """The measurements of a finished run."""
 
     run_dir: Path
     history: list[dict[str, float]]  # one row per epoch
@@ -105,7 +105,8 @@ def check_run_directory(config: ExperimentConfig, run_dir: Path) -> None:
         run_dir: Directory of its run, which need not exist.
 
     Raises:
-        ValueError: If a run is there that cannot be taken up; the differing keys are named.
+        ValueError: If the directory holds a run that cannot be resumed; the differing keys are
+            named.
     """
     file = run_dir / "config.yaml"
     if run_dir.exists() and not run_dir.is_dir():
@@ -179,13 +180,13 @@ def _differences(stored: Mapping[str, Any], config: ExperimentConfig) -> list[st
 
 
 def check_last_checkpoint(run_dir: Path) -> None:
-    """Refuse a run whose last checkpoint is gone, while the one before it is there.
+    """Refuse a run whose last checkpoint is gone although the one before it exists.
 
     Args:
         run_dir: Directory of the run.
 
     Raises:
-        ValueError: If that is so; the message says how the run goes on.
+        ValueError: If it is gone; the message says how to go on with the run.
     """
     last = run_dir / LAST_CHECKPOINT
     if not last.exists() and (run_dir / PREVIOUS_CHECKPOINT).exists():

@@ -20,12 +20,12 @@ class RunProgressBar(Callback):
     """One bar over all epochs, with the metrics of the last complete one.
 
     Args:
-        history: Where the metrics come from; it must run first.
+        history: The source of the metrics. It must run before this callback.
         console: Where the bar is drawn. Default: the standard error.
     """
 
-    # Not Lightning's bar: it begins anew at each epoch, of which a short one ends before its speed
-    # is known, and its fixed columns take more than 80 characters.
+    # Lightning's bar begins anew at each epoch, which may end before its speed is known, and its
+    # fixed columns take more than 80 characters.
 
     def __init__(self, history: MetricHistory, console: Console | None = None) -> None:
         self.history = history
@@ -87,7 +87,7 @@ class EpochLines(Callback):
     """Prints a line at each epoch's end to the standard error.
 
     Args:
-        history: Where the metrics come from; it must run first.
+        history: The source of the metrics. It must run before this callback.
     """
 
     def __init__(self, history: MetricHistory) -> None:

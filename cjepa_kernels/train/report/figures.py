@@ -23,7 +23,7 @@ from cjepa_kernels.train.evaluation.comparison import ARM_TITLES, FEATURE_TITLES
 
 Array = npt.NDArray[np.float32]
 
-# Okabe-Ito hues at a lightness that reads on white and on near-black; dashes tell arms apart too.
+# Okabe-Ito hues that are readable on white and on near-black. Dashes tell the arms apart as well.
 _STYLES: dict[str, tuple[str, Any]] = {
     "cjepa": ("#2b83ba", "-"),
     "jepa": ("#d97706", "--"),
@@ -48,9 +48,9 @@ def _svg(figure: Figure, prefix: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"font: ([^;\"]*?)'?sans-serif'?", r"font: \1inherit-sans", svg)
-    # Nothing refers to an image by its id, which is a hash of its content: equal ones share it.
+    # An image's id is a hash of its content, so equal images would share it. Nothing refers to it.
     svg = re.sub(r'\bid="image[0-9a-f]+"', "", svg)
-    # Several figures share one page, where an id may occur once.
+    # Several figures share one page, in which every id must be unique.
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
     svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
@@ -208,7 +208,7 @@ def project(features: Array) -> Array:
     centred = features - features.mean(axis=0)
     scale = float(centred.std())
     if scale <= 1e-6 * float(np.abs(features).max()):
-        # Collapsed features: t-SNE starts from their principal components divided by their spread.
+        # t-SNE divides by the spread of the features, which is zero for collapsed features.
         return np.zeros((len(features), 2), dtype=np.float32)
     with threadpool_limits(limits=1):
         tsne = TSNE(perplexity=perplexity, max_iter=500, init="pca", random_state=0, n_jobs=1)
@@ -228,9 +228,9 @@ def projection_figure(
         labels: (N,), the class of each image.
         class_names: Name of each class; the legend shows at most ten.
     """
-    kept = np.arange(len(labels))
-    if len(kept) > MAX_POINTS:
-        kept = np.sort(np.random.RandomState(0).permutation(len(kept))[:MAX_POINTS])
+    shown = np.arange(len(labels))
+    if len(shown) > MAX_POINTS:
+        shown = np.sort(np.random.RandomState(0).permutation(len(shown))[:MAX_POINTS])
     classes = np.unique(labels)
     with matplotlib.rc_context(_SETTINGS):
         columns = len(features)
@@ -239,9 +239,9 @@ def projection_figure(
         for line, kind in zip(grid, FEATURE_TITLES, strict=True):
             line[0].set_ylabel("CLS" if kind == "cls" else "mean-pooled")
             for axes, by_kind in zip(line, features.values(), strict=True):
-                points = project(by_kind[kind][kept])
+                points = project(by_kind[kind][shown])
                 for position, label in enumerate(classes):
-                    chosen = labels[kept] == label
+                    chosen = labels[shown] == label
                     axes.scatter(
                         *points[chosen].T,
                         s=11,

@@ -27,12 +27,12 @@ class TextTable:
     """A table of strings, ready for a console, Markdown or HTML.
 
     Attributes:
-        title: What the table shows, and of how many test images and seeds.
-        columns: Headings; the first is that of the row titles.
+        title: The features that the table is about, with the numbers of test images and seeds.
+        columns: Headings; the first one stands above the titles of the rows.
         rows: Title and cells of each row.
         differences: The paired differences, the table's last rows; empty without two arms.
         best: For each column after the first, the row in bold, or None.
-        notes: What a reader has to know of these numbers.
+        notes: Facts that a reader needs to judge these numbers.
     """
 
     title: str
@@ -116,7 +116,7 @@ def labels_per_class(sizes: ProbeSizes) -> str:
 def _notes(
     comparison: Comparison, sizes: ProbeSizes | None, features: str, example: Summary | None
 ) -> list[str]:
-    """Sizes of the sets, what ± is and is not, and what bold means."""
+    """Notes on the sizes of the sets, the meaning of ± and the meaning of bold."""
     level = f"{100 * CONFIDENCE:.0f} %"
     seeds = _seeds(comparison)
     if len(comparison.seeds) > 1:
