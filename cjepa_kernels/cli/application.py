@@ -191,7 +191,7 @@ def tune(
     found = tuning.tune(entries, measure, console.print)
     others = [e for e in configs.read(configs.cache_file()) if not tuning.replaces(found, e)]
     configs.write(configs.cache_file(), [*found, *others])
-    console.print(f"kept in {configs.cache_file()}", soft_wrap=True)
+    console.print(f"written to {configs.cache_file()}", soft_wrap=True)
 
 
 @app.command()

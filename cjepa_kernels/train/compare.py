@@ -368,9 +368,7 @@ def _publish(
     seed = comparison.seeds[0]
     # The encoders of the first seed stand for their arms in the report's pictures.
     extractors = {
-        arm: runner.load_encoder(out_dir / "runs" / _run_name(arm, seed) / "checkpoints/last.ckpt")[
-            0
-        ]
+        arm: runner.load_encoder(out_dir / "runs" / _run_name(arm, seed))[0]
         for arm in comparison.arms
     }
     some_config = configs[comparison.arms[0], seed]

@@ -1,4 +1,4 @@
-"""Which images make up each batch: a function of seed and epoch, dealt to the ranks."""
+"""The images of each batch, which depend on the seed and the epoch and are dealt to the ranks."""
 
 from __future__ import annotations
 
@@ -96,5 +96,5 @@ class PretrainData(L.LightningDataModule):
             self.trainer.global_rank,
             self.trainer.world_size,
         )
-        # batch_size=None: the sampler's items are whole batches already.
+        # With batch_size=None the loader takes the sampler's items as whole batches.
         return DataLoader(self.images, sampler=batches, batch_size=None)

@@ -1,4 +1,4 @@
-"""A fingerprint of the images and labels that a run sees, to notice that they have changed."""
+"""A fingerprint of the images and labels of a run, by which it notices that they have changed."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def check_fingerprint(stored: Any, found: str, *, origin: str, remedy: str) -> None:
-    """Refuse to go on with other data than those of before.
+    """Refuse to go on with data that differ from those of before.
 
     Args:
-        stored: The fingerprint that was recorded; None where an earlier version wrote the file.
-        found: The fingerprint of the data that are there now.
+        stored: The recorded fingerprint, or None if an earlier version wrote the file.
+        found: The fingerprint of the data as they are now.
         origin: The file with the record, for the message.
-        remedy: What to do, for the message.
+        remedy: The advice of the message.
 
     Raises:
         ValueError: If the two differ.

@@ -22,16 +22,7 @@ _PROGRESS_FROM_IMAGES = 5000
 _LFS_POINTER = b"version https://git-lfs"
 _GREY_MODES = ("1", "L", "LA", "La")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
-_MODE_NAMES = {
-    "1": "black and white",
-    "L": "grey",
-    "P": "palette",
-    "RGB": "RGB",
-    "CMYK": "CMYK",
-    "YCbCr": "YCbCr",
-    "LAB": "LAB",
-    "HSV": "HSV",
-}
+_MODE_NAMES = {"1": "black and white", "L": "grey", "P": "palette"}  # others are names already
 # The transposition that turns a stored image upright, by its EXIF orientation.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

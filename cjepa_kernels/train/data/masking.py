@@ -1,4 +1,4 @@
-"""Multi-block masks: fixed numbers of visible and predicted patches, disjoint, batched."""
+"""Multi-block masks of a batch: fixed numbers of visible and of predicted patches, disjoint."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def multi_block_masks(
 ) -> PatchMasks:
     """Draw the masks of one view of a batch.
 
-    Rectangular blocks are drawn; predicted patches come from their union first, visible ones from
-    its complement first. The counts are fixed, so that a batch needs no truncation and CLS cannot
-    count tokens.
+    Rectangular blocks are drawn. Predicted patches come from their union first, visible patches
+    from outside of it first. Every image has the same counts, so that no image of a batch is
+    truncated and CLS cannot tell images apart by the number of tokens.
 
     Args:
         samples: (B,) int64, indices of the images in the whole training set.
@@ -52,8 +52,8 @@ def multi_block_masks(
         config: Counts or fractions, and block shapes.
         seed: The experiment's seed.
         epoch: Number of the epoch, from 0.
-        view: 0 or 1. The two views' masks are independent: a shared mask is a shortcut by which
-            CLS tells images apart without looking at them.
+        view: 0 or 1. The masks of the two views are independent, because by a shared mask CLS
+            could tell images apart without looking at them.
 
     Returns:
         The masks, on the device of ``samples``.
@@ -77,7 +77,7 @@ def multi_block_masks(
     area = (low + (high - low) * area) * patches
     low, high = (math.log(bound) for bound in config.block_ratio)
     ratio = (low + (high - low) * ratio).exp()
-    # A block never spans the grid, or else no patch beside it would be left to look at.
+    # A block never spans the whole grid, so that a visible patch can be left beside it.
     height = (area * ratio).sqrt().round().clamp(1, max(rows - 1, 1))
     width = (area / ratio).sqrt().round().clamp(1, max(columns - 1, 1))
     inside_rows = _interval(top, height, rows)
@@ -94,8 +94,8 @@ def patch_counts(config: MaskingConfig, patches: int) -> PatchCounts:
     """Turn the counts and fractions of a configuration into numbers of patches.
 
     Args:
-        config: Counts, or fractions of the patches, which are rounded to the nearest number (a
-            half upwards) and are at least 1.
+        config: Counts, or fractions of the patches. A fraction gives the nearest number (a half
+            is rounded up), at least 1.
         patches: Number of patches of an image.
 
     Returns:

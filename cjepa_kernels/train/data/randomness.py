@@ -1,7 +1,7 @@
 """Counter-based random numbers: a pure function of (seed, stream, epoch, sample, position).
 
-A generator's numbers depend on how many were drawn before, so they change with the batch
-composition, the number of devices and a resumption. These do not.
+The numbers of a generator depend on how many were drawn before, so they change with the
+composition of a batch, with the number of devices and when a run is resumed. These numbers do not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def stream_key(seed: int, *counters: int) -> int:
 
     Args:
         seed: The experiment's seed.
-        counters: What tells streams apart: a purpose, an epoch, a view.
+        counters: Numbers that tell streams apart, such as a purpose, an epoch and a view.
 
     Returns:
         An integer in [0, 2^64).
@@ -50,7 +50,7 @@ def uniform(key: int, samples: Tensor, count: int) -> Tensor:
         (n, count) fp32 in [0, 1), on the device of ``samples``; a row depends on its own sample
         index alone.
     """
-    # The upper 24 bits, which are the well-mixed ones, fill the mantissa exactly.
+    # The upper 24 bits are mixed best, and they fill the mantissa of fp32 exactly.
     bits = _shift_right(_hash(key, samples, count), 64 - _MANTISSA)
     return bits.to(torch.float32) * (1.0 / (1 << _MANTISSA))
 
@@ -83,8 +83,8 @@ def permutation(key: int, count: int) -> Tensor:
     Returns:
         (count,) int64 on the CPU.
     """
-    # Sorting 64-bit hashes: a tie has probability below count^2 / 2^64, and a stable sort would
-    # still give the same permutation everywhere.
+    # Two of the 64-bit hashes are equal with a probability below count^2 / 2^64, and even then a
+    # stable sort gives the same permutation everywhere.
     return _hash(key, torch.zeros(1, dtype=torch.int64), count)[0].argsort(stable=True)
 
 
@@ -101,7 +101,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    # int64 shifts arithmetically in PyTorch; the mask removes the copies of the sign bit.
+    # PyTorch shifts int64 arithmetically, so the mask removes the copies of the sign bit.
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,14 +1,12 @@
-"""From ``data.source`` to images and labels: folders, Parquet files, ``datasets`` names."""
+"""Finding the images and labels that ``data.source`` names: a folder, Parquet files, a name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Any
 
 from cjepa_kernels.suggestions import closest
 from cjepa_kernels.train.config import DataConfig
@@ -19,7 +17,7 @@ from cjepa_kernels.train.data.columns import (
     columns_of,
 )
 from cjepa_kernels.train.data.folder_listing import expanded_path, is_saved, walk_files
-from cjepa_kernels.train.data.image_decoding import EncodedImage, ReadImages
+from cjepa_kernels.train.data.image_decoding import ReadImages
 from cjepa_kernels.train.data.image_folder import has_image_suffix, list_image_folder
 from cjepa_kernels.train.data.parquet_table import ParquetTable, find_parquet_files
 from cjepa_kernels.train.data.split_names import (
@@ -28,7 +26,10 @@ from cjepa_kernels.train.data.split_names import (
     split_files,
 )
 
-# Formats beside Parquet and images in which a local directory may hold a data set.
+if TYPE_CHECKING:
+    from cjepa_kernels.train.data.named_dataset import NamedTable
+
+# A local directory may also hold a data set in these formats, which `datasets` reads.
 _OTHER_FORMATS = {".arrow": "arrow", ".tar": "webdataset"}
 
 
@@ -53,17 +54,6 @@ class Source:
     class_names: tuple[str, ...] | None  # all classes in their order; None: the values, sorted
     label_key: str  # the configuration key that errors about labels name
     reading: Reading
-
-
-class _Table(Protocol):
-    @property
-    def schema(self) -> pa.Schema: ...
-
-    def __len__(self) -> int: ...
-
-    def values(self, column: str) -> list[Any]: ...
-
-    def read_images(self, column: str, rows: Sequence[int]) -> Iterator[EncodedImage]: ...
 
 
 def find_source(config: DataConfig) -> Source:
@@ -101,7 +91,7 @@ def find_source(config: DataConfig) -> Source:
 
 
 def _check_spelling(source: str) -> None:
-    """Refuse what is nearly a known kind of source: the hub would be tried for half a minute."""
+    """Refuse misspelt kinds of sources, for which the hub would be tried for half a minute."""
     kind = source.partition(":")[0]
     known = {"digits": "digits", "parquet": "parquet:PATH", "imagefolder": "imagefolder:PATH"}
     meant = None if "/" in kind else closest(kind, known)
@@ -134,14 +124,17 @@ def _parquet_source(config: DataConfig, location: Path) -> Source:
     files = find_parquet_files(location)
     chosen = choose_splits(files, repr(str(location)))
     tables = {
-        part: (_split_and_files(name, names), ParquetTable.open(names))
-        for part, (name, names) in chosen.parts.items()
+        part: (
+            f"the split {name!r} ({listed(file.name for file in of_split)})",
+            ParquetTable.open(of_split),
+        )
+        for part, (name, of_split) in chosen.parts.items()
     }
     return _table_source(config, tables, chosen.notes)
 
 
 def _named_source(config: DataConfig, name: str, **options: Any) -> Source:
-    # `datasets` takes a second to import, and most sources do without it.
+    # Importing `datasets` takes a second, and most sources do not need it.
     from cjepa_kernels.train.data.named_dataset import open_named
 
     splits = open_named(name, config.source, **options)
@@ -151,7 +144,7 @@ def _named_source(config: DataConfig, name: str, **options: Any) -> Source:
 
 
 def _directory_source(config: DataConfig, folder: Path) -> Source:
-    """Find out what a directory holds; the names in it play no role, except those of splits."""
+    """Find out what a directory holds; only the names of splits play a role."""
     if is_saved(folder) or _says_its_files(folder / "README.md"):
         return _named_source(config, str(folder))
     files = list(walk_files(folder, {}))
@@ -196,17 +189,16 @@ def _says_its_files(readme: Path) -> bool:
 
 
 def _literal(file: Path) -> str:
-    """A path for ``datasets``, which takes every path for a pattern."""
+    """Escape a path for ``datasets``, which reads every path as a pattern."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in str(file.absolute()))
 
 
-def _split_and_files(name: str, files: Sequence[Path]) -> str:
-    return f"the split {name!r} ({listed(file.name for file in files)})"
-
-
 def _table_source(
-    config: DataConfig, tables: Mapping[str, tuple[str, _Table]], notes: tuple[str, ...]
+    config: DataConfig,
+    tables: Mapping[str, tuple[str, ParquetTable | NamedTable]],
+    notes: tuple[str, ...],
 ) -> Source:
+    """Find the columns of images and of labels in tables by part, each with its name in errors."""
     for where, table in tables.values():
         if len(table) == 0:
             raise ValueError(f"data.source: {where} of {config.source!r} is empty")
@@ -262,7 +254,7 @@ def _table_source(
 def _named_labels(
     values: list[Any], class_names: tuple[str, ...] | None, column: str, where: str
 ) -> list[Any]:
-    """Refuse missing labels; give numbers of a ClassLabel their names."""
+    """Refuse missing labels, and replace numbers of a ClassLabel by their names."""
     missing = [row for row, value in enumerate(values) if value is None or value == -1]
     if missing:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What was understood of the data of an experiment, for the terminal, the log and the report."""
+"""How the data of an experiment were understood, for the terminal, the log and the report."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from cjepa_kernels.train.data.split_names import listed
 from cjepa_kernels.train.model.vit import patch_grid
 
 _NAMED_CLASSES = 20
-# The masks of published recipes leave a quarter of an image (MAE) to half of it (I-JEPA) visible,
-# and predict a quarter of it (the shipped recipes) or more.
+# Masks of published recipes leave between a quarter (MAE) and half (I-JEPA) of an image visible.
+# They predict at least a quarter of it, as the shipped recipes do.
 _FEW_VISIBLE = 0.25
 _FEW_PREDICTED = 0.1
 
@@ -139,20 +139,21 @@ def summarize(config: ExperimentConfig, dataset: Dataset | EncodedDataset) -> Da
     except ValueError:
         patches = None
     reading, labels = dataset.reading, dataset.labels
-    class_counts = {
-        part: _count_classes(labels[part], dataset.class_names) for part in ("train", "test")
-    }
+    names, class_counts = dataset.class_names, {}
+    for part in ("train", "test"):
+        counts = torch.bincount(labels[part], minlength=len(names)).tolist()
+        class_counts[part] = dict(zip(names, counts, strict=True))
     notes = list(reading.notes)
     if config.data.pretrain_classes is not None:
         chosen = pretrain_indices(config.data, dataset)
         seen = sorted(set(labels["train"][chosen].tolist()))
-        names = ", ".join(dataset.class_names[index] for index in seen)
-        notes.append(f"Pretraining sees {len(chosen):,} images, those of the classes {names}.")
+        classes = ", ".join(names[index] for index in seen)
+        notes.append(f"Pretraining sees {len(chosen):,} images, those of the classes {classes}.")
     return DataSummary(
         source=dataset.name,
         train=len(labels["train"]),
         test=len(labels["test"]),
-        classes=dataset.class_names,
+        classes=names,
         class_counts=class_counts,
         label_column=reading.label_column,
         image_column=reading.image_column,
@@ -263,7 +264,7 @@ def _mask_warnings(config: ExperimentConfig, patches: PatchCounts | None) -> lis
 
 
 def _printable(line: str) -> str:
-    """Keep what a file or a class may be called, such as a line break, from breaking a line."""
+    """Escape characters in the names of files and classes, such as a line break."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in line
@@ -272,8 +273,3 @@ def _printable(line: str) -> str:
 
 def _share(count: int, total: int) -> str:
     return f"{round(100 * count / total, 1):g} %"
-
-
-def _count_classes(labels: torch.Tensor, names: tuple[str, ...]) -> dict[str, int]:
-    counts = torch.bincount(labels, minlength=len(names)).tolist()
-    return dict(zip(names, counts, strict=True))

@@ -1,4 +1,4 @@
-"""Two random views of each image, batched: one affine resampling, then photometric changes."""
+"""Two random views of each image of a batch: one affine resampling, then changes of colour."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tuning guide, alive: findings about a run from its epoch means, each with its evidence."""
+"""The advisor applies the tuning guide to the epoch means of a run and gives its evidence."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Finding:
         epoch: Epoch at which the rule fired.
         message: What to try.
         evidence: The numbers behind it.
-        note: What measured runs showed about this rule.
+        note: The results of measured runs that bear on this rule.
     """
 
     rule: str

@@ -13,7 +13,7 @@ _TOKEN_STD = 0.02
 
 
 class VisionTransformer(nn.Module):
-    """Encoder of the visible patches of an image, or of all of them.
+    """Encodes the visible patches of an image, or all of them.
 
     Args:
         config: Sizes.
@@ -56,8 +56,8 @@ class VisionTransformer(nn.Module):
         self.register_buffer("channel_mean", channel_mean.view(1, -1, 1, 1).clone())
         self.register_buffer("channel_std", channel_std.view(1, -1, 1, 1).clone())
         self.apply(_initialise)
-        # Normalised pixels have unit variance: this keeps the embedded patches at unit variance,
-        # the scale that the positions are set against.
+        # Normalised pixels have unit variance. These weights give embedded patches unit variance
+        # too, which is the scale that model.position_scale refers to.
         nn.init.normal_(self.embedding.weight, std=self.embedding.in_features**-0.5)
 
     def forward(
@@ -158,12 +158,12 @@ class TransformerBlock(nn.Module):
         """Transform tokens.
 
         Args:
-            tokens: (B, N, D), which all attend to and are attended to.
-            wanted: (B, M, D), those of ``tokens`` whose output is asked for; None: all of them.
-                Every other token then costs a key and a value only.
+            tokens: (B, N, D), the tokens to attend to.
+            wanted: (B, M, D), the tokens among them whose outputs are returned; None: all of them.
+                For the other tokens only keys and values are computed.
 
         Returns:
-            (B, N, D), or (B, M, D) if only some are asked for.
+            (B, N, D), or (B, M, D) with ``wanted``.
         """
         batch, _, dim = tokens.shape
         if wanted is None:
@@ -262,8 +262,9 @@ def pool_tokens(tokens: Tensor, level: int) -> Tensor:
 def sine_cosine_positions(grid: tuple[int, int], dim: int, scale: float) -> Tensor:
     """Two-dimensional sine-cosine positions, centred and scaled.
 
-    The raw table has a large constant part, which attention adds to CLS for every image alike: the
-    cosine between any two CLS tokens then starts near 1 and the contrastive term learns nothing.
+    The raw table has a large constant part, which attention adds to CLS in the same way for every
+    image. The cosine between any two CLS tokens would then start near 1, and the contrastive term
+    would learn nothing.
 
     Args:
         grid: Rows and columns of patches.
