@@ -117,7 +117,7 @@ bench-quick: $(VENV)/.dev ## compare the loss with other formulas: about a minut
 
 bench-record: $(VENV)/.dev ## record that comparison in docs/; draw the pictures and write the figures of the documents
 	$(BIN)/python bench/record.py
-	$(BIN)/python bench/pictures.py
+	$(BIN)/python docs/draw_results.py
 	$(BIN)/python docs/generate_figures.py
 	$(BIN)/python docs/generate_figures.py
 

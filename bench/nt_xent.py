@@ -11,7 +11,7 @@ three of them. The forward pass has gradients enabled, as in training, unless a 
     speedups  other formulas / native, forward + backward
     small     native / eager for small batches
     bf16      native in fp32 / native in bf16
-    sweep     native / mm and eager at further M with D = 256, for bench/pictures.py
+    sweep     native / mm and eager at further M with D = 256, for docs/draw_results.py
 
 The script reports a target that is missed and goes on. Only a run of all parts at their own sizes
 writes bench/results/nt_xent_cpu.json, at its end.

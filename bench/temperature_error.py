@@ -3,7 +3,7 @@
     python bench/temperature_error.py [--results RESULTS.json]
 
 Late in training a positive's probability is close to 1, and the textbook formula subtracts two
-nearly equal numbers. Nothing is timed. bench/pictures.py draws the results.
+nearly equal numbers. Nothing is timed. docs/draw_results.py draws the results.
 """
 
 from __future__ import annotations

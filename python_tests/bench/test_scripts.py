@@ -17,8 +17,9 @@ from cjepa_kernels import backends, nt_xent, plot_style
 from cjepa_kernels.bench import candidates, errors, formulas, records
 from cjepa_kernels.bench.candidates import DIRECTIONS
 from cjepa_kernels.bench.sizes import Size, views
+from docs import draw_results
 
-bench, pictures, revisions = map(load, ("nt_xent", "pictures", "revisions"))
+bench, revisions = map(load, ("nt_xent", "revisions"))
 
 needs_native = pytest.mark.skipif(
     not backends()["native"].available, reason=backends()["native"].reason
@@ -210,7 +211,7 @@ def test_results_are_written_with_their_environment_and_drawn(
         assert row["over_mm"] is None or row["over_mm"] > 0
         assert row["over_eager"] is None or row["over_eager"] > 0
     assert {entry["part"] for entry in results["targets"]} == set(bench.PARTS)
-    svg = plot_style.svg(lambda: pictures.draw_nt_xent(results))
+    svg = plot_style.svg(lambda: draw_results.draw_nt_xent(results))
     ElementTree.fromstring(svg)
     assert plot_style.INK not in svg
     assert "var(--ink)" in svg

@@ -18,6 +18,7 @@ from cjepa_kernels.bench.plots import drawable
 from cjepa_kernels.plot_style import svg
 from cjepa_kernels.train.evaluation.comparison import ArmRun, load_comparison
 from cjepa_kernels.train.loop import advisor
+from docs import draw_results
 from docs.generate_figures import record
 
 COMPARISONS = ["digits", "digits-transfer", "cifar10"]
@@ -274,14 +275,13 @@ def test_every_plot_is_of_a_comparison() -> None:
 
 
 def test_pictures_of_the_other_pages_are_those_of_their_records() -> None:
-    drawn = {path: svg(draw) for path, draw in load("pictures").pictures().items()}
+    drawn = {path: svg(draw) for path, draw in draw_results.pictures().items()}
     assert len(drawn) == 4
     for path, text in drawn.items():
         assert text == path.read_text(encoding="utf-8"), path.name
 
 
 def test_picture_of_the_readme_is_that_of_the_records() -> None:
-    pictures = load("pictures")
-    draw = pictures.pictures()[pictures.DOCS / "images" / "headline.svg"]
+    draw = draw_results.pictures()[draw_results.DOCS / "images" / "headline.svg"]
     path = ROOT / "docs/images/headline.svg"
     assert svg(draw) == path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Draw the pictures of the documents from the recorded results: ``python bench/pictures.py``.
+"""Draw the pictures of the documents from the recorded results: ``python docs/draw_results.py``.
 
 It writes headline.svg, nt_xent_cpu.svg, temperature_error.svg and distributed.svg to docs/images.
 The SVGs follow the reader's light or dark colours. It needs Matplotlib, from the extra ``bench``.
@@ -7,15 +7,12 @@ The SVGs follow the reader's light or dark colours. It needs Matplotlib, from th
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distributed_cost import HIDDEN, NETWORK, NVLINK, SHOWN, Problem, simulate
-from gpu_targets import AUTOCAST, MM3
-from gpu_targets import COMPILED as COMPILED_GPU
-from gpu_targets import OURS as TRITON
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -32,6 +29,13 @@ from cjepa_kernels.bench.candidates import (
 )
 from cjepa_kernels.bench.records import RESULTS
 from cjepa_kernels.plot_style import INK, OTHER, svg
+
+sys.path.insert(0, str(RESULTS.parent))  # The scripts of bench/ are no package.
+
+from distributed_cost import HIDDEN, NETWORK, NVLINK, SHOWN, Problem, simulate
+from gpu_targets import AUTOCAST, MM3
+from gpu_targets import COMPILED as COMPILED_GPU
+from gpu_targets import OURS as TRITON
 
 Content = dict[str, Any]
 
