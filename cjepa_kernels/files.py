@@ -1,4 +1,4 @@
-"""Files that are either complete or absent whenever the process is killed.
+"""Writing files that are either complete or absent, whenever the process is killed.
 
 A command checks with :func:`check_directory` or :func:`check_file` that it can write its results
 before it does any work.
@@ -27,14 +27,14 @@ def atomic_path(
 
     Args:
         path: File to create or replace. Missing parent directories are created.
-        keep_as: Name in the same directory under which the file that is replaced is kept. It is
-            there before ``path`` is replaced, so that ``path`` exists at every moment.
+        keep_as: Name in the same directory under which the replaced file is kept. The file has
+            this name before ``path`` is replaced, so that ``path`` exists at every moment.
 
     Yields:
         The temporary name to write to. It is removed if the block raises.
 
     Raises:
-        OSError: The file cannot be written; the error names ``path``.
+        OSError: If the file cannot be written; the error names ``path``.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def atomic_path(
         if os.name == "posix":
             _sync(target.parent)
     except OSError as error:
-        # A full disk names no file, and the temporary name would tell the user nothing.
+        # The error of a full disk names no file, and the temporary name would not help the user.
         if error.errno is None or error.filename not in (None, temporary, str(temporary)):
             raise
         raise OSError(error.errno, error.strerror, str(target)) from error
@@ -57,7 +57,7 @@ def atomic_path(
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Write a whole file at once: readers see the old contents or the new, never a part.
+    """Write a whole file at once; readers see the old contents or the new, never a part.
 
     Args:
         path: File to create or replace. Missing parent directories are created.
@@ -68,10 +68,10 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 
 def remove_partial_files(directory: str | os.PathLike[str]) -> None:
-    """Remove what a killed process left under ``directory`` before it could rename it.
+    """Remove the temporary files that a killed process left under ``directory``.
 
     Args:
-        directory: Directory that is searched with everything below it.
+        directory: Directory to search, with all directories below it.
     """
     for leftover in Path(directory).rglob(f".*{_TEMPORARY_SUFFIX}"):
         if _TEMPORARY_NAME.fullmatch(leftover.name):
@@ -79,14 +79,14 @@ def remove_partial_files(directory: str | os.PathLike[str]) -> None:
 
 
 def check_directory(option: str, directory: Path) -> None:
-    """Refuse a directory that cannot be made or written to; nothing is left behind.
+    """Refuse a directory that cannot be made or written to, without leaving a file behind.
 
     Args:
-        option: What the error calls it, for example ``"--out"``.
+        option: Its name in the error, for example ``"--out"``.
         directory: The directory, which need not exist.
 
     Raises:
-        ValueError: Something else is there, or the operating system refuses to write.
+        ValueError: If something else has its name, or the operating system refuses to write.
     """
     with _refusals(option, "a directory to write to", directory):
         _try_directory(directory)
@@ -96,11 +96,11 @@ def check_file(option: str, file: Path) -> None:
     """Refuse a file that cannot be written; an existing one is left as it is.
 
     Args:
-        option: What the error calls it, for example ``"--json"``.
+        option: Its name in the error, for example ``"--json"``.
         file: The file, which need not exist.
 
     Raises:
-        ValueError: It is a directory, or the operating system refuses to write.
+        ValueError: If it is a directory, or the operating system refuses to write.
     """
     with _refusals(option, "a file to write to", file):
         if file.is_dir():
@@ -112,7 +112,7 @@ def check_file(option: str, file: Path) -> None:
 
 
 def write_file(file: Path, text: str) -> None:
-    """Write a file that :func:`check_file` let pass.
+    """Write a file that :func:`check_file` has accepted.
 
     Args:
         file: The file. The target of a symbolic link is replaced, not the link; a device or a
@@ -153,7 +153,7 @@ def _sync(path: Path) -> None:
 
 
 def _try_directory(directory: Path) -> None:
-    """Write to the part of the path that exists: what is missing below it can then be made."""
+    """Try to write to the deepest existing directory of a path, where the rest can be made."""
     there = directory.absolute()
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Which column of a table holds the images, and which one the labels."""
+"""Choosing the columns of a table that hold the images and the labels."""
 
 from __future__ import annotations
 

@@ -102,9 +102,6 @@ def load_dataset(config: DataConfig, *, show_progress: bool = True) -> Dataset:
         config: Source, columns, image size and subset sizes.
         show_progress: Whether decoding a large set shows a progress bar on stderr.
 
-    Returns:
-        The two sets, on the CPU.
-
     Raises:
         FileNotFoundError: If a path or a named dataset does not exist.
         ValueError: If a column, a label or an image does not fit the configuration.
@@ -120,17 +117,12 @@ def open_dataset(
 ) -> Dataset | EncodedDataset:
     """Find the images of an experiment, their labels and their sizes, before any is decoded.
 
+    The digits need no decoding. Errors are those of :func:`load_dataset`.
+
     Args:
         config: Source, columns, image size and subset sizes.
         on_damage: Called with the message of an image that cannot be opened, which then counts
             for nothing but its class. Default: the message is raised.
-
-    Returns:
-        The two sets. The digits need no decoding.
-
-    Raises:
-        FileNotFoundError: If a path or a named dataset does not exist.
-        ValueError: If a column, a label or an image does not fit the configuration.
     """
     if config.source == "digits":
         return _load_digits(config)
@@ -165,17 +157,10 @@ def open_dataset(
 def resolve_pretrain_classes(
     config: DataConfig, dataset: Dataset | EncodedDataset
 ) -> tuple[int, ...] | None:
-    """Turn ``data.pretrain_classes`` into class indices.
+    """Return the indices of the classes that pretraining may see, or None for all of them.
 
-    Args:
-        config: The data section.
-        dataset: What it loads.
-
-    Returns:
-        The classes that pretraining may see, or None for all of them.
-
-    Raises:
-        ValueError: If a class does not exist, has no training image, or none is left to probe.
+    It is a ValueError if ``data.pretrain_classes`` names a class that does not exist, names none,
+    or leaves none out for the probes.
     """
     classes = config.pretrain_classes
     if classes is None:
@@ -196,18 +181,7 @@ def resolve_pretrain_classes(
 
 
 def pretrain_indices(config: DataConfig, dataset: Dataset | EncodedDataset) -> Tensor:
-    """Select the training images that pretraining may see.
-
-    Args:
-        config: The data section.
-        dataset: What it loads.
-
-    Returns:
-        (n,) int64 indices into ``dataset.train``, ascending.
-
-    Raises:
-        ValueError: If ``data.pretrain_classes`` does not fit the dataset.
-    """
+    """Return (n,) int64, the ascending indices of the training images that pretraining sees."""
     classes = resolve_pretrain_classes(config, dataset)
     labels = dataset.labels["train"]
     if classes is None:

@@ -12,13 +12,9 @@ _LOG = logging.getLogger(__name__)
 
 
 def fingerprint(dataset: Dataset) -> str:
-    """Hash the decoded images, the labels and their division into training and test images.
+    """Hash the images, the labels and their division into training and test images.
 
-    Args:
-        dataset: The two sets.
-
-    Returns:
-        A string that is the same for the same data in the same order, on every machine.
+    The string is the same for the same data in the same order, on every machine.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in (dataset.train, dataset.test):

@@ -1,4 +1,4 @@
-"""Folders of images: which files belong to which class and to which split."""
+"""Folders of images: the class and the split of every file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ImageFolder:
 def has_image_suffix(file: Path) -> bool:
     """Whether a file's name is that of an image; the file is not opened."""
     kind = Image.registered_extensions().get(file.suffix.lower())
-    # MPO is JPEG with further pictures, and is opened as JPEG.
+    # An MPO file is a JPEG file with further pictures, and Pillow opens it as JPEG.
     return kind == "MPO" or (kind in Image.OPEN and kind not in _NOT_DECODED)
 
 

@@ -45,19 +45,16 @@ class NamedTable:
 
 
 def open_named(name: str, source: str, **options: Any) -> dict[str, NamedTable]:
-    """Open a data set with the ``datasets`` library.
+    """Open the splits of a data set with the ``datasets`` library.
 
     Args:
         name: A name on the hub, a kind of files, or a directory.
-        source: What errors call it.
-        options: For ``datasets.load_dataset``.
-
-    Returns:
-        The splits.
+        source: The name of the source in errors.
+        options: Options of ``datasets.load_dataset``.
 
     Raises:
         FileNotFoundError: If nothing is found.
-        ValueError: If what is found cannot be read.
+        ValueError: If the data set cannot be read.
     """
     try:
         with _quiet_datasets():

@@ -1,4 +1,4 @@
-"""Images and labels of Parquet files, read in pieces and without a copy on disk."""
+"""Images and labels of Parquet files, which are read in pieces and never copied on disk."""
 
 from __future__ import annotations
 

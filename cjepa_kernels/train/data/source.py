@@ -59,15 +59,8 @@ class Source:
 def find_source(config: DataConfig) -> Source:
     """Find the images and labels of a configuration; no image is opened.
 
-    Args:
-        config: Source and columns.
-
-    Returns:
-        What was found.
-
-    Raises:
-        FileNotFoundError: If a path or a named dataset does not exist.
-        ValueError: If it is not clear what the source holds.
+    A path or name that does not exist is a FileNotFoundError. A source that is not clear is a
+    ValueError.
     """
     kind, _, location = config.source.partition(":")
     if kind == "parquet" and location:

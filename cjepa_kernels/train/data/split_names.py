@@ -1,4 +1,4 @@
-"""Which folders and files of a data set are its training set and which are its test set."""
+"""Recognising the training set and the test set of a data set by the names of its splits."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _grouped(split_of: Mapping[Path, str]) -> dict[str, list[Path]]:
 
 
 def _complete(groups: dict[str, list[Path]]) -> dict[str, list[Path]]:
-    """Refuse a split of which numbered files are missing, or one that is there twice."""
+    """Refuse a split with a numbered file that is missing or that exists twice."""
     for files in groups.values():
         shards = [_SHARD.fullmatch(file.stem) for file in files]
         totals = {shard["total"] and int(shard["total"]) for shard in shards if shard}

@@ -121,17 +121,9 @@ class DataSummary:
 
 
 def summarize(config: ExperimentConfig, dataset: Dataset | EncodedDataset) -> DataSummary:
-    """Describe the data of an experiment.
+    """Describe the data of an experiment, decoded or not.
 
-    Args:
-        config: The experiment.
-        dataset: What its data section loads, decoded or not.
-
-    Returns:
-        The summary.
-
-    Raises:
-        ValueError: If ``data.pretrain_classes`` does not fit the data.
+    A ``data.pretrain_classes`` that does not fit the data is a ValueError.
     """
     channels, height, width = dataset.image_shape
     try:
@@ -196,9 +188,6 @@ def inspect_data(
         show_progress: Whether decoding a large set shows a progress bar on stderr.
         on_damage: Called with a message for each damaged image, as soon as it is found.
 
-    Returns:
-        The summary and, with ``verify``, all damaged images.
-
     Raises:
         FileNotFoundError: If a path or a named dataset does not exist.
         ValueError: If the data do not fit the configuration.
@@ -220,16 +209,8 @@ def inspect_data(
 def count_patches(config: ExperimentConfig, dataset: Dataset | EncodedDataset) -> PatchCounts:
     """Count the patches of an image and those that a mask takes.
 
-    Args:
-        config: The experiment.
-        dataset: What its data section loads.
-
-    Returns:
-        The numbers.
-
-    Raises:
-        ValueError: If the patches do not divide the images, or a mask takes more patches than
-            there are.
+    It is a ValueError if the patches do not divide the images, or if a mask takes more patches than
+    there are.
     """
     rows, columns = patch_grid(config.model.patch_size, dataset.image_shape)
     return patch_counts(config.masking, rows * columns)

@@ -1,1 +1,1 @@
-"""The training step and what surrounds it: callbacks, checkpoints, progress, parallel runs."""
+"""The training step, its callbacks and checkpoints, and the processes of a comparison."""

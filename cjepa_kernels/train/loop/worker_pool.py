@@ -27,7 +27,7 @@ from cjepa_kernels.train.reported_error import ReportedError
 
 ReportProgress = Callable[[int, int], None]  # (step, total steps)
 
-_GOODBYE_SECONDS = 10.0  # how long a worker may take to end by itself
+_EXIT_SECONDS = 10.0  # how long a worker may take to end by itself
 _REPORT_SECONDS = 0.2  # at most five progress reports a second from each job
 # Errors of these types are mistakes of the user, which the command line tells from defects.
 _USER_ERRORS: dict[str, type[Exception]] = {
@@ -151,7 +151,7 @@ def _worker_processes(workers: int, log_directory: Path) -> Iterator[dict[Connec
         for i in range(workers):
             here, there = context.Pipe()
             process = context.Process(target=_work, args=(there, log_directory / f"worker-{i}.log"))
-            with _ctrl_c_is_ours():
+            with _ctrl_c_ignored():
                 process.start()
             there.close()  # now the connection ends when the process ends
             processes[here] = process
@@ -160,19 +160,19 @@ def _worker_processes(workers: int, log_directory: Path) -> Iterator[dict[Connec
         for link in processes:
             link.close()
         for process in processes.values():
-            process.join(timeout=_GOODBYE_SECONDS)
+            process.join(timeout=_EXIT_SECONDS)
     finally:
         for link, process in processes.items():
             link.close()
             process.terminate()
         for process in processes.values():
-            process.join(timeout=_GOODBYE_SECONDS)
+            process.join(timeout=_EXIT_SECONDS)
             process.kill()  # which is safe, since files are complete or absent at every moment
             process.join()
 
 
 @contextmanager
-def _ctrl_c_is_ours() -> Iterator[None]:
+def _ctrl_c_ignored() -> Iterator[None]:
     """Start a process that ignores Ctrl-C, which a terminal sends to every process of a program.
 
     A process inherits blocked signals from its first moment on. This process ends the others.
