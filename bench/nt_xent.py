@@ -44,8 +44,8 @@ from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.machine import instruction_set
 from cjepa_kernels.bench.records import Record, write_results
 from cjepa_kernels.bench.sizes import Size, views
-from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.timing import Run, first_line, interleaved
+from cjepa_kernels.tables import print_table
 
 BF16, NO_GRAD = "native-bf16", "native-no-grad"  # NATIVE in bf16 and under torch.no_grad
 HEADINGS = {

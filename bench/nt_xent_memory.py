@@ -18,7 +18,7 @@ from cjepa_kernels.bench.candidates import CHUNKED, NATIVE, REFERENCE
 from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.sizes import DTYPES, Size
-from cjepa_kernels.bench.tables import mebibytes, print_table
+from cjepa_kernels.tables import mebibytes, print_table
 
 FEATURES, DTYPE = 256, "fp32"
 ITEM_BYTES = DTYPES[DTYPE].itemsize

@@ -28,8 +28,8 @@ from torch import Tensor
 from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, backends
 from cjepa_kernels.bench import formulas
 from cjepa_kernels.bench.records import write_results
-from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.timing import interleaved
+from cjepa_kernels.tables import print_table
 
 Record = dict[str, Any]
 
