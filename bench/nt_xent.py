@@ -44,7 +44,6 @@ from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.sizes import Size, views
 from cjepa_kernels.bench.targets import AT_LEAST, AT_MOST, Target, print_targets, summary
 from cjepa_kernels.bench.timing import Run, first_line, interleaved
-from cjepa_kernels.tables import print_table
 
 BF16, NO_GRAD = "native-bf16", "native-no-grad"  # NATIVE in bf16 and under torch.no_grad
 HEADINGS = {
