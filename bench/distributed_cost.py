@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cjepa_kernels.bench.records import write_results
-from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.tables import print_table
 
 RANKS = (2, 4, 8, 16, 64, 256, 1024)
 SCHEMES = ("ring", "all_gather", "lightly", "open_clip", "inf_cl")

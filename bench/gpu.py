@@ -55,7 +55,6 @@ from cjepa_kernels.bench.errors import exact, of_formula
 from cjepa_kernels.bench.formulas import TEMPERATURE, Formula, eager
 from cjepa_kernels.bench.records import write_results
 from cjepa_kernels.bench.sizes import Size
-from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.timing import (
     Build,
     BusyDevice,
@@ -68,6 +67,7 @@ from cjepa_kernels.bench.timing import (
 )
 from cjepa_kernels.extras import require
 from cjepa_kernels.provenance import installed_version
+from cjepa_kernels.tables import print_table
 
 DEVICE = "cuda"
 BACKEND: Backend = "triton"

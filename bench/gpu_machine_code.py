@@ -29,7 +29,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cjepa_kernels.bench.records import write_results
-from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.tables import print_table
 from cjepa_kernels.triton import configs, cross_logsumexp, nt_xent, prediction_loss
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"

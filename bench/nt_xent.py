@@ -20,13 +20,11 @@ writes bench/results/nt_xent_cpu.json, at its end.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
-from cjepa_kernels import backends
 from cjepa_kernels.bench import candidates, sizes
 from cjepa_kernels.bench.candidates import (
     BOTH,
@@ -37,14 +35,14 @@ from cjepa_kernels.bench.candidates import (
     FORWARD,
     MM,
     NATIVE,
-    PRODUCTS,
     TITLES,
 )
+from cjepa_kernels.bench.command_line import Progress, read_options, require_native, save
 from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.machine import instruction_set
-from cjepa_kernels.bench.records import Record, write_results
+from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.sizes import Size, views
-from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.bench.targets import AT_LEAST, AT_MOST, Target, print_targets, summary
 from cjepa_kernels.bench.timing import Run, first_line, interleaved
 
 BF16, NO_GRAD = "native-bf16", "native-no-grad"  # NATIVE in bf16 and under torch.no_grad
@@ -56,7 +54,7 @@ HEADINGS = {
     "sweep": "Time against the number of rows",
 }
 PARTS = tuple(HEADINGS)
-RATIO_HEADER = ["M", "D", "pass", "ratio of", "ms / ms", "ratio", "target", ""]
+COLUMNS = ("M", "D", "pass", "numerator", "denominator")
 
 # Upper bounds on native / bare mm: forward against one product, forward + backward against three.
 OVER_MM: dict[tuple[Size, str], float] = {
@@ -177,56 +175,47 @@ def plan(all_sizes: Sizes, parts: Sequence[str], *, compiled: bool = True) -> li
     return [cell for cell in cells if cell.part in parts]
 
 
-def callables(cell: Cell) -> tuple[dict[str, Run], dict[str, str]]:
-    """The calls to time, by name, and why other names are left out."""
-    runs: dict[str, Run] = {}
-    missing = {}
-    for name in cell.names:
-        inputs = views(cell.size, dtype=torch.bfloat16 if name == BF16 else torch.float32)
-        if name == MM:
-            runs[name] = candidates.products(inputs, cell.direction)
-            continue
-        try:
-            candidate = candidates.find(NATIVE if name in (BF16, NO_GRAD) else name)
-            formula = candidate.make(TEMPERATURE)
-            candidates.one_pass(formula, inputs, BOTH)()
-        except (ImportError, RuntimeError) as error:
-            missing[name] = first_line(error)
-            continue
-        if name == NO_GRAD:
-            formula = torch.no_grad()(formula)
-        runs[name] = candidates.one_pass(formula, inputs, cell.direction)
-    return runs, missing
+def make_call(cell: Cell, name: str) -> Run:
+    """The call of a candidate, which has run once.
+
+    Raises:
+        ImportError: If a library is missing; the message says how to get it.
+        RuntimeError: If it does not work here.
+    """
+    inputs = views(cell.size, dtype=torch.bfloat16 if name == BF16 else torch.float32)
+    if name == MM:
+        return candidates.products(inputs, cell.direction)
+    candidate = candidates.find(NATIVE if name in (BF16, NO_GRAD) else name)
+    formula = candidate.make(TEMPERATURE)
+    candidates.one_pass(formula, inputs, BOTH)()
+    if name == NO_GRAD:
+        formula = torch.no_grad()(formula)
+    return candidates.one_pass(formula, inputs, cell.direction)
 
 
 def measure(cell: Cell, seconds: float) -> list[Record]:
     """Time a cell: one row of the results file for each candidate."""
-    runs, missing = callables(cell)
-    for name, reason in missing.items():
-        print(f"{TITLES[name]} is left out: {reason}", flush=True)
-    times = interleaved(runs, seconds=seconds * cell.share, least=cell.least)
-    return [
-        {
-            "part": cell.part,
-            "M": cell.size.rows,
-            "D": cell.size.features,
-            "pass": cell.direction,
-            "name": name,
-            "dtype": "bf16" if name == BF16 else "fp32",
-            **summary,
-            **{
-                f"over_{other}": summary["median"] / times[other]["median"]
-                if other in times
-                else None
-                for other in (MM, EAGER)
-            },
+    calls: dict[str, Run] = {}
+    for name in cell.names:
+        try:
+            calls[name] = make_call(cell, name)
+        except (ImportError, RuntimeError) as error:
+            print(f"{TITLES[name]} is left out: {first_line(error)}", flush=True)
+    times = interleaved(calls, seconds=seconds * cell.share, least=cell.least)
+    rows = []
+    for name, row in times.items():
+        over = {
+            f"over_{other}": row["median"] / times[other]["median"] if other in times else None
+            for other in (MM, EAGER)
         }
-        for name, summary in times.items()
-    ]
+        where = {"part": cell.part, "M": cell.size.rows, "D": cell.size.features}
+        what = {"pass": cell.direction, "name": name, "dtype": "bf16" if name == BF16 else "fp32"}
+        rows.append({**where, **what, **row, **over})
+    return rows
 
 
-def compare(part: str, rows: list[Record], *, bf16_instructions: bool) -> list[Record]:
-    """Every ratio that a part reports beside its target, for the results file.
+def compare(part: str, rows: list[Record], *, bf16_instructions: bool) -> list[Target]:
+    """Every ratio that a part reports, with its target.
 
     Args:
         part: One of ``PARTS``.
@@ -238,117 +227,53 @@ def compare(part: str, rows: list[Record], *, bf16_instructions: bool) -> list[R
         if row["part"] == part:
             cell = cells.setdefault((Size(row["M"], row["D"]), row["pass"]), {})
             cell[row["name"]] = row["median"]
-    records = []
+    found = []
     for (size, direction), medians in cells.items():
-        for numerator, denominator in _pairs(part, medians):
-            target, at_most = _target(
-                part, size, direction, numerator, bf16_instructions=bf16_instructions
-            )
-            ratio = medians[numerator] / medians[denominator]
-            verdict = "no target"
-            if target is not None:
-                met = ratio <= target if at_most else ratio >= target
-                verdict = "met" if met else "not met"
-            records.append(
-                {
-                    "part": part,
-                    "M": size.rows,
-                    "D": size.features,
-                    "pass": direction,
-                    "numerator": numerator,
-                    "denominator": denominator,
-                    "seconds": [medians[numerator], medians[denominator]],
-                    "ratio": ratio,
-                    "target": target,
-                    "bound": "at most" if at_most else "at least",
-                    "verdict": verdict,
-                }
-            )
-    return records
-
-
-def _pairs(part: str, medians: dict[str, float]) -> list[tuple[str, str]]:
-    if part == "bf16":
-        return [(NATIVE, BF16)]
-    if part == "speedups":
-        return [(name, NATIVE) for name in medians if name not in (MM, NATIVE)]
-    others = {"small": [EAGER], "targets": [MM], "sweep": [MM, EAGER]}[part]
-    own = [NATIVE, NO_GRAD] if part == "targets" else [NATIVE]
-    return [(name, other) for name in own for other in others if {name, other} <= medians.keys()]
-
-
-def _target(
-    part: str, size: Size, direction: str, numerator: str, *, bf16_instructions: bool
-) -> tuple[float | None, bool]:
-    """The bound, if there is one, and whether it is an upper one."""
-    if part == "targets":
-        return OVER_MM.get((size, direction)) if numerator == NATIVE else None, True
-    if part == "small":
-        return OVER_EAGER_AT.get(size, OVER_EAGER), True
-    if part == "bf16":
-        return BF16_SPEEDUP if bf16_instructions else None, False
-    if part == "speedups":
-        return SPEEDUPS.get((size, numerator)), False
-    return None, True
-
-
-def cells_of(record: Record) -> list[str]:
-    """The row of the printed table, in the order of ``RATIO_HEADER``."""
-    products = PRODUCTS[record["pass"]]
-    titles = TITLES | {BF16: "native bf16", NO_GRAD: "native under no_grad", MM: f"{products} mm"}
-    names = [titles[record[key]] for key in ("numerator", "denominator")]
-    target = "" if record["target"] is None else f"{record['bound']} {record['target']:g}"
-    return [
-        str(record["M"]),
-        str(record["D"]),
-        record["pass"],
-        " / ".join(names),
-        " / ".join(f"{1e3 * seconds:.3f}" for seconds in record["seconds"]),
-        f"{record['ratio']:.3f}",
-        target,
-        record["verdict"],
-    ]
+        others = [name for name in medians if name not in (MM, NATIVE)]
+        for names, limit, bound in {
+            "targets": [
+                ((NATIVE, MM), OVER_MM.get((size, direction)), AT_MOST),
+                ((NO_GRAD, MM), None, AT_MOST),
+            ],
+            "speedups": [((name, NATIVE), SPEEDUPS.get((size, name)), AT_LEAST) for name in others],
+            "small": [((NATIVE, EAGER), OVER_EAGER_AT.get(size, OVER_EAGER), AT_MOST)],
+            "bf16": [((NATIVE, BF16), BF16_SPEEDUP if bf16_instructions else None, AT_LEAST)],
+            "sweep": [((NATIVE, other), None, AT_MOST) for other in (MM, EAGER)],
+        }[part]:
+            if medians.keys() >= set(names):
+                above, below = (medians[name] for name in names)
+                cell = {"part": part, "M": size.rows, "D": size.features, "pass": direction}
+                cell |= {"numerator": names[0], "denominator": names[1], "seconds": [above, below]}
+                found.append(Target(cell, above / below, limit, bound))
+    return found
 
 
 def run(
     all_sizes: Sizes, parts: Sequence[str], seconds: float, *, compiled: bool
 ) -> dict[str, list[Record]]:
-    """Measure the parts and print each one's table.
+    """Measure the parts and print each one's table, and how many targets are met.
 
     Returns:
         Sections of the results file: ``rows`` and ``targets``.
     """
     cells = plan(all_sizes, parts, compiled=compiled)
-    sections: dict[str, list[Record]] = {"rows": [], "targets": []}
-    start, done = time.perf_counter(), 0
+    rows: list[Record] = []
+    targets: list[Target] = []
+    progress = Progress(len(cells))
     has_bf16 = "bf16" in instruction_set()
     for part in (part for part in PARTS if part in parts):
         for cell in (cell for cell in cells if cell.part == part):
-            done += 1
-            print(f"[{done}/{len(cells)}, {time.perf_counter() - start:.0f} s] {cell}", flush=True)
-            sections["rows"] += measure(cell, seconds)
-        judged = compare(part, sections["rows"], bf16_instructions=has_bf16)
-        sections["targets"] += judged
+            progress(cell)
+            rows += measure(cell, seconds)
+        judged = compare(part, rows, bf16_instructions=has_bf16)
+        targets += judged
         print(f"\n{HEADINGS[part]}")
-        print_table(RATIO_HEADER, [cells_of(record) for record in judged])
+        print_targets(judged, COLUMNS)
         if part == "bf16" and not has_bf16:
             print(f"There is no target here: {instruction_set()} has no bf16 instructions.")
         print(flush=True)
-    return sections
-
-
-def summary(judged: list[Record]) -> str:
-    """How many targets are met, and which are not."""
-    with_target = [entry for entry in judged if entry["target"] is not None]
-    missed = [entry for entry in with_target if entry["verdict"] != "met"]
-    lines = [f"{len(with_target) - len(missed)} of {len(with_target)} targets met"]
-    lines += [
-        f"  not met: {entry['numerator']} / {entry['denominator']} at M={entry['M']} "
-        f"D={entry['D']} {entry['pass']}: {entry['ratio']:.3f}, {entry['bound']} "
-        f"{entry['target']:g}"
-        for entry in missed
-    ]
-    return "\n".join(lines)
+    print(summary(targets, COLUMNS))
+    return {"rows": rows, "targets": [target.record() for target in targets]}
 
 
 def parse_sizes(text: str) -> tuple[Size, ...]:
@@ -369,37 +294,26 @@ def parse_parts(text: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    options = read_options(
+        __doc__,
+        {
+            "--sizes": {"type": parse_sizes, "help": "MxD of the targets, separated by commas"},
+            "--only": {"type": parse_parts, "help": "parts, separated by commas"},
+        },
+        seconds=3.0,
+        quick_seconds=0.01,
     )
-    parser.add_argument("--sizes", type=parse_sizes, help="MxD of the targets, separated by commas")
-    parser.add_argument("--only", type=parse_parts, help="parts, separated by commas")
-    parser.add_argument("--seconds", type=float, help="time for each cell (default 3)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, without torch.compile")
-    parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
-    options = parser.parse_args()
-    native = backends()[NATIVE]
-    if not native.available:
-        raise SystemExit(f"This benchmark times the native back end: {native.reason}")
+    require_native()
     all_sizes = QUICK if options.quick else FULL
     if options.sizes:
         all_sizes = replace(all_sizes, targets=options.sizes)
-    default_seconds = 0.01 if options.quick else 3.0
     if options.quick:
         print(f"{TITLES[COMPILED]} is left out of --quick: compiling takes long")
-    sections = run(
-        all_sizes,
-        options.only or PARTS,
-        default_seconds if options.seconds is None else options.seconds,
-        compiled=not options.quick,
-    )
-    print(summary(sections["targets"]))
-    if options.no_save:
-        return
-    if options.quick or options.sizes or options.only:
-        print("not written: bench/results holds whole runs, without --quick, --sizes or --only")
-        return
-    print(f"written: {write_results('nt_xent_cpu', **sections)}")
+    sections = run(all_sizes, options.only or PARTS, options.seconds, compiled=not options.quick)
+    if options.sizes or options.only:
+        print("not written: bench/results holds whole runs, without --sizes or --only")
+    else:
+        save(options, "nt_xent_cpu", **sections)
 
 
 if __name__ == "__main__":

@@ -9,26 +9,24 @@ script reports a miss and goes on. It writes bench/results/nt_xent_memory_cpu.js
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
-
 from cjepa_kernels import backends
 from cjepa_kernels.bench import memory
 from cjepa_kernels.bench.candidates import CHUNKED, NATIVE, REFERENCE
+from cjepa_kernels.bench.command_line import read_options, save
 from cjepa_kernels.bench.formulas import TEMPERATURE
-from cjepa_kernels.bench.records import write_results
+from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.sizes import DTYPES, Size
-from cjepa_kernels.bench.tables import mebibytes, print_table
+from cjepa_kernels.bench.targets import Target, print_targets
+from cjepa_kernels.tables import mebibytes
 
 FEATURES, DTYPE = 256, "fp32"
 ITEM_BYTES = DTYPES[DTYPE].itemsize
 # The reference's peak beyond this size is M² arithmetic, and the chunked back end takes minutes.
 LARGEST = {REFERENCE: 8192, CHUNKED: 32768}
 TARGETS = {(NATIVE, 131072): 4.0}
-HEADER = ["backend", "M", "extra MiB", "/ input", "target", "", "one M x M MiB"]
 
 
-def measure(rows: int, backend: str) -> dict[str, Any]:
+def measure(rows: int, backend: str) -> Record:
     """One row of the results file."""
     size = Size(rows, FEATURES)
     extra = memory.peak_bytes(backend, size, device="cpu", dtype=DTYPE, temperature=TEMPERATURE)
@@ -41,26 +39,17 @@ def measure(rows: int, backend: str) -> dict[str, Any]:
     }
 
 
-def table_row(record: dict[str, Any]) -> list[str]:
-    """The printed row, in the order of ``HEADER``."""
-    rows, over_input = record["M"], record["over_input"]
-    target = TARGETS.get((record["backend"], rows))
-    return [
-        record["backend"],
-        str(rows),
-        mebibytes(record["extra_bytes"]),
-        f"{over_input:.2f}",
-        "" if target is None else f"<= {target:g}",
-        "" if target is None else "met" if over_input <= target else "not met",
-        mebibytes(ITEM_BYTES * rows**2),
-    ]
+def target_of(record: Record) -> Target:
+    """The extra memory divided by the input's, and its target."""
+    rows = record["M"]
+    sizes = {"extra MiB": record["extra_bytes"], "one M x M MiB": ITEM_BYTES * rows**2}
+    cell = {**record, **{name: mebibytes(size) for name, size in sizes.items()}}
+    return Target(cell, record["over_input"], TARGETS.get((record["backend"], rows)))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", default="4096,8192,16384,32768,131072")
-    parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
-    options = parser.parse_args()
+    sizes = {"default": "4096,8192,16384,32768,131072", "help": "numbers of rows"}
+    options = read_options(__doc__, {"--rows": sizes})
     records = []
     for backend in (NATIVE, CHUNKED, REFERENCE):
         if not backends()[backend].available:
@@ -70,9 +59,8 @@ def main() -> None:
             if rows <= LARGEST.get(backend, rows):
                 print(f"measuring {backend} M={rows}", flush=True)
                 records.append(measure(rows, backend))
-    print_table(HEADER, [table_row(record) for record in records])
-    if not options.no_save:
-        print(f"written: {write_results('nt_xent_memory_cpu', records)}")
+    print_targets(list(map(target_of, records)), ["backend", "M", "extra MiB", "one M x M MiB"])
+    save(options, "nt_xent_memory_cpu", records)
 
 
 if __name__ == "__main__":

@@ -17,25 +17,22 @@ bench/results/cjepa_loss_cpu.json.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, backends
+from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss
 from cjepa_kernels.bench import formulas
-from cjepa_kernels.bench.records import write_results
-from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.bench.command_line import read_options, require_native, save
+from cjepa_kernels.bench.records import Record
+from cjepa_kernels.bench.targets import AT_LEAST, AT_MOST, Target, print_targets
 from cjepa_kernels.bench.timing import interleaved
-
-Record = dict[str, Any]
+from cjepa_kernels.tables import print_table
 
 WEIGHTS = (1.0, 0.5, 0.25)
 CONTRASTIVE_WEIGHT = 0.1
-LEAST, MOST = "at least", "at most"
 
 
 @dataclass(frozen=True)
@@ -120,82 +117,58 @@ def candidates(inputs: Inputs) -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(case: Case, seconds: float) -> tuple[list[Record], list[Record]]:
+def measure(case: Case, seconds: float) -> tuple[list[Record], list[Target]]:
     """Times of a case, and its ratios with their targets."""
     times = interleaved(candidates(Inputs(case)), seconds=seconds)
     cell = {"B": case.batch, "N": list(case.patches), "D": case.features}
-    medians = {name: summary["median"] for name, summary in times.items()}
+    medians = {name: row["median"] for name, row in times.items()}
     rows = [
-        {**cell, "name": name, "share_of_whole": medians[name] / medians["whole"], **summary}
-        for name, summary in times.items()
+        {**cell, "name": name, "share_of_whole": medians[name] / medians["whole"], **row}
+        for name, row in times.items()
     ]
     limit, fresh, existing = "prediction / byte limit", "fresh gradient", "existing gradient"
-    ratios = []
-    for name, over, under, bound, target in (
-        ("eager / native, prediction", "eager prediction", "prediction", LEAST, case.speedup),
-        ("eager / native, contrastive", "eager contrastive", "contrastive", LEAST, None),
-        ("eager / native, whole", "eager whole", "whole", LEAST, case.whole_speedup),
-        (f"{limit}, {fresh}", "prediction", f"limit, {fresh}", MOST, case.over_limit),
-        (f"{limit}, {existing}", "prediction", f"limit, {existing}", MOST, None),
-    ):
-        ratio, verdict = medians[over] / medians[under], ""
-        if target is not None:
-            met = ratio >= target if bound == LEAST else ratio <= target
-            verdict = "met" if met else "missed"
-        judged = {"ratio": ratio, "target": target, "bound": bound, "verdict": verdict}
-        ratios.append({**cell, "name": name, **judged})
-    return rows, ratios
-
-
-def print_case(rows: list[Record], ratios: list[Record]) -> None:
-    """The two tables of a case."""
-    print_table(
-        ["", "ms", "p20", "p80", "share of the whole"],
-        [
-            [
-                row["name"],
-                *(f"{1e3 * row[key]:.3f}" for key in ("median", "p20", "p80")),
-                f"{100 * row['share_of_whole']:.0f} %",
-            ]
-            for row in rows
-        ],
-    )
-    print_table(
-        ["ratio", "", "target", ""],
-        [
-            [
-                entry["name"],
-                f"{entry['ratio']:.2f}",
-                "" if entry["target"] is None else f"{entry['bound']} {entry['target']:g}",
-                entry["verdict"],
-            ]
-            for entry in ratios
-        ],
-    )
+    targets = [
+        Target({**cell, "name": name}, medians[over] / medians[under], target, bound)
+        for name, over, under, bound, target in (
+            (
+                "eager / native, prediction",
+                "eager prediction",
+                "prediction",
+                AT_LEAST,
+                case.speedup,
+            ),
+            ("eager / native, contrastive", "eager contrastive", "contrastive", AT_LEAST, None),
+            ("eager / native, whole", "eager whole", "whole", AT_LEAST, case.whole_speedup),
+            (f"{limit}, {fresh}", "prediction", f"limit, {fresh}", AT_MOST, case.over_limit),
+            (f"{limit}, {existing}", "prediction", f"limit, {existing}", AT_MOST, None),
+        )
+    ]
+    return rows, targets
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seconds", type=float, help="time for each case (default 20)")
-    parser.add_argument("--quick", action="store_true", help="one tiny case")
-    parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
-    options = parser.parse_args()
-    if not backends()["native"].available:
-        raise SystemExit(f"This times the native back end: {backends()['native'].reason}")
-    default = 0.05 if options.quick else 20.0
+    options = read_options(__doc__, seconds=20.0, quick_seconds=0.05)
+    require_native()
     rows: list[Record] = []
     targets: list[Record] = []
     for case in QUICK if options.quick else FULL:
         print(f"\n{case.name}", flush=True)
-        seconds = default if options.seconds is None else options.seconds
-        of_case, ratios = measure(case, seconds)
-        print_case(of_case, ratios)
+        of_case, judged = measure(case, options.seconds)
+        print_table(
+            ["", "ms", "p20", "p80", "share of the whole"],
+            [
+                [
+                    row["name"],
+                    *(f"{1e3 * row[key]:.3f}" for key in ("median", "p20", "p80")),
+                    f"{100 * row['share_of_whole']:.0f} %",
+                ]
+                for row in of_case
+            ],
+        )
+        print_targets(judged, ["name"])
         rows += of_case
-        targets += ratios
-    if not (options.quick or options.no_save):
-        print(f"written: {write_results('cjepa_loss_cpu', rows, targets=targets)}")
+        targets += [target.record() for target in judged]
+    save(options, "cjepa_loss_cpu", rows, targets=targets)
 
 
 if __name__ == "__main__":

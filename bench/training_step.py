@@ -17,7 +17,7 @@ import revisions
 from revision_worker import IMAGES
 
 from cjepa_kernels.bench.records import write_results
-from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.tables import print_table
 
 HEADER = ["configuration", "before ms", "after ms", "before / after", "loss before ms", "after ms"]
 

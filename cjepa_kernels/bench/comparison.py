@@ -13,6 +13,7 @@ import torch
 from cjepa_kernels.backends import backends
 from cjepa_kernels.bench import candidates, errors, machine, memory
 from cjepa_kernels.bench.candidates import BOTH, CHUNKED, COMPILED, FORWARD, MM, OURS, Candidate
+from cjepa_kernels.bench.command_line import Progress
 from cjepa_kernels.bench.formulas import TEMPERATURE, Formula
 from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.sizes import DTYPES, Size, views
@@ -81,9 +82,7 @@ class Comparison:
     def __init__(self, settings: Settings, say: Callable[[str], None] = print) -> None:
         self.settings = settings
         self.say = say
-        self.start = time.perf_counter()
-        self.steps = len(settings.sizes) + 2
-        self.done = 0
+        self.progress = Progress(len(settings.sizes) + 2, say)
         self.seconds: dict[str, tuple[int, float]] = {}  # M and seconds of the last size, by name.
         self.results: Results = {
             "environment": {
@@ -112,25 +111,20 @@ class Comparison:
             save: Called with the results after each size.
         """
         one = self.settings
-        self._step("products and copies, for the roofs of the roofline")
+        self.progress("products and copies, for the roofs of the roofline")
         self.results["roofs"] = machine.roofs(
             one.device, DTYPES[one.dtype], seconds=one.seconds, shrink=one.shrink_roofs
         )
         found = self._find()
         for size in one.sizes:
-            self._step(f"M={size.rows} D={size.features}")
+            self.progress(f"M={size.rows} D={size.features}")
             self.measure(size, found)
             save(self.results)
-        self._step("errors against the temperature")
+        self.progress("errors against the temperature")
         self.sweep_temperatures(found)
         self.results["complete"] = True
         save(self.results)
         return self.results
-
-    def _step(self, what: str) -> None:
-        self.done += 1
-        elapsed = time.perf_counter() - self.start
-        self.say(f"[{self.done}/{self.steps}, {elapsed:.0f} s] {what}")
 
     def _find(self) -> dict[str, Candidate]:
         """The candidates that work here. The results say how to get the others."""
