@@ -33,8 +33,8 @@ from cjepa_kernels.bench.candidates import DIRECTIONS
 from cjepa_kernels.bench.records import Record, write_results
 from cjepa_kernels.bench.report import LEVEL
 from cjepa_kernels.bench.sizes import Size, parse_sizes
-from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.verdict import MARGIN, MIN_ROUNDS, Ratio, Verdict, ratio_of_blocks
+from cjepa_kernels.tables import print_table
 
 SIZES = "256x256,1024x256,4096x256,8192x256"
 TURN_SECONDS = 0.1  # A turn makes at least one call.

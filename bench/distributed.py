@@ -42,10 +42,10 @@ from cjepa_kernels import cross_logsumexp, nt_xent, pair_similarity
 from cjepa_kernels.bench.command_line import read_options, save
 from cjepa_kernels.bench.formulas import TEMPERATURE, gather_with_gradient, lightly_of_group
 from cjepa_kernels.bench.records import Record
-from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.targets import Target, print_targets
 from cjepa_kernels.bench.timing import summarise
 from cjepa_kernels.functional import dispatch
+from cjepa_kernels.tables import print_table
 
 Round = dict[str, float]  # Seconds of ``work`` and of ``time``.
 

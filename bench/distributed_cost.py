@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 from cjepa_kernels.bench.command_line import read_options, save
 from cjepa_kernels.bench.records import Record
-from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.tables import print_table
 
 RANKS = (2, 4, 8, 16, 64, 256, 1024)
 SCHEMES = ("ring", "all_gather", "lightly", "open_clip", "inf_cl")

@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cjepa_kernels.bench.command_line import read_options, save
 from cjepa_kernels.bench.records import Record
-from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.tables import print_table
 from cjepa_kernels.triton import configs, nt_xent
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"

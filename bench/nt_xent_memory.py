@@ -16,8 +16,8 @@ from cjepa_kernels.bench.command_line import read_options, save
 from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.sizes import DTYPES, Size
-from cjepa_kernels.bench.tables import mebibytes
 from cjepa_kernels.bench.targets import Target, print_targets
+from cjepa_kernels.tables import mebibytes
 
 FEATURES, DTYPE = 256, "fp32"
 ITEM_BYTES = DTYPES[DTYPE].itemsize

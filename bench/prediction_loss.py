@@ -27,9 +27,9 @@ from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss
 from cjepa_kernels.bench import formulas
 from cjepa_kernels.bench.command_line import read_options, require_native, save
 from cjepa_kernels.bench.records import Record
-from cjepa_kernels.bench.tables import print_table
 from cjepa_kernels.bench.targets import AT_LEAST, AT_MOST, Target, print_targets
 from cjepa_kernels.bench.timing import interleaved
+from cjepa_kernels.tables import print_table
 
 WEIGHTS = (1.0, 0.5, 0.25)
 CONTRASTIVE_WEIGHT = 0.1

@@ -13,7 +13,7 @@ import torch
 from cjepa_kernels.bench import candidates, errors
 from cjepa_kernels.bench.command_line import read_options, save
 from cjepa_kernels.bench.records import Record
-from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.tables import print_table
 
 TEMPERATURES = (0.5, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
 PAIRS, FEATURES, SEEDS = 257, 130, range(5)

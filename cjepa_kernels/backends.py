@@ -162,6 +162,12 @@ def add_backend(name: str, find: Callable[[], BackendStatus]) -> None:
     _FINDERS[name] = find
 
 
+def remove_backend(name: str) -> None:
+    """Forget a back end that :func:`add_backend` made known."""
+    del _FINDERS[name]
+    _statuses.pop(name, None)
+
+
 def backends() -> dict[str, BackendStatus]:
     """Back ends by name, in the order in which ``backend="auto"`` prefers them.
 

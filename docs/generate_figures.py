@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cjepa_kernels.bench.candidates import BOTH, COMPILED, EAGER, FORWARD, MM, OURS
-from cjepa_kernels.bench.tables import markdown_table, mebibytes, milliseconds, two_digits
+from cjepa_kernels.tables import markdown_table, mebibytes, milliseconds, two_digits
 from cjepa_kernels.train.evaluation.comparison import load_comparison
 from cjepa_kernels.train.loop import advisor
 from cjepa_kernels.train.report.tables import comparison_markdown, text_tables

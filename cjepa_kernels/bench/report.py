@@ -20,8 +20,8 @@ from cjepa_kernels.bench.candidates import (
 from cjepa_kernels.bench.comparison import Results
 from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.sizes import Size
-from cjepa_kernels.bench.tables import markdown_table, mebibytes, milliseconds, times, two_digits
 from cjepa_kernels.bench.verdict import CONFIDENCE, MARGIN, MIN_ROUNDS, Ratio, Verdict
+from cjepa_kernels.tables import markdown_table, mebibytes, milliseconds, times, two_digits
 
 LEVEL = f"{100 * CONFIDENCE:.0f} %"
 HEADER = (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from cjepa_kernels.bench.records import Record
-from cjepa_kernels.bench.tables import print_table
+from cjepa_kernels.tables import print_table
 
 AT_MOST, AT_LEAST = "at most", "at least"
 MET, MISSED, NO_TARGET, NOT_RUN = "met", "missed", "no target", "not run"

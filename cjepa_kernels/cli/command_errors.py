@@ -30,7 +30,7 @@ from cjepa_kernels.train.loop.worker_pool import JobDefectError
 from cjepa_kernels.train.reported_error import ReportedError
 
 USER_ERROR, DEFECT = 2, 1
-MOST_LINES = 20  # that one error prints
+MOST_LINES = 20  # most lines that one error prints
 # Typer brings its own copy of Click in some versions and takes the installed one in others.
 _UsageError: Any = typer.BadParameter.__base__
 _ClickException: Any = _UsageError.__base__

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cjepa_kernels import ops, reference, triton
-from cjepa_kernels.backends import HAS_TRITON, Backend, check_backend
+from cjepa_kernels import ops, reference
+from cjepa_kernels.backends import Backend, check_backend
 from cjepa_kernels.definitions import EPS, TEMPERATURE, CrossLogSumExp, CrossLogSumExpForward
 from cjepa_kernels.functional import checks, dispatch
 
@@ -147,10 +147,8 @@ def pair_similarity(
     tf32 = False
     if backend != "reference":
         rounded = dispatch.product_dtype(x) or x.dtype
-        on_triton = dispatch.choose_overload(backend, x.device) == ".triton" or (
-            backend in ("auto", "triton") and x.device.type == "cuda" and HAS_TRITON
-        )
-        tf32 = on_triton and rounded == torch.float32 and triton.rounds_to_tf32(x)
+        overload = dispatch.choose_overload(backend, x.device)
+        tf32 = rounded == torch.float32 and dispatch.rounds_to_tf32(overload, x)
     eps = checks.as_float(eps)
     with dispatch.without_autocast(x.device):
         rows = [reference.embed_rows(ops.saveable(z), use_cosine_similarity, eps) for z in (x, y)]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels import ops
-from cjepa_kernels.backends import HAS_NATIVE, Backend, warn_without_native
+from cjepa_kernels.backends import Backend, warn_without_native
 from cjepa_kernels.environment import read_when_imported
+from cjepa_kernels.ops import registry
 
 # torch.amp.is_autocast_available says so too, but PyTorch 2.11 cannot compile a function that calls
 # it.
@@ -22,8 +23,9 @@ for _variable in ("CJEPA_CACHE_MIB", "CJEPA_WORKSPACE_MIB"):  # kernels read the
 def choose_overload(backend: Backend, device: torch.device) -> str:
     """The overload of the operators that runs a back end on a device.
 
-    The dispatcher chooses by the device, except on a CPU without the compiled kernels: a module of
-    an early revision registers its kernels when it is imported, for schemas that may differ.
+    ``backend="auto"`` leaves the choice to the dispatcher, except on a CPU without the compiled
+    kernels: a module of an early revision registers its kernels when it is imported, for schemas
+    that may differ.
 
     Args:
         backend: A checked name.
@@ -32,15 +34,22 @@ def choose_overload(backend: Backend, device: torch.device) -> str:
     Returns:
         An empty string for the dispatcher's choice, or ``.<back end>``.
     """
-    if backend in ("auto", "native"):
-        if device.type != "cpu" or HAS_NATIVE:
-            return ""
-        if backend == "auto":
+    dispatched = registry.dispatched.get(device.type)
+    if backend == "auto":
+        if dispatched is None and device.type == "cpu":
             warn_without_native()
-        return ".chunked"
-    if backend == "triton" and device.type == "cuda":
-        return ""  # the dispatcher chooses the same kernels
+            return ".chunked"
+        return ""
+    if backend == dispatched or backend in registry.only_dispatched:
+        return ""
     return f".{backend}"
+
+
+def rounds_to_tf32(overload: str, x: Tensor) -> bool:
+    """Whether an overload of the operators rounds operands like ``x`` to tf32."""
+    backend = overload.lstrip(".") or registry.dispatched.get(x.device.type, "chunked")
+    rounds = registry.rounds_to_tf32.get(backend)
+    return rounds is not None and rounds(x)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -64,9 +73,9 @@ def saves_exponentials(overload: str, z_i: Tensor, z_j: Tensor, temperature: Ten
 
     It does so for a call that has a backward, and within a budget of memory.
     """
-    if overload != "":
+    if overload != "" or registry.dispatched.get(z_i.device.type) != "native":
         return False
-    if z_i.device.type != "cpu" or not HAS_NATIVE or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return False
     if torch.compiler.is_exporting():  # the size would tie the exported program to this batch
         return False

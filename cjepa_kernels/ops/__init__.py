@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels import chunked, triton
-from cjepa_kernels.backends import HAS_TRITON
+from cjepa_kernels.backends import HAS_NATIVE, HAS_TRITON
 from cjepa_kernels.ops import cross_logsumexp, nt_xent, pad_tokens, prediction_loss
 from cjepa_kernels.ops.calls import call, is_transformed, refuse_transforms, run, saveable
 from cjepa_kernels.ops.nt_xent import saved_exponentials_size
-from cjepa_kernels.ops.registration import NAMESPACE, define, register_backend, register_plain
+from cjepa_kernels.ops.registration import (
+    NAMESPACE,
+    define,
+    register_backend,
+    register_compiled,
+    register_plain,
+)
 from cjepa_kernels.ops.registry import operator, overloads
 
 define(nt_xent.DEFINITION)
@@ -22,7 +28,14 @@ register_plain("copy", "(Tensor x) -> Tensor", Tensor.clone, torch.empty_like)
 register_plain("pad_tokens", pad_tokens.SCHEMA, pad_tokens.pad_tokens, pad_tokens.fake)
 
 register_backend("chunked", chunked.OPERATORS, dispatch_key="CompositeExplicitAutograd")
-register_backend("triton", triton.OPERATORS, dispatch_key="CUDA" if HAS_TRITON else None)
+register_backend(
+    "triton",
+    triton.OPERATORS,
+    dispatch_key="CUDA" if HAS_TRITON else None,
+    rounds_to_tf32=triton.rounds_to_tf32,
+)
+if HAS_NATIVE:
+    register_compiled("native", device_type="cpu")
 OVERLOADS = overloads()
 
 __all__ = [

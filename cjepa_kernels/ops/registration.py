@@ -14,9 +14,9 @@ CONTRIBUTING.md adds an operator as an example. It takes one file in ``ops`` wit
 one file in the folder of each back end, one line in ``ops/__init__.py``, and one line in the
 ``OPERATORS`` of each back end.
 
-A new back end takes a folder whose ``OPERATORS`` maps the name of an operator to its
-implementations in both directions, and two lines: one in ``backends.py`` that says whether the back
-end can run here, and one call of :func:`register_backend` in ``ops/__init__.py``.
+It adds a back end as well: a folder whose ``OPERATORS`` maps the name of an operator to its
+implementations in both directions, its name and a check of this machine in ``backends.py``, a call
+of :func:`register_backend` in ``ops/__init__.py``, and its layer in the test of the imports.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ NAMESPACE = "cjepa_kernels"
 # uses it too.
 _below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 AUTOCAST_DEVICES = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU"}
+DEVICE_TYPES = {"CPU": "cpu", "CUDA": "cuda", "XPU": "xpu"}  # by dispatch key
 
 # Any: the methods of Library carry no annotations.
 _library: Any = torch.library.Library(NAMESPACE, "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -72,7 +73,11 @@ def define(definition: Definition) -> None:
 
 
 def register_backend(
-    backend: str, operators: Mapping[str, Implementations], *, dispatch_key: str | None = None
+    backend: str,
+    operators: Mapping[str, Implementations],
+    *,
+    dispatch_key: str | None = None,
+    rounds_to_tf32: Callable[[Tensor], bool] | None = None,
 ) -> None:
     """Make a back end's implementations the overload ``.<back end>`` of the operators.
 
@@ -80,9 +85,17 @@ def register_backend(
         backend: Name of the back end.
         operators: By the name of an operator, its implementation and that of its backward. They
             take the arguments of the schema by position and return the results as a tuple.
-        dispatch_key: Where a call names no back end, run this one for tensors of this key,
-            for example ``"CUDA"``. ``"CompositeExplicitAutograd"`` stands for every other device.
+        dispatch_key: PyTorch's dispatcher runs this back end for tensors of this key, so
+            ``backend="auto"`` takes it there. ``"CUDA"`` stands for GPUs, and
+            ``"CompositeExplicitAutograd"`` for every device without a key of its own.
+        rounds_to_tf32: Whether the back end rounds operands like its argument to tf32. By default
+            it never does.
     """
+    device_type = DEVICE_TYPES.get(dispatch_key or "")
+    if device_type is not None:
+        registry.dispatched[device_type] = backend
+    if rounds_to_tf32 is not None:
+        registry.rounds_to_tf32[backend] = rounds_to_tf32
     for name, implementations in operators.items():
         definition = _definitions[name]
         definition.implementations[backend] = implementations
@@ -95,6 +108,19 @@ def register_backend(
             if dispatch_key is not None:
                 _library.impl(direction, implementation, dispatch_key)
         _define_overload(definition, overload)
+
+
+def register_compiled(backend: str, device_type: str) -> None:
+    """Note that a compiled module has given the dispatcher its kernels for a type of device.
+
+    The back end has no overloads. The dispatcher alone runs it.
+
+    Args:
+        backend: Name of the back end.
+        device_type: For example ``"cpu"``.
+    """
+    registry.dispatched[device_type] = backend
+    registry.only_dispatched.add(backend)
 
 
 def register_plain(

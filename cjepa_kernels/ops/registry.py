@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from torch import Tensor
+
 arguments: dict[str, Any] = {}  # by operator: a named tuple class of its arguments
 results: dict[str, Callable[..., Any]] = {}  # by operator: a named tuple class of its results
 numbers: dict[str, tuple[int, ...]] = {}  # by operator: the positions of its numbers
 operators: dict[tuple[str, str], Any] = {}  # by operator and overload: what torch.ops holds
-functions: dict[tuple[str, str], Callable[..., Any]] = {}  # the same with a quicker autograd
+# The same operators, with autograd that costs less per call.
+functions: dict[tuple[str, str], Callable[..., Any]] = {}
+dispatched: dict[str, str] = {}  # by type of device: the back end that the dispatcher runs there
+only_dispatched: set[str] = set()  # back ends without overloads, which the dispatcher alone runs
+# By back end: whether it rounds operands like this one to tf32. Without an entry it does not.
+rounds_to_tf32: dict[str, Callable[[Tensor], bool]] = {}
 
 
 def operator(name: str, overload: str = "") -> Any:

@@ -28,7 +28,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, le=0.999999)]
 Range = tuple[float, float]
 # These values have no natural bound. The bounds are far above what anybody trains with. They catch
-# a typing error before it takes all memory or an endless time.
+# a typing error before it uses up memory or time.
 MOST_PIXELS = 4096  # of an image's side
 MOST_PATCHES = 128 * 128  # of an image; the time of attention grows with their square
 MOST_BLOCKS = 64

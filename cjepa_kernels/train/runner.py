@@ -45,7 +45,6 @@ from cjepa_kernels.train.evaluation.probes import (
 )
 from cjepa_kernels.train.loop.advisor import Advisor
 from cjepa_kernels.train.loop.advisor_hook import AdvisorHook
-from cjepa_kernels.train.loop.callbacks import SignalHandlers, Stopwatch
 from cjepa_kernels.train.loop.checkpoints import (
     LAST_CHECKPOINT,
     AtomicCheckpointIO,
@@ -55,7 +54,6 @@ from cjepa_kernels.train.loop.checkpoints import (
     remedy,
 )
 from cjepa_kernels.train.loop.directory_lock import DirectoryLock
-from cjepa_kernels.train.loop.interruption import kept_ctrl_c
 from cjepa_kernels.train.loop.metric_history import MetricHistory
 from cjepa_kernels.train.loop.module import (
     CJEPAModule,
@@ -73,6 +71,8 @@ from cjepa_kernels.train.loop.run_directory import (
     load_result,
     now,
 )
+from cjepa_kernels.train.loop.signal_handlers import SignalHandlers, preserve_ctrl_c
+from cjepa_kernels.train.loop.stopwatch import Stopwatch
 from cjepa_kernels.train.loop.training_progress import EpochLines, RunProgressBar
 from cjepa_kernels.train.model.vit import VisionTransformer
 
@@ -156,7 +156,7 @@ def train(
         callbacks.append(
             EpochCheckpoint(run_dir / LAST_CHECKPOINT.parent, config.trainer.keep_every_n_epochs)
         )
-        with _quiet_lightning(), kept_ctrl_c():
+        with _quiet_lightning(), preserve_ctrl_c():
             trainer = _trainer(config, run_dir, callbacks, steps_before)
             if trainer.is_global_zero:
                 remove_partial_files(run_dir)
@@ -318,7 +318,8 @@ def _check_loss(config: ExperimentConfig, image_shape: tuple[int, int, int] | No
     try:
         build_loss(config, image_shape)
     except RuntimeError as error:
-        raise ValueError(str(error)) from error  # loss.backend is missing here
+        # The back end named by loss.backend is not available.
+        raise ValueError(str(error)) from error
     if config.loss.get("contrastive_on_context", True) is False:
         raise ValueError(
             "loss.contrastive_on_context: expected true, because the target encoder's features "

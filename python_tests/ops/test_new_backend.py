@@ -31,8 +31,7 @@ def toy() -> Iterator[Any]:
     ops.register_backend("toy", {"nt_xent": (forward, backward)})
     module.add_backend("toy", lambda: BackendStatus(True, ("any",), "three times the loss"))
     yield "toy"
-    del module._FINDERS["toy"]
-    module._statuses.pop("toy", None)
+    module.remove_backend("toy")
 
 
 def test_values_and_gradients_come_from_it(toy: Any) -> None:

@@ -19,7 +19,16 @@ NAME = "cjepa_kernels"
 # "__init__" is the public face of the package. Modules of one layer may import each other.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_C", "_version"),
-    ("environment", "extras", "files", "plot_style", "provenance", "suggestions", "yaml_reader"),
+    (
+        "environment",
+        "extras",
+        "files",
+        "plot_style",
+        "provenance",
+        "suggestions",
+        "tables",
+        "yaml_reader",
+    ),
     ("definitions",),
     ("backends",),
     ("reference",),

@@ -1,4 +1,4 @@
-"""The files of CONTRIBUTING's walk-through, put into a copy of the package."""
+"""The files of CONTRIBUTING's walk-throughs, put into a copy of the package."""
 
 from __future__ import annotations
 
@@ -18,11 +18,22 @@ class Extension(NamedTuple):
     changed: list[str]  # paths of files that got lines
 
 
+def section_of(document: str, heading: str) -> str:
+    """The text of a section of the second level."""
+    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## |\Z)", document, re.MULTILINE | re.DOTALL)
+    return str(section)
+
+
 def copy_package(source: Path, target: Path) -> None:
     """Copy the package with its compiled module and the helpers of the tests."""
     ignored = shutil.ignore_patterns("__pycache__", "train", "bench")
     shutil.copytree(source / "cjepa_kernels", target / "cjepa_kernels", ignore=ignored)
-    for name in ("pyproject.toml", "python_tests/conftest.py", "python_tests/support"):
+    for name in (
+        "pyproject.toml",
+        "python_tests/conftest.py",
+        "python_tests/package/test_layers.py",
+        "python_tests/support",
+    ):
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if (source / name).is_dir():

@@ -16,7 +16,7 @@ pytest.importorskip("pydantic")
 from cjepa_kernels.train.config import DataConfig, EvaluationConfig
 from cjepa_kernels.train.data.dataset import Dataset, LabeledImages, load_dataset
 from cjepa_kernels.train.evaluation import corruptions
-from cjepa_kernels.train.evaluation.collapse import effective_rank, standard_deviation
+from cjepa_kernels.train.evaluation.collapse_measures import effective_rank, standard_deviation
 from cjepa_kernels.train.evaluation.probes import (
     FeatureExtractor,
     evaluate,

@@ -79,12 +79,12 @@ def _images_of_file(file: Path, column: str, rows: Sequence[int]) -> Iterator[En
     row = next(wanted)
     with _clear_errors(file), pq.ParquetFile(file) as opened:
         for piece in opened.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[column]):
-            while row < first + piece.num_rows:
-                value = piece.column(column)[row - first].as_py()
-                yield encoded_image(value, f"row {row} of {file}")
+            values = piece.column(column)
+            while row < first + len(values):
+                yield encoded_image(values[row - first].as_py(), f"row {row} of {file}")
                 if (row := next(wanted, -1)) < 0:
                     return
-            first += piece.num_rows
+            first += len(values)
 
 
 def find_parquet_files(location: Path) -> dict[str, list[Path]]:

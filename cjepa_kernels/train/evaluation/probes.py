@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cjepa_kernels.train.evaluation import corruptions
-from cjepa_kernels.train.evaluation.collapse import effective_rank, standard_deviation
+from cjepa_kernels.train.evaluation.collapse_measures import effective_rank, standard_deviation
 
 if TYPE_CHECKING:
     from cjepa_kernels.train.config import EvaluationConfig

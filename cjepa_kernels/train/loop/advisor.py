@@ -206,7 +206,13 @@ class Advisor:
         return math.nan if any(map(math.isnan, values)) else statistics.median(values)
 
     def _finding(self, rule: str, epoch: int, message: str, evidence: str) -> Finding:
-        return Finding(rule, epoch, message, f"{evidence} (median of {WINDOW} epochs)", NOTES[rule])
+        return Finding(
+            rule=rule,
+            epoch=epoch,
+            message=message,
+            evidence=f"{evidence} (median of {WINDOW} epochs)",
+            note=NOTES[rule],
+        )
 
     def _collapse(self, epoch: int) -> Finding | None:
         pos, neg = self._recent("contrastive_pos_sim"), self._recent("contrastive_neg_sim")

@@ -1,4 +1,4 @@
-"""The advisor's place in a run: it is asked once per epoch, and ``log.txt`` keeps its findings."""
+"""A callback that asks the advisor once per epoch and writes its findings to ``log.txt``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cjepa_kernels.train.loop.metric_history import MetricHistory
 
 
 class AdvisorHook(Callback):
-    """Asks the advisor once per epoch and keeps ``log.txt``.
+    """Asks the advisor once per epoch and writes ``log.txt``.
 
     Args:
         advisor: The advisor.

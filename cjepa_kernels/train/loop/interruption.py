@@ -35,22 +35,6 @@ def resumable(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def kept_ctrl_c() -> Iterator[None]:
-    """Keep Ctrl-C as it is: Lightning raises SystemExit instead and ignores a second Ctrl-C."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit as ended:
-        if isinstance(ended.__context__, KeyboardInterrupt):
-            raise ended.__context__ from None
-        raise
-    finally:
-        if in_main_thread and handler is not None:
-            signal.signal(signal.SIGINT, handler)
-
-
-@contextmanager
 def _raised_on_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield

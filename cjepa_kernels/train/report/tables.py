@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from cjepa_kernels.tables import markdown_table
 from cjepa_kernels.train.evaluation.comparison import (
     ARM_TITLES,
     FEATURE_TITLES,
@@ -48,13 +49,11 @@ class TextTable:
 
     def markdown(self) -> str:
         """The table without title and notes."""
-        rows: list[Sequence[str]] = [self.columns]
+        rows = []
         for number, row in enumerate(self.rows):
             bold = self.bold_columns(number)
             rows.append([f"**{cell}**" if i in bold else cell for i, cell in enumerate(row)])
-        lines = [f"| {' | '.join(row)} |" for row in [*rows, *self.differences]]
-        lines.insert(1, f"|{'|'.join(['---', *['---:'] * len(self.best)])}|")
-        return "\n".join(lines)
+        return "\n".join(markdown_table(self.columns, [*rows, *self.differences], left=1))
 
 
 def text_tables(comparison: Comparison) -> list[TextTable]:

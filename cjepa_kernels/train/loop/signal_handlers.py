@@ -1,42 +1,18 @@
-"""The clock of a run, and the signal handlers that it keeps."""
+"""A run leaves the process's signal handlers in place, where Lightning would install its own."""
 
 from __future__ import annotations
 
 import signal
 import threading
-import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 
-class Stopwatch(Callback):
-    """Seconds spent in a run, over all resumptions, with the evaluation at its end.
-
-    Lightning's Timer stops before that evaluation, and existing checkpoints hold the state of this
-    callback.
-    """
-
-    def __init__(self) -> None:
-        self._before = 0.0
-        self._started = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start of the run, pauses left out."""
-        return self._before + time.perf_counter() - self._started
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._before = float(state_dict["seconds"])
-        self._started = time.perf_counter()
-
-
 class SignalHandlers(Callback):
-    """Keeps the handlers of SIGTERM and SIGUSR1 that there were before the training.
+    """Restores the handlers of SIGTERM and SIGUSR1 that the process had before the training.
 
     Lightning's own handlers would end a terminated run with exit status 0 and wait for other ranks,
     which may be waiting themselves. Under SLURM they would save a checkpoint in the middle of an
@@ -53,3 +29,22 @@ class SignalHandlers(Callback):
             for kind, handler in self._handlers.items():
                 if handler is not None:
                     signal.signal(kind, handler)
+
+
+@contextmanager
+def preserve_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt within this context and after it.
+
+    Lightning would raise SystemExit instead and ignore a second Ctrl-C.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):
+            raise ended.__context__ from None
+        raise
+    finally:
+        if in_main_thread and handler is not None:
+            signal.signal(signal.SIGINT, handler)
