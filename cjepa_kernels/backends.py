@@ -91,8 +91,8 @@ def _find_triton_package() -> tuple[bool, str]:
 
 def _find_triton() -> BackendStatus:
     """Whether the Triton kernels can run here."""
-    found, version = _find_triton_package()
-    if not found:
+    usable, version = _find_triton_package()
+    if not usable:
         return BackendStatus(False, ("cuda",), version)
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         return BackendStatus(True, ("cpu", "cuda"), "Triton kernels in Triton's interpreter: slow")

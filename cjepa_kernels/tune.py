@@ -72,12 +72,12 @@ def tune(entries: list[Config], measure: Measure, report: Report = lambda _: Non
     return chosen
 
 
-def replaces(found: list[Config], entry: Config) -> bool:
-    """Whether one of ``found`` is for the same kernel, architecture, operands and features."""
+def replaces(entries: list[Config], entry: Config) -> bool:
+    """Whether one of ``entries`` is for the same kernel, architecture, operands and features."""
     return any(
-        (f.kernel, f.architecture, f.bits, f.features)
+        (other.kernel, other.architecture, other.bits, other.features)
         == (entry.kernel, entry.architecture, entry.bits, entry.features)
-        for f in found
+        for other in entries
     )
 
 
@@ -115,14 +115,14 @@ def entries_for(features: int, dtype: torch.dtype) -> list[Config]:
     architecture = configs.architecture(device)
     kernels: list[Kernel] = ["strips", "inner_tiles", "tiles", "owned", "coefficients"]
     kernels.append("products" if operands.planes == 1 else "products_split")
-    found = []
+    entries = []
     if not fits_a_strip(packed):
         kernels = [kernel for kernel in kernels if kernel not in ("strips", "owned")]
     for kernel in kernels:
         if configs.entries(kernel, architecture, packed.z.dtype, wide):
             entry = configs.choose(kernel, architecture, packed.z.dtype, wide)
-            found.append(replace(entry, architecture=architecture, features=wide))
-    return found
+            entries.append(replace(entry, architecture=architecture, features=wide))
+    return entries
 
 
 def measure_step(rows: int, features: int, dtype: torch.dtype) -> Measure:

@@ -117,14 +117,14 @@ def circulate(
             messages.finish()
         else:
             rectangle = ring.rectangle(rank, step)
-            found = visit(rectangle, present)
+            of_visitor = visit(rectangle, present)
             messages.finish()
             if step == 1:
-                collected = found
+                collected = of_visitor
             else:
-                merge(before[rectangle.visiting], found)
+                merge(before[rectangle.visiting], of_visitor)
                 collected = before
-            del found, before
+            del of_visitor, before
         present = arriving
     if ring.steps == 0:
         last()

@@ -154,16 +154,16 @@ def ring_backward(
 
     def visit(rectangle: Rectangle, visitor: Sequence[Tensor]) -> Tensor:
         features, weights = visitor
-        found = blocks.rectangle_backward(
+        gradients = blocks.rectangle_backward(
             x=shard[rectangle.own],
             y=features,
             of_rows=state.weights[rectangle.own],
             of_columns=weights,
             of_y=True,
         )
-        grad[rectangle.own] += found.grad_x
-        of_temperature.append(found.grad_temperature)
-        return found.grad_y
+        grad[rectangle.own] += gradients.grad_x
+        of_temperature.append(gradients.grad_temperature)
+        return gradients.grad_y
 
     def last() -> None:
         # The own block hides the longest exchange, the one that returns gradients to their rank.
@@ -212,12 +212,12 @@ def gather_backward(
     of_temperature = state.add_own_block(blocks, grad)
     weights = gathering.finish()
     if len(weights) > 0:
-        found = blocks.rectangle_backward(
+        gradients = blocks.rectangle_backward(
             x=shard, y=state.others, of_rows=state.weights, of_columns=weights, of_y=False
         )
-        grad += found.grad_x
+        grad += gradients.grad_x
         # The other half of this rectangle's part is added by the other ranks.
-        of_temperature = of_temperature + found.grad_temperature / 2
+        of_temperature = of_temperature + gradients.grad_temperature / 2
     return grad, of_temperature
 
 

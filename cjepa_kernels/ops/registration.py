@@ -267,16 +267,16 @@ def _make_gradients(
                 f"{definition.name} takes one gradient at a time in this back end, not a batch of "
                 '(is_grads_batched, vectorize); use backend="reference"'
             )
-        found: list[Any] = none.copy()
+        of_inputs: list[Any] = none.copy()
         if binding.lists:
             for k, length in zip(binding.lists, ctx.lengths, strict=True):
-                found[k] = [None] * length
+                of_inputs[k] = [None] * length
         given = take_upstream(upstream)
         for x in given:
             if x is not None:
                 break
         else:
-            return tuple(found)
+            return tuple(of_inputs)
         if binding.lists:
             saved, needs = unflatten(ctx.saved_lengths, ctx.saved_tensors), ctx.needs
         else:
@@ -289,8 +289,8 @@ def _make_gradients(
         grads = run(*given, *saved, *ctx.options, *flags)
         for k, grad in zip(binding.inputs, grads, strict=True):
             if needs[k]:
-                found[k] = grad
-        return tuple(found)
+                of_inputs[k] = grad
+        return tuple(of_inputs)
 
     return gradients
 

@@ -90,7 +90,7 @@ def entries(
 def _entries(
     device: int, kernel: Kernel, architecture: int, dtype: torch.dtype, features: int
 ) -> tuple[Config, ...]:
-    found = [
+    matching = [
         entry
         for entry in table()
         if entry.kernel == kernel
@@ -98,7 +98,7 @@ def _entries(
         and entry.bits == 8 * dtype.itemsize
         and entry.features >= features
     ]
-    return tuple(sorted(found, key=lambda entry: (-entry.architecture, entry.features)))
+    return tuple(sorted(matching, key=lambda entry: (-entry.architecture, entry.features)))
 
 
 def choose(kernel: Kernel, architecture: int, dtype: torch.dtype, features: int) -> Config:
@@ -107,13 +107,13 @@ def choose(kernel: Kernel, architecture: int, dtype: torch.dtype, features: int)
     Raises:
         RuntimeError: There is none, because the architecture is older than any in the table.
     """
-    found = entries(kernel, architecture, dtype, features)
-    if not found:
+    matching = entries(kernel, architecture, dtype, features)
+    if not matching:
         raise RuntimeError(
             f"there is no configuration of the kernel {kernel} for {dtype}, {features} features "
             f"and compute capability {architecture / 10}"
         )
-    return found[0]
+    return matching[0]
 
 
 _trial: list[Config] = []  # choices that are being timed
@@ -141,9 +141,9 @@ def forget() -> None:
 
 
 @contextmanager
-def tuned(found: list[Config]) -> Iterator[None]:
+def tuned(choices: list[Config]) -> Iterator[None]:
     """Inside the context these choices go before all others."""
-    _trial[:] = found
+    _trial[:] = choices
     _entries.cache_clear()
     try:
         yield
@@ -162,13 +162,13 @@ def cache_file() -> Path:
 def read(path: Path) -> list[Config]:
     """Tuned choices; none if the file is missing, damaged or of another version."""
     try:
-        found: list[dict[str, Any]] = json.loads(path.read_text())
-        return [Config(**entry) for entry in found]
+        choices: list[dict[str, Any]] = json.loads(path.read_text())
+        return [Config(**entry) for entry in choices]
     except (OSError, ValueError, TypeError):
         return []
 
 
-def write(path: Path, found: list[Config]) -> None:
+def write(path: Path, choices: list[Config]) -> None:
     """Save tuned choices. The file is replaced as a whole or not at all."""
-    atomic_write(path, json.dumps([asdict(entry) for entry in found], indent=1))
+    atomic_write(path, json.dumps([asdict(entry) for entry in choices], indent=1))
     forget()

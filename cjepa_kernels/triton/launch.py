@@ -94,8 +94,8 @@ class Panel:
 def has(kernel: Kernel, packed: Packed) -> bool:
     """Whether the table has the kernel for these rows and this architecture."""
     z = packed.z
-    found = configs.entries(kernel, configs.architecture(z.device), z.dtype, z.shape[1])
-    return bool(found) and found[0].warps > 0
+    entries = configs.entries(kernel, configs.architecture(z.device), z.dtype, z.shape[1])
+    return bool(entries) and entries[0].warps > 0
 
 
 def config(kernel: Kernel, packed: Packed) -> Config:

@@ -92,11 +92,11 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def _levels(predictions: list[Tensor], targets: list[Tensor], masks: list[Tensor]) -> list[_Level]:
-    found = []
+    levels = []
     for index, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
         mask = masks[index] if masks and masks[index].numel() else None
-        found.append(_Level(prediction, target, mask))
-    return found
+        levels.append(_Level(prediction, target, mask))
+    return levels
 
 
 def forward(
