@@ -18,7 +18,7 @@ def read_options(
     seconds: float | None = None,
     quick_seconds: float | None = None,
 ) -> Any:
-    """Read a script's own options, ``--no-save``, and where they apply ``--seconds`` and ``--quick``.
+    """Read a script's own options and those that all scripts share.
 
     Args:
         description: Docstring of the script.
