@@ -9,7 +9,13 @@ from typing import Any, cast
 import pytest
 import torch
 from overloads import OVERLOADS
-from sample_inputs import cross_inputs, sample_inputs
+from sample_inputs import (
+    cross_inputs,
+    cross_logsumexp_inputs,
+    in_order,
+    nt_xent_inputs,
+    sample_inputs,
+)
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -244,25 +250,25 @@ def test_export_keeps_the_number() -> None:
     torch.testing.assert_close(program.module()(*z), Model()(*z))
 
 
-def as_tensors(name: str, inputs: tuple[Any, ...]) -> list[Any]:
-    """Arguments of ``<name>_dynamic`` from those of ``<name>``."""
+def as_tensors(name: str, inputs: dict[str, Any]) -> list[Any]:
+    """The arguments of ``<name>_dynamic``, in order, made from those of ``<name>``."""
     numbers = [str(a.type) == "float" for a in ops.operator(name)._schema.arguments]
     return [
         torch.tensor(value, dtype=torch.float64, device="cpu") if number else value
-        for value, number in zip(inputs, numbers, strict=True)
+        for value, number in zip(in_order(name, inputs), numbers, strict=True)
     ]
 
 
 @OVERLOADS
 def test_numbers_as_tensors_give_the_same_bits(overload: str) -> None:
-    """In every back end, also where the temperature decides what a kernel does."""
+    """In every back end, and at temperatures for which a kernel works in different ways."""
     z_i, z_j = (torch.randn(5, 4, requires_grad=True) for _ in range(2))
     for temperature in (0.2, 0.004):
         for name, inputs in (
-            ("nt_xent", (z_i, z_j, None, None, temperature, True, 1e-8, "mean", None, False)),
-            ("cross_logsumexp", (z_i, z_j, None, temperature, True, 1e-8, None)),
+            ("nt_xent", nt_xent_inputs(z_i, z_j, temperature=temperature)),
+            ("cross_logsumexp", cross_logsumexp_inputs(z_i, z_j, temperature=temperature)),
         ):
-            expected = ops.operator(name, overload)(*inputs)
+            expected = tuple(ops.run(name, overload, **inputs))
             dynamic = ops.operator(f"{name}_dynamic", overload)
             actual = dynamic(*as_tensors(name, inputs))
             torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0, equal_nan=True)
@@ -283,9 +289,20 @@ def test_opcheck_of_numbers_as_tensors(name: str) -> None:
 def test_opcheck_of_the_prediction_loss_with_numbers_as_tensors() -> None:
     levels = [torch.randn(3, n, 4, requires_grad=True) for n in (4, 2)]
     targets = [torch.randn(3, n, 4) for n in (4, 2)]
-    numbers = [torch.tensor(x, dtype=torch.float64) for x in ([1.0, 0.5], 0.7, 1e-8)]
-    arguments = (levels, targets, [], numbers[0], "smoothl1", "l2", *numbers[1:], "mean")
-    torch.library.opcheck(ops.operator("prediction_loss_dynamic"), arguments)
+    inputs = {
+        "predictions": levels,
+        "targets": targets,
+        "masks": [],
+        "weights": torch.tensor([1.0, 0.5], dtype=torch.float64),
+        "loss_type": "smoothl1",
+        "normalization": "l2",
+        "threshold": torch.tensor(0.7, dtype=torch.float64),
+        "eps": torch.tensor(1e-8, dtype=torch.float64),
+        "reduction": "mean",
+    }
+    torch.library.opcheck(
+        ops.operator("prediction_loss_dynamic"), in_order("prediction_loss", inputs)
+    )
 
 
 def test_a_training_step_with_a_compiled_loss_takes_a_schedule() -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from overloads import OVERLOADS
+from sample_inputs import cross_logsumexp_backward_inputs, cross_logsumexp_inputs
 from tolerances import FLOOR_GRADIENT, relative_error
 from torch import Tensor
 
@@ -163,28 +164,36 @@ def test_parts_add_up_to_the_whole(
 def test_backward_of_parts_with_the_sums_of_the_whole(
     overload: str, cosine: bool, temperature: float
 ) -> None:
-    """What a ring over ranks does: each part of y, with the log-sum-exp over all of it."""
+    """A ring over ranks computes gradients from a part of y and the log-sum-exp over all of y."""
     x, y = random_rows(19, 6), random_rows(40, 6)
-    options = (temperature, cosine, 1e-8, None)
+    inputs = cross_logsumexp_inputs(x, y, temperature=temperature, use_cosine_similarity=cosine)
     grad_row = torch.randn(19, dtype=torch.float64)
     grad_column = torch.randn(40, dtype=torch.float64)
     with torch.no_grad():
-        whole = ops.operator("cross_logsumexp", overload)(x, y, None, *options)
-        backward = ops.operator("cross_logsumexp_backward", overload)
-        expected = backward(grad_row, grad_column, x, y, None, *whole[4:], *options, True, True)
-        row = whole[4:6]
-        as_one_number = (whole[0] * temperature, torch.zeros_like(whole[0]))  # the same LSE
-        for pair in (row, as_one_number):
-            parts = [
-                backward(
-                    *(grad_row, grad_column[part].contiguous(), x, y[part], None, *pair),
-                    *(whole[6][part].contiguous(), whole[7][part].contiguous(), *options),
-                    *(True, True),
-                )
-                for part in (slice(0, 27), slice(27, None))
-            ]
-            torch.testing.assert_close(parts[0][0] + parts[1][0], expected[0])
-            torch.testing.assert_close(torch.cat([p[1] for p in parts]), expected[1])
+        out = ops.run("cross_logsumexp", overload, **inputs)
+        whole = cross_logsumexp_backward_inputs(inputs, out) | {
+            "grad_row_lse": grad_row,
+            "grad_column_lse": grad_column,
+        }
+        expected = ops.run("cross_logsumexp_backward", overload, **whole)
+        # The whole log-sum-exp can also be in the shift: lse = shift / temperature + log_sum.
+        as_one_number = {
+            "row_shift": out.row_lse * temperature,
+            "row_log_sum": torch.zeros_like(out.row_lse),
+        }
+        for saved_of_rows in ({}, as_one_number):
+            parts = []
+            for part in (slice(0, 27), slice(27, None)):
+                of_part = {
+                    "y": y[part],
+                    "grad_column_lse": grad_column[part].contiguous(),
+                    "column_shift": out.column_shift[part].contiguous(),
+                    "column_log_sum": out.column_log_sum[part].contiguous(),
+                }
+                arguments = whole | saved_of_rows | of_part
+                parts.append(ops.run("cross_logsumexp_backward", overload, **arguments))
+            torch.testing.assert_close(parts[0].grad_x + parts[1].grad_x, expected.grad_x)
+            torch.testing.assert_close(torch.cat([p.grad_y for p in parts]), expected.grad_y)
 
 
 @pytest.mark.skipif(not backends()["native"].available, reason="no compiled kernel here")

@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from overloads import RUNNABLE
+from sample_inputs import in_order
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor
 
@@ -392,58 +393,66 @@ def test_a_hierarchy_is_its_levels(backend: str, reduction: Any, detach: bool) -
         assert all(t.grad is None for t in targets)
 
 
-def arguments(case: int, dtype: torch.dtype, *, grad: bool = True) -> tuple[Any, ...]:
-    """Of the operator: levels, masks, normalisations and reductions by number."""
+def arguments(case: int, dtype: torch.dtype, *, grad: bool = True) -> dict[str, Any]:
+    """Arguments of the operator; ``case`` chooses masks, loss type, normalization, reduction."""
     predictions, targets, masks = levels(dtype)
     if not grad:
         predictions, targets = ([x.detach() for x in side] for side in (predictions, targets))
-    return (
-        predictions,
-        targets if case else [t.detach() for t in targets],
-        [m if m is not None else torch.empty(0, dtype=torch.bool) for m in masks]
-        if case % 2
-        else [],
-        [1.0, 0.5, 0.25],
-        ("smoothl1", "mse", "huber")[case],
-        ("l2", "layer", "none")[case],
-        0.7,
-        1e-8,
-        ("mean", "sum", "none")[case],
-    )
+    no_mask = torch.empty(0, dtype=torch.bool)
+    return {
+        "predictions": predictions,
+        "targets": targets if case else [t.detach() for t in targets],
+        "masks": [no_mask if m is None else m for m in masks] if case % 2 else [],
+        "weights": [1.0, 0.5, 0.25],
+        "loss_type": ("smoothl1", "mse", "huber")[case],
+        "normalization": ("l2", "layer", "none")[case],
+        "threshold": 0.7,
+        "eps": 1e-8,
+        "reduction": ("mean", "sum", "none")[case],
+    }
 
 
 @pytest.mark.parametrize("overload", RUNNABLE)
 @pytest.mark.parametrize("case", range(3))
 def test_opcheck(overload: str, case: int) -> None:
-    torch.library.opcheck(ops.operator("prediction_loss", overload), arguments(case, torch.float32))
+    inputs = in_order("prediction_loss", arguments(case, torch.float32))
+    torch.library.opcheck(ops.operator("prediction_loss", overload), inputs)
 
 
 @pytest.mark.parametrize("overload", RUNNABLE)
 @pytest.mark.parametrize("case", range(3))
 def test_opcheck_backward(overload: str, case: int) -> None:
-    args = arguments(case, torch.float32, grad=False)
-    loss, unweighted, of_levels, statistics, scales = ops.operator("prediction_loss", overload)(
-        *args
-    )
-    upstream = [(loss, None, None), (loss, unweighted, None), (None, unweighted, of_levels)][case]
+    inputs = arguments(case, torch.float32, grad=False)
+    out = ops.run("prediction_loss", overload, **inputs)
+    # Each case has upstream gradients for other results.
+    backward_inputs = inputs | {
+        "grad_loss": (out.loss, out.loss, None)[case],
+        "grad_unweighted": (None, out.unweighted, out.unweighted)[case],
+        "grad_levels": (None, None, out.levels)[case],
+        "statistics": out.statistics,
+        "scales": out.scales,
+        "targets_too": case > 0,
+    }
     torch.library.opcheck(
         ops.operator("prediction_loss_backward", overload),
-        (*upstream, *args[:3], statistics, scales, *args[3:], case > 0),
+        in_order("prediction_loss_backward", backward_inputs),
     )
 
 
 @pytest.mark.parametrize("overload", RUNNABLE)
 @pytest.mark.parametrize("case", range(3))
 def test_the_operators_own_autograd(overload: str, case: int) -> None:
-    """Which torch.compile and torch.export take, not the modules."""
-    args = arguments(case, torch.float32 if overload == ".triton" else torch.float64)
-    outputs = ops.operator("prediction_loss", overload)(*args)
-    results = [outputs, ops.call("prediction_loss", overload, *args[:3], tuple(args[3]), *args[4:])]
-    inputs = args[0] + (args[1] if case else [])
-    for result in results:
-        total = result[0] + 2 * result[1] + result[2].square().sum()
-        result_grads = torch.autograd.grad(total, inputs)
-        if result is outputs:
+    """torch.compile and torch.export use the registered autograd. The modules use ``ops.call``."""
+    inputs = arguments(case, torch.float32 if overload == ".triton" else torch.float64)
+    registered = ops.run("prediction_loss", overload, **inputs)
+    direct = ops.call(
+        "prediction_loss", overload, **(inputs | {"weights": tuple(inputs["weights"])})
+    )
+    leaves = inputs["predictions"] + (inputs["targets"] if case else [])
+    for result in (registered, direct):
+        total = result.loss + 2 * result.unweighted + result.levels.square().sum()
+        result_grads = torch.autograd.grad(total, leaves)
+        if result is registered:
             expected = result_grads
         for a, b in zip(result_grads, expected, strict=True):
             torch.testing.assert_close(a, b)
