@@ -1,6 +1,7 @@
 """Whether HEAD is slower than another revision: both take turns, and the ratio has an interval.
 
     python bench/compare.py BASE [--head HEAD] [--sizes 256x256,...] [--processes 8] [--rounds 6]
+    python bench/compare.py BASE --training-step [--no-save]
 
 Each revision is a checkout of its own with a compiled module of its own (one for both where the
 native sources are the same), removed at the end. Two processes, one of each revision, take turns.
@@ -8,6 +9,11 @@ That is repeated with new processes, because where memory lies changes times fro
 process. A pair of processes counts once, by the median of its turns' ratios, and the interval is
 that of the sign test (cjepa_kernels/bench/verdict.py), which needs 8 pairs. Uncommitted changes
 are not measured. The exit code is 1 if HEAD is slower.
+
+``--training-step`` times the training program's step and its loss instead: encoders, predictor,
+loss, backward and optimiser, on random images of the two example configurations' sizes, without
+loading or augmenting them. The quickest process of each revision counts, because a shared
+machine's speed varies by more than the difference. It writes bench/results/training_step_cpu.json.
 """
 
 from __future__ import annotations
@@ -17,11 +23,14 @@ import signal
 import statistics
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import revisions
+from revision_worker import IMAGES
 
 from cjepa_kernels.bench.candidates import DIRECTIONS
+from cjepa_kernels.bench.records import Record, write_results
 from cjepa_kernels.bench.report import LEVEL
 from cjepa_kernels.bench.sizes import Size, parse_sizes
 from cjepa_kernels.bench.verdict import MARGIN, MIN_ROUNDS, Ratio, Verdict, ratio_of_blocks
@@ -29,6 +38,7 @@ from cjepa_kernels.tables import print_table
 
 SIZES = "256x256,1024x256,4096x256,8192x256"
 TURN_SECONDS = 0.1  # A turn makes at least one call.
+STEP_SECONDS = 4.0  # Time of a process's training steps.
 HEADER = ["M", "D", "pass", "base ms", "HEAD ms", "HEAD / base", f"{LEVEL} interval", "HEAD is"]
 WITHIN = f"{100 * (MARGIN - 1):.0f} %"
 STATEMENTS: dict[Verdict, str] = {
@@ -124,6 +134,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Any:
     )
     parser.add_argument("--rounds", type=int, default=6, help="turns of each process")
     parser.add_argument("--seconds", type=float, default=TURN_SECONDS, help="time of a turn")
+    parser.add_argument("--training-step", action="store_true", help="time training steps instead")
+    parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
     options = parser.parse_args(arguments)
     if options.base is None:
         parser.error("a revision is needed: make bench-compare BASE=main")
@@ -139,31 +151,61 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Any:
     return options
 
 
-def main() -> int:
-    options = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # The checkouts are removed.
+def compare_losses(base: Path, head: Path, options: Any) -> bool:
+    """Compare NT-Xent at every size, and return whether HEAD is slower anywhere."""
     cases = [Case(size, direction) for size in options.sizes for direction in DIRECTIONS]
-    with revisions.checkouts([options.base, options.head]) as (base, head):
-        found = revisions.measure_in_turn(
-            base,
-            head,
-            [
-                {
-                    "task": "nt_xent",
-                    "rows": case.size.rows,
-                    "features": case.size.features,
-                    "direction": case.direction,
-                    "seconds": options.seconds,
-                }
-                for case in cases
-            ],
-            processes=options.processes,
-            rounds=options.rounds,
-        )
+    found = revisions.measure_in_turn(
+        base,
+        head,
+        [
+            {
+                "task": "nt_xent",
+                "rows": case.size.rows,
+                "features": case.size.features,
+                "direction": case.direction,
+                "seconds": options.seconds,
+            }
+            for case in cases
+        ],
+        processes=options.processes,
+        rounds=options.rounds,
+    )
     changes = {case: summarise(turns) for case, turns in zip(cases, found, strict=True)}
     print_table(HEADER, table(changes))
     print(statement(changes))
-    return int(any(change.verdict == "slower" for change in changes.values()))
+    return any(change.verdict == "slower" for change in changes.values())
+
+
+def compare_training_steps(base: Path, head: Path, options: Any) -> None:
+    """Time the training steps of both revisions, and record them."""
+    requests = [
+        {"task": "training_step", "configuration": name, "seconds": STEP_SECONDS} for name in IMAGES
+    ]
+    found = revisions.measure_in_turn(base, head, requests, processes=options.processes, rounds=1)
+    rows: list[Record] = []
+    for name, turns in zip(IMAGES, found, strict=True):
+        row: Record = {"configuration": name, "base": revisions.resolve(options.base)[:7]}
+        for key in ("step", "loss"):
+            for side, when in enumerate(("before", "after")):
+                row[f"{key}_{when}"] = min(pair[side][key] for pairs in turns for pair in pairs)
+        rows.append(row)
+    keys = ["step_before", "step_after", "loss_before", "loss_after"]
+    print_table(
+        ["configuration", *(f"{key}, ms" for key in keys)],
+        [[row["configuration"], *(f"{1e3 * row[key]:.2f}" for key in keys)] for row in rows],
+    )
+    if not options.no_save:
+        print(f"written: {write_results('training_step_cpu', rows)}")
+
+
+def main() -> int:
+    options = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # The checkouts are removed.
+    with revisions.checkouts([options.base, options.head]) as (base, head):
+        if not options.training_step:
+            return int(compare_losses(base, head, options))
+        compare_training_steps(base, head, options)
+    return 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ distributed_cost.py.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import multiprocessing
@@ -40,8 +39,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from cjepa_kernels import cross_logsumexp, nt_xent, pair_similarity
+from cjepa_kernels.bench.command_line import read_options, save
 from cjepa_kernels.bench.formulas import TEMPERATURE, gather_with_gradient, lightly_of_group
-from cjepa_kernels.bench.records import write_results
+from cjepa_kernels.bench.records import Record
+from cjepa_kernels.bench.targets import Target, print_targets
 from cjepa_kernels.bench.timing import summarise
 from cjepa_kernels.functional import dispatch
 from cjepa_kernels.tables import print_table
@@ -169,7 +170,7 @@ def summary(per_rank: list[list[Round]]) -> dict[str, float]:
     }
 
 
-def measure_times(sizes: tuple[tuple[int, int], ...], seconds: float) -> list[dict[str, Any]]:
+def measure_times(sizes: tuple[tuple[int, int], ...], seconds: float) -> list[Record]:
     """Measure work and time: one record for each size and candidate."""
     rows = []
     for own_rows, features in sizes:
@@ -181,32 +182,22 @@ def measure_times(sizes: tuple[tuple[int, int], ...], seconds: float) -> list[di
     return rows
 
 
-def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def ratios(rows: list[Record]) -> list[Target]:
     """The ratios of the ring's work to that of each other candidate, with their targets."""
+    rings = {(row["M_r"], row["D"]): row for row in rows if row["name"] == "ring"}
     found = []
-    by_name = {(row["M_r"], row["D"], row["name"]): row for row in rows}
-    for own_rows, features, name in by_name:
-        if name == "ring":
-            continue
-        ring, other = by_name[own_rows, features, "ring"], by_name[own_rows, features, name]
-        ratio = ring["work"] / other["work"]
-        target = WORK_TARGET if name == "strips" else None
-        verdict = None if target is None else "met" if ratio <= target else "missed"
-        found.append(
-            {
-                "M_r": own_rows,
-                "D": features,
-                "name": f"work of the ring / {name}",
-                "ratio": ratio,
-                "time_ratio": ring["time"] / other["time"],
-                "target": target,
-                "verdict": verdict,
-            }
-        )
+    for row in rows:
+        if row["name"] != "ring":
+            ring = rings[row["M_r"], row["D"]]
+            name = f"work of the ring / {row['name']}"
+            cell: Record = {"M_r": row["M_r"], "D": row["D"], "name": name}
+            cell["time_ratio"] = ring["time"] / row["time"]
+            limit = WORK_TARGET if row["name"] == "strips" else None
+            found.append(Target(cell, ring["work"] / row["work"], limit))
     return found
 
 
-def measure_memory(cases: tuple[tuple[int, int, int, bool], ...]) -> list[dict[str, Any]]:
+def measure_memory(cases: tuple[tuple[int, int, int, bool], ...]) -> list[Record]:
     """Measure the peak extra memory of the rank that needs most, of each case and strategy."""
     records = []
     for ranks, rows, features, saved in cases:
@@ -231,8 +222,10 @@ def measure_memory(cases: tuple[tuple[int, int, int, bool], ...]) -> list[dict[s
     return records
 
 
-def print_times(rows: list[dict[str, Any]], targets: list[dict[str, Any]]) -> None:
-    """Print the measured times and the ratios."""
+def main() -> None:
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "cjepa_kernels"])
+    options = read_options(__doc__, seconds=6.0, quick_seconds=0.1)
+    rows = measure_times(QUICK_SIZES if options.quick else SIZES, options.seconds)
     print_table(
         ["M_r", "D", "candidate", "work, ms", "p20", "p80", "time, ms"],
         [
@@ -243,30 +236,8 @@ def print_times(rows: list[dict[str, Any]], targets: list[dict[str, Any]]) -> No
             for row in rows
         ],
     )
-    print_table(
-        ["M_r", "D", "", "ratio", "of times", "target", ""],
-        [
-            [
-                *(str(t[key]) for key in ("M_r", "D", "name")),
-                *(f"{t[key]:.2f}" for key in ("ratio", "time_ratio")),
-                "" if t["target"] is None else f"<= {t['target']}",
-                t["verdict"] or "",
-            ]
-            for t in targets
-        ],
-    )
-
-
-def main() -> None:
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "cjepa_kernels"])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=6, help="time for each size")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
-    options = parser.parse_args()
-    rows = measure_times(QUICK_SIZES if options.quick else SIZES, options.seconds)
     targets = ratios(rows)
-    print_times(rows, targets)
+    print_targets(targets, ["M_r", "D", "name"])
     memory = measure_memory(QUICK_MEMORY_CASES if options.quick else MEMORY_CASES)
     print_table(
         ["strategy", "R", "M_r", "D", "saved", "extra MiB", "/ own rows"],
@@ -279,9 +250,8 @@ def main() -> None:
             for m in memory
         ],
     )
-    if not options.no_save:
-        path = write_results("distributed_cpu", rows, targets=targets, memory=memory)
-        print(f"written: {path}")
+    judged = [target.record() for target in targets]
+    save(options, "distributed_cpu", rows, targets=judged, memory=memory)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 There are R ranks of m = M_r rows each, M = R m, with D features of ``itemsize`` bytes. The script
 writes the tables of docs/distributed.md to bench/results/distributed_cost.json, and
-bench/pictures.py draws them. A test compares the formulas of this package's two strategies with the
-code's own counters. The formulas of the others follow their sources:
+docs/draw_results.py draws them. A test compares the formulas of this package's two strategies with
+the code's own counters. The formulas of the others follow their sources:
 
     lightly    1.6.0: gathers the features, keeps logits (M_r, M), and all-reduces the gradients of
                all rows, stacked
@@ -20,11 +20,10 @@ of the links are those of data sheets. The rate of the products is an assumption
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, replace
-from typing import Any
 
-from cjepa_kernels.bench.records import write_results
+from cjepa_kernels.bench.command_line import read_options, save
+from cjepa_kernels.bench.records import Record
 from cjepa_kernels.tables import print_table
 
 RANKS = (2, 4, 8, 16, 64, 256, 1024)
@@ -80,16 +79,12 @@ def cost(scheme: str, problem: Problem, *, saved: bool = False) -> Cost:
     product = 2 * problem.rows * problem.features  # FLOPs of a row of S with one other shard
     own = problem.rows * problem.rows * problem.features
     every = problem.ranks * problem.rows * product  # (M_r, M)
+    exchanged = (problem.ranks - 1) * problem.shard
     if scheme == "lightly":
-        return Cost(
-            (problem.ranks - 1) * problem.shard, 2 * (problem.ranks - 1) * problem.shard, 3 * every
-        )
+        return Cost(exchanged, 2 * exchanged, 3 * every)
     if scheme == "open_clip":
-        return Cost(
-            (problem.ranks - 1) * problem.shard, (problem.ranks - 1) * problem.shard, 3 * every
-        )
+        return Cost(exchanged, exchanged, 3 * every)
     if scheme == "inf_cl":
-        exchanged = (problem.ranks - 1) * problem.shard
         return Cost(exchanged, exchanged + problem.ranks * problem.gradient, 4 * every)
     agreed = (problem.ranks - 1) * AGREED + 2 * (problem.ranks - 1) * 8 * (
         problem.features + 3
@@ -97,9 +92,8 @@ def cost(scheme: str, problem: Problem, *, saved: bool = False) -> Cost:
     own_flops = (1 + 2 + (not saved)) * own
     others = (problem.ranks - 1) * problem.rows
     if scheme == "all_gather":
-        forward = (problem.ranks - 1) * problem.shard
-        backward = (problem.ranks - 1) * problem.rows * STATISTICS * 4
-        return Cost(agreed + forward, backward, own_flops + 3 * others * product)
+        backward = others * STATISTICS * 4
+        return Cost(agreed + exchanged, backward, own_flops + 3 * others * product)
     # The ring has one visitor in each step. With R even, one rank in two needs only half of the
     # visitor of the last step.
     steps = problem.ranks // 2
@@ -179,7 +173,7 @@ SHOWN = Problem(ranks=0, rows=4096, features=256, itemsize=2)  # 2048 pairs a ra
 FEATURES = (128, 256, 768)
 
 
-def cost_rows() -> list[dict[str, Any]]:
+def cost_rows() -> list[Record]:
     """The cost of each scheme for each number of ranks."""
     rows = []
     for ranks in RANKS:
@@ -190,7 +184,7 @@ def cost_rows() -> list[dict[str, Any]]:
     return rows
 
 
-def hidden_rows() -> list[dict[str, Any]]:
+def hidden_rows() -> list[Record]:
     """The pairs a rank at which the ring's products hide its exchange, by link, ranks and D."""
     rows = []
     for link, ranks in ((NVLINK, 8), (NETWORK, 16), (NETWORK, 64), (NETWORK, 1024)):
@@ -202,9 +196,7 @@ def hidden_rows() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--no-save", action="store_true", help="write no file")
-    options = parser.parse_args()
+    options = read_options(__doc__)
     rows, hidden = cost_rows(), hidden_rows()
     print_table(
         ["R", "scheme", "sent, MiB", "TFLOP"],
@@ -217,9 +209,7 @@ def main() -> None:
         ["link", "R", "D", "pairs a rank", "whole batch"],
         [[str(r[key]) for key in ("link", "ranks", "D", "pairs", "whole_batch")] for r in hidden],
     )
-    if options.no_save:
-        return
-    print(f"written: {write_results('distributed_cost', rows, hidden=hidden)}")
+    save(options, "distributed_cost", rows, hidden=hidden)
 
 
 if __name__ == "__main__":

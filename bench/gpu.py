@@ -29,21 +29,19 @@ import torch.nn.functional as F
 from gpu_targets import (
     AUTOCAST,
     BYTES,
+    COLUMNS,
     COMPILED,
     EAGER,
     FULL,
-    HEADER,
     INF_CL,
     MM,
     MM3,
     OURS,
     QUICK,
-    Record,
     Results,
     Sizes,
+    as_records,
     judge,
-    summary,
-    table,
 )
 from torch import Tensor
 
@@ -53,8 +51,9 @@ from cjepa_kernels.bench import sizes as bench_sizes
 from cjepa_kernels.bench.candidates import BOTH, FORWARD, one_pass, products
 from cjepa_kernels.bench.errors import exact, of_formula
 from cjepa_kernels.bench.formulas import TEMPERATURE, Formula, eager
-from cjepa_kernels.bench.records import write_results
+from cjepa_kernels.bench.records import Record, write_results
 from cjepa_kernels.bench.sizes import Size
+from cjepa_kernels.bench.targets import print_targets, summary
 from cjepa_kernels.bench.timing import (
     Build,
     BusyDevice,
@@ -67,7 +66,6 @@ from cjepa_kernels.bench.timing import (
 )
 from cjepa_kernels.extras import require
 from cjepa_kernels.provenance import installed_version
-from cjepa_kernels.tables import print_table
 
 DEVICE = "cuda"
 BACKEND: Backend = "triton"
@@ -364,7 +362,7 @@ def save(name: str, results: Results, sizes: Sizes) -> None:
         "triton": installed_version("triton"),
         "inf_cl": installed_version("inf-cl"),
     }
-    write_results(name, **results, targets=judge(results, sizes), gpu=[gpu])
+    write_results(name, **results, targets=as_records(judge(results, sizes)), gpu=[gpu])
 
 
 def run(sizes: Sizes, name: str | None) -> int:
@@ -391,8 +389,8 @@ def run(sizes: Sizes, name: str | None) -> int:
         torch.cuda.empty_cache()
     targets = judge(results, sizes)
     print()
-    print_table(HEADER, table(targets))
-    print(summary(targets))
+    print_targets(targets, COLUMNS)
+    print(summary(targets, COLUMNS))
     for record in results["missing"]:
         print(f"not installed: {record['part']} ({record['how']})")
     for record in results["failed"]:

@@ -1,11 +1,13 @@
 """Run the tests and the benchmark that need a GPU, in at most 8 minutes: ``make gpu-check``.
 
-    python bench/gpu_check.py
+    python bench/gpu_check.py [--small]
 
 Each step runs even if another fails, and a table at the end says which did. The steps need
 PyTorch, Triton, pytest and hypothesis, and no network. The first step installs the package, which
 also needs setuptools, CMake, Ninja, pybind11 and a compiler. The other steps do not depend on it,
 because they import the package from the checkout.
+``--small`` only calls the kernels of the contrastive losses on small inputs. The steps run that
+under compute-sanitizer, which slows kernels down a lot.
 """
 
 from __future__ import annotations
@@ -122,7 +124,7 @@ def steps() -> list[Step]:
     )
     # One process compiles for minutes. Then the tests of what users call come first.
     tested = (kernels, parity) if installed("xdist") else (parity, kernels)
-    small = [sys.executable, str(ROOT / "bench/gpu_small.py")]
+    small = [sys.executable, __file__, "--small"]
     found = [
         Step("build", pip_install(), 120, needs=("pip", "setuptools", "pybind11")),
         device,
@@ -207,6 +209,30 @@ def run_all(
     return outcomes
 
 
+def call_small() -> None:
+    """Call every Triton kernel of the contrastive losses on small inputs."""
+    import torch
+
+    from cjepa_kernels import cross_logsumexp, nt_xent
+
+    torch.manual_seed(0)
+    for batch, features, dtype in (
+        (3, 5, torch.float32),
+        (70, 64, torch.bfloat16),
+        (201, 300, torch.float16),
+        (2200, 128, torch.bfloat16),
+    ):
+        z = [torch.randn(batch, features, device="cuda").to(dtype) for _ in range(2)]
+        z = [x.requires_grad_() for x in z]
+        mask = torch.rand(batch, batch, device="cuda") < 0.1 if batch < 300 else None
+        for options in ({}, {"temperature": 0.01}, {"mask": mask}):
+            loss = nt_xent(z[0], z[1], backend="triton", **options).loss
+            torch.autograd.grad(loss, z)
+        out = cross_logsumexp(z[0], z[1][: batch // 2 + 1], backend="triton")
+        torch.autograd.grad(out.row_lse.sum() + out.column_lse.sum(), z)
+    torch.cuda.synchronize()
+
+
 def end(signum: int, frame: FrameType | None) -> None:
     """Exit by an exception, so that ``finally`` stops the running step."""
     sys.exit(128 + signum)
@@ -236,7 +262,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    sys.exit(main())
+    )
+    parser.add_argument("--small", action="store_true", help="call the kernels on small inputs")
+    if not parser.parse_args().small:
+        sys.exit(main())
+    call_small()

@@ -10,7 +10,6 @@ bench/results/gpu_instructions_sm<architecture>.json.
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import tempfile
@@ -28,21 +27,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from cjepa_kernels.bench.records import write_results
+from cjepa_kernels.bench.command_line import read_options, save
+from cjepa_kernels.bench.records import Record
 from cjepa_kernels.tables import print_table
-from cjepa_kernels.triton import configs, cross_logsumexp, nt_xent, prediction_loss
+from cjepa_kernels.triton import configs, nt_xent
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one block may take
-TENSOR_CORE = {80: "HMMA.", 90: "HGMMA.", 100: "UTC"}  # how its instructions begin
-# Kernels that multiply matrices.
-PRODUCTS = {
-    "tiles_kernel",
-    "strips_kernel",
-    "coefficient_tiles_kernel",
-    "products_kernel",
-    "owned_rows_kernel",
-}
 # What is counted: the kernels of NT-Xent that take exponentials, at these sizes.
 COUNTED = ("tiles_kernel", "strips_kernel", "owned_rows_kernel", "coefficient_tiles_kernel")
 ROWS = 65536
@@ -233,66 +223,6 @@ def nt_xent_call(
     return call
 
 
-def rectangle_call(
-    rows: int, columns: int, features: int, dtype: torch.dtype
-) -> Callable[[], None]:
-    """Forward and backward of both log-sum-exps of a rectangle on "meta"."""
-
-    def call() -> None:
-        common: dict[str, Any] = {
-            "x": meta(rows, features, dtype=dtype),
-            "y": meta(columns, features, dtype=dtype),
-            "temperature_tensor": None,
-            "temperature": 0.1,
-            "use_cosine_similarity": True,
-            "eps": 1e-8,
-            "product_dtype": None,
-        }
-        out = cross_logsumexp.forward(**common)
-        cross_logsumexp.backward(
-            **common,
-            grad_row_lse=meta(rows),
-            grad_column_lse=meta(columns),
-            row_shift=out.row_shift,
-            row_log_sum=out.row_log_sum,
-            column_shift=out.column_shift,
-            column_log_sum=out.column_log_sum,
-            of_x=True,
-            of_y=True,
-        )
-
-    return call
-
-
-def prediction_call(features: int, dtype: torch.dtype, normalization: str) -> Callable[[], None]:
-    """Forward and backward of the prediction loss of two levels, the first masked, on "meta"."""
-
-    def call() -> None:
-        common: dict[str, Any] = {
-            "predictions": [meta(128, n, features, dtype=dtype) for n in (196, 49)],
-            "targets": [meta(128, n, features, dtype=dtype) for n in (196, 49)],
-            "masks": [meta(128, 196, dtype=torch.bool), meta(0, dtype=torch.bool)],
-            "weights": [1.0, 0.5],
-            "loss_type": "smoothl1",
-            "normalization": normalization,
-            "threshold": 1.0,
-            "eps": 1e-8,
-            "reduction": "mean",
-        }
-        out = prediction_loss.forward(**common)
-        prediction_loss.backward(
-            **common,
-            grad_loss=out.loss,
-            grad_unweighted=out.unweighted,
-            grad_levels=out.levels,
-            statistics=out.statistics,
-            scales=out.scales,
-            targets_too=True,
-        )
-
-    return call
-
-
 def loops(assembly: str) -> Iterator[list[str]]:
     """The body of each loop, from a label to the branch back to it, and then the whole kernel."""
     instructions: list[str] = []
@@ -322,10 +252,10 @@ def per_element(assembly: str) -> float:
     return min(found)[1]
 
 
-def count(features: int, architecture: int) -> list[dict[str, Any]]:
+def count(features: int, architecture: int) -> list[Record]:
     """A record for each kernel at D features; its cycles are those of one tile."""
     call = nt_xent_call(ROWS, features, torch.bfloat16)
-    records: dict[str, dict[str, Any]] = {}
+    records: dict[str, Record] = {}
     for launch in launches(architecture, call):
         if launch.name not in COUNTED or launch.name in records:
             continue
@@ -346,11 +276,9 @@ def count(features: int, architecture: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architecture", type=int, default=90, help="compute capability")
-    parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
-    arguments = parser.parse_args()
-    records = [r for features in FEATURES for r in count(features, arguments.architecture)]
+    capability = {"type": int, "default": 90, "help": "compute capability"}
+    options = read_options(__doc__, {"--architecture": capability})
+    records = [r for features in FEATURES for r in count(features, options.architecture)]
     rows = [
         [
             str(r["D"]),
@@ -362,8 +290,7 @@ def main() -> None:
         for r in records
     ]
     print_table(HEADER, rows)
-    if not arguments.no_save:
-        write_results(f"gpu_instructions_sm{arguments.architecture}", records)
+    save(options, f"gpu_instructions_sm{options.architecture}", records)
 
 
 if __name__ == "__main__":

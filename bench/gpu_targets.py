@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 from cjepa_kernels.bench.candidates import BOTH, FORWARD
+from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.sizes import Size
+from cjepa_kernels.bench.targets import AT_LEAST, AT_MOST, NOT_RUN, Target
 
-Record = dict[str, Any]
 Results = dict[str, list[Record]]  # The lists of the results file.
 
 # The candidates. The loss under test takes bf16 features, and the products take unit rows in bf16.
@@ -18,7 +16,8 @@ OURS, MM, MM3, INF_CL, BYTES = "triton", "mm", "3 mm", "inf_cl", "its bytes copi
 EAGER = "eager bf16"  # All in bf16, which takes the fewest launches.
 AUTOCAST = "eager, bf16 under autocast"
 COMPILED = "compiled eager, bf16 under autocast"
-HEADER = ["target", "M", "D", "bound", "value", "verdict"]
+COLUMNS = ("target", "M", "D")
+RELATIONS = {AT_MOST: "<=", AT_LEAST: ">="}  # As the results file writes them.
 
 
 @dataclass(frozen=True)
@@ -66,123 +65,86 @@ UTILISATION = Size(65536, 256)
 LARGEST = Size(2**21, 256)
 
 
-class Target(NamedTuple):
-    """A measured value and its bound, an upper or a lower one.
-
-    Attributes:
-        target: What is compared with what.
-        part: The part of the benchmark that measures it.
-        size: At which rows and features.
-        value: The measured value, None if there is none.
-        at_most: The upper bound.
-        at_least: The lower bound.
-    """
-
-    target: str
-    part: str
-    size: Size
-    value: float | None
-    at_most: float = math.inf
-    at_least: float = -math.inf
-
-
-def judge(results: Results, sizes: Sizes) -> list[Record]:
-    """Every target with its value and its verdict, also those that were not measured."""
-    return [
-        {
-            "target": found.target,
-            "part": found.part,
-            "M": found.size.rows,
-            "D": found.size.features,
-            "relation": "<=" if found.at_most < math.inf else ">=",
-            "bound": found.at_most if found.at_most < math.inf else found.at_least,
-            "value": found.value,
-            "verdict": _verdict(found, results),
-        }
-        for found in _targets(results, sizes)
-    ]
-
-
-def _verdict(target: Target, results: Results) -> str:
-    if target.value is not None:
-        return "met" if target.at_least <= target.value <= target.at_most else "missed"
-    if any(record["part"] == target.part for record in results["missing"]):
-        return "not installed"
-    for section, verdict in (("failed", "failed"), ("out_of_memory", "out of memory")):
-        cells = {(record["part"], record["M"], record["D"]) for record in results.get(section, [])}
-        if (target.part, *target.size) in cells:
-            return verdict
-    return "not run"
-
-
-def _targets(results: Results, sizes: Sizes) -> Iterator[Target]:
+def judge(results: Results, sizes: Sizes) -> list[Target]:
+    """Every target with its value, also those that were not measured."""
     medians = {
         (row["part"], row["M"], row["D"], row["pass"], row["name"]): row["median"]
         for row in results["rows"]
     }
+    found: list[Target] = []
+
+    def add(
+        name: str, part: str, size: Size, value: float | None, bound: str, limit: float
+    ) -> None:
+        cell = {"target": name, "part": part, "M": size.rows, "D": size.features}
+        found.append(Target(cell, value, limit, bound, unmeasured=_why(cell, results)))
 
     def ratio(part: str, size: Size, direction: str, names: tuple[str, str]) -> float | None:
         above, below = (medians.get((part, *size, direction, name)) for name in names)
         return above / below if above and below else None
 
-    for direction, products, count, bound in (
+    for direction, products, count, limit in (
         (FORWARD, MM, "one product", 0.6),
         (BOTH, MM3, "three products", 0.9),
     ):
         for size in sizes.targets:
             value = ratio("targets", size, direction, (OURS, products))
-            yield Target(f"{direction} / {count}", "targets", size, value, at_most=bound)
-    for part, other, bound, measured_at in (
+            add(f"{direction} / {count}", "targets", size, value, AT_MOST, limit)
+    for part, other, limit, measured_at in (
         ("targets", AUTOCAST, 8, sizes.targets),
         ("compiled", COMPILED, 4, sizes.compiled),
         ("inf_cl", INF_CL, 10, (sizes.inf_cl,)),
     ):
         for size in measured_at:
             value = ratio(part, size, BOTH, (other, OURS))
-            yield Target(f"{other} / {BOTH}", part, size, value, at_least=bound)
+            add(f"{other} / {BOTH}", part, size, value, AT_LEAST, limit)
     seconds = medians.get(("targets", *UTILISATION, FORWARD, OURS))
     rates = [record["flops"] for record in results["matmul"] if record["size"] == sizes.product]
     flops = 2 * UTILISATION.rows**2 * UTILISATION.features
     value = flops / seconds / rates[0] if seconds and rates else None
     name = f"FLOP/s of the forward, all M² counted / those of a product of {sizes.product}³"
-    yield Target(name, "targets", UTILISATION, value, at_least=1.1)
-    for part, how, bound in (
+    add(name, "targets", UTILISATION, value, AT_LEAST, 1.1)
+    for part, how, limit in (
         ("latency", "as called", 0.5),
         ("latency_graphed", "CUDA graphs", 0.8),
     ):
         for size in sizes.latency:
             value = ratio(part, size, BOTH, (OURS, EAGER))
-            yield Target(f"latency of {BOTH} / {EAGER}, {how}", part, size, value, at_most=bound)
+            add(f"latency of {BOTH} / {EAGER}, {how}", part, size, value, AT_MOST, limit)
     size = sizes.prediction
     value = ratio("prediction", size, BOTH, (OURS, BYTES))
-    yield Target("prediction loss / its bytes", "prediction", size, value, at_most=1.3)
+    add("prediction loss / its bytes", "prediction", size, value, AT_MOST, 1.3)
     over_input = {record["M"]: record["over_input"] for record in results["memory"]}
     largest = max(over_input, default=None) if LARGEST in sizes.memory else None
-    yield Target(f"largest M of {BOTH}", "memory", LARGEST, largest, at_least=LARGEST.rows)
+    add(f"largest M of {BOTH}", "memory", LARGEST, largest, AT_LEAST, LARGEST.rows)
     extra = over_input.get(LARGEST.rows)
-    yield Target("memory beyond the gradients / input", "memory", LARGEST, extra, at_most=4)
-    name, size = "seconds of the first use, compiling", sizes.first_use
+    add("memory beyond the gradients / input", "memory", LARGEST, extra, AT_MOST, 4)
     first = next((record["seconds"] for record in results["first_use"]), None)
-    yield Target(name, "first_use", size, first, at_most=20)
+    name = "seconds of the first use, compiling"
+    add(name, "first_use", sizes.first_use, first, AT_MOST, 20)
+    return found
 
 
-def table(records: list[Record]) -> list[list[str]]:
-    """Rows under ``HEADER``."""
+def _why(cell: Record, results: Results) -> str:
+    """Why a target may have no value."""
+    if any(record["part"] == cell["part"] for record in results["missing"]):
+        return "not installed"
+    for section, verdict in (("failed", "failed"), ("out_of_memory", "out of memory")):
+        for record in results.get(section, []):
+            if all(record[key] == cell[key] for key in ("part", "M", "D")):
+                return verdict
+    return NOT_RUN
+
+
+def as_records(targets: list[Target]) -> list[Record]:
+    """The targets as the results file holds them."""
     return [
-        [
-            record["target"],
-            str(record["M"]),
-            str(record["D"]),
-            f"{record['relation']} {record['bound']}",
-            "-" if record["value"] is None else f"{record['value']:.3f}".removesuffix(".000"),
-            record["verdict"],
-        ]
-        for record in records
+        {
+            **target.cell,
+            "relation": RELATIONS[target.bound],
+            "bound": target.limit,
+            "value": target.value,
+            "verdict": target.verdict,
+        }
+        for target in targets
     ]
-
-
-def summary(records: list[Record]) -> str:
-    """How many targets have which verdict."""
-    verdicts = [record["verdict"] for record in records]
-    counts = [f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts)]
-    return f"{len(records)} targets: {', '.join(counts)}"

@@ -1,6 +1,6 @@
 """Errors of loss and gradient against the temperature, for views that are nearly equal.
 
-    python bench/temperature_error.py [--results RESULTS.json]
+    python bench/temperature_error.py [--no-save]
 
 Late in training a positive's probability is close to 1, and the textbook formula subtracts two
 nearly equal numbers. Nothing is timed. docs/draw_results.py draws the results.
@@ -8,16 +8,11 @@ nearly equal numbers. Nothing is timed. docs/draw_results.py draws the results.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-from typing import Any
-
 import torch
 
 from cjepa_kernels.bench import candidates, errors
-from cjepa_kernels.bench.machine import environment
-from cjepa_kernels.bench.records import RESULTS, as_json
-from cjepa_kernels.files import atomic_write
+from cjepa_kernels.bench.command_line import read_options, save
+from cjepa_kernels.bench.records import Record
 from cjepa_kernels.tables import print_table
 
 TEMPERATURES = (0.5, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)
@@ -26,9 +21,9 @@ FORMULAS = {"textbook": candidates.EAGER, "here": candidates.OURS}
 KEYS = [f"{name}_{quantity}" for quantity in ("loss", "gradient") for name in FORMULAS]
 
 
-def measure(temperature: float) -> dict[str, Any]:
+def measure(temperature: float) -> Record:
     """The largest errors over all seeds, in fp32, for views that are 10 % apart."""
-    row: dict[str, Any] = {"temperature": temperature}
+    row: Record = {"temperature": temperature}
     anchors = torch.arange(2 * PAIRS)
     for seed in SEEDS:
         z_i, noise = torch.randn(2, PAIRS, FEATURES, generator=torch.Generator().manual_seed(seed))
@@ -43,16 +38,13 @@ def measure(temperature: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS / "temperature_error_cpu.json")
-    options = parser.parse_args()
+    options = read_options(__doc__)
     rows = [measure(temperature) for temperature in TEMPERATURES]
     print_table(
         ["temperature", *KEYS],
         [[str(row["temperature"]), *(f"{row[key]:.0e}" for key in KEYS)] for row in rows],
     )
-    content = {"environment": environment(), "pairs": PAIRS, "features": FEATURES, "rows": rows}
-    atomic_write(options.results, as_json(content))
+    save(options, "temperature_error_cpu", rows, pairs=PAIRS, features=FEATURES)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from bench_scripts import leaves, load, run_script
 
 from cjepa_kernels.bench import formulas, records, timing
 from cjepa_kernels.bench.sizes import Size
+from cjepa_kernels.bench.targets import summary
 
 gpu, gpu_targets = load("gpu"), load("gpu_targets")
 
@@ -185,7 +186,8 @@ def fake_results(sizes: Any, ours: float) -> dict[str, list[dict[str, Any]]]:
 )
 def test_gpu_targets_are_all_judged(ours: float, verdict: str, utilisation: float) -> None:
     sizes = gpu_targets.FULL
-    records = gpu_targets.judge(fake_results(sizes, ours), sizes)
+    judged = gpu_targets.judge(fake_results(sizes, ours), sizes)
+    records = gpu_targets.as_records(judged)
     ratios = 3 * len(sizes.targets) + len(sizes.compiled) + 2 * len(sizes.latency)
     assert len(records) == ratios + 6
     by_part = {part: [r for r in records if r["part"] == part] for part in ("memory", "first_use")}
@@ -197,27 +199,26 @@ def test_gpu_targets_are_all_judged(ours: float, verdict: str, utilisation: floa
     assert peak["value"] == pytest.approx(utilisation)
     timed = [r for r in records if r["part"] not in (*by_part, "inf_cl")]
     assert {r["verdict"] for r in timed} == {verdict}
-    lines = gpu_targets.table(records)
-    assert all(len(line) == len(gpu_targets.HEADER) for line in lines)
-    assert gpu_targets.summary(records).startswith(f"{len(records)} targets: ")
+    assert summary(judged, gpu_targets.COLUMNS).startswith(f"{len(records)} targets: ")
 
 
 def test_gpu_targets_of_the_record_have_the_same_verdicts() -> None:
     (path,) = records.RESULTS.glob("NVIDIA-*.json")
     content = json.loads(path.read_text(encoding="utf-8"))
-    assert gpu_targets.judge(content, gpu_targets.FULL) == content["targets"]
+    judged = gpu_targets.judge(content, gpu_targets.FULL)
+    assert gpu_targets.as_records(judged) == content["targets"]
 
 
 def test_gpu_targets_without_a_value_say_why() -> None:
     sizes = gpu_targets.FULL
     results = {name: [] for name in gpu.SECTIONS}
-    records = gpu_targets.judge(results, sizes)
-    assert {r["verdict"] for r in records} == {"not run"}
+    assert {target.verdict for target in gpu_targets.judge(results, sizes)} == {"not run"}
     results["failed"] = [{"part": "memory", "M": 2**21, "D": 256, "name": "", "error": "OOM"}]
     results["memory"] = [{"M": 2**20, "D": 256, "over_input": 3.0}]
-    rows, extra = (r for r in gpu_targets.judge(results, sizes) if r["part"] == "memory")
-    assert (rows["value"], rows["verdict"]) == (2**20, "missed")
-    assert (extra["value"], extra["verdict"]) == (None, "failed")
+    judged = gpu_targets.judge(results, sizes)
+    rows, extra = (target for target in judged if target.cell["part"] == "memory")
+    assert (rows.value, rows.verdict) == (2**20, "missed")
+    assert (extra.value, extra.verdict) == (None, "failed")
 
 
 def test_gpu_benchmark_writes_json(

@@ -22,11 +22,24 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
+from cjepa_kernels.triton import cross_logsumexp, prediction_loss
+
 sys.path.insert(0, str(ROOT / "bench"))
 # The scripts of bench/ are no part of the package, so they are imported by name.
 gpu_machine_code = importlib.import_module("gpu_machine_code")
+meta = gpu_machine_code.meta
 
 ARCHITECTURES = [80, 90, 100]
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one block may take
+TENSOR_CORE = {80: "HMMA.", 90: "HGMMA.", 100: "UTC"}  # how its instructions begin
+# Kernels that multiply matrices.
+PRODUCTS = {
+    "tiles_kernel",
+    "strips_kernel",
+    "coefficient_tiles_kernel",
+    "products_kernel",
+    "owned_rows_kernel",
+}
 THOROUGH = 90  # the architecture for which every case is compiled
 
 
@@ -82,6 +95,69 @@ def nt_xent_call(case: str) -> Callable[[], None]:
     return gpu_machine_code.nt_xent_call(rows, features, dtype, **options)
 
 
+def rectangle_call(
+    rows: int, columns: int, features: int, dtype: torch.dtype
+) -> Callable[[], None]:
+    """Forward and backward of both log-sum-exps of a rectangle on "meta"."""
+
+    def call() -> None:
+        common: dict[str, Any] = {
+            "x": meta(rows, features, dtype=dtype),
+            "y": meta(columns, features, dtype=dtype),
+            "temperature_tensor": None,
+            "temperature": 0.1,
+            "use_cosine_similarity": True,
+            "eps": 1e-8,
+            "product_dtype": None,
+        }
+        out = cross_logsumexp.forward(**common)
+        cross_logsumexp.backward(
+            **common,
+            grad_row_lse=meta(rows),
+            grad_column_lse=meta(columns),
+            row_shift=out.row_shift,
+            row_log_sum=out.row_log_sum,
+            column_shift=out.column_shift,
+            column_log_sum=out.column_log_sum,
+            of_x=True,
+            of_y=True,
+        )
+
+    return call
+
+
+def prediction_call(features: int, dtype: torch.dtype, normalization: str) -> Callable[[], None]:
+    """Forward and backward of the prediction loss of two levels, the first masked, on "meta"."""
+
+    def call() -> None:
+        common: dict[str, Any] = {
+            "predictions": [meta(128, n, features, dtype=dtype) for n in (196, 49)],
+            "targets": [meta(128, n, features, dtype=dtype) for n in (196, 49)],
+            "masks": [
+                meta(128, 196, dtype=torch.bool),
+                meta(0, dtype=torch.bool),
+            ],
+            "weights": [1.0, 0.5],
+            "loss_type": "smoothl1",
+            "normalization": normalization,
+            "threshold": 1.0,
+            "eps": 1e-8,
+            "reduction": "mean",
+        }
+        out = prediction_loss.forward(**common)
+        prediction_loss.backward(
+            **common,
+            grad_loss=out.loss,
+            grad_unweighted=out.unweighted,
+            grad_levels=out.levels,
+            statistics=out.statistics,
+            scales=out.scales,
+            targets_too=True,
+        )
+
+    return call
+
+
 @pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize(
     ("case", "architecture"),
@@ -99,7 +175,7 @@ def test_compiles_without_spills(case: str, architecture: int) -> None:
     ("features", "architecture"), [(128, 90), (768, 90), (768, 80), (128, 100)]
 )
 def test_rectangles_compile_without_spills(features: int, architecture: int) -> None:
-    call = gpu_machine_code.rectangle_call(50000, 8100, features, torch.bfloat16)
+    call = rectangle_call(50000, 8100, features, torch.bfloat16)
     check(gpu_machine_code.launches(architecture, call), architecture)
 
 
@@ -123,21 +199,19 @@ def check(launches: list[Any], architecture: int) -> None:
     """Check that each kernel fits the GPU, does not spill, and multiplies on tensor cores."""
     checked = set()
     for launch in dict.fromkeys(launches):
-        product = launch.name in gpu_machine_code.PRODUCTS
+        product = launch.name in PRODUCTS
         if launch.name in checked and not product and architecture != THOROUGH:
             continue  # Kernels without a product differ little, so one variant is enough.
         checked.add(launch.name)
         binary = gpu_machine_code.compile_launch(launch, architecture)
         text = f"{launch.name} {dict(launch.constants)} {dict(launch.options)}: {binary}"
-        assert binary.shared <= gpu_machine_code.SHARED_MEMORY[architecture], text
+        assert binary.shared <= SHARED_MEMORY[architecture], text
         # A kernel that the compiler found to be undefined would be empty.
         assert binary.registers > 8, text
         if not product:
             continue
         assert (binary.stack, binary.spills) == (0, 0), text
-        opcodes = [
-            o for o in binary.opcodes if o.startswith(gpu_machine_code.TENSOR_CORE[architecture])
-        ]
+        opcodes = [o for o in binary.opcodes if o.startswith(TENSOR_CORE[architecture])]
         assert opcodes, text
 
 
@@ -197,7 +271,7 @@ def test_the_prediction_loss_compiles_without_spills(
     features: int, dtype: torch.dtype, normalization: str, architecture: int
 ) -> None:
     """The kernels are bound by memory, and a spill would read and write it once more."""
-    call = gpu_machine_code.prediction_call(features, dtype, normalization)
+    call = prediction_call(features, dtype, normalization)
     for launch in dict.fromkeys(gpu_machine_code.launches(architecture, call)):
         binary = gpu_machine_code.compile_launch(launch, architecture)
         assert (binary.stack, binary.spills) == (0, 0), f"{launch.name}: {binary}"
