@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 # NumPy, PyTorch and the compiled module read these variables when they are loaded. Processes that
-# tests start inherit them. With more threads, OpenBLAS would keep every core busy during each product
-# of Triton's interpreter.
+# tests start inherit them. With more threads, OpenBLAS would keep every core busy during each
+# product of Triton's interpreter.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CJEPA_POISON_MEMORY": "1"}
 
 import pytest

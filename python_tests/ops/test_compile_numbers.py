@@ -1,4 +1,4 @@
-"""torch.compile makes at most two graphs when a number, such as a schedule's, changes every call."""
+"""torch.compile makes at most two graphs when a number, as of a schedule, changes each call."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cjepa_kernels import CrossLogSumExp, chunked, cross_logsumexp, reference
 
-# The shapes (M, N, D) have a single pair, one row or column against many, odd sizes beyond a tile, or
-# very unequal sides. For the interpreter, triton/test_kernels.py covers the last kind.
+# The shapes (M, N, D) have a single pair, one row or column against many, odd sizes beyond a tile,
+# or very unequal sides. For the interpreter, triton/test_kernels.py covers the last kind.
 SHAPES = [
     (1, 1, 4),
     (2, 3, 1),
@@ -315,7 +315,7 @@ def test_the_gradient_of_one_side_alone(
     every = gradients((True, True))
     expected = [g for g, own in zip(every, (*wanted, learnable), strict=False) if own]
     for actual, other in zip(gradients(wanted), expected, strict=True):
-        # Large terms cancel in a temperature's gradient, and a back end may sum over either side. The
-        # bound is therefore that of test_temperature_gradient.
+        # Large terms cancel in a temperature's gradient, and a back end may sum over either side.
+        # The bound is therefore that of test_temperature_gradient.
         allowed = (10 if actual.ndim == 0 else 1) * FLOOR_GRADIENT[torch.float32]
         assert relative_error(actual, other) <= allowed
