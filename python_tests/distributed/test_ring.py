@@ -23,7 +23,7 @@ from cjepa_kernels import NTXentLoss, backends, nt_xent
 from cjepa_kernels.bench import formulas
 from cjepa_kernels.distributed import counting
 from cjepa_kernels.distributed.blocks import Blocks, merge_rows
-from cjepa_kernels.distributed.exchange import Exchange, Mail
+from cjepa_kernels.distributed.exchange import Exchange, StepMessages
 from cjepa_kernels.distributed.group import GlobalBatch, Setting
 from cjepa_kernels.distributed.ring import Ring
 from cjepa_kernels.distributed.strategies import GATHERED_BYTES, choose_strategy
@@ -199,7 +199,7 @@ def recorded_step(strategy: str) -> tuple[list[str], list[int], list[int]]:
     blocks = ("own", "rectangle", "own_backward", "rectangle_backward")
     undo = [watch(Blocks, name) for name in blocks]
     undo += [watch(Exchange, name) for name in ("start", "start_all_gather", "finish")]
-    undo.append(watch(Mail, "receive"))
+    undo.append(watch(StepMessages, "receive"))
     try:
         z = torch.randn(2, 3, 8, requires_grad=True)
         loss = NTXentLoss(distributed=True, strategy=strategy)(z[0], z[1])["loss"]  # type: ignore

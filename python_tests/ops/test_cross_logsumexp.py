@@ -118,7 +118,7 @@ def test_sizes_around_the_blocks(
 def test_chunks_of_any_size(
     rows: int, temperature: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunked.rows, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(chunked.rows, "TILE_ELEMENTS", 1)
     monkeypatch.setattr(chunked.rows, "MIN_CHUNK_ROWS", rows)
     check(*sides(17, 23, 9, dtype), "chunked", temperature=temperature)
     check(*sides(23, 17, 9, dtype), "chunked", temperature=temperature)
