@@ -316,16 +316,16 @@ def _probe_table(numbers: dict[str, float], title: str) -> Table:
     table.add_column("mean of patches", justify="right")
     table.add_column("CLS", justify="right")
     rows = {
-        **{metric: f"{METRIC_TITLES[metric]}, %" for metric in MAIN_METRICS},
+        **{metric: f"{METRIC_TITLES[metric]} probe, %" for metric in MAIN_METRICS},
         "std": "standard deviation",
         "effective_rank": "effective rank",
-        **{metric: f"transfer: {METRIC_TITLES[metric]}, %" for metric in TRANSFER_METRICS},
+        **{metric: f"transfer: {METRIC_TITLES[metric]} probe, %" for metric in TRANSFER_METRICS},
     }
     for key, label in rows.items():
         if f"mean/{key}" in numbers:
             table.add_row(label, f"{numbers[f'mean/{key}']:.2f}", f"{numbers[f'cls/{key}']:.2f}")
     if "mean/linear_robust" in numbers:
-        table.caption = "Robust is the linear probe on corrupted images."
+        table.caption = "The robust probe is the linear probe on corrupted images."
     return table
 
 

@@ -233,7 +233,7 @@ def _compare(
             else {}
         ),
     )
-    _publish(comparison, dataset, configs, out_dir, console)
+    _publish(comparison, dataset=dataset, configs=configs, out_dir=out_dir, console=console)
     return comparison
 
 

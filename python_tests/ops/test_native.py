@@ -401,7 +401,7 @@ def test_triton_and_the_module_hold_the_same_numbers() -> None:
     module = compiled_module()
     assert module is not None
     constants = module.constants()
-    assert constants["few_rows"] == launch.FEW
+    assert constants["few_rows"] == launch.FEW_ROWS
     assert constants["largest_logits"] == pack.LARGEST_LOGITS
 
 
