@@ -119,7 +119,6 @@ bench-record: $(VENV)/.dev ## record that comparison in docs/; draw the pictures
 	$(BIN)/python bench/record.py
 	$(BIN)/python docs/draw_results.py
 	$(BIN)/python docs/generate_figures.py
-	$(BIN)/python docs/generate_figures.py
 
 bench-compare: $(VENV)/.dev ## say whether HEAD is slower than a revision (BASE=main SIZES=256x256,2048x256)
 	$(BIN)/python bench/compare.py $(BASE) $(if $(SIZES),--sizes $(SIZES))

@@ -34,6 +34,10 @@ CONTRASTIVE_WEIGHT = 0.1
 
 # The range of temperatures, eps and thresholds: fp32 holds these numbers and their inverses.
 SMALLEST, LARGEST = 1e-30, 1e30
+# The side of the square blocks into which the compiled module cuts S. It is large from
+# LARGE_BLOCK_ROWS rows on. csrc/cpu/constants.h has the same numbers, and a test compares both.
+SMALL_BLOCK, LARGE_BLOCK = 96, 192
+LARGE_BLOCK_ROWS = 1536
 LAYER_EPS = 1e-5  # the eps of LayerNorm, which is the default of F.layer_norm
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+DEFAULT_MEBIBYTES = 256.0  # of every variable; kDefaultMebibytes in csrc/cpu/constants.h as well
+
 _problems: list[str] = []
 
 _MOST = 2**40  # MiB: more than any address space, and in bytes no more than C++'s size_t holds
@@ -13,7 +15,7 @@ _MOST = 2**40  # MiB: more than any address space, and in bytes no more than C++
 _NUMBER = re.compile(r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
 
-def read_mebibytes(variable: str, default: float) -> float:
+def read_mebibytes(variable: str, default: float = DEFAULT_MEBIBYTES) -> float:
     """Number of MiB that an environment variable gives.
 
     Args:
@@ -36,7 +38,7 @@ def read_mebibytes(variable: str, default: float) -> float:
     return number
 
 
-def read_when_imported(variable: str, default: float) -> float:
+def read_when_imported(variable: str, default: float = DEFAULT_MEBIBYTES) -> float:
     """The same, but a mistake is kept for :func:`check_environment`.
 
     An exception here would leave the command line with a traceback, since its entry point imports

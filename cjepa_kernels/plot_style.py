@@ -60,16 +60,23 @@ Draw = Callable[[], Figure]
 def svg(draw: Draw) -> str:
     """A figure as SVG that follows the reader's light or dark colours."""
     with matplotlib.rc_context(settings()):
-        buffer = io.StringIO()
-        draw().savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return follow_colour_scheme(buffer.getvalue())
+        text = svg_with_colours(draw(), ink="var(--ink)", grid="var(--grid)")
+    return re.sub(r"(<svg[^>]*>)", rf"\1\n{COLOURS}", text, count=1)
 
 
-def follow_colour_scheme(text: str) -> str:
-    """Replace the two placeholder colours by the reader's, and leave the metadata out."""
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"(<svg[^>]*>)", rf"\1\n{COLOURS}", text, count=1)
-    return text.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
+def svg_with_colours(figure: Figure, *, ink: str, grid: str, **options: Any) -> str:
+    """A figure as SVG without metadata, its two placeholder colours replaced by these.
+
+    Args:
+        figure: Drawn with :func:`settings`, within a context that has them still.
+        ink: What stands for ``INK``.
+        grid: What stands for ``GRID``.
+        **options: Further options of ``savefig``.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, **options)
+    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    return text.replace(INK, ink).replace(GRID, grid)
 
 
 def write_pngs(draw: Draw, path: Path) -> list[Path]:

@@ -33,6 +33,10 @@ py::dict build_info() {
 
 py::dict constants() {
   py::dict numbers;
+  numbers["small_block"] = cjepa::kSmallBlock;
+  numbers["large_block"] = cjepa::kLargeBlock;
+  numbers["large_block_rows"] = cjepa::kLargeBlockRows;
+  numbers["default_mebibytes"] = cjepa::kDefaultMebibytes;
   numbers["few_rows"] = cjepa::kFewRows;
   numbers["smallest_temperature"] = cjepa::kSmallestTemperature;
   numbers["largest_temperature"] = cjepa::kLargestTemperature;

@@ -25,18 +25,23 @@ from pathlib import Path
 from typing import Any
 
 from cjepa_kernels.bench.candidates import BOTH, COMPILED, EAGER, FORWARD, MM, OURS
+from cjepa_kernels.bench.records import RESULTS
 from cjepa_kernels.tables import markdown_table, mebibytes, milliseconds, two_digits
-from cjepa_kernels.train.evaluation.comparison import load_comparison
+from cjepa_kernels.train.evaluation.comparison import HEADLINE_TITLES, load_comparison
 from cjepa_kernels.train.loop import advisor
 from cjepa_kernels.train.report.tables import comparison_markdown, text_tables
+
+sys.path.insert(0, str(RESULTS.parent))  # The scripts of bench/ are no package.
+
+from gpu_targets import AUTOCAST, MM3
+from gpu_targets import COMPILED as COMPILED_AUTOCAST
+from gpu_targets import EAGER as EAGER_BF16
+from gpu_targets import OURS as TRITON
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^<!-- figures: (\w+) -->\n.*?^<!-- end of figures -->$", re.M | re.S)
 MARKER = re.compile(r"^<!-- (?:figures: \w+|end of figures) -->$", re.M)
 
-# What the record of bench/gpu.py calls its candidates.
-TRITON, MM3, EAGER_BF16 = "triton", "3 mm", "eager bf16"
-AUTOCAST, COMPILED_AUTOCAST = "eager, bf16 under autocast", "compiled eager, bf16 under autocast"
 CPU, GPU = "docs/results/amd-epyc-avx2.json", "docs/results/nvidia-h100-80gb-hbm3-bf16.json"
 MIB = 2**20
 
@@ -198,8 +203,8 @@ def nt_xent_cpu() -> str:
         ]
         rows.append([count, *cells])
     heads = (
-        "M = 2B | forward / mm | f + b / 3 mm | ours | plain | `torch.compile` | lightly's "
-        "| H-JEPA's | ours, MiB | plain, MiB"
+        "M = 2B | forward / mm | f + b / 3 mm | cjepa_kernels | plain formula | `torch.compile` "
+        "| lightly's formula | H-JEPA's formula | cjepa_kernels, MiB | plain formula, MiB"
     )
     return table(heads, rows)
 
@@ -419,7 +424,10 @@ def gpu_large() -> str:
         ratios = f"{forward / mm:.2f}", f"{both / mm3:.2f}"
         cells = [f"{mm:.3f}", f"{forward:.3f}", ratios[0], f"{both:.3f}", ratios[1]]
         rows.append([m, d, *cells, f"{eager:.1f}", f"{eager / both:.1f}"])
-    heads = "M = 2B | D | mm | forward | / mm | forward + backward | / 3 mm | eager, f + b | / ours"
+    heads = (
+        "M = 2B | D | mm | forward | / mm | forward + backward | / 3 mm | eager, f + b "
+        "| / cjepa_kernels"
+    )
     return table(heads, rows)
 
 
@@ -453,7 +461,7 @@ def gpu_others() -> str:
             ours, theirs = 1e3 * gpu_median(part, (r["M"], r["D"]), TRITON), 1e3 * r["median"]
             cells = [f"{ours:.3f}", f"{theirs:.3f}", f"{theirs / ours:.2f}"]
             rows.append([title, r["M"], r["D"], *cells])
-    return table(" | rows | D | ours | the other | ratio", rows, text_columns=1)
+    return table(" | rows | D | cjepa_kernels | the other | ratio", rows, text_columns=1)
 
 
 @template
@@ -531,12 +539,6 @@ TEMPLATES["mean_pooled_digits"] = partial(mean_pooled, "digits")
 TEMPLATES["mean_pooled_cifar10"] = partial(mean_pooled, "cifar10")
 
 TUNING = "docs/results/tuning.json"
-PROBES = {
-    "mean/few_label": "few-label, mean-pooled",
-    "mean/knn": "k-NN, mean-pooled",
-    "cls/few_label": "few-label, CLS",
-    "cls/knn": "k-NN, CLS",
-}
 ENDS = {
     "contrastive_accuracy": "accuracy at the end",
     "term_ratio": "ratio of the terms",
@@ -549,18 +551,23 @@ def tuning() -> str:
     rows = [
         [
             r["setting"],
-            *(f"{statistics.mean(r[k]):.1f} ± {statistics.stdev(r[k]):.1f}" for k in PROBES),
+            *(
+                f"{statistics.mean(r[k]):.1f} ± {statistics.stdev(r[k]):.1f}"
+                for k in HEADLINE_TITLES
+            ),
             *(f"{statistics.mean(r[k]):.2f}" for k in ENDS),
         ]
         for r in record(TUNING)["rows"]
     ]
-    return table(" | ".join(["setting", *PROBES.values(), *ENDS.values()]), rows, text_columns=1)
+    return table(
+        " | ".join(["setting", *HEADLINE_TITLES.values(), *ENDS.values()]), rows, text_columns=1
+    )
 
 
 @template
 def one_mask() -> str:
     shared, apart = record(TUNING)["one mask for both views"], record(TUNING)["rows"][0]
-    probes = {**PROBES, "mean/linear": "linear, mean-pooled"}
+    probes = {**HEADLINE_TITLES, "mean/linear": "linear, mean-pooled"}
     rows = [
         ["one mask for both views", *(f"{shared[key]:.1f}" for key in probes)],
         ["independent masks", *(f"{apart[key][0]:.1f}" for key in probes)],
@@ -600,8 +607,10 @@ def advisor_runs() -> str:
     recipe = load_comparison(ROOT / "docs" / "results" / "digits.json").arm_runs("cjepa")[0]
     runs = [("the recipe, weight 0.1", recipe.evaluation)]
     runs += [(r["setting"], r["evaluation"]) for r in record("docs/results/advisor.json")["runs"]]
-    rows = [[setting, *(f"{values[key]:.1f}" for key in PROBES)] for setting, values in runs]
-    return table(" | ".join(["setting", *PROBES.values()]), rows, text_columns=1)
+    rows = [
+        [setting, *(f"{values[key]:.1f}" for key in HEADLINE_TITLES)] for setting, values in runs
+    ]
+    return table(" | ".join(["setting", *HEADLINE_TITLES.values()]), rows, text_columns=1)
 
 
 def pages() -> list[Path]:

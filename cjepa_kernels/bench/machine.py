@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 import cjepa_kernels
+from cjepa_kernels import provenance
 from cjepa_kernels.backends import compiled_module
 from cjepa_kernels.bench.timing import clock_of, interleaved
-from cjepa_kernels.provenance import cpu_name, git, installed_version
+from cjepa_kernels.provenance import cpu_name, installed_version
 
 ROOT = Path(cjepa_kernels.__file__).parent.parent
 # Distributions whose versions change the figures, by key of the results.
@@ -42,13 +43,10 @@ def commit() -> str | None:
     """
     if os.environ.get("CJEPA_COMMIT"):
         return os.environ["CJEPA_COMMIT"]
-    if not (ROOT / "csrc").exists():
-        return None  # The package is installed, and a repository around it is another project's.
-    name = git("describe", "--always", "--abbrev=12", root=ROOT)
     no_results = [f":(exclude){path}" for path in ("bench/results", "docs/results", "docs/images")]
-    if git("status", "--porcelain", "--", ".", *no_results, root=ROOT):
-        name += "-dirty"
-    return name or None
+    return provenance.commit(
+        ("describe", "--always", "--abbrev=12"), changes=("--", ".", *no_results), mark="-dirty"
+    )
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

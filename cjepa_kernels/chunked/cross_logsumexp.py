@@ -3,10 +3,14 @@
 It serves any device. A chunk of rows at a time is multiplied with all N columns, and every chunk
 updates the maximum and the sum of each column:
 
-    h_a = max_b s_ab,  S_a = sum_b exp((s_ab - h_a) / tau),  LSE_a = h_a / tau + log S_a
-    k_b = max_a s_ab,  T_b = sum_a exp((s_ab - k_b) / tau);  when k_b grows to k', T_b shrinks by
-                       exp((k_b - k') / tau)
-    dL/ds_ab = (1/tau) [ g_a exp((s_ab - h_a) / tau) / S_a + f_b exp((s_ab - k_b) / tau) / T_b ]
+    m_a = max_b s_ab,  S_a = sum_b exp((s_ab - m_a) / tau),  LSE_a = m_a / tau + log S_a
+    n_b = max_a s_ab,  S_b = sum_a exp((s_ab - n_b) / tau);  when n_b grows to n', S_b shrinks by
+                       exp((n_b - n') / tau)
+
+With the upstream gradients g_a of the rows' and h_b of the columns' log-sum-exps:
+
+    w_a = g_a / S_a,  v_b = h_b / S_b
+    dL/ds_ab = (1/tau) [ w_a exp((s_ab - m_a) / tau) + v_b exp((s_ab - n_b) / tau) ]
     dL/dx_a  = sum_b dL/ds_ab y_b,  dL/dy_b = sum_a dL/ds_ab x_a   (x, y: unit rows)
     dL/dtau  = -(1/tau) sum_a x_a . dL/dx_a   (L depends on tau through x.y / tau alone)
 """
@@ -25,13 +29,13 @@ def forward(
     y: Tensor,
     temperature_tensor: Tensor | None,
     temperature: float,
-    cosine: bool,
+    use_cosine_similarity: bool,
     eps: float,
     product_dtype: torch.dtype | None,
 ) -> CrossLogSumExpForward:
     """Log-sum-exps, maxima and the numbers that the backward needs, of ``cross_logsumexp``."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        x, y = (operands(z, cosine, eps, product_dtype) for z in (x, y))
+        x, y = (operands(z, use_cosine_similarity, eps, product_dtype) for z in (x, y))
         tau = choose_temperature(temperature_tensor, temperature)
         rows, columns = len(x), len(y)
         row_max, row_sum = x.new_empty(rows), x.new_empty(rows)
@@ -74,7 +78,7 @@ def backward(
     column_shift: Tensor,
     column_log_sum: Tensor,
     temperature: float,
-    cosine: bool,
+    use_cosine_similarity: bool,
     eps: float,
     product_dtype: torch.dtype | None,
     of_x: bool,
@@ -82,10 +86,10 @@ def backward(
 ) -> CrossLogSumExpBackward:
     """Gradients of x, y and the temperature, of the operator ``cross_logsumexp_backward``."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        x_rows, y_rows = (operands(z, cosine, eps, product_dtype) for z in (x, y))
+        x_rows, y_rows = (operands(z, use_cosine_similarity, eps, product_dtype) for z in (x, y))
         tau = choose_temperature(temperature_tensor, temperature)
-        row_weight = grad_row_lse / row_log_sum.exp()  # (M,), g_a / S_a
-        column_weight = grad_column_lse / column_log_sum.exp()  # (N,), f_b / T_b
+        row_weight = grad_row_lse / row_log_sum.exp()  # (M,), w_a
+        column_weight = grad_column_lse / column_log_sum.exp()  # (N,), v_b
         with_x = of_x or not of_y  # the gradient of the temperature follows from either
         grad_x = x_rows.new_empty((x if with_x else x[:0]).shape)
         grad_y = y_rows.new_zeros((y if of_y else y[:0]).shape)
@@ -109,7 +113,7 @@ def backward(
         grad_temperature = (grad * operand).sum() / -tau
         grad_x = grad_x if of_x else grad_x[:0].clone()
         for grad, z, wanted in ((grad_x, x, of_x), (grad_y, y, of_y)):
-            if cosine and wanted:
+            if use_cosine_similarity and wanted:
                 project(grad, z.to(grad.dtype, copy=True), eps)
         like = row_shift if temperature_tensor is None else temperature_tensor
         return CrossLogSumExpBackward(

@@ -2,10 +2,10 @@
 
 A chunk of rows at a time is multiplied with all M columns, so the M x M matrix never exists:
 
-    h_a     = max over negatives b of s_ab,  S_a = sum over negatives b of exp((s_ab - h_a) / tau)
-    x_a     = (h_a - s_pos) / tau + log S_a = LSE-_a - l_pos
+    m_a     = max over negatives b of s_ab,  S_a = sum over negatives b of exp((s_ab - m_a) / tau)
+    x_a     = (m_a - s_pos) / tau + log S_a = LSE-_a - l_pos
     loss_a  = softplus(x_a),  r_a = sigmoid(x_a)
-    dL/dz_a = (1/tau) [ sum_b (w_a exp((s_ab - h_a) / tau) + w_b exp((s_ab - h_b) / tau)) z_b
+    dL/dz_a = (1/tau) [ sum_b (w_a exp((s_ab - m_a) / tau) + w_b exp((s_ab - m_b) / tau)) z_b
                         - (g_a r_a + g_pos r_pos) z_pos ],   w_a = g_a r_a / S_a   (z: unit rows)
     dL/dtau = -(1 / 2 tau) sum_a z_a . dL/dz_a   (L depends on tau through z.z / tau alone)
 
@@ -51,17 +51,17 @@ def forward(
     mask: Tensor | None,
     temperature_tensor: Tensor | None,
     temperature: float,
-    cosine: bool,
+    use_cosine_similarity: bool,
     eps: float,
     reduction: Reduction,
     product_dtype: torch.dtype | None,
-    keep: bool,
+    save_exponentials: bool,
 ) -> NTXentForward:
     """Loss, metrics and the numbers that the backward needs, of the operator ``nt_xent``."""
-    if keep:
+    if save_exponentials:
         raise ValueError("keep must be False: this back end computes the exponentials again")
     with torch.no_grad(), torch.autocast(z_i.device.type, enabled=False):
-        z = operands(torch.cat([z_i, z_j]), cosine, eps, product_dtype)
+        z = operands(torch.cat([z_i, z_j]), use_cosine_similarity, eps, product_dtype)
         tau = choose_temperature(temperature_tensor, temperature)
         batch, rows = z_i.shape[0], z.shape[0]
         positive, largest_negative, total = (z.new_empty(rows) for _ in range(3))
@@ -116,14 +116,14 @@ def backward(
     positive: Tensor,
     saved_exponentials: Tensor,
     temperature: float,
-    cosine: bool,
+    use_cosine_similarity: bool,
     eps: float,
     reduction: Reduction,
     product_dtype: torch.dtype | None,
 ) -> NTXentBackward:
     """Gradients of z_i, z_j and the temperature, of the operator ``nt_xent_backward``."""
     with torch.no_grad(), torch.autocast(z_i.device.type, enabled=False):
-        z = operands(torch.cat([z_i, z_j]), cosine, eps, product_dtype)
+        z = operands(torch.cat([z_i, z_j]), use_cosine_similarity, eps, product_dtype)
         tau = choose_temperature(temperature_tensor, temperature)
         batch, rows = z_i.shape[0], z.shape[0]
         grad_logit = torch.sigmoid((shift - positive) / tau + log_sum) * grad_loss  # (M,), g_a r_a
@@ -149,7 +149,7 @@ def backward(
         if reduction == "mean":  # not a part of the weights, which 1/M could push out of range
             grad.div_(rows)
         grad_temperature = (grad * z).sum() / (-2 * tau)
-        if cosine:
+        if use_cosine_similarity:
             project(grad, torch.cat([z_i, z_j]).to(grad.dtype), eps)
         like = shift if temperature_tensor is None else temperature_tensor
         # Copies: the outputs of an operator must not share memory.

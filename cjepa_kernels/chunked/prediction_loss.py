@@ -38,12 +38,12 @@ def forward(
     for prediction, target, mask in _levels(predictions, targets, masks):
         dtype = accumulation_dtype(prediction.dtype)
         total = prediction.new_zeros((), dtype=dtype)
-        for p, t, keep in _chunks(prediction, target, mask):
-            of_rows = _statistics(p, t, normalization, keep)
-            u, v, _, _ = _normalize(p, t, of_rows, normalization, eps)
+        for p, t, included in _chunks(prediction, target, mask):
+            of_rows = _statistics(p, t, normalization, included)
+            u, v, _, _ = _normalize(p, t, statistics=of_rows, normalization=normalization, eps=eps)
             error = _penalty(u - v, loss_type, threshold)
-            if keep is not None:
-                error = error.where(keep, 0.0)
+            if included is not None:
+                error = error.where(included, 0.0)
             total = total + error.sum()
             statistics.append(of_rows)
             if reduction == "none":
@@ -101,10 +101,12 @@ def backward(
         of_prediction = prediction.new_empty((prediction.numel() // features, features))
         of_target = target.new_empty(of_prediction.shape) if targets_too else None
         row = 0
-        for p, t, keep in _chunks(prediction, target, mask):
+        for p, t, included in _chunks(prediction, target, mask):
             rows = slice(row, row + len(p))
             of_rows = statistics[first_row + row : first_row + row + len(p)]
-            u, v, scale_p, scale_t = _normalize(p, t, of_rows, normalization, eps)
+            u, v, scale_p, scale_t = _normalize(
+                p, t, statistics=of_rows, normalization=normalization, eps=eps
+            )
             g = _slope(u - v, loss_type, threshold)
             if grad_levels is not None and reduction == "none":
                 elements = grad_levels[first_element + row * features :][: g.numel()]
@@ -119,7 +121,9 @@ def backward(
                 grads.append(-_through_normalization(inner, v, scale_t, normalization == "l2"))
             for to, grad in zip((of_prediction, of_target), grads, strict=False):
                 if to is not None:
-                    to[rows] = (grad if keep is None else grad.where(keep, 0.0)).to(to.dtype)
+                    to[rows] = (grad if included is None else grad.where(included, 0.0)).to(
+                        to.dtype
+                    )
             row += len(p)
         of_predictions.append(of_prediction.view(prediction.shape))
         if of_target is not None:
@@ -149,9 +153,9 @@ def _chunks(
         if mask is None:
             yield p, t, None
             continue
-        keep = mask[part].reshape(-1, 1)
+        included = mask[part].reshape(-1, 1)
         # A NaN in a row that the mask drops must reach neither the loss nor a gradient.
-        yield p.where(keep, 0.0), t.where(keep, 0.0), keep
+        yield p.where(included, 0.0), t.where(included, 0.0), included
 
 
 def _parts(x: Tensor) -> Iterator[tuple[slice, ...]]:
@@ -167,7 +171,7 @@ def _parts(x: Tensor) -> Iterator[tuple[slice, ...]]:
             yield slice(sample, sample + 1), slice(first, first + patches)
 
 
-def _statistics(p: Tensor, t: Tensor, normalization: str, keep: Tensor | None) -> Tensor:
+def _statistics(p: Tensor, t: Tensor, normalization: str, included: Tensor | None) -> Tensor:
     """(rows, 2): norms of both sides, or mean and inverse deviation of the target."""
     if normalization == "l2":
         columns = [torch.linalg.vector_norm(x, dim=1) for x in (p, t)]
@@ -178,12 +182,12 @@ def _statistics(p: Tensor, t: Tensor, normalization: str, keep: Tensor | None) -
         columns = [mean / scale, (variance + LAYER_EPS).rsqrt() * scale]
     else:
         columns = [p.new_zeros(len(p))] * 2
-    found = torch.stack(columns, 1)
-    return found if keep is None else found.where(keep, 0.0)
+    statistics = torch.stack(columns, 1)
+    return statistics if included is None else statistics.where(included, 0.0)
 
 
 def _normalize(
-    p: Tensor, t: Tensor, statistics: Tensor, normalization: str, eps: float
+    p: Tensor, t: Tensor, *, statistics: Tensor, normalization: str, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both sides normalised, and the factor of each row, which is 0 for a row with a norm <= eps.
 

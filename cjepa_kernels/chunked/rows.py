@@ -9,7 +9,7 @@ from cjepa_kernels.reference.rows import embed_rows, positive_temperature
 
 # 2^21 elements are 8 MB in fp32. The working set of a chunk then stays near the caches, and at
 # M = 32768 a chunk still has 64 rows, enough for the matrix product to run at full speed.
-CHUNK_ELEMENTS = 2**21
+TILE_ELEMENTS = 2**21
 MIN_CHUNK_ROWS = 32
 
 
@@ -22,7 +22,7 @@ def chunk_rows(rows: int, columns: int | None = None) -> int:
         rows: M.
         columns: N, by default M.
     """
-    return min(rows, max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS // (columns or rows)))
+    return min(rows, max(MIN_CHUNK_ROWS, TILE_ELEMENTS // (columns or rows)))
 
 
 def choose_temperature(tensor: Tensor | None, number: float) -> float | Tensor:
@@ -30,9 +30,11 @@ def choose_temperature(tensor: Tensor | None, number: float) -> float | Tensor:
     return positive_temperature(number if tensor is None else tensor)
 
 
-def operands(z: Tensor, cosine: bool, eps: float, product_dtype: torch.dtype | None) -> Tensor:
+def operands(
+    z: Tensor, use_cosine_similarity: bool, eps: float, product_dtype: torch.dtype | None
+) -> Tensor:
     """(M, D) rows of the product: rounded to the product's dtype, in the accumulation dtype."""
-    rows = embed_rows(z, cosine, eps)
+    rows = embed_rows(z, use_cosine_similarity, eps)
     return rows.to(product_dtype or z.dtype).to(rows.dtype)
 
 

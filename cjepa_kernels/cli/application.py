@@ -26,23 +26,11 @@ from cjepa_kernels.bench.cli import bench
 from cjepa_kernels.cli.command_errors import Program
 from cjepa_kernels.extras import require
 from cjepa_kernels.files import check_directory, check_file, write_file
-from cjepa_kernels.provenance import installed_version
+from cjepa_kernels.provenance import TRAINING_LIBRARIES, installed_version
 from cjepa_kernels.train.loop.interruption import resumable
 
 # The training program needs these packages, and this file does not.
 _NEEDED = ("lightning", "sklearn", "datasets", "pydantic", "yaml", "matplotlib")
-_PACKAGES = ("torch", "lightning", "scikit-learn", "datasets", "numpy")
-_PROBE_ROWS = (
-    ("linear probe, %", "linear"),
-    ("few-label probe, %", "few_label"),
-    ("k-NN, %", "knn"),
-    ("linear probe on corrupted images, %", "linear_robust"),
-    ("standard deviation", "std"),
-    ("effective rank", "effective_rank"),
-    ("transfer: linear probe, %", "transfer_linear"),
-    ("transfer: few-label probe, %", "transfer_few_label"),
-    ("transfer: k-NN, %", "transfer_knn"),
-)
 
 app = typer.Typer(
     cls=Program,
@@ -291,7 +279,7 @@ def _version_table() -> Table:
     table = Table(show_header=False)
     table.add_row("cjepa_kernels", cjepa_kernels.__version__)
     table.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
-    for name in _PACKAGES:
+    for name in (*TRAINING_LIBRARIES, "datasets"):
         table.add_row(name, installed_version(name) or "not installed")
     table.add_row("CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads")
     for index in range(torch.cuda.device_count()):
@@ -317,13 +305,27 @@ def _compiled_module() -> Table:
 
 
 def _probe_table(numbers: dict[str, float], title: str) -> Table:
+    from cjepa_kernels.train.evaluation.comparison import (
+        MAIN_METRICS,
+        METRIC_TITLES,
+        TRANSFER_METRICS,
+    )
+
     table = Table(title=escape(title))
     table.add_column("metric")
     table.add_column("mean of patches", justify="right")
     table.add_column("CLS", justify="right")
-    for label, key in _PROBE_ROWS:
+    rows = {
+        **{metric: f"{METRIC_TITLES[metric]} probe, %" for metric in MAIN_METRICS},
+        "std": "standard deviation",
+        "effective_rank": "effective rank",
+        **{metric: f"transfer: {METRIC_TITLES[metric]} probe, %" for metric in TRANSFER_METRICS},
+    }
+    for key, label in rows.items():
         if f"mean/{key}" in numbers:
             table.add_row(label, f"{numbers[f'mean/{key}']:.2f}", f"{numbers[f'cls/{key}']:.2f}")
+    if "mean/linear_robust" in numbers:
+        table.caption = "The robust probe is the linear probe on corrupted images."
     return table
 
 

@@ -1,4 +1,4 @@
-"""Messages between ranks, point to point and collective, which are counted; errors name a cause."""
+"""Messages between ranks. It counts their bytes, and its errors name a likely cause."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ class Exchange:
             for tag, m in enumerate(messages)
         ]
         self._count(sum(m.tensor.nbytes for m in sent))
-        with self._blame():
+        with self._explain_failures():
             return dist.batch_isend_irecv(operations)
 
     def finish(self, works: Sequence[dist.Work]) -> None:
         """Wait until all messages are here; on a GPU the current stream waits."""
-        with self._blame():
+        with self._explain_failures():
             for work in works:
                 work.wait()
 
@@ -99,7 +99,7 @@ class Exchange:
         own = own.contiguous()
         everything = own.new_empty(self.ranks, *own.shape)
         self._count((self.ranks - 1) * own.nbytes)
-        with self._blame():
+        with self._explain_failures():
             parts = list(everything.unbind())
             return everything, [dist.all_gather(parts, own, group=self.group, async_op=True)]
 
@@ -112,7 +112,7 @@ class Exchange:
     def all_reduce(self, own: Tensor) -> None:
         """Sum over the ranks, in place, with the same bits on every rank."""
         self._count(2 * (self.ranks - 1) * own.nbytes // self.ranks)
-        with self._blame():
+        with self._explain_failures():
             dist.all_reduce(own, group=self.group)
 
     def numbers(self, own: Sequence[int], device: torch.device) -> list[list[int]]:
@@ -138,7 +138,7 @@ class Exchange:
                 counts.forward_bytes += sent
 
     @contextmanager
-    def _blame(self) -> Iterator[None]:
+    def _explain_failures(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:
@@ -150,7 +150,7 @@ class Exchange:
             ) from error
 
 
-class Mail:
+class StepMessages:
     """The messages of one step. Every rank sends what the others expect, in the same order."""
 
     def __init__(self, exchange: Exchange) -> None:

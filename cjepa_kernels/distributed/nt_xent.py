@@ -71,7 +71,10 @@ def nt_xent(
     strategy = choose_strategy(options.strategy, batch, z_i)
     options = replace(options, strategy=strategy)
     function: Any = _GroupNTXent.apply
-    return NTXentOutput(*function(*Inputs(z_i, z_j, temperature, options, batch, group)))
+    inputs = Inputs(
+        z_i=z_i, z_j=z_j, temperature=temperature, options=options, batch=batch, group=group
+    )
+    return NTXentOutput(*function(*inputs))
 
 
 def _settings(z: Tensor, temperature: Tensor | None, options: Options) -> list[Setting]:
@@ -95,14 +98,25 @@ def _settings(z: Tensor, temperature: Tensor | None, options: Options) -> list[S
 
 
 class Inputs(NamedTuple):
-    """Inputs of the autograd function, and their gradients."""
+    """Inputs of the autograd function, or whether each needs a gradient."""
 
-    z_i: Any
-    z_j: Any
-    temperature: Any
-    options: Any = None
-    batch: Any = None
-    group: Any = None
+    z_i: Any  # Tensor (B_r, D)
+    z_j: Any  # Tensor (B_r, D)
+    temperature: Any  # Tensor () or None
+    options: Any
+    batch: Any
+    group: Any
+
+
+class InputGradients(NamedTuple):
+    """Gradients of the autograd function's inputs; options, batch and group have none."""
+
+    z_i: Tensor | None  # (B_r, D)
+    z_j: Tensor | None  # (B_r, D)
+    temperature: Tensor | None  # ()
+    options: None = None
+    batch: None = None
+    group: None = None
 
 
 class _GroupNTXent(torch.autograd.Function):
@@ -121,12 +135,12 @@ class _GroupNTXent(torch.autograd.Function):
         forward = ring_forward if options.strategy == "ring" else gather_forward
         with torch.autocast(z_i.device.type, enabled=False):
             exchange, blocks = Exchange(group), Blocks(options, temperature, z_i.dtype)
-            left = forward(z_i, z_j, blocks, batch, exchange)
+            results = forward(z_i=z_i, z_j=z_j, blocks=blocks, batch=batch, exchange=exchange)
             out = _finish(
                 z_i,
                 z_j,
-                rows=left.rows,
-                positive=left.positive,
+                rows=results.rows,
+                positive=results.positive,
                 blocks=blocks,
                 batch=batch,
                 exchange=exchange,
@@ -135,10 +149,10 @@ class _GroupNTXent(torch.autograd.Function):
             z_i=z_i,
             z_j=z_j,
             temperature=temperature,
-            shift_and_log_sum=left.rows[:, :2].to(left.positive.dtype),
-            positive=left.positive,
-            saved_exponentials=left.saved_exponentials,
-            others=left.others,
+            shift_and_log_sum=results.rows[:, :2].to(results.positive.dtype),
+            positive=results.positive,
+            saved_exponentials=results.saved_exponentials,
+            others=results.others,
         )
         ctx.save_for_backward(*saved)
         ctx.options, ctx.batch, ctx.group = options, batch, group
@@ -151,7 +165,7 @@ class _GroupNTXent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
-            return Inputs(z_i=None, z_j=None, temperature=None)
+            return InputGradients(z_i=None, z_j=None, temperature=None)
         saved = Saved(*ctx.saved_tensors)
         z_i, z_j, temperature = saved.z_i, saved.z_j, saved.temperature
         positive = saved.positive
@@ -182,11 +196,10 @@ class _GroupNTXent(torch.autograd.Function):
             grad_z_i, grad_z_j = grad[: len(z_i)].to(z_i.dtype), grad[len(z_i) :].to(z_j.dtype)
         if torch.is_grad_enabled():
             apply: Any = _NoSecondDerivative.apply
-            grad_z_i, grad_z_j, grad_temperature = apply(
-                z_i, z_j, temperature, grad_z_i, grad_z_j, grad_temperature
-            )
+            gradients = (grad_z_i, grad_z_j, grad_temperature)
+            grad_z_i, grad_z_j, grad_temperature = apply(z_i, z_j, temperature, *gradients)
         needs = Inputs(*ctx.needs_input_grad)
-        return Inputs(
+        return InputGradients(
             z_i=grad_z_i if needs.z_i else None,
             z_j=grad_z_j if needs.z_j else None,
             temperature=grad_temperature if needs.temperature else None,

@@ -2,7 +2,7 @@
 
 In step k = 1 ... floor(R / 2) the shard of rank r - k visits rank r, which multiplies it with its
 own shard. The tiles of that rectangle serve the rows of both shards. The results for the visitor's
-rows follow the visitor on its way, one step behind, and are sent home at the end. If R is even,
+rows follow the visitor on its way, one step behind, and are sent back at the end. If R is even,
 rank r and rank r + R / 2 visit each other in the last step, and each computes a half of their
 rectangle.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cjepa_kernels.distributed.exchange import Exchange, Mail
+from cjepa_kernels.distributed.exchange import Exchange, StepMessages
 from cjepa_kernels.distributed.group import GlobalBatch
 
 
@@ -87,7 +87,7 @@ def circulate(
         merge: Called with the earlier results for some rows, and with those of a visit, which it
             adds to the first argument.
         first: Work that needs no visitor, done while the first one is on its way.
-        last: Work that needs no visitor, done while the collected results are sent home.
+        last: Work that needs no visitor, done while the collected results return to their rank.
         first_visitor: The tensors of the first visitor that are here already.
 
     Returns:
@@ -98,27 +98,27 @@ def circulate(
     right, left = (rank + 1) % ranks, (rank - 1) % ranks
     present, collected = own, own[0].new_empty(0)
     for step in range(ring.steps + 1):
-        mail = Mail(exchange)
+        messages = StepMessages(exchange)
         arriving = list(first_visitor) if step == 0 else []
         if step < ring.steps:
             wanted = ring.rectangle(right, step + 1).visiting
             coming = ring.rectangle(rank, step + 1).visiting
             arriving += [
-                mail.pass_on(tensor, wanted, right, coming, left)
+                messages.pass_on(tensor, sent=wanted, to=right, received=coming, source=left)
                 for tensor in present[len(arriving) :]
             ]
         before = collected
         if step >= 2:
-            mail.send(collected, right)
-            before = mail.receive(collected, ring.collected(ring.visitor(rank, step)), left)
-        mail.start()
+            messages.send(collected, right)
+            before = messages.receive(collected, ring.collected(ring.visitor(rank, step)), left)
+        messages.start()
         if step == 0:
             first()
-            mail.finish()
+            messages.finish()
         else:
             rectangle = ring.rectangle(rank, step)
             found = visit(rectangle, present)
-            mail.finish()
+            messages.finish()
             if step == 1:
                 collected = found
             else:
@@ -129,10 +129,10 @@ def circulate(
     if ring.steps == 0:
         last()
         return None
-    mail = Mail(exchange)
-    mail.send(collected, ring.visitor(rank, ring.steps))
-    home = mail.receive(collected, ring.collected(rank), (rank + ring.steps) % ranks)
-    mail.start()
+    messages = StepMessages(exchange)
+    messages.send(collected, ring.visitor(rank, ring.steps))
+    of_own_rows = messages.receive(collected, ring.collected(rank), (rank + ring.steps) % ranks)
+    messages.start()
     last()
-    mail.finish()
-    return home
+    messages.finish()
+    return of_own_rows

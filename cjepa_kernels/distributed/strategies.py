@@ -46,7 +46,7 @@ def exchanges_of_ring(ranks: int) -> int:
     """Number of exchanges one after the other, in both directions together.
 
     There is one for each visitor, one for the results that the last of several visitors has
-    collected, and one that sends the results home.
+    collected, and one that sends the results back to their rank.
     """
     steps = ranks // 2
     return 2 * (steps + (steps > 1) + 1)
@@ -130,9 +130,11 @@ def ring_forward(
     def merge(before: Tensor, new: Tensor) -> None:
         before.copy_(merge_rows(before, new, blocks.tau))
 
-    home = circulate(ring, exchange, [shard], visit, merge, first=first)
-    if home is not None:
-        merge(rows[ring.collected(batch.rank)], home)
+    collected = circulate(
+        ring=ring, exchange=exchange, own=[shard], visit=visit, merge=merge, first=first
+    )
+    if collected is not None:
+        merge(rows[ring.collected(batch.rank)], collected)
     assert own is not None  # circulate() calls first()
     return Forward(
         rows=rows,
@@ -164,21 +166,21 @@ def ring_backward(
         return found.grad_y
 
     def last() -> None:
-        # The own block hides the longest exchange, that of gradients on their way home. The first
-        # visitor's features are here since the forward, so the first exchange is short.
+        # The own block hides the longest exchange, the one that returns gradients to their rank.
+        # The first visitor's features are here since the forward, so the first exchange is short.
         of_temperature.append(state.add_own_block(blocks, grad))
 
-    home = circulate(
-        ring,
-        exchange,
-        [shard, state.weights],
-        visit,
-        Tensor.add_,
+    collected = circulate(
+        ring=ring,
+        exchange=exchange,
+        own=[shard, state.weights],
+        visit=visit,
+        merge=Tensor.add_,
         last=last,
         first_visitor=[state.others],
     )
-    if home is not None:
-        grad[ring.collected(batch.rank)] += home
+    if collected is not None:
+        grad[ring.collected(batch.rank)] += collected
     return grad, torch.stack(of_temperature).sum(dim=0)
 
 

@@ -15,9 +15,9 @@ from cjepa_kernels.ops import registry
 # torch.amp.is_autocast_available says so too, but PyTorch 2.11 cannot compile a function that calls
 # it.
 WITHOUT_AUTOCAST = ("meta",)
-SAVED_EXPONENTIALS_BYTES = int(read_when_imported("CJEPA_KEPT_MIB", 256) * 2**20)
+SAVED_EXPONENTIALS_BYTES = int(read_when_imported("CJEPA_KEPT_MIB") * 2**20)
 for _variable in ("CJEPA_CACHE_MIB", "CJEPA_WORKSPACE_MIB"):  # kernels read them, much later
-    read_when_imported(_variable, 256)
+    read_when_imported(_variable)
 
 
 def choose_overload(backend: Backend, device: torch.device) -> str:

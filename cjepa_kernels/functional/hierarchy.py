@@ -69,7 +69,13 @@ def hierarchical_prediction_loss(
             predictions, targets, masks = (
                 ops.saveable(list(tensors)) for tensors in (predictions, targets, masks)
             )
-            return _reference(predictions, targets, masks, weights, options)
+            return _reference(
+                predictions=predictions,
+                targets=targets,
+                masks=masks,
+                weights=weights,
+                options=options,
+            )
     reduction = options.reduction
     out: PredictionLossForward = ops.call(
         "prediction_loss",

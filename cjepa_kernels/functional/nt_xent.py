@@ -17,7 +17,7 @@ from cjepa_kernels.definitions import (
     Strategy,
 )
 from cjepa_kernels.distributed import Options
-from cjepa_kernels.distributed import nt_xent as of_group
+from cjepa_kernels.distributed import nt_xent as distributed_nt_xent
 from cjepa_kernels.functional import checks, dispatch
 
 
@@ -149,7 +149,7 @@ def _nt_xent_of_group(
     It is not compiled, because the numbers of pairs of the ranks are known at run time only.
     """
     tensor, number = checks.split_temperature(temperature)
-    overload = of_group.REFERENCE
+    overload = distributed_nt_xent.REFERENCE
     if backend != "reference":
         ops.refuse_transforms("nt_xent", (z_i, z_j, tensor))
         overload = dispatch.choose_overload(backend, z_i.device)
@@ -166,7 +166,7 @@ def _nt_xent_of_group(
         and any(t is not None and t.requires_grad for t in (z_i, z_j, tensor)),
     )
     z_i, z_j, tensor = (ops.saveable(x) for x in (z_i, z_j, tensor))
-    return of_group.nt_xent(z_i, z_j, temperature=tensor, options=options, group=group)
+    return distributed_nt_xent.nt_xent(z_i, z_j, temperature=tensor, options=options, group=group)
 
 
 def _nt_xent(

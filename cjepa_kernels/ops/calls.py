@@ -110,7 +110,8 @@ def _call_compiled(name: str, overload: str, args: Sequence[Any]) -> tuple[Tenso
 
     Such a number is symbolic for torch.compile.
     """
-    # This import is not at the top because it imports SymPy. While a compiler runs, it is imported.
+    # This import is not at the top because it imports SymPy. A running compiler has imported SymPy
+    # already.
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     def is_static(value: Any) -> bool:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from cjepa_kernels.definitions import NTXentBackward, NTXentForward, accumulation_dtype
+from cjepa_kernels.definitions import (
+    LARGE_BLOCK,
+    LARGE_BLOCK_ROWS,
+    SMALL_BLOCK,
+    NTXentBackward,
+    NTXentForward,
+    accumulation_dtype,
+)
 from cjepa_kernels.ops.definition import Definition
 
 # z_i, z_j: (B, D), any strides. mask: (B, B) bool.
@@ -13,7 +20,9 @@ from cjepa_kernels.ops.definition import Definition
 # keep: whether to save the exponentials of S for the backward, see saved_exponentials_size.
 # loss: () or, for reduction "none", (M,). accuracy and mean similarities: ().
 # lse, hardest, shift, log_sum, positive: (M,). hardest is the largest similarity of a row's
-# negatives, -inf without any.
+# negatives, -inf without any. kept holds the exponentials that the forward saved.
+# The schema's names `keep`, `hardest` and `kept` are public and stay. Python and C++ call them
+# `save_exponentials`, `largest_negative` and `saved_exponentials`.
 # shift is a similarity, log_sum the log of the sum over the negatives of exp((s - shift) / tau):
 # together they are LSE-, without the rounding of a large number at low temperature. The backward
 # takes any such pair, also that of a larger S of which these rows are a part.
@@ -35,13 +44,13 @@ SCHEMA_BACKWARD = (
 def saved_exponentials_size(rows: int) -> int:
     """Number of exponentials that the compiled forward saves on request.
 
-    They are those of S on and above the diagonal, in square blocks. ``csrc/cpu`` uses the same
-    sizes of blocks, and ``python_tests/ops/test_native.py`` compares both.
+    They are those of S on and above the diagonal, in square blocks. The sizes of the blocks are
+    those of ``csrc/cpu/constants.h``, and ``python_tests/ops/test_constants.py`` compares both.
 
     Args:
         rows: M.
     """
-    block = 192 if rows >= 1536 else 96
+    block = LARGE_BLOCK if rows >= LARGE_BLOCK_ROWS else SMALL_BLOCK
     blocks = (rows + block - 1) // block
     return blocks * (blocks + 1) // 2 * block * block
 

@@ -54,15 +54,21 @@ def prediction_loss(
     if mask is not None:
         # This comes first, because a NaN in a row that the mask drops must reach neither the loss
         # nor the gradient. A row of zeros stays zero under both normalisations and adds nothing.
-        keep = mask[..., None]
-        prediction, target = prediction.where(keep, 0.0), target.where(keep, 0.0)
+        included = mask[..., None]
+        prediction, target = prediction.where(included, 0.0), target.where(included, 0.0)
     if target_norm == "layer":
         target = F.layer_norm(target * scale_of_rows(target), target.shape[-1:], eps=LAYER_EPS)
     elif normalize_embeddings:
         prediction, target = normalize_rows(prediction, eps), normalize_rows(target, eps)
+    loss = _elementwise(
+        prediction,
+        target,
+        loss_type=loss_type,
+        reduction=reduction if mask is None else "none",
+        threshold=threshold,
+    )
     if mask is None:
-        return _elementwise(prediction, target, loss_type, reduction, threshold)
-    loss = _elementwise(prediction, target, loss_type, "none", threshold)
+        return loss
     if reduction == "mean":
         return loss.sum() / (mask.sum() * prediction.shape[-1]).clamp(min=1)
     return reduce(loss, reduction)
@@ -71,6 +77,7 @@ def prediction_loss(
 def _elementwise(
     prediction: Tensor,
     target: Tensor,
+    *,
     loss_type: PredictionLossType,
     reduction: str,
     threshold: float,

@@ -15,7 +15,7 @@ from rich.console import Console
 from threadpoolctl import threadpool_limits
 
 from cjepa_kernels.files import atomic_write
-from cjepa_kernels.provenance import cpu_name, git, installed_version
+from cjepa_kernels.provenance import TRAINING_LIBRARIES, commit, cpu_name, installed_version
 from cjepa_kernels.suggestions import nearest
 from cjepa_kernels.train import checksummed_json, runner
 from cjepa_kernels.train.config import ExperimentConfig, config_from_dict, config_to_dict
@@ -59,8 +59,6 @@ ARMS: dict[str, dict[str, float]] = {
 }
 """What each arm replaces in the experiment's loss section. AdamW divides out a common factor of
 the gradient, so the contrastive arm keeps its weight; gradient clipping then binds less."""
-
-_PACKAGES = ("cjepa-kernels", "torch", "lightning", "scikit-learn", "numpy")
 
 
 def arm_config(
@@ -235,7 +233,7 @@ def _compare(
             else {}
         ),
     )
-    _publish(comparison, dataset, configs, out_dir, console)
+    _publish(comparison, dataset=dataset, configs=configs, out_dir=out_dir, console=console)
     return comparison
 
 
@@ -407,14 +405,14 @@ def environment(config: ExperimentConfig) -> dict[str, Any]:
         config: The experiment.
     """
     versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in ("cjepa-kernels", *TRAINING_LIBRARIES):
         versions[package] = installed_version(package) or "not installed"
     program = Path(sys.argv[0]).name
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         # __main__.py is the same program, started by python -m.
         "command": " ".join(["cjepa" if program == "__main__.py" else program, *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(("rev-parse", "HEAD"), changes=("--untracked-files=no",), mark="+"),
         "device": _device(config.trainer.accelerator),
         "cores": os.cpu_count(),
         "threads per run": config.trainer.threads or torch.get_num_threads(),
@@ -426,14 +424,3 @@ def _device(accelerator: str) -> str:
     if accelerator != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return cpu_name()
-
-
-def _commit() -> str | None:
-    """The commit of the source tree, with ``+`` if it has changes; None outside a git tree."""
-    here = Path(__file__).resolve()
-    tracked = git("ls-files", "--error-unmatch", here.name, root=here.parent)
-    commit = git("rev-parse", "HEAD", root=here.parent)
-    if not (tracked and commit):
-        return None
-    changes = git("status", "--porcelain", "--untracked-files=no", root=here.parent)
-    return commit + ("+" if changes else "")

@@ -24,7 +24,7 @@ Kernel = Literal[
     "tiles", "inner_tiles", "strips", "owned", "coefficients", "products", "products_split"
 ]
 TILE = 128  # rows and columns of a square tile; padded rows are a multiple of it
-INTERPRETED = 90  # architecture for which the interpreter stands
+INTERPRETED = 90  # architecture that the interpreter imitates
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,13 @@ def entries(
     An entry for a higher architecture is better. Among entries for the same architecture, one for
     fewer features is better.
     """
-    return _entries(_device(), kernel, architecture, dtype, features)
+    return _entries(
+        device=_device(),
+        kernel=kernel,
+        architecture=architecture,
+        dtype=dtype,
+        features=features,
+    )
 
 
 @lru_cache

@@ -35,7 +35,7 @@ def forward(
         operands.pack((z,), cosine=use_cosine_similarity, eps=eps) for z in (x, y)
     )
     rows, columns = x.shape[0], y.shape[0]
-    constant = tau.constant_shift(use_cosine_similarity) and min(rows, columns) > launch.FEW
+    constant = tau.constant_shift(use_cosine_similarity) and min(rows, columns) > launch.FEW_ROWS
     tiles = Tiles(packed_x, packed_y, operands=operands, temperature=tau, constant=constant)
     floats = tiles.new_floats
     out = CrossLogSumExpForward(

@@ -259,5 +259,5 @@ def _product_columns(z: Packed) -> int:
 
 def _weights(packed: Packed) -> Weights:
     if packed.weights is None:
-        raise ValueError("rows must be packed with what reaches them from upstream")
+        raise ValueError("rows have no weights: pack the rows with `upstream` before a backward")
     return packed.weights

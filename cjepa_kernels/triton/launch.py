@@ -19,10 +19,10 @@ ONE_LAUNCH_BLOCKS = 16
 GROUP = 8  # blocks of the side of the squares in which programs take tiles
 REDUCTION_ROWS = 32  # rows for each program of the reduction: a small batch has enough programs
 SLOTS = 64  # partial sums that a program of the reduction reads at a time
-# So few rows or columns may all have a log-sum-exp near 0. A constant shift leaves an error of a
-# few roundings of 1 / tau, which is large beside that. The CPU's number is kFewRows in
+# With at most this many rows or columns, all log-sum-exps may be near 0. A constant shift leaves an
+# error of a few roundings of 1 / tau, which is large beside that. The CPU's number is kFewRows in
 # csrc/cpu/constants.h. A test compares both.
-FEW = 8
+FEW_ROWS = 8
 STRIP_FEATURES = 256  # at most, because a strip keeps a block of columns in shared memory
 RUN_LENGTH = 16  # row blocks of a strip, at most
 
@@ -117,7 +117,7 @@ def run_length(row_blocks: int) -> int:
 
 def workspace_bytes() -> int:
     """Bytes that partial results may take at a time."""
-    return int(read_mebibytes("CJEPA_WORKSPACE_MIB", 256) * 2**20)
+    return int(read_mebibytes("CJEPA_WORKSPACE_MIB") * 2**20)
 
 
 def column_panels(row_blocks: int, column_blocks: int) -> tuple[list[Panel], int]:

@@ -1,9 +1,9 @@
 """The prediction loss on the GPU, both directions.
 
-The forward reads each side once, and so does the backward, which writes each gradient once. A
-program takes whole rows, so their norms or moments need no second read. There is one launch for
-each level. The launches follow one another in the stream, and the last program of each adds its
-level to the loss.
+The kernels of this file are in ``kernels/prediction_rows.py``. The forward reads each side once,
+and so does the backward, which writes each gradient once. A program takes whole rows, so their
+norms or moments need no second read. There is one launch for each level. The launches follow one
+another in the stream, and the last program of each adds its level to the loss.
 """
 
 from __future__ import annotations
@@ -129,14 +129,14 @@ def forward(
     )
     most_programs = max(level.programs for level in levels)
     partial = like.new_empty(most_programs, dtype=torch.float64)
-    kept_rows = like.new_empty(most_programs, dtype=torch.int32)
+    included_rows = like.new_empty(most_programs, dtype=torch.int32)
     counter = like.new_zeros(len(levels), dtype=torch.int32)
     row = element = 0
     for index, level in enumerate(levels):
         prediction_loss_kernel[(level.programs,)](
             **level.arguments(normalization, loss_type),
             errors=out.levels[element:] if none else out.levels, statistics=out.statistics[row:],
-            partial=partial, kept_rows=kept_rows, counter=counter, loss=out.loss,
+            partial=partial, included_rows=included_rows, counter=counter, loss=out.loss,
             unweighted=out.unweighted, levels=out.levels, scales=out.scales,
             slope=slope, limit=limit, half_width=half_width, eps=eps, level=index,
             weight=weights[index], level_share=1 / len(levels),

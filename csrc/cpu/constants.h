@@ -1,6 +1,6 @@
-// Numbers on which several files, or C++ and Python, have to agree. Each is written here and
-// nowhere else. module.cpp, which must not see PyTorch's headers, hands to Python the ones that it
-// uses, so this header does not include PyTorch either.
+// Numbers on which several files, or C++ and Python, have to agree. C++ reads each from here; a
+// test compares Python's copies. module.cpp, which must not see PyTorch's headers, hands these
+// numbers to the test, so this header does not include PyTorch either.
 #pragma once
 
 #include <cstdint>
@@ -41,5 +41,8 @@ inline constexpr double kLargestExponent64 = 1000;  // base 2, in fp64
 // be large beside it. So a rectangle with at most this many rows or columns does not take that
 // shift.
 inline constexpr int64_t kFewRows = 8;
+
+// The limit in MiB that an environment variable about memory gives if it is not set.
+inline constexpr double kDefaultMebibytes = 256;
 
 }  // namespace cjepa

@@ -33,7 +33,9 @@ struct Rectangle {
 
   Rectangle(const CrossLogSumExpOptions& o, typename PackedBatch<T, P>::Wanted wanted)
       : views{View(o.x), View(o.y)},
-        rounding{.cosine = o.cosine, .eps = static_cast<T>(o.eps), .dtype = o.rounded_dtype()},
+        rounding{.cosine = o.use_cosine_similarity,
+                 .eps = static_cast<T>(o.eps),
+                 .dtype = o.rounded_dtype()},
         x(source(0), block(), rounding, wanted),
         y(source(1), block(), rounding, wanted),
         shift(read_temperature(o.temperature_tensor, o.temperature),
@@ -254,12 +256,12 @@ void check_saved(const CrossLogSumExpOptions& o, const CrossLogSumExpUpstream& u
 // The operators as PyTorch calls them: arguments and results by position, in the order of the
 // schemas.
 auto call_forward(Tensor x, Tensor y, std::optional<Tensor> temperature_tensor, double temperature,
-                  bool cosine, double eps, std::optional<ScalarType> product_dtype) {
+                  bool use_cosine_similarity, double eps, std::optional<ScalarType> product_dtype) {
   const CrossLogSumExpOptions options{.x = x,
                                       .y = y,
                                       .temperature_tensor = temperature_tensor,
                                       .temperature = temperature,
-                                      .cosine = cosine,
+                                      .use_cosine_similarity = use_cosine_similarity,
                                       .eps = eps,
                                       .product_dtype = product_dtype};
   check_options(options);
@@ -270,13 +272,14 @@ auto call_forward(Tensor x, Tensor y, std::optional<Tensor> temperature_tensor, 
 
 auto call_backward(Tensor grad_row, Tensor grad_column, Tensor x, Tensor y,
                    std::optional<Tensor> temperature_tensor, Tensor row_shift, Tensor row_log_sum,
-                   Tensor column_shift, Tensor column_log_sum, double temperature, bool cosine,
-                   double eps, std::optional<ScalarType> product_dtype, bool of_x, bool of_y) {
+                   Tensor column_shift, Tensor column_log_sum, double temperature,
+                   bool use_cosine_similarity, double eps, std::optional<ScalarType> product_dtype,
+                   bool of_x, bool of_y) {
   const CrossLogSumExpOptions options{.x = x,
                                       .y = y,
                                       .temperature_tensor = temperature_tensor,
                                       .temperature = temperature,
-                                      .cosine = cosine,
+                                      .use_cosine_similarity = use_cosine_similarity,
                                       .eps = eps,
                                       .product_dtype = product_dtype};
   const CrossLogSumExpUpstream upstream{

@@ -15,7 +15,7 @@ struct CrossLogSumExpOptions {
   Tensor x, y;                               // (M, D), (N, D)
   std::optional<Tensor> temperature_tensor;  // one number, which takes the place of `temperature`
   double temperature;
-  bool cosine;
+  bool use_cosine_similarity;
   double eps;
   std::optional<ScalarType> product_dtype;
 

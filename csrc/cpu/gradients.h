@@ -37,7 +37,7 @@ struct StoredTiles {
   }
 };
 
-// Computes the exponentials of those tiles.
+// Computes the exponentials of the tiles that `stored` describes.
 template <typename T, typename P>
 void fill_tiles(const Logits<T, P>& logits, const StoredTiles<T>& stored) {
   const int64_t block = stored.block, columns = stored.column_last - stored.column_first;
@@ -258,7 +258,7 @@ int64_t blocks_of_square(int64_t block) {
 // Rows of a unit: few enough that all threads end at about the same time.
 inline int64_t unit_rows(int64_t rows) {
   const int64_t threads = torch::stable::get_num_threads();
-  int64_t unit = 96;
+  int64_t unit = kSmallBlock;
   while (unit > 24 && rows < 4 * threads * unit) unit /= 2;
   return unit;
 }

@@ -19,6 +19,8 @@
 #include <sys/mman.h>
 #endif
 
+#include "constants.h"
+
 namespace cjepa {
 namespace {
 
@@ -102,7 +104,7 @@ class Cache {
   std::mutex mutex_;
   std::deque<Block> free_;
   size_t total_ = 0;
-  const size_t limit_ = read_mebibytes("CJEPA_CACHE_MIB", 256);
+  const size_t limit_ = read_mebibytes("CJEPA_CACHE_MIB", kDefaultMebibytes);
 };
 
 Cache& cache() {

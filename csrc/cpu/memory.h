@@ -47,7 +47,7 @@ class Buffer {
   T& operator[](int64_t i) const { return get()[i]; }
 
  private:
-  // Above this size the time for new pages hardly matters, and the cache is left to others.
+  // Above this size the time for new pages hardly matters, and the cache is left to smaller blocks.
   static constexpr size_t kLargest = size_t{28} << 20;
   Block block_;
 };

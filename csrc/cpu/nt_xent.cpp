@@ -7,7 +7,8 @@
 //
 // The forward runs over the tiles on and above the diagonal of S. S is symmetric, so a row's sum is
 // that of the rows of its tiles and of the columns of the tiles above. All sums are added in an
-// order that depends on M alone, so they have the same bits on any number of threads.
+// order that depends on M alone, so they have the same bits on any number of threads. The loop of
+// the backward is run_backward in gradients.h, which cross_logsumexp.cpp shares.
 #include "nt_xent.h"
 
 #include <algorithm>
@@ -41,7 +42,9 @@ struct Pairs {
 
   Pairs(const NTXentOptions& o, typename PackedBatch<T, P>::Wanted wanted)
       : views{View(o.z_i), View(o.z_j)},
-        rounding{.cosine = o.cosine, .eps = static_cast<T>(o.eps), .dtype = o.rounded_dtype()},
+        rounding{.cosine = o.use_cosine_similarity,
+                 .eps = static_cast<T>(o.eps),
+                 .dtype = o.rounded_dtype()},
         z(source(), block_size(source().rows()), rounding, wanted),
         shift(read_temperature(o.temperature_tensor, o.temperature), z.bounded),
         mask(o.mask.has_value() && wanted.similarity ? SampleMask(*o.mask) : SampleMask()),
@@ -171,9 +174,8 @@ PairWeights<T> make_weights(const Pairs<T, P>& pairs, const NTXentOptions& optio
   return w;
 }
 
-// Whether the saved exponentials are relative to the constant shift, which is that of a similarity
-// of
-// 1. Those of a row without negatives do not matter.
+// Whether the saved exponentials are relative to the constant shift, the logit of a similarity
+// of 1. For rows without negatives it does not matter.
 template <typename T>
 bool has_constant_shift(const NTXentSaved& saved) {
   const T *shift = data_of<T>(saved.shift), *log_sum = data_of<T>(saved.log_sum);
@@ -332,38 +334,40 @@ void check_saved(const NTXentOptions& o, const Tensor& grad_loss, const NTXentSa
     check_rows(*t, o.z_i, rows, "shift, log_sum and positive must be those of the forward");
     check(t->is_contiguous(), "shift, log_sum and positive must be contiguous");
   }
-  const Tensor& kept = saved.saved_exponentials;
-  check(kept.size(0) == 0 || kept.size(0) == saved_exponentials_size(rows),
-        "kept must be empty or what the forward kept");
-  check_rows(kept, o.z_i, kept.size(0), "kept must be what the forward kept");
-  check(kept.is_contiguous(), "kept must be contiguous");
+  const Tensor& exponentials = saved.saved_exponentials;  // the schema's argument `kept`
+  const int64_t count = exponentials.size(0);
+  constexpr const char* kSaved = "kept must be empty or the exponentials that the forward saved";
+  check(count == 0 || count == saved_exponentials_size(rows), kSaved);
+  check_rows(exponentials, o.z_i, count, kSaved);
+  check(exponentials.is_contiguous(), "kept must be contiguous");
+  constexpr const char* kUpstream = "grad_loss must have the shape and dtype of the loss";
   if (o.reduction == Reduction::kNone) {
-    check_rows(grad_loss, o.z_i, rows, "grad_loss must be like the loss");
+    check_rows(grad_loss, o.z_i, rows, kUpstream);
   } else {
-    check(grad_loss.dim() == 0 && grad_loss.scalar_type() == saved.shift.scalar_type(),
-          "grad_loss must be like the loss");
+    check(grad_loss.dim() == 0 && grad_loss.scalar_type() == saved.shift.scalar_type(), kUpstream);
   }
 }
 
 // The operators as PyTorch calls them: arguments and results by position, in the order of the
-// schemas.
+// schemas, which call save_exponentials `keep`, saved_exponentials `kept` and largest_negative
+// `hardest`.
 auto call_forward(Tensor z_i, Tensor z_j, std::optional<Tensor> mask,
-                  std::optional<Tensor> temperature_tensor, double temperature, bool cosine,
-                  double eps, StringHandle reduction, std::optional<ScalarType> product_dtype,
-                  bool keep) {
+                  std::optional<Tensor> temperature_tensor, double temperature,
+                  bool use_cosine_similarity, double eps, StringHandle reduction,
+                  std::optional<ScalarType> product_dtype, bool save_exponentials) {
   const NTXentOptions options{.z_i = z_i,
                               .z_j = z_j,
                               .mask = mask,
                               .temperature_tensor = temperature_tensor,
                               .temperature = temperature,
-                              .cosine = cosine,
+                              .use_cosine_similarity = use_cosine_similarity,
                               .eps = eps,
                               .reduction = read_reduction(reduction),
                               .product_dtype = product_dtype};
   check_options(options);
   const NTXentForward out =
       with_types(z_i.scalar_type(), options.rounded_dtype(), [&](auto sum, auto operand) {
-        return nt_xent_forward<decltype(sum), decltype(operand)>(options, keep);
+        return nt_xent_forward<decltype(sum), decltype(operand)>(options, save_exponentials);
       });
   return std::tuple(out.loss, out.accuracy, out.positive_similarity, out.negative_similarity,
                     out.lse, out.largest_negative, out.shift, out.log_sum, out.positive,
@@ -372,19 +376,22 @@ auto call_forward(Tensor z_i, Tensor z_j, std::optional<Tensor> mask,
 
 auto call_backward(Tensor grad_loss, Tensor z_i, Tensor z_j, std::optional<Tensor> mask,
                    std::optional<Tensor> temperature_tensor, Tensor shift, Tensor log_sum,
-                   Tensor positive, Tensor kept, double temperature, bool cosine, double eps,
-                   StringHandle reduction, std::optional<ScalarType> product_dtype) {
+                   Tensor positive, Tensor saved_exponentials, double temperature,
+                   bool use_cosine_similarity, double eps, StringHandle reduction,
+                   std::optional<ScalarType> product_dtype) {
   const NTXentOptions options{.z_i = z_i,
                               .z_j = z_j,
                               .mask = mask,
                               .temperature_tensor = temperature_tensor,
                               .temperature = temperature,
-                              .cosine = cosine,
+                              .use_cosine_similarity = use_cosine_similarity,
                               .eps = eps,
                               .reduction = read_reduction(reduction),
                               .product_dtype = product_dtype};
-  const NTXentSaved saved{
-      .shift = shift, .log_sum = log_sum, .positive = positive, .saved_exponentials = kept};
+  const NTXentSaved saved{.shift = shift,
+                          .log_sum = log_sum,
+                          .positive = positive,
+                          .saved_exponentials = saved_exponentials};
   check_options(options);
   check_saved(options, grad_loss, saved);
   const ScalarType operands = backward_operands(options.rounded_dtype(), temperature_tensor);

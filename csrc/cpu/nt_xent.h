@@ -16,7 +16,7 @@ struct NTXentOptions {
   std::optional<Tensor> mask;                // (B, B) of bool
   std::optional<Tensor> temperature_tensor;  // one number, which takes the place of `temperature`
   double temperature;
-  bool cosine;
+  bool use_cosine_similarity;
   double eps;
   Reduction reduction;
   std::optional<ScalarType> product_dtype;

@@ -29,25 +29,13 @@ struct View {
         row_stride(z.stride(0)),
         column_stride(z.stride(1)) {}
 
-  // The row itself if it lies contiguous in memory as numbers T, else a copy of it in `space`.
+  // The numbers of a row, as read_numbers returns them.
   template <typename T>
   const T* row(int64_t index, T* space) const {
-    return with_number(dtype, [&](auto zero) { return convert<decltype(zero)>(index, space); });
-  }
-
- private:
-  template <typename S, typename T>
-  const T* convert(int64_t index, T* space) const {
-    const S* from = reinterpret_cast<const S*>(data) + index * row_stride;
-    if constexpr (std::is_same_v<S, T>) {
-      if (column_stride == 1) return from;
-    }
-    if (column_stride == 1) {
-      for (int64_t d = 0; d < features; ++d) space[d] = static_cast<T>(from[d]);
-    } else {
-      for (int64_t d = 0; d < features; ++d) space[d] = static_cast<T>(from[d * column_stride]);
-    }
-    return space;
+    return with_number(dtype, [&](auto zero) {
+      const auto* first = reinterpret_cast<const decltype(zero)*>(data) + index * row_stride;
+      return read_numbers(first, column_stride, features, space);
+    });
   }
 };
 
@@ -184,8 +172,9 @@ struct PackedBatch {
           if (!(square <= kLongestSquare)) group_bounded[g] = 0;
           if (!std::isfinite(square) || square == 0) group_finite[g] &= all_finite(raw, features);
         }
-        // S excludes what lies beyond the last row. But where an operand holds two rows, the row
-        // beside the last one is multiplied by 0, so it must not be NaN.
+        // S excludes what lies beyond the last row. But where an operand holds two rows, the
+        // padding row that shares its operand with the last row is multiplied by 0, so it must not
+        // be NaN.
         if (count < kPackedRows) std::fill_n(rows.get() + count * features, features, T{0});
         write(wanted, rows.get(), first, count);
         if (!wanted.sums) continue;

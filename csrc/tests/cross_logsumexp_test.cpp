@@ -97,7 +97,7 @@ Results run(const Inputs& in) {
                                 .y = y,
                                 .temperature_tensor = {},
                                 .temperature = p.tau,
-                                .cosine = p.cosine,
+                                .use_cosine_similarity = p.cosine,
                                 .eps = 1e-8,
                                 .product_dtype = p.product_dtype};
   if (p.tensor_temperature) options.temperature_tensor = in.temperature.tensor();

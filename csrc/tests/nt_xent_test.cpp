@@ -93,7 +93,7 @@ Results run(const Case& c, bool save_exponentials) {
                         .mask = {},
                         .temperature_tensor = {},
                         .temperature = p.tau,
-                        .cosine = p.cosine,
+                        .use_cosine_similarity = p.cosine,
                         .eps = 1e-8,
                         .reduction = p.reduction,
                         .product_dtype = p.product_dtype};

@@ -1,12 +1,13 @@
 // Coefficients in both orientations, and the products that take them, against plain loops.
 #include <algorithm>
 
+#include "../cpu/constants.h"
 #include "operands.h"
 
 namespace cjepa::test {
 namespace {
 
-constexpr int64_t kBlock = 96;
+constexpr int64_t kBlock = kSmallBlock;
 
 template <typename T, typename P>
 void check_coefficients(const TileCore<T, P>& core, const char* kind, int64_t height, int64_t width,

@@ -2,12 +2,13 @@
 #include <algorithm>
 #include <optional>
 
+#include "../cpu/constants.h"
 #include "operands.h"
 
 namespace cjepa::test {
 namespace {
 
-constexpr int64_t kBlock = 96;
+constexpr int64_t kBlock = kSmallBlock;
 constexpr Exact kInfinity = std::numeric_limits<Exact>::infinity();
 
 // Where a tile lies in S.

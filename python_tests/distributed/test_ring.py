@@ -23,7 +23,7 @@ from cjepa_kernels import NTXentLoss, backends, nt_xent
 from cjepa_kernels.bench import formulas
 from cjepa_kernels.distributed import counting
 from cjepa_kernels.distributed.blocks import Blocks, merge_rows
-from cjepa_kernels.distributed.exchange import Exchange, Mail
+from cjepa_kernels.distributed.exchange import Exchange, StepMessages
 from cjepa_kernels.distributed.group import GlobalBatch, Setting
 from cjepa_kernels.distributed.ring import Ring
 from cjepa_kernels.distributed.strategies import GATHERED_BYTES, choose_strategy
@@ -163,7 +163,9 @@ def test_counted_costs_follow_the_formulas(
     if not backends()[backend].available:
         pytest.skip(backends()[backend].reason)
     pairs, features = 6, 10
-    counted = ranks(count).run(counted_step, pairs, features, strategy, backend, dtype)
+    counted = ranks(count).run(
+        counted_step, pairs, features=features, strategy=strategy, backend=backend, dtype=dtype
+    )
     problem = distributed_cost.Problem(count, 2 * pairs, features, dtype.itemsize)
     expected = distributed_cost.cost(strategy, problem, saved=backend == "native")
     for name in ("forward_bytes", "backward_bytes", "flops"):
@@ -197,7 +199,7 @@ def recorded_step(strategy: str) -> tuple[list[str], list[int], list[int]]:
     blocks = ("own", "rectangle", "own_backward", "rectangle_backward")
     undo = [watch(Blocks, name) for name in blocks]
     undo += [watch(Exchange, name) for name in ("start", "start_all_gather", "finish")]
-    undo.append(watch(Mail, "receive"))
+    undo.append(watch(StepMessages, "receive"))
     try:
         z = torch.randn(2, 3, 8, requires_grad=True)
         loss = NTXentLoss(distributed=True, strategy=strategy)(z[0], z[1])["loss"]  # type: ignore
@@ -234,7 +236,9 @@ def test_the_all_gather_overlaps(ranks: Pool) -> None:
 @pytest.mark.parametrize("pairs", [8, 2500])
 def test_auto_is_one_of_both(ranks: Pool, pairs: int) -> None:
     counted = [
-        ranks(2).run(counted_step, pairs, 8, strategy, "auto", torch.float32)[0]
+        ranks(2).run(
+            counted_step, pairs, features=8, strategy=strategy, backend="auto", dtype=torch.float32
+        )[0]
         for strategy in ("auto", "all_gather", "ring")
     ]
     z = torch.empty(1, 8)

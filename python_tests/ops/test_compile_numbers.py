@@ -1,4 +1,4 @@
-"""Numbers that change from call to call, a schedule, under torch.compile: at most two graphs."""
+"""torch.compile makes at most two graphs when a number, as of a schedule, changes each call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any, cast
 import pytest
 import torch
 from overloads import OVERLOADS
-from sample_inputs import cross_inputs, sample_inputs
+from sample_inputs import (
+    cross_inputs,
+    cross_logsumexp_inputs,
+    in_order,
+    nt_xent_inputs,
+    sample_inputs,
+)
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -25,15 +31,15 @@ from cjepa_kernels import (
 
 pytestmark = pytest.mark.usefixtures("kernels_only")
 
-# With a constant shift above, with running maxima below 0.01: what a kernel chooses by the first
-# values must not stay.
+# Kernels use a constant shift at high temperatures and running maxima below 0.01. The last value
+# shows that the choice for the first values does not stay in the graph.
 SCHEDULE = [0.5 - 0.025 * step for step in range(19)] + [0.004]
 Loss = Callable[[], Tensor]
 Case = tuple[Loss, Callable[[float], None], list[Tensor]]
 
 
 class Numbers:
-    """A number that a closure reads: Dynamo sees an attribute, as of any object."""
+    """A number that a closure reads. Dynamo sees it as an attribute of an object."""
 
     value = 0.3
 
@@ -115,7 +121,7 @@ def compare(actual: Tensor, expected: Tensor, leaves: list[Tensor], **tolerances
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *MODULES])
 def test_a_schedule_takes_two_graphs(name: str) -> None:
-    """The first with the number as a constant, the second for every number."""
+    """The first graph holds the number as a constant. The second one takes any number."""
     loss, set_number, leaves = (function_case if name in FUNCTIONS else module_case)(name)
     counter: Any = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
@@ -126,7 +132,7 @@ def test_a_schedule_takes_two_graphs(name: str) -> None:
         compare(actual, expected, leaves, rtol=0.0, atol=0.0)
         values.append(expected.item())
     assert counter.frame_count == 2
-    if not name.endswith("eps"):  # which acts on short rows alone
+    if not name.endswith("eps"):  # eps changes only rows that are shorter than it
         assert len(set(values)) == len(SCHEDULE)
 
 
@@ -144,7 +150,7 @@ def test_an_argument_takes_two_graphs_whatever_the_batch() -> None:
 
 @pytest.mark.parametrize("kind", ["float64", "float32"])
 def test_numbers_of_numpy_take_two_graphs(kind: str) -> None:
-    """The compiler shows them as arrays."""
+    """The compiler treats numbers of NumPy as arrays."""
     numpy = pytest.importorskip("numpy")
     leaves = [torch.randn(5, 4, requires_grad=True) for _ in range(2)]
 
@@ -176,7 +182,7 @@ def test_a_temperature_set_in_the_compiled_function_takes_two_graphs() -> None:
 
 
 def test_a_weight_that_is_zero_at_times_takes_three_graphs() -> None:
-    """A weight of 0 leaves its term out, which is a graph of its own."""
+    """A weight of 0 leaves out its term, which needs another graph."""
     loss, set_number, leaves = module_case("contrastive_weight")
     counter: Any = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
@@ -196,8 +202,8 @@ def test_inductor_takes_a_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     counter: Any = CompileCounterWithBackend("inductor")
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
-    # Processes start slowly. The setting has no value until it is read, so that monkeypatch would
-    # take it away at the end.
+    # This process compiles, because others start slowly. The setting has no value until someone
+    # reads it, so monkeypatch would delete it at the end.
     with torch._inductor.config.patch(compile_threads=1):
         for temperature in (0.5, 0.2, 0.1, 0.004):
             compare(compiled(*leaves, temperature), loss(*leaves, temperature), leaves)
@@ -244,25 +250,25 @@ def test_export_keeps_the_number() -> None:
     torch.testing.assert_close(program.module()(*z), Model()(*z))
 
 
-def as_tensors(name: str, inputs: tuple[Any, ...]) -> list[Any]:
-    """Arguments of ``<name>_dynamic`` from those of ``<name>``."""
+def as_tensors(name: str, inputs: dict[str, Any]) -> list[Any]:
+    """The arguments of ``<name>_dynamic``, in order, made from those of ``<name>``."""
     numbers = [str(a.type) == "float" for a in ops.operator(name)._schema.arguments]
     return [
         torch.tensor(value, dtype=torch.float64, device="cpu") if number else value
-        for value, number in zip(inputs, numbers, strict=True)
+        for value, number in zip(in_order(name, inputs), numbers, strict=True)
     ]
 
 
 @OVERLOADS
 def test_numbers_as_tensors_give_the_same_bits(overload: str) -> None:
-    """In every back end, also where the temperature decides what a kernel does."""
+    """In every back end, and at temperatures for which a kernel works in different ways."""
     z_i, z_j = (torch.randn(5, 4, requires_grad=True) for _ in range(2))
     for temperature in (0.2, 0.004):
         for name, inputs in (
-            ("nt_xent", (z_i, z_j, None, None, temperature, True, 1e-8, "mean", None, False)),
-            ("cross_logsumexp", (z_i, z_j, None, temperature, True, 1e-8, None)),
+            ("nt_xent", nt_xent_inputs(z_i, z_j, temperature=temperature)),
+            ("cross_logsumexp", cross_logsumexp_inputs(z_i, z_j, temperature=temperature)),
         ):
-            expected = ops.operator(name, overload)(*inputs)
+            expected = tuple(ops.run(name, overload, **inputs))
             dynamic = ops.operator(f"{name}_dynamic", overload)
             actual = dynamic(*as_tensors(name, inputs))
             torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0, equal_nan=True)
@@ -283,9 +289,20 @@ def test_opcheck_of_numbers_as_tensors(name: str) -> None:
 def test_opcheck_of_the_prediction_loss_with_numbers_as_tensors() -> None:
     levels = [torch.randn(3, n, 4, requires_grad=True) for n in (4, 2)]
     targets = [torch.randn(3, n, 4) for n in (4, 2)]
-    numbers = [torch.tensor(x, dtype=torch.float64) for x in ([1.0, 0.5], 0.7, 1e-8)]
-    arguments = (levels, targets, [], numbers[0], "smoothl1", "l2", *numbers[1:], "mean")
-    torch.library.opcheck(ops.operator("prediction_loss_dynamic"), arguments)
+    inputs = {
+        "predictions": levels,
+        "targets": targets,
+        "masks": [],
+        "weights": torch.tensor([1.0, 0.5], dtype=torch.float64),
+        "loss_type": "smoothl1",
+        "normalization": "l2",
+        "threshold": torch.tensor(0.7, dtype=torch.float64),
+        "eps": torch.tensor(1e-8, dtype=torch.float64),
+        "reduction": "mean",
+    }
+    torch.library.opcheck(
+        ops.operator("prediction_loss_dynamic"), in_order("prediction_loss", inputs)
+    )
 
 
 def test_a_training_step_with_a_compiled_loss_takes_a_schedule() -> None:

@@ -1,4 +1,4 @@
-"""What cross_logsumexp is made for, and the identities that other losses will rely on."""
+"""Losses that users build from cross_logsumexp, and identities that other losses rely on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from overloads import OVERLOADS
+from sample_inputs import cross_logsumexp_backward_inputs, cross_logsumexp_inputs
 from tolerances import FLOOR_GRADIENT, relative_error
 from torch import Tensor
 
@@ -41,7 +42,7 @@ def test_symmetric_info_nce_is_cross_entropy_both_ways(backend: Any, temperature
 
 
 def test_nt_xent_from_rectangles(backend: Any) -> None:
-    """Its loss and gradient, from the rectangle of the views and the square of each."""
+    """NT-Xent and its gradient follow from the two views' rectangle and each view's square."""
     z_i, z_j = random_rows(21, 8), random_rows(21, 8)
     tau = 0.4
     views = cross_logsumexp(z_i, z_j, temperature=tau, backend=backend)
@@ -49,7 +50,9 @@ def test_nt_xent_from_rectangles(backend: Any) -> None:
     losses = []
     for z, other in ((z_i, views.row_lse), (z_j, views.column_lse)):
         own = cross_logsumexp(z, z, temperature=tau, backend=backend).row_lse
-        without_itself = own + torch.log1p(-torch.exp(1 / tau - own))  # a row's own cosine is 1
+        without_itself = own + torch.log1p(
+            -torch.exp(1 / tau - own)
+        )  # removes a row's own cosine, 1
         losses.append(torch.logaddexp(without_itself, other) - positive)
     loss = torch.cat(losses).mean()
     expected = nt_xent(z_i, z_j, temperature=tau, backend="reference").loss
@@ -101,7 +104,8 @@ def test_swapping_the_sides_swaps_the_outputs(
         torch.autograd.grad(swapped[:2], (x, y), upstream[::-1]),
         strict=True,
     ):
-        # Near 0 where one column has all of the weight: relative to the whole, not to itself.
+        # An element is near 0 if one column has all of the weight. The error is therefore relative
+        # to the largest element.
         assert relative_error(actual, expected) <= 2 * FLOOR_GRADIENT[torch.float64]
 
 
@@ -116,7 +120,7 @@ def test_swapping_the_sides_swaps_the_outputs(
 def test_rectangles_add_up_to_nt_xent(
     batch: int, features: int, temperature: float, seed: int, name: Any
 ) -> None:
-    """Both with the anchor's own logit, 1 / tau, put back: so nothing is subtracted."""
+    """Both sides include the anchor's own logit, 1 / tau, so that nothing is subtracted."""
     generator = torch.Generator().manual_seed(seed)
     z_i, z_j = (random_rows(batch, features, generator=generator) for _ in range(2))
     options: dict[str, Any] = {"temperature": temperature, "backend": name}
@@ -142,7 +146,10 @@ def test_parts_add_up_to_the_whole(
     name: Any,
     cut: float,
 ) -> None:
-    """Columns in two parts: rows add up, columns are independent. So do a ring's ranks."""
+    """The columns come in two parts, as on the ranks of a ring.
+
+    The rows' log-sum-exps of the parts add up. Those of the columns are independent.
+    """
     generator = torch.Generator().manual_seed(seed)
     x, y = (random_rows(n, features, generator=generator) for n in (rows, columns + 1))
     options: dict[str, Any] = {
@@ -163,35 +170,45 @@ def test_parts_add_up_to_the_whole(
 def test_backward_of_parts_with_the_sums_of_the_whole(
     overload: str, cosine: bool, temperature: float
 ) -> None:
-    """What a ring over ranks does: each part of y, with the log-sum-exp over all of it."""
+    """A ring over ranks computes gradients from a part of y and the log-sum-exp over all of y."""
     x, y = random_rows(19, 6), random_rows(40, 6)
-    options = (temperature, cosine, 1e-8, None)
+    inputs = cross_logsumexp_inputs(x, y, temperature=temperature, use_cosine_similarity=cosine)
     grad_row = torch.randn(19, dtype=torch.float64)
     grad_column = torch.randn(40, dtype=torch.float64)
     with torch.no_grad():
-        whole = ops.operator("cross_logsumexp", overload)(x, y, None, *options)
-        backward = ops.operator("cross_logsumexp_backward", overload)
-        expected = backward(grad_row, grad_column, x, y, None, *whole[4:], *options, True, True)
-        row = whole[4:6]
-        as_one_number = (whole[0] * temperature, torch.zeros_like(whole[0]))  # the same LSE
-        for pair in (row, as_one_number):
-            parts = [
-                backward(
-                    *(grad_row, grad_column[part].contiguous(), x, y[part], None, *pair),
-                    *(whole[6][part].contiguous(), whole[7][part].contiguous(), *options),
-                    *(True, True),
-                )
-                for part in (slice(0, 27), slice(27, None))
-            ]
-            torch.testing.assert_close(parts[0][0] + parts[1][0], expected[0])
-            torch.testing.assert_close(torch.cat([p[1] for p in parts]), expected[1])
+        out = ops.run("cross_logsumexp", overload, **inputs)
+        whole = cross_logsumexp_backward_inputs(inputs, out) | {
+            "grad_row_lse": grad_row,
+            "grad_column_lse": grad_column,
+        }
+        expected = ops.run("cross_logsumexp_backward", overload, **whole)
+        # The whole log-sum-exp can also be in the shift: lse = shift / temperature + log_sum.
+        as_one_number = {
+            "row_shift": out.row_lse * temperature,
+            "row_log_sum": torch.zeros_like(out.row_lse),
+        }
+        for saved_of_rows in ({}, as_one_number):
+            parts = []
+            for part in (slice(0, 27), slice(27, None)):
+                of_part = {
+                    "y": y[part],
+                    "grad_column_lse": grad_column[part].contiguous(),
+                    "column_shift": out.column_shift[part].contiguous(),
+                    "column_log_sum": out.column_log_sum[part].contiguous(),
+                }
+                arguments = whole | saved_of_rows | of_part
+                parts.append(ops.run("cross_logsumexp_backward", overload, **arguments))
+            torch.testing.assert_close(parts[0].grad_x + parts[1].grad_x, expected.grad_x)
+            torch.testing.assert_close(torch.cat([p.grad_y for p in parts]), expected.grad_y)
 
 
-@pytest.mark.skipif(not backends()["native"].available, reason="no compiled kernel here")
+@pytest.mark.skipif(
+    not backends()["native"].available, reason="the compiled kernels are not installed"
+)
 @pytest.mark.parametrize("shape", [(4300, 700), (500, 4200)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_native_in_several_squares(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """More blocks than the backward's workspace holds at a time."""
+    """There are more blocks than fit into the workspace of the backward at a time."""
     sides = [torch.randn(rows, 8).to(dtype).requires_grad_() for rows in shape]
     upstream = [torch.randn(rows) for rows in shape]
     gradients = []

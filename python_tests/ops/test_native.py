@@ -12,12 +12,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from eager import textbook_nt_xent
+from sample_inputs import nt_xent_backward_inputs, nt_xent_inputs
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor
 
@@ -40,24 +41,37 @@ pytestmark = pytest.mark.skipif(
 
 
 def other_instruction_sets() -> list[str]:
-    """Those that the CPU has and that are not in use."""
+    """The instruction sets that this CPU has and that are not in use."""
     module = compiled_module()
     info = {"instruction_sets": []} if module is None else module.build_info()
     return [name for name in info["instruction_sets"] if name != info["instruction_set"]]
 
 
-def run(z_i: Tensor, z_j: Tensor, **options: Any) -> list[Tensor]:
+class Results(NamedTuple):
+    """Everything that one training step sees of the loss."""
+
+    loss: Tensor
+    accuracy: Tensor
+    positive_similarity: Tensor
+    negative_similarity: Tensor
+    lse: Tensor
+    grad_z_i: Tensor
+    grad_z_j: Tensor
+
+
+def run(z_i: Tensor, z_j: Tensor, **options: Any) -> Results:
     """Loss, metrics and both gradients."""
     leaves = [z.detach().clone().requires_grad_() for z in (z_i, z_j)]
     out: NTXentOutput = nt_xent(leaves[0], leaves[1], **options)
-    return [*out, *torch.autograd.grad(out.loss, leaves)]
+    return Results(*out, *torch.autograd.grad(out.loss, leaves))
 
 
 @pytest.mark.parametrize("instruction_set", other_instruction_sets())
 def test_parity_suite_on_every_instruction_set(instruction_set: str) -> None:
-    """The one in use is covered by the suite itself; this covers all others that the CPU can run.
+    """The suite itself covers the instruction set in use. This test covers the CPU's other ones.
 
-    Schemas, which opcheck looks at, and the chunks of many rows know nothing of instruction sets.
+    It leaves out opcheck, because schemas do not depend on the instruction set, and the tests of
+    large batches, whose chunks do not depend on it either.
     """
     files = ["test_native.py", "test_nt_xent.py", "test_registration.py"]
     files += ["../modules/test_first_implementation.py"]
@@ -86,7 +100,7 @@ def test_unknown_instruction_set_is_refused() -> None:
 
 @cache
 def chunked_results(batch: int, features: int, temperature: float) -> tuple[Any, ...]:
-    """Two views, and of the chunked back end what fp32 and fp64 make of them."""
+    """Two views, and the results of the chunked back end for them in fp32 and in fp64."""
     z_i = torch.randn(batch, features)
     z_j = z_i + 0.5 * torch.randn_like(z_i)
     results = [
@@ -96,7 +110,8 @@ def chunked_results(batch: int, features: int, temperature: float) -> tuple[Any,
     return z_i, z_j, *results
 
 
-# One block, several of 96 rows, blocks of 192 from 1536 rows on, many chunks from 8192 on; ragged.
+# The sizes have one block, several blocks of 96 rows, blocks of 192 rows (from 1536 rows on) and
+# many chunks (from 8192 rows on). Most of them end in the middle of a block.
 @pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed_again"])
 @pytest.mark.parametrize(
     ("batch", "features"), [(47, 31), (96, 64), (401, 37), (1000, 70), (4100, 9)], ids=str
@@ -110,11 +125,17 @@ def test_sizes_around_the_blocks(
         monkeypatch.setattr(dispatch, "SAVED_EXPONENTIALS_BYTES", 0)
     z_i, z_j, same_dtype, truth = chunked_results(batch, features, temperature)
     actual = run(z_i, z_j, temperature=temperature, backend="native")
-    floors = [FLOOR_VALUE[torch.float32], *[FLOOR_GRADIENT[torch.float32]] * 2]
-    for index, floor in zip((0, 5, 6), floors, strict=True):
-        bound = 2 * relative_error(same_dtype[index], truth[index]) + floor
-        assert relative_error(actual[index], truth[index]) <= bound
-    assert abs(actual[1].item() - truth[1].item()) <= 2 / batch  # a near tie may fall either way
+    floors = {
+        "loss": FLOOR_VALUE[torch.float32],
+        "grad_z_i": FLOOR_GRADIENT[torch.float32],
+        "grad_z_j": FLOOR_GRADIENT[torch.float32],
+    }
+    for name, floor in floors.items():
+        exact = getattr(truth, name)
+        bound = 2 * relative_error(getattr(same_dtype, name), exact) + floor
+        assert relative_error(getattr(actual, name), exact) <= bound
+    # Rounding may decide a near tie either way.
+    assert abs(actual.accuracy.item() - truth.accuracy.item()) <= 2 / batch
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.01}, {"reduction": "sum"}], ids=str)
@@ -139,7 +160,10 @@ def test_calls_from_several_python_threads() -> None:
 
 
 def run_alone(code: str, *arguments: object, **environment: str) -> str:
-    """Output of a program in a process of its own, without a GPU: that and a fork do not mix."""
+    """Run a program in a process of its own and return its output.
+
+    The process sees no GPU, because CUDA does not work after a fork.
+    """
     result = subprocess.run(
         [sys.executable, "-c", code, *(str(a) for a in arguments)],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
@@ -153,7 +177,10 @@ def run_alone(code: str, *arguments: object, **environment: str) -> str:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_works_after_fork() -> None:
-    """Both directions, before and after: there are blocks in the cache when the process forks."""
+    """Both directions give the same bits before and after a fork.
+
+    The memory cache holds blocks when the process forks.
+    """
     code = """
 import os, signal, torch
 from cjepa_kernels import nt_xent
@@ -180,9 +207,10 @@ assert same()
     run_alone(code, OMP_NUM_THREADS="1")
 
 
-# Strings that PyTorch lost, 100 bytes a call, were 200 kB of the first; a cache that was tried and
-# what aligned_alloc left behind made 0.6 to 6 MB of it, and 8 to 16 MB of the second. The bounds
-# have room for a block that the second thread takes late.
+# The test must find leaks like these. PyTorch lost strings of 100 bytes in each call, 200 kB in the
+# first case. An earlier cache, and memory that aligned_alloc left behind, took 0.6 to 6 MB in the
+# first case and 8 to 16 MB in the second. The bounds leave room for a block that the second thread
+# allocates late.
 @pytest.mark.parametrize(
     ("rows", "calls", "bound", "kept"),
     [(256, 2000, 128 << 10, "256"), (4096, 20, 1 << 20, "0")],
@@ -221,7 +249,10 @@ print(in_use_after(calls) - before)
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_other_python_threads_run_meanwhile(direction: str) -> None:
-    """The interpreter is free during a call; no thread has to hand it over in between."""
+    """Other Python threads run during a call, because the call releases the interpreter lock.
+
+    The switch interval is so long that they could not take the lock themselves.
+    """
     z = torch.randn(2, 4096, 256, requires_grad=True)
     loss = nt_xent(z[0], z[1], backend="native").loss
     ticks, stop = 0, threading.Event()
@@ -246,16 +277,23 @@ def test_other_python_threads_run_meanwhile(direction: str) -> None:
         sys.setswitchinterval(interval)
         stop.set()
         thread.join()
-    assert during > 10  # of 150 and more; 2 or 3 for calls that last no millisecond
+    assert during > 10  # 150 or more with the lock released; 2 or 3 if a call takes under 1 ms
 
 
 def check_temperature_gradient(
-    upstream: Tensor, temperature: Tensor, actual: Tensor, eager: Tensor, exact: Any
+    upstream: Tensor, temperature: Tensor, *, actual: Tensor, eager: Tensor, exact: Any
 ) -> None:
-    """The tolerance rule; ``exact`` gives the fp64 output for a temperature.
+    """The temperature's gradient is within the tolerance rule and within an absolute bound.
 
-    Eager is no measure at a low temperature, where its error passes 100 % and coefficients rounded
-    to bf16 would be percents off: an absolute bound as well.
+    The absolute bound is there for low temperatures. Eager's error exceeds 100 % there, so the rule
+    alone would accept coefficients rounded to bf16, which are percents off.
+
+    Args:
+        upstream: Gradient of the output.
+        temperature: The leaf.
+        actual: Output of the compiled kernel.
+        eager: Output of eager PyTorch in the inputs' dtype.
+        exact: Function of a temperature that gives the fp64 output.
     """
     truth = temperature.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(exact(truth), truth, upstream.double())
@@ -267,7 +305,8 @@ def check_temperature_gradient(
     assert relative_error(gradient, expected) <= min(bound, 2e-4 + roundoff)
 
 
-# What is multiplied is rounded to bf16: with those rows the dot product gives the exact values.
+# The kernel rounds the rows to bf16 before it multiplies them. The exact values are therefore those
+# of the rounded rows.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
 @pytest.mark.parametrize("value", [0.01, 0.02, 0.05, 0.25, 2.0])
@@ -283,18 +322,20 @@ def test_temperature_gradient_of_bf16_rows(value: float, cosine: bool, dtype: to
     check_temperature_gradient(
         upstream,
         temperature,
-        nt_xent(x, y, reduction="none", backend="native", **options).loss,
-        textbook_nt_xent(x, y, **options),
-        lambda t: reference.nt_xent(*rounded, temperature=t, use_cosine_similarity=False).loss,
+        actual=nt_xent(x, y, reduction="none", backend="native", **options).loss,
+        eager=textbook_nt_xent(x, y, **options),
+        exact=lambda t: (
+            reference.nt_xent(*rounded, temperature=t, use_cosine_similarity=False).loss
+        ),
     )
     rectangle = cross_logsumexp(x, y[:40], backend="native", **options)
     logits = (F.normalize(x, dim=1) @ F.normalize(y, dim=1).T if cosine else x @ y.T) / temperature
     check_temperature_gradient(
         upstream[:75],
         temperature,
-        rectangle.row_lse,
-        logits[:, :40].logsumexp(dim=1),
-        lambda t: (
+        actual=rectangle.row_lse,
+        eager=logits[:, :40].logsumexp(dim=1),
+        exact=lambda t: (
             reference.cross_logsumexp(
                 rounded[0], rounded[1][:40], temperature=t, use_cosine_similarity=False
             ).row_lse
@@ -304,7 +345,7 @@ def test_temperature_gradient_of_bf16_rows(value: float, cosine: bool, dtype: to
 
 @pytest.mark.parametrize("features", [512, 768, 1000])
 def test_many_features_lose_no_digits(features: int) -> None:
-    """A product summed up in one accumulator would be four times as far off as eager's."""
+    """A product with one accumulator would have four times the error of eager PyTorch."""
     z_i = torch.randn(32, features)
     z = [z_i.requires_grad_(), (z_i.detach() + torch.randn(32, features)).requires_grad_()]
     exact = [x.detach().double().requires_grad_() for x in z]
@@ -317,14 +358,15 @@ def test_many_features_lose_no_digits(features: int) -> None:
 
 
 def test_huge_loss_scale_with_antipodal_negatives() -> None:
-    """Every negative is as far away as can be: the weights are at their largest."""
+    """Every negative is as far away as possible, which makes the weights as large as possible."""
     direction = torch.nn.functional.normalize(torch.randn(1, 24), dim=1)
     z_i = torch.cat([direction, -direction.expand(30, 24)]) + 1e-3 * torch.randn(31, 24)
     z_j = torch.cat([-direction, -direction.expand(30, 24)]) + 1e-3 * torch.randn(31, 24)
     truth = run(z_i.double(), z_j.double(), temperature=0.024, backend="reference")
     leaves = [z.clone().requires_grad_() for z in (z_i, z_j)]
     loss = nt_xent(leaves[0], leaves[1], temperature=0.024, backend="native").loss * 2.0**16
-    for gradient, expected in zip(torch.autograd.grad(loss, leaves), truth[5:], strict=True):
+    gradients = torch.autograd.grad(loss, leaves)
+    for gradient, expected in zip(gradients, (truth.grad_z_i, truth.grad_z_j), strict=True):
         assert gradient.isfinite().all()
         assert relative_error(gradient / 2.0**16, expected) < 1e-4
 
@@ -332,8 +374,8 @@ def test_huge_loss_scale_with_antipodal_negatives() -> None:
 @pytest.mark.parametrize("rows", [2, 94, 98, 1534, 1536, 1538])
 def test_python_knows_how_much_is_kept(rows: int) -> None:
     z = torch.randn(rows // 2, 2)
-    out = ops.operator("nt_xent")(z, z, None, None, 0.1, True, 1e-8, "mean", None, True)
-    assert out[-1].numel() == ops.saved_exponentials_size(rows)
+    out = ops.run("nt_xent", "", **nt_xent_inputs(z, z, keep=True))
+    assert out.saved_exponentials.numel() == ops.saved_exponentials_size(rows)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 96, 97, 1534, 1535, 1536, 1537, 10_000])
@@ -359,41 +401,41 @@ def test_triton_and_the_module_hold_the_same_numbers() -> None:
     module = compiled_module()
     assert module is not None
     constants = module.constants()
-    assert constants["few_rows"] == launch.FEW
+    assert constants["few_rows"] == launch.FEW_ROWS
     assert constants["largest_logits"] == pack.LARGEST_LOGITS
 
 
 def test_exponentials_are_kept_for_a_gradient_within_the_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    keeps = partial(dispatch.saves_exponentials, "")
+    saves = partial(dispatch.saves_exponentials, "")
     z = torch.randn(50, 4)
     wanted = z.clone().requires_grad_()
     temperature = torch.tensor(0.1, requires_grad=True)
-    assert keeps(wanted, z, None)
-    assert keeps(z, wanted, None)
-    assert keeps(z, z, temperature)
+    assert saves(wanted, z, None)
+    assert saves(z, wanted, None)
+    assert saves(z, z, temperature)
     assert not dispatch.saves_exponentials(".chunked", wanted, z, None)
-    assert not keeps(z, z, None)
+    assert not saves(z, z, None)
     with torch.no_grad():
-        assert not keeps(wanted, z, None)
+        assert not saves(wanted, z, None)
     monkeypatch.setattr(dispatch, "SAVED_EXPONENTIALS_BYTES", 4 * ops.saved_exponentials_size(100))
-    assert keeps(wanted, z, None)
-    assert not keeps(wanted.double(), z.double(), None)  # twice the bytes
+    assert saves(wanted, z, None)
+    assert not saves(wanted.double(), z.double(), None)  # twice the bytes
 
 
 def test_dot_product_of_long_rows() -> None:
-    """Far beyond what the constant shift can take: exponents of hundreds."""
+    """The exponents are in the hundreds, far beyond the range of the constant shift."""
     z_i, z_j = 20 * torch.nn.functional.normalize(torch.randn(2, 60, 12), dim=2)
     options = {"use_cosine_similarity": False, "temperature": 0.1}
     actual = run(z_i, z_j, backend="native", **options)
     truth = run(z_i.double(), z_j.double(), backend="reference", **options)
-    for index in (0, 5, 6):
-        assert relative_error(actual[index], truth[index]) < 1e-4
+    for name in ("loss", "grad_z_i", "grad_z_j"):
+        assert relative_error(getattr(actual, name), getattr(truth, name)) < 1e-4
 
 
 def test_a_huge_row_leaves_the_others_alone() -> None:
-    """Exponents far below the range are zero, whatever their size."""
+    """Exponents far below the range of fp32 give zero, however large they are."""
     x = torch.tensor([[1.0, 0.0], [-1e15, 0.0]])
     y = torch.tensor([[1.0, 0.0], [0.5, 1.0]])
     options = {"use_cosine_similarity": False, "temperature": 0.7}
@@ -408,35 +450,42 @@ Z = torch.ones(3, 4)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({1: torch.ones(2, 4)}, "same number of rows"),
-        ({1: torch.ones(3, 2)}, "as many features"),
-        ({1: Z.double()}, "same dtype"),
-        ({0: Z.int(), 1: Z.int()}, "fp64, fp32, bf16 or fp16"),
-        ({0: Z[None], 1: Z[None]}, "2-D"),
-        ({0: Z[:, :0], 1: Z[:, :0]}, "empty"),
-        ({2: torch.ones(2, 2, dtype=torch.bool)}, "mask"),
-        ({7: "median"}, "reduction"),
-        ({3: torch.tensor(1)}, "temperature"),
-        ({3: torch.tensor(0.5).to(torch.float8_e4m3fn)}, "temperature"),
-        ({8: torch.int32}, "product_dtype"),
+        ({"z_j": torch.ones(2, 4)}, "same number of rows"),
+        ({"z_j": torch.ones(3, 2)}, "as many features"),
+        ({"z_j": Z.double()}, "same dtype"),
+        ({"z_i": Z.int(), "z_j": Z.int()}, "fp64, fp32, bf16 or fp16"),
+        ({"z_i": Z[None], "z_j": Z[None]}, "2-D"),
+        ({"z_i": Z[:, :0], "z_j": Z[:, :0]}, "empty"),
+        ({"mask": torch.ones(2, 2, dtype=torch.bool)}, "mask"),
+        ({"reduction": "median"}, "reduction"),
+        ({"temperature_tensor": torch.tensor(1)}, "temperature"),
+        ({"temperature_tensor": torch.tensor(0.5).to(torch.float8_e4m3fn)}, "temperature"),
+        ({"product_dtype": torch.int32}, "product_dtype"),
     ],
     ids=lambda value: value.replace(" ", "_") if isinstance(value, str) else "",
 )
-def test_the_operator_itself_stays_in_its_memory(change: dict[int, Any], message: str) -> None:
-    arguments = [Z, Z, None, None, 0.1, True, 1e-8, "mean", None, False]
-    for position, value in change.items():
-        arguments[position] = value
+def test_the_operator_itself_stays_in_its_memory(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ops.operator("nt_xent")(*arguments)
+        ops.run("nt_xent", "", **(nt_xent_inputs(Z, Z) | change))
 
 
-@pytest.mark.parametrize("position", [0, 5, 6, 7, 8])
-def test_the_backward_operator_takes_what_its_forward_left(position: int) -> None:
-    saved = ops.operator("nt_xent")(Z, Z, None, None, 0.1, True, 1e-8, "none", None, True)
-    arguments = [torch.ones(6), Z, Z, None, None, *saved[-4:], 0.1, True, 1e-8, "none", None]
-    ops.operator("nt_xent_backward")(*arguments)
-    whole = arguments[position]
-    for wrong in (whole[:-1].clone(), whole.repeat_interleave(2)[::2])[: 1 if position == 0 else 2]:
-        arguments[position] = wrong
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("grad_loss", id="0"),
+        pytest.param("shift", id="5"),
+        pytest.param("log_sum", id="6"),
+        pytest.param("positive", id="7"),
+        pytest.param("kept", id="8"),
+    ],
+)
+def test_the_backward_operator_takes_what_its_forward_left(name: str) -> None:
+    inputs = nt_xent_inputs(Z, Z, reduction="none", keep=True)
+    arguments = nt_xent_backward_inputs(inputs, ops.run("nt_xent", "", **inputs))
+    ops.run("nt_xent_backward", "", **arguments)
+    whole = arguments[name]
+    of_another_size, strided = whole[:-1].clone(), whole.repeat_interleave(2)[::2]
+    # The gradient of the loss may have any strides.
+    for wrong in (of_another_size,) if name == "grad_loss" else (of_another_size, strided):
         with pytest.raises(ValueError, match="cjepa_kernels: "):
-            ops.operator("nt_xent_backward")(*arguments)
+            ops.run("nt_xent_backward", "", **(arguments | {name: wrong}))

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 import torch
 from overloads import OVERLOADS, RUNNABLE
-from sample_inputs import cross_inputs, sample_inputs
+from sample_inputs import (
+    cross_inputs,
+    cross_logsumexp_backward_inputs,
+    cross_logsumexp_inputs,
+    detached,
+    in_order,
+    nt_xent_backward_inputs,
+    nt_xent_inputs,
+    sample_inputs,
+)
 from tolerances import AUTOCAST_LOSS, EXACT, FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor, nn
 
@@ -28,12 +37,7 @@ from cjepa_kernels import (
 pytestmark = pytest.mark.usefixtures("kernels_only")
 
 
-def with_kept_exponentials(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (*inputs[:-1], True)
-
-
-# Any two of the overload, the case and the dtype meet; opcheck is slow, and all three would say no
-# more.
+# opcheck is slow, so not every combination runs. Any two values of overload, case and dtype meet.
 OPCHECKED = pytest.mark.parametrize(
     ("overload", "case", "dtype"),
     [
@@ -46,57 +50,67 @@ OPCHECKED = pytest.mark.parametrize(
         if (k + case + n) % 2 == 0
     ],
 )
-KEEPS = pytest.mark.skipif(not backends()["native"].available, reason="no compiled kernel here")
+NEEDS_NATIVE = pytest.mark.skipif(
+    not backends()["native"].available, reason="the compiled kernels are not installed"
+)
 CASES = pytest.mark.parametrize("case", range(5))
 
 
 @OPCHECKED
 def test_opcheck_forward(overload: str, case: int, dtype: torch.dtype) -> None:
-    torch.library.opcheck(ops.operator("nt_xent", overload), sample_inputs(dtype)[case])
+    inputs = in_order("nt_xent", sample_inputs(dtype)[case])
+    torch.library.opcheck(ops.operator("nt_xent", overload), inputs)
 
 
-@KEEPS
+@NEEDS_NATIVE
 @CASES
 def test_opcheck_with_kept_exponentials(case: int) -> None:
-    inputs = with_kept_exponentials(sample_inputs()[case])
-    out = ops.operator("nt_xent")(*inputs)
-    assert out[-1].numel() == ops.saved_exponentials_size(2 * len(inputs[0]))
-    # Not the comparison of outputs: what no pair of rows stands for is left as it was in memory.
+    inputs = sample_inputs()[case] | {"keep": True}
+    out = ops.run("nt_xent", "", **inputs)
+    assert out.saved_exponentials.numel() == ops.saved_exponentials_size(2 * len(inputs["z_i"]))
+    # opcheck must not compare the outputs of two calls: the part of the saved exponentials that no
+    # pair of rows fills holds whatever was in memory.
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.operator("nt_xent"), inputs, test_utils=utilities)
-    arguments = (torch.ones_like(out[0]), *inputs[:4], *out[-4:], *inputs[4:-1])
-    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-    torch.library.opcheck(ops.operator("nt_xent_backward"), detached)
+    torch.library.opcheck(
+        ops.operator("nt_xent"), in_order("nt_xent", inputs), test_utils=utilities
+    )
+    backward_inputs = detached(nt_xent_backward_inputs(inputs, out))
+    torch.library.opcheck(
+        ops.operator("nt_xent_backward"), in_order("nt_xent_backward", backward_inputs)
+    )
 
 
 @CASES
 def test_chunked_keeps_nothing(case: int) -> None:
     with pytest.raises(ValueError, match="keep must be False"):
-        ops.operator("nt_xent", ".chunked")(*with_kept_exponentials(sample_inputs()[case]))
+        ops.run("nt_xent", ".chunked", **(sample_inputs()[case] | {"keep": True}))
 
 
 @OPCHECKED
 def test_opcheck_backward(overload: str, case: int, dtype: torch.dtype) -> None:
     inputs = sample_inputs(dtype)[case]
-    out = ops.operator("nt_xent", overload)(*inputs)
-    arguments = (torch.ones_like(out[0]), *inputs[:4], *out[-4:], *inputs[4:-1])
-    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-    torch.library.opcheck(ops.operator("nt_xent_backward", overload), detached)
+    out = ops.run("nt_xent", overload, **inputs)
+    backward_inputs = detached(nt_xent_backward_inputs(inputs, out))
+    torch.library.opcheck(
+        ops.operator("nt_xent_backward", overload), in_order("nt_xent_backward", backward_inputs)
+    )
 
 
 @pytest.mark.parametrize(
-    ("overload", "keep"), [("", False), pytest.param("", True, marks=KEEPS), (".chunked", False)]
+    ("overload", "keep"),
+    [("", False), pytest.param("", True, marks=NEEDS_NATIVE), (".chunked", False)],
 )
 @CASES
 def test_gradcheck(overload: str, keep: bool, case: int) -> None:
-    inputs = (*sample_inputs()[case][:-1], keep)
-    operator = ops.operator("nt_xent", overload)
+    inputs = sample_inputs()[case] | {"keep": keep}
+    names = ("z_i", "z_j", "temperature_tensor")
 
-    def loss(z_i: Tensor, z_j: Tensor, temperature: Tensor | None) -> Tensor:
-        result: Tensor = operator(z_i, z_j, inputs[2], temperature, *inputs[4:])[0]
+    def loss(*tensors: Tensor | None) -> Tensor:
+        given = dict(zip(names, tensors, strict=True))
+        result: Tensor = ops.run("nt_xent", overload, **(inputs | given)).loss
         return result
 
-    assert torch.autograd.gradcheck(loss, (inputs[0], inputs[1], inputs[3]))
+    assert torch.autograd.gradcheck(loss, [inputs[name] for name in names])
 
 
 def test_gradgradcheck_of_the_reference() -> None:
@@ -110,69 +124,85 @@ def test_gradgradcheck_of_the_reference() -> None:
 
 @OPCHECKED
 def test_opcheck_cross_logsumexp(overload: str, case: int, dtype: torch.dtype) -> None:
-    torch.library.opcheck(ops.operator("cross_logsumexp", overload), cross_inputs(dtype)[case])
+    inputs = in_order("cross_logsumexp", cross_inputs(dtype)[case])
+    torch.library.opcheck(ops.operator("cross_logsumexp", overload), inputs)
 
 
 @OPCHECKED
 def test_opcheck_cross_logsumexp_backward(overload: str, case: int, dtype: torch.dtype) -> None:
     inputs = cross_inputs(dtype)[case]
-    out = ops.operator("cross_logsumexp", overload)(*inputs)
-    arguments = (torch.ones_like(out[0]), torch.ones_like(out[1]), *inputs[:3], *out[-4:])
-    arguments = (*arguments, *inputs[3:], case != 1, case != 2)
-    detached = tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-    torch.library.opcheck(ops.operator("cross_logsumexp_backward", overload), detached)
+    out = ops.run("cross_logsumexp", overload, **inputs)
+    wanted = {"of_x": case != 1, "of_y": case != 2}
+    backward_inputs = detached(cross_logsumexp_backward_inputs(inputs, out) | wanted)
+    torch.library.opcheck(
+        ops.operator("cross_logsumexp_backward", overload),
+        in_order("cross_logsumexp_backward", backward_inputs),
+    )
 
 
 @pytest.mark.parametrize("overload", ["", ".chunked"], ids=["dispatched", "chunked"])
 @CASES
 def test_gradcheck_cross_logsumexp(overload: str, case: int) -> None:
     inputs = cross_inputs()[case]
-    operator = ops.operator("cross_logsumexp", overload)
+    names = ("x", "y", "temperature_tensor")
 
-    def both(x: Tensor, y: Tensor, temperature: Tensor | None) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = operator(x, y, temperature, *inputs[3:])[:2]
-        return result
+    def both(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        given = dict(zip(names, tensors, strict=True))
+        out = ops.run("cross_logsumexp", overload, **(inputs | given))
+        return out.row_lse, out.column_lse
 
-    assert torch.autograd.gradcheck(both, inputs[:3])
+    assert torch.autograd.gradcheck(both, [inputs[name] for name in names])
 
 
 @OVERLOADS
 def test_registered_and_direct_autograd_agree(overload: str) -> None:
-    """Below functions the operator itself is called while compiling, an autograd function else."""
+    """A compiler sees the operator with its registered autograd.
+
+    Other calls go through a torch.autograd.Function, which costs less time.
+    """
     for name, inputs, differentiable in (
-        ("nt_xent", sample_inputs(torch.float32)[2], 1),
-        ("cross_logsumexp", cross_inputs(torch.float32)[1], 2),
+        ("nt_xent", sample_inputs(torch.float32)[2], ("loss",)),
+        ("cross_logsumexp", cross_inputs(torch.float32)[1], ("row_lse", "column_lse")),
     ):
-        leaves = [a for a in inputs if isinstance(a, Tensor) and a.requires_grad]
+        leaves = [a for a in inputs.values() if isinstance(a, Tensor) and a.requires_grad]
         results = []
-        for outputs in (ops.operator(name, overload)(*inputs), ops.call(name, overload, *inputs)):
-            assert [o.requires_grad for o in outputs] == [
-                index < differentiable for index in range(len(outputs))
-            ]
-            loss = torch.stack([o.sum() for o in outputs[:differentiable]]).sum()
-            results.append([*outputs, *torch.autograd.grad(loss, leaves)])
+        for call in (ops.run, ops.call):
+            out = call(name, overload, **inputs)._asdict()
+            assert {key for key, value in out.items() if value.requires_grad} == {*differentiable}
+            loss = torch.stack([out[key].sum() for key in differentiable]).sum()
+            results.append([*out.values(), *torch.autograd.grad(loss, leaves)])
         for actual, expected in zip(*results, strict=True):
             assert torch.equal(actual, expected)
 
 
 def gradients_of_saved(
     name: str,
+    *,
     saver: str,
     overload: str,
     sides: Tensor,
     temperature: float = 0.2,
     later_temperature: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A backward of what another overload's forward saved, maybe at another temperature."""
-    pairs = name == "nt_xent"
-    inputs = (*sides, None) if pairs else tuple(sides)
-    options = (temperature, True, 1e-8, *(("mean", None) if pairs else (None,)))
-    out = ops.operator(name, saver)(*inputs, None, *options, *((False,) if pairs else ()))
-    upstream = [torch.ones_like(o) for o in out[: 1 if pairs else 2]]
-    backward = ops.operator(f"{name}_backward", overload)
-    both = () if pairs else (True, True)
-    x, y, _ = backward(*upstream, *inputs, later_temperature, *out[-4:], *options, *both)
-    return x, y
+    """The gradients that one overload computes from what the forward of another one saved.
+
+    Args:
+        name: The operator.
+        saver: Overload of the forward.
+        overload: Overload of the backward.
+        sides: (2, rows, features) both inputs.
+        temperature: The temperature of the forward.
+        later_temperature: The temperature of the backward, if it is another one.
+    """
+    if name == "nt_xent":
+        inputs = nt_xent_inputs(sides[0], sides[1], temperature=temperature)
+        backward_inputs = nt_xent_backward_inputs(inputs, ops.run(name, saver, **inputs))
+    else:
+        inputs = cross_logsumexp_inputs(sides[0], sides[1], temperature=temperature)
+        backward_inputs = cross_logsumexp_backward_inputs(inputs, ops.run(name, saver, **inputs))
+    backward_inputs["temperature_tensor"] = later_temperature
+    grad_first, grad_second, _ = ops.run(f"{name}_backward", overload, **backward_inputs)
+    return grad_first, grad_second
 
 
 OPERATORS = pytest.mark.parametrize("name", ["nt_xent", "cross_logsumexp"])
@@ -184,10 +214,12 @@ OPERATORS = pytest.mark.parametrize("name", ["nt_xent", "cross_logsumexp"])
 def test_backward_takes_what_another_back_end_saved(
     overload: str, name: str, temperature: float
 ) -> None:
-    """Shifts and sums mean the same to all, whatever each makes them relative to."""
+    """Saved shifts and sums mean the same in every back end, though the shifts may differ."""
     sides = torch.randn(2, 9, 5)
     results = [
-        gradients_of_saved(name, saver, overload, sides, temperature)
+        gradients_of_saved(
+            name, saver=saver, overload=overload, sides=sides, temperature=temperature
+        )
         for saver in (overload, *RUNNABLE)
     ]
     for other in results[1:]:
@@ -199,27 +231,32 @@ def test_backward_takes_what_another_back_end_saved(
 @OPERATORS
 @pytest.mark.parametrize("value", [0.0, -0.5, torch.nan])
 def test_backward_with_a_bad_temperature_gives_nan(overload: str, name: str, value: float) -> None:
-    """Though all that the forward saved is finite."""
-    bad = torch.tensor(value)
-    for gradient in gradients_of_saved(name, overload, overload, torch.randn(2, 9, 5), 0.2, bad):
+    """The gradients are NaN although everything that the forward saved is finite."""
+    gradients = gradients_of_saved(
+        name,
+        saver=overload,
+        overload=overload,
+        sides=torch.randn(2, 9, 5),
+        later_temperature=torch.tensor(value),
+    )
+    for gradient in gradients:
         assert gradient.isnan().all()
 
 
 @OVERLOADS
 def test_autocast_reaches_the_backward(overload: str) -> None:
-    """The functions tell the operator what autocast would: both directions round alike."""
+    """The functions pass the dtype of autocast to the operator, so both directions round alike."""
     x, y = (torch.randn(9, 5, requires_grad=True) for _ in range(2))
     backend: Any = overload.lstrip(".") or "auto"
-    options = (None, 0.1, True, 1e-8)
     with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         pairs = [
             (
                 nt_xent(x, y, backend=backend).loss,
-                ops.operator("nt_xent", overload)(x, y, None, *options, "mean", None, False)[0],
+                ops.run("nt_xent", overload, **nt_xent_inputs(x, y)).loss,
             ),
             (
                 cross_logsumexp(x, y, backend=backend).row_lse.sum(),
-                ops.operator("cross_logsumexp", overload)(x, y, *options, None)[0].sum(),
+                ops.run("cross_logsumexp", overload, **cross_logsumexp_inputs(x, y)).row_lse.sum(),
             ),
         ]
     for pair in pairs:
@@ -261,11 +298,14 @@ class Model(nn.Module):
 
 @pytest.fixture
 def fresh_compiler() -> None:
-    """Every test compiles the same code: without this they would share its recompile limit."""
+    """Forget what other tests compiled.
+
+    All of these tests compile the same code, and its recompilation limit counts over all of them.
+    """
     torch._dynamo.reset()
 
 
-# Any two of the choices meet.
+# Any two values of the parameters meet.
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("backend", "learnt", "dynamic"),
@@ -293,7 +333,7 @@ def test_compile_takes_the_whole_graph(backend: str, learnt: bool, dynamic: bool
             torch.testing.assert_close(x, y)
 
 
-# Any two of the choices meet; 0 are the rows' log-sum-exps, 1 the columns'.
+# Any two values of the parameters meet. Output 0 is row_lse, output 1 is column_lse.
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(
     ("backend", "outputs", "learnt", "dynamic"),
@@ -330,14 +370,20 @@ def test_compile_takes_cross_logsumexp(
 
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compile_takes_c_jepa_with_features_that_carry_no_gradient() -> None:
-    """Eagerly this warns; a warning must not break the graph."""
+    """Without a compiler the call warns. The warning must not break the graph."""
     loss_fn = ContrastiveJEPALoss(HJEPALoss(num_hierarchies=1))
     prediction, target = torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 4, 5)
     features = torch.randn(2, 3, 5, 5)
+    inputs = {
+        "predictions": [prediction],
+        "targets": [target],
+        "target_features_i": features[0],
+        "target_features_j": features[1],
+    }
     compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
-    out = compiled([prediction], [target], None, None, features[0], features[1])
+    out = compiled(**inputs)
     with pytest.warns(UserWarning, match="carry no gradient"):
-        expected = loss_fn([prediction], [target], None, None, features[0], features[1])
+        expected = loss_fn(**inputs)
     torch.testing.assert_close(out["loss"], expected["loss"])
 
 
@@ -370,15 +416,21 @@ def test_export_keeps_the_operator() -> None:
 def test_meta_tensors_have_the_shapes_of_real_ones() -> None:
     samples = {"nt_xent": sample_inputs(), "cross_logsumexp": cross_inputs()}
     for name, inputs in ((name, inputs) for name, cases in samples.items() for inputs in cases):
-        meta = [a.to("meta") if isinstance(a, Tensor) else a for a in inputs]
-        real_out, meta_out = ops.operator(name)(*inputs), ops.operator(name)(*meta)
+        meta_inputs = {
+            key: value.to("meta") if isinstance(value, Tensor) else value
+            for key, value in inputs.items()
+        }
+        real_out, meta_out = ops.run(name, "", **inputs), ops.run(name, "", **meta_inputs)
         for real, fake in zip(real_out, meta_out, strict=True):
             assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
 
 
 @pytest.mark.parametrize("later", [None, -1, 1], ids=["before_versions", "older", "newer"])
 def test_a_module_of_another_revision_is_not_used(later: int | None) -> None:
-    """Its kernels may want other arguments: it counts as missing, and no call gets to them."""
+    """A module of another revision counts as missing, because its schemas may be others.
+
+    No call reaches its kernels.
+    """
     schema = importlib.import_module("cjepa_kernels.backends").SCHEMA_VERSION
     build_info = {"instruction_set": "avx2"} if later is None else {"schema": schema + later}
     code = f"""

@@ -244,7 +244,8 @@ LIBRARY = [
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_docstring_examples(name: str) -> None:
-    assert doctest.testmod(importlib.import_module(name)).failed == 0
+    module = importlib.import_module(name)
+    assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
 
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

@@ -1,4 +1,4 @@
-"""Inputs of the operators that several tests share."""
+"""Inputs of the operators that several tests share, by the names of their arguments."""
 
 from __future__ import annotations
 
@@ -7,40 +7,116 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cjepa_kernels.definitions import CrossLogSumExpForward, NTXentForward
+from cjepa_kernels.ops import registry
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def sample_inputs(dtype: torch.dtype = torch.float64) -> list[tuple[Any, ...]]:
-    """Arguments of the forward operator: one list feeds opcheck and gradcheck."""
+def nt_xent_inputs(z_i: Tensor, z_j: Tensor, **changed: Any) -> dict[str, Any]:
+    """All arguments of the operator ``nt_xent``, with a value for each that is not given."""
+    defaults: dict[str, Any] = {
+        "mask": None,
+        "temperature_tensor": None,
+        "temperature": 0.1,
+        "use_cosine_similarity": True,
+        "eps": 1e-8,
+        "reduction": "mean",
+        "product_dtype": None,
+        "keep": False,
+    }
+    return {"z_i": z_i, "z_j": z_j} | defaults | changed
+
+
+def nt_xent_backward_inputs(inputs: dict[str, Any], out: NTXentForward) -> dict[str, Any]:
+    """All arguments of ``nt_xent_backward`` after a forward, for upstream gradients of 1."""
+    shared = {name: value for name, value in inputs.items() if name != "keep"}
+    return shared | {
+        "grad_loss": torch.ones_like(out.loss),
+        "shift": out.shift,
+        "log_sum": out.log_sum,
+        "positive": out.positive,
+        "kept": out.saved_exponentials,
+    }
+
+
+def cross_logsumexp_inputs(x: Tensor, y: Tensor, **changed: Any) -> dict[str, Any]:
+    """All arguments of the operator ``cross_logsumexp``, with a value for each not given."""
+    defaults: dict[str, Any] = {
+        "temperature_tensor": None,
+        "temperature": 0.1,
+        "use_cosine_similarity": True,
+        "eps": 1e-8,
+        "product_dtype": None,
+    }
+    return {"x": x, "y": y} | defaults | changed
+
+
+def cross_logsumexp_backward_inputs(
+    inputs: dict[str, Any], out: CrossLogSumExpForward
+) -> dict[str, Any]:
+    """All arguments of ``cross_logsumexp_backward`` after a forward, for upstream gradients of 1.
+
+    Both sides get their gradient.
+    """
+    return inputs | {
+        "grad_row_lse": torch.ones_like(out.row_lse),
+        "grad_column_lse": torch.ones_like(out.column_lse),
+        "row_shift": out.row_shift,
+        "row_log_sum": out.row_log_sum,
+        "column_shift": out.column_shift,
+        "column_log_sum": out.column_log_sum,
+        "of_x": True,
+        "of_y": True,
+    }
+
+
+def in_order(name: str, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments in the order of the operator's schema, which opcheck needs."""
+    return tuple(registry.arguments[name](**inputs))
+
+
+def detached(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments, in which no tensor wants a gradient."""
+    return {
+        name: value.detach() if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
+def sample_inputs(dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
+    """Arguments of the operator ``nt_xent``: one list feeds opcheck and gradcheck."""
 
     def z(batch: int, features: int) -> Tensor:
         return torch.randn(batch, features, dtype=dtype, requires_grad=True)
 
     mask = torch.rand(4, 4) < 0.4
-    temperature = torch.tensor(0.3, dtype=dtype, requires_grad=True)
+    learnable = torch.tensor(0.3, dtype=dtype, requires_grad=True)
+    learnt = {"temperature_tensor": learnable, "temperature": 1.0}
     return [
-        (z(3, 5), z(3, 5), None, None, 0.2, True, 1e-8, "mean", None, False),
-        (z(4, 3), z(4, 3), mask, None, 0.5, True, 1e-8, "none", None, False),
-        (z(4, 3), z(4, 3), mask, temperature, 1.0, True, 1e-8, "sum", None, False),
-        (z(5, 2), z(5, 2), None, temperature, 1.0, False, 1e-8, "mean", None, False),
-        (z(2, 4), z(2, 4), None, None, 0.1, True, 1e-8, "sum", None, False),
+        nt_xent_inputs(z(3, 5), z(3, 5), temperature=0.2),
+        nt_xent_inputs(z(4, 3), z(4, 3), mask=mask, temperature=0.5, reduction="none"),
+        nt_xent_inputs(z(4, 3), z(4, 3), mask=mask, **learnt, reduction="sum"),
+        nt_xent_inputs(z(5, 2), z(5, 2), **learnt, use_cosine_similarity=False),
+        nt_xent_inputs(z(2, 4), z(2, 4), reduction="sum"),
     ]
 
 
-def cross_inputs(dtype: torch.dtype = torch.float64) -> list[tuple[Any, ...]]:
-    """The same of cross_logsumexp."""
+def cross_inputs(dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
+    """Arguments of the operator ``cross_logsumexp``, for opcheck and gradcheck too."""
 
     def z(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=dtype).requires_grad_()
 
-    temperature = torch.tensor(0.3, dtype=dtype, requires_grad=True)
+    learnable = torch.tensor(0.3, dtype=dtype, requires_grad=True)
+    learnt = {"temperature_tensor": learnable, "temperature": 1.0}
     strided = torch.randn(3, 7, dtype=dtype).T.requires_grad_()
     return [
-        (z(3, 5), z(4, 5), None, 0.2, True, 1e-8, None),
-        (z(1, 4), z(6, 4), temperature, 1.0, True, 1e-8, None),
-        (z(5, 2), z(1, 2), temperature, 1.0, False, 1e-8, None),
-        (z(5, 3), strided, None, 0.02, True, 1e-8, None),
-        (strided, z(2, 3), None, 2.0, False, 1e-8, None),
+        cross_logsumexp_inputs(z(3, 5), z(4, 5), temperature=0.2),
+        cross_logsumexp_inputs(z(1, 4), z(6, 4), **learnt),
+        cross_logsumexp_inputs(z(5, 2), z(1, 2), **learnt, use_cosine_similarity=False),
+        cross_logsumexp_inputs(z(5, 3), strided, temperature=0.02),
+        cross_logsumexp_inputs(strided, z(2, 3), temperature=2.0, use_cosine_similarity=False),
     ]
 
 

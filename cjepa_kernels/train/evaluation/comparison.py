@@ -25,6 +25,9 @@ ARM_TITLES = {
     "cjepa": "C-JEPA",
 }
 FEATURE_TITLES = {"mean": "mean-pooled patch features", "cls": "CLS token"}
+SHORT_FEATURE_TITLES = {"mean": "mean-pooled", "cls": "CLS"}
+MAIN_METRICS = ("few_label", "knn", "linear", "linear_robust")
+TRANSFER_METRICS = ("transfer_few_label", "transfer_knn", "transfer_linear")
 METRIC_TITLES = {
     "few_label": "few-label",
     "knn": "k-NN",
@@ -34,8 +37,12 @@ METRIC_TITLES = {
     "transfer_knn": "k-NN",
     "transfer_linear": "linear",
 }
-MAIN_METRICS = ("few_label", "knn", "linear", "linear_robust")
-TRANSFER_METRICS = ("transfer_few_label", "transfer_knn", "transfer_linear")
+# The numbers that a reader should look at first.
+HEADLINE_TITLES = {
+    f"{features}/{metric}": f"{METRIC_TITLES[metric]}, {title}"
+    for features, title in SHORT_FEATURE_TITLES.items()
+    for metric in ("few_label", "knn")
+}
 PAIRS = (("cjepa", "jepa"), ("cjepa", "contrastive"))
 
 

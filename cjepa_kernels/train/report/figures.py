@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,15 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from cjepa_kernels.plot_style import GRID, INK, settings
+from cjepa_kernels.plot_style import GRID, INK, settings, svg_with_colours
 from cjepa_kernels.train.evaluation import corruptions
-from cjepa_kernels.train.evaluation.comparison import ARM_TITLES, FEATURE_TITLES, Comparison
+from cjepa_kernels.train.evaluation.comparison import (
+    ARM_TITLES,
+    FEATURE_TITLES,
+    HEADLINE_TITLES,
+    SHORT_FEATURE_TITLES,
+    Comparison,
+)
 
 Array = npt.NDArray[np.float32]
 
@@ -40,11 +45,8 @@ _SETTINGS = {**settings(INK, GRID), "figure.constrained_layout.h_pad": 0.09}
 
 
 def _svg(figure: Figure, prefix: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, dpi=160)
-    svg = buffer.getvalue()
+    svg = svg_with_colours(figure, ink="currentColor", grid="var(--grid)", dpi=160)
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"font: ([^;\"]*?)'?sans-serif'?", r"font: \1inherit-sans", svg)
@@ -53,8 +55,7 @@ def _svg(figure: Figure, prefix: str) -> str:
     # Several figures share one page, in which every id must be unique.
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
-    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
-    return svg.replace(INK, "currentColor").replace(GRID, "var(--grid)")
+    return re.sub(r'href="#', f'href="#{prefix}-', svg)
 
 
 def _band(
@@ -165,13 +166,11 @@ def robustness_figure(comparison: Comparison) -> str:
 def paired_figure(comparison: Comparison) -> str:
     """Every seed's few-label and k-NN accuracy, joined between the arms."""
     rows = [row for row in comparison.rows() if row != "pixels"]
-    panels = [(f, m) for f in FEATURE_TITLES for m in ("few_label", "knn")]
-    titles = {"few_label": "few-label", "knn": "k-NN"}
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(10, 2.7), layout="constrained")
-        for axes, (features, metric) in zip(
-            figure.subplots(1, len(panels), sharey=True), panels, strict=True
-        ):
+        panels = figure.subplots(1, len(HEADLINE_TITLES), sharey=True)
+        for axes, (key, title) in zip(panels, HEADLINE_TITLES.items(), strict=True):
+            features, metric = key.split("/")
             cells = [comparison.summary(row, features, metric) for row in rows]
             values = [cell.values if cell else () for cell in cells]
             if all(len(v) == len(comparison.seeds) for v in values):
@@ -184,7 +183,7 @@ def paired_figure(comparison: Comparison) -> str:
             pixels = comparison.summary("pixels", features, metric)
             if pixels:
                 axes.axhline(pixels.mean, color=_STYLES["pixels"][0], linewidth=1, linestyle=":")
-            axes.set_title(f"{titles[metric]}, {'CLS' if features == 'cls' else 'mean-pooled'}")
+            axes.set_title(title)
             labels = [ARM_TITLES[row].split()[0].replace("Contrastive", "Contr.") for row in rows]
             axes.set_xticks(range(len(rows)), labels, rotation=20, ha="right")
             axes.set_xlim(-0.4, len(rows) - 0.6)
@@ -237,7 +236,7 @@ def projection_figure(
         figure = Figure(figsize=(10, min(7.0, 20 / columns + 0.6)), layout="constrained")
         grid = figure.subplots(len(FEATURE_TITLES), columns, squeeze=False)
         for line, kind in zip(grid, FEATURE_TITLES, strict=True):
-            line[0].set_ylabel("CLS" if kind == "cls" else "mean-pooled")
+            line[0].set_ylabel(SHORT_FEATURE_TITLES[kind])
             for axes, by_kind in zip(line, features.values(), strict=True):
                 points = project(by_kind[kind][shown])
                 for position, label in enumerate(classes):

@@ -23,7 +23,12 @@ from torch import Tensor
 
 from cjepa_kernels.files import atomic_write
 from cjepa_kernels.train.data.dataset import Dataset
-from cjepa_kernels.train.evaluation.comparison import ARM_TITLES, METRIC_TITLES, Comparison
+from cjepa_kernels.train.evaluation.comparison import (
+    ARM_TITLES,
+    HEADLINE_TITLES,
+    METRIC_TITLES,
+    Comparison,
+)
 from cjepa_kernels.train.evaluation.probes import FeatureExtractor
 from cjepa_kernels.train.report import figures
 from cjepa_kernels.train.report.tables import (
@@ -49,12 +54,6 @@ _NEIGHBOURS = 8
 _MAX_GALLERY = 10_000  # training images among which neighbours are searched
 _MAX_SIDE = 64  # larger pictures are scaled down, to keep the file small
 _TRAINED = ("jepa", "contrastive", "cjepa")
-_TILES = {
-    "mean/few_label": "few-label probe, mean-pooled",
-    "mean/knn": "k-NN, mean-pooled",
-    "cls/few_label": "few-label probe, CLS",
-    "cls/knn": "k-NN, CLS",
-}
 
 
 def write_report(
@@ -119,7 +118,7 @@ class _Tile(NamedTuple):
 
 def _tiles(comparison: Comparison) -> list[_Tile]:
     tiles = []
-    for key, title in _TILES.items():
+    for key, title in HEADLINE_TITLES.items():
         differences = [
             _Difference(by_metric[key].format(signed=True), ARM_TITLES[pair.split(" - ")[1]])
             for pair, by_metric in comparison.paired.items()

@@ -10,8 +10,9 @@ dtype have too few exponents.
 
 There are two schedules. *Squares* writes a square of blocks of G to a workspace and multiplies it
 from there, by rows and by columns. Where X = Y it computes G above the diagonal only, and takes
-3 M^2 D operations in all. It serves every case. *Owned rows* computes the tiles of G and multiplies
-them at once. It writes nothing of G, but it computes all of S, which takes 4 M^2 D operations.
+3 M^2 D operations in all. It serves every case. *Owned rows* is row-stationary: a program keeps a
+block of rows and their gradient on the chip, computes the tiles of G in these rows, and multiplies
+each tile at once. It writes nothing of G, but it computes all of S, which takes 4 M^2 D operations.
 """
 
 from __future__ import annotations

@@ -33,23 +33,24 @@ def load_sides(
     p_batch, p_patch, p_feature, t_batch, t_patch, t_feature, m_batch, m_patch,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of both sides in fp32, which rows the mask keeps, and which elements those have.
+    """Rows of both sides in fp32, which rows the mask includes, and which elements those have.
 
     A row that the mask drops is loaded as 0.
     """
     sample = (row // patches).to(tl.int64)
     patch = (row % patches).to(tl.int64)
-    kept = row < rows
+    included = row < rows
     if MASKED:
-        kept = kept & (tl.load(mask + sample * m_batch + patch * m_patch, mask=kept, other=0) != 0)
-    inside = kept[:, None] & (column < features)[None, :]
+        in_mask = tl.load(mask + sample * m_batch + patch * m_patch, mask=included, other=0)
+        included = included & (in_mask != 0)
+    inside = included[:, None] & (column < features)[None, :]
     feature = column.to(tl.int64)[None, :]
     p = prediction + (sample * p_batch + patch * p_patch)[:, None] + feature * p_feature
     t = target + (sample * t_batch + patch * t_patch)[:, None] + feature * t_feature
     return (
         tl.load(p, mask=inside, other=0.0).to(tl.float32),
         tl.load(t, mask=inside, other=0.0).to(tl.float32),
-        kept,
+        included,
         inside,
     )
 
@@ -113,7 +114,7 @@ def slope_of(d, slope, limit, SQUARE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "patches", "level"])
 def prediction_loss_kernel(
-    prediction, target, mask, errors, statistics, partial, kept_rows, counter,
+    prediction, target, mask, errors, statistics, partial, included_rows, counter,
     loss, unweighted, levels, scales,
     rows, patches, features, p_batch, p_patch, p_feature, t_batch, t_patch, t_feature,
     m_batch, m_patch, slope, limit, half_width, eps, level, weight, level_share,
@@ -130,7 +131,7 @@ def prediction_loss_kernel(
     program = tl.program_id(0)
     row = program * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
-    p, t, kept, inside = load_sides(
+    p, t, included, inside = load_sides(
         prediction=prediction, target=target, mask=mask, row=row, column=column, rows=rows,
         patches=patches, features=features, p_batch=p_batch, p_patch=p_patch, p_feature=p_feature,
         t_batch=t_batch, t_patch=t_patch, t_feature=t_feature, m_batch=m_batch, m_patch=m_patch,
@@ -141,8 +142,8 @@ def prediction_loss_kernel(
         NORMALIZATION=NORMALIZATION, LAYER_EPS=LAYER_EPS,
     )  # fmt: skip
     statistic_offsets = row.to(tl.int64) * 2
-    tl.store(statistics + statistic_offsets, tl.where(kept, first, 0.0), mask=row < rows)
-    tl.store(statistics + statistic_offsets + 1, tl.where(kept, second, 0.0), mask=row < rows)
+    tl.store(statistics + statistic_offsets, tl.where(included, first, 0.0), mask=row < rows)
+    tl.store(statistics + statistic_offsets + 1, tl.where(included, second, 0.0), mask=row < rows)
     u, v, _, _ = normalize(
         p=p, t=t, first=first, second=second, inside=inside, eps=eps, NORMALIZATION=NORMALIZATION
     )
@@ -158,7 +159,7 @@ def prediction_loss_kernel(
         valid = (row < rows)[:, None] & (column < features)[None, :]
         tl.store(errors + error_offsets, error, mask=valid)
     tl.store(partial + program, tl.sum(tl.sum(error, 1).to(tl.float64), 0))
-    tl.store(kept_rows + program, tl.sum(kept.to(tl.int32), 0))
+    tl.store(included_rows + program, tl.sum(included.to(tl.int32), 0))
     tl.debug_barrier()
     programs = tl.num_programs(0)
     if tl.atomic_add(counter + level, 1) != programs - 1:
@@ -166,7 +167,7 @@ def prediction_loss_kernel(
     total = sum_in_order(partial, programs)
     scale = tl.full((), 1.0, tl.float64)
     if MEAN:
-        scale = 1.0 / tl.maximum(sum_in_order(kept_rows, programs) * features, 1.0)
+        scale = 1.0 / tl.maximum(sum_in_order(included_rows, programs) * features, 1.0)
     total *= scale
     tl.store(scales + level, scale.to(tl.float32))
     if not NONE:
