@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-# Read when NumPy, PyTorch and the compiled module are loaded, also by processes that tests start.
-# OpenBLAS would have a thread per core spin beside each product of Triton's interpreter.
+# NumPy, PyTorch and the compiled module read these variables when they are loaded. Processes that
+# tests start inherit them. With more threads, OpenBLAS would keep every core busy during each
+# product of Triton's interpreter.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CJEPA_POISON_MEMORY": "1"}
 
 import pytest
@@ -24,7 +25,7 @@ _SKIPPED = pytest.StashKey[bool]()
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_seed() -> Iterator[None]:
-    """Same numbers on every machine, and no oversubscription under pytest-xdist."""
+    """Give the same numbers on every machine, and use one core under pytest-xdist."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -34,7 +35,7 @@ def _one_thread_and_a_seed() -> Iterator[None]:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fill memory that was allocated and not written with NaN."""
+    """Fill newly allocated memory with NaN, so that reading it before writing it shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
@@ -49,9 +50,10 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def kernels_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Under the id of Triton a test launches a kernel, or fails; for whole modules to use.
+    """Fail a test of the Triton back end that launches no Triton kernel.
 
-    In fp64, which goes to the chunked back end, the test is skipped.
+    Whole modules use this fixture. It does nothing for other back ends. It skips fp64, which the
+    chunked back end computes.
     """
     call = getattr(request.node, "callspec", None)
     parameters = call.params if call is not None else {}
@@ -59,7 +61,7 @@ def kernels_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         yield
         return
     if parameters.get("dtype") == torch.float64:
-        pytest.skip("fp64 goes to the chunked back end, which is tested under its own name")
+        pytest.skip("the chunked back end computes fp64 and is tested under its own name")
     launches: list[str] = []
     launch = triton._call
 
@@ -76,7 +78,7 @@ def kernels_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Leave what became of a test to its fixtures."""
+    """Tell the fixtures of a test whether it was skipped."""
     report = yield
     if call.when == "call":
         item.stash[_SKIPPED] = report.skipped
@@ -85,14 +87,14 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(params=[1, 5, 4096], ids=["one_row", "five_rows", "whole"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Rows that the chunked back end takes at a time."""
+    """The number of rows in a chunk of the chunked back end."""
     monkeypatch.setattr(chunked.nt_xent, "chunk_rows", lambda rows: min(rows, request.param))
     return int(request.param)
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """Gloo processes by their number, started when first asked for."""
+    """Start gloo processes when a test first asks for that many, and reuse them later."""
     started: dict[int, Ranks] = {}
 
     def of(count: int) -> Ranks:

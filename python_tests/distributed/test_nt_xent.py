@@ -109,7 +109,9 @@ def test_ddp_equals_one_process_on_the_whole_batch(
     learnable: bool,
 ) -> None:
     options = {"learnable_temperature": learnable, "strategy": strategy}
-    results = ranks(len(batches)).run(ddp_step, batches, dtype, temperature, options)
+    results = ranks(len(batches)).run(
+        ddp_step, batches, dtype=dtype, temperature=temperature, options=options
+    )
     case = (batches, dtype, temperature, learnable)
     truth, exact = single_step(*case, exact=True)
     eager, gradients = single_step(*case, exact=False)
@@ -219,7 +221,9 @@ def test_every_back_end(
     batches: list[int],
 ) -> None:
     options = {"temperature": temperature, "strategy": strategy}
-    results = ranks(len(batches)).run(group_step, batches, dtype, kernels, options)
+    results = ranks(len(batches)).run(
+        group_step, batches, dtype=dtype, backend=kernels, options=options
+    )
     check_group(results, batches, dtype, options)
     assert all((launches > 0) == (kernels == "triton") for *_, launches in results)
 
@@ -239,7 +243,9 @@ def test_every_back_end(
 @pytest.mark.parametrize("batches", [[5, 5], [1, 4, 2, 6]], ids=["equal", "ragged"])
 def test_options(ranks: Pool, strategy: str, options: dict[str, Any], batches: list[int]) -> None:
     options = {**options, "strategy": strategy}
-    results = ranks(len(batches)).run(group_step, batches, torch.float32, "auto", options)
+    results = ranks(len(batches)).run(
+        group_step, batches, dtype=torch.float32, backend="auto", options=options
+    )
     check_group(results, batches, torch.float32, options)
 
 
@@ -251,7 +257,9 @@ def test_more_than_a_tile(
     ranks: Pool, strategy: str, temperature: float, dtype: torch.dtype, batches: list[int]
 ) -> None:
     options = {"temperature": temperature, "strategy": strategy}
-    results = ranks(len(batches)).run(group_step, batches, dtype, "auto", options, features=67)
+    results = ranks(len(batches)).run(
+        group_step, batches, dtype=dtype, backend="auto", options=options, features=67
+    )
     check_group(results, batches, dtype, options, features=67)
 
 
@@ -259,7 +267,9 @@ def test_more_than_a_tile(
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_reference_of_a_group(ranks: Pool, batches: list[int], reduction: str) -> None:
     options = {"reduction": reduction}
-    results = ranks(len(batches)).run(group_step, batches, torch.float64, "reference", options)
+    results = ranks(len(batches)).run(
+        group_step, batches, dtype=torch.float64, backend="reference", options=options
+    )
     check_group(results, batches, torch.float64, options)
 
 

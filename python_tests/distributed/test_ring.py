@@ -163,7 +163,9 @@ def test_counted_costs_follow_the_formulas(
     if not backends()[backend].available:
         pytest.skip(backends()[backend].reason)
     pairs, features = 6, 10
-    counted = ranks(count).run(counted_step, pairs, features, strategy, backend, dtype)
+    counted = ranks(count).run(
+        counted_step, pairs, features=features, strategy=strategy, backend=backend, dtype=dtype
+    )
     problem = distributed_cost.Problem(count, 2 * pairs, features, dtype.itemsize)
     expected = distributed_cost.cost(strategy, problem, saved=backend == "native")
     for name in ("forward_bytes", "backward_bytes", "flops"):
@@ -234,7 +236,9 @@ def test_the_all_gather_overlaps(ranks: Pool) -> None:
 @pytest.mark.parametrize("pairs", [8, 2500])
 def test_auto_is_one_of_both(ranks: Pool, pairs: int) -> None:
     counted = [
-        ranks(2).run(counted_step, pairs, 8, strategy, "auto", torch.float32)[0]
+        ranks(2).run(
+            counted_step, pairs, features=8, strategy=strategy, backend="auto", dtype=torch.float32
+        )[0]
         for strategy in ("auto", "all_gather", "ring")
     ]
     z = torch.empty(1, 8)

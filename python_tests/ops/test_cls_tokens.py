@@ -1,4 +1,4 @@
-"""CLS rows of features: the view, and the gradient whose zeros nobody writes."""
+"""CLS rows of features: the view, and the gradient, whose zeros need no memory."""
 
 from __future__ import annotations
 
@@ -64,10 +64,11 @@ def test_it_can_be_differentiated_twice() -> None:
 
 
 @pytest.mark.skipif(
-    not (backends()["native"].available and sys.platform == "linux"), reason="native, on Linux"
+    not (backends()["native"].available and sys.platform == "linux"),
+    reason="the test needs the compiled kernels and Linux",
 )
 def test_the_zeros_take_no_memory() -> None:
-    """Features of 100 MiB with 50 CLS rows of 2 KiB: their gradient is a few pages."""
+    """Features of 100 MiB have 50 CLS rows of 2 KiB, so their gradient needs only a few pages."""
     code = """
 import torch
 from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss
@@ -112,7 +113,7 @@ def test_the_whole_loss_has_the_gradient_of_plain_indexing(kind: str) -> None:
         out = loss_fn([context[:8, 1:]], [patches], *features)
         return torch.autograd.grad(out["loss"], context)[0]
 
-    # As the training program does: taken once for both views.
+    # The training program calls cls_tokens once for both views.
     cls = cls_tokens(context)[:, None] if kind == "fork" else context
     expected = gradient((context[:8, :1], context[8:, :1]))
     torch.testing.assert_close(gradient((cls[:8], cls[8:])), expected, rtol=1e-6, atol=1e-9)

@@ -1,4 +1,4 @@
-"""Numbers that change from call to call, a schedule, under torch.compile: at most two graphs."""
+"""torch.compile makes at most two graphs when a number, as of a schedule, changes each call."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from cjepa_kernels import (
 
 pytestmark = pytest.mark.usefixtures("kernels_only")
 
-# With a constant shift above, with running maxima below 0.01: what a kernel chooses by the first
-# values must not stay.
+# Kernels use a constant shift at high temperatures and running maxima below 0.01. The last value
+# shows that the choice for the first values does not stay in the graph.
 SCHEDULE = [0.5 - 0.025 * step for step in range(19)] + [0.004]
 Loss = Callable[[], Tensor]
 Case = tuple[Loss, Callable[[float], None], list[Tensor]]
 
 
 class Numbers:
-    """A number that a closure reads: Dynamo sees an attribute, as of any object."""
+    """A number that a closure reads. Dynamo sees it as an attribute of an object."""
 
     value = 0.3
 
@@ -121,7 +121,7 @@ def compare(actual: Tensor, expected: Tensor, leaves: list[Tensor], **tolerances
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *MODULES])
 def test_a_schedule_takes_two_graphs(name: str) -> None:
-    """The first with the number as a constant, the second for every number."""
+    """The first graph holds the number as a constant. The second one takes any number."""
     loss, set_number, leaves = (function_case if name in FUNCTIONS else module_case)(name)
     counter: Any = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
@@ -132,7 +132,7 @@ def test_a_schedule_takes_two_graphs(name: str) -> None:
         compare(actual, expected, leaves, rtol=0.0, atol=0.0)
         values.append(expected.item())
     assert counter.frame_count == 2
-    if not name.endswith("eps"):  # which acts on short rows alone
+    if not name.endswith("eps"):  # eps changes only rows that are shorter than it
         assert len(set(values)) == len(SCHEDULE)
 
 
@@ -150,7 +150,7 @@ def test_an_argument_takes_two_graphs_whatever_the_batch() -> None:
 
 @pytest.mark.parametrize("kind", ["float64", "float32"])
 def test_numbers_of_numpy_take_two_graphs(kind: str) -> None:
-    """The compiler shows them as arrays."""
+    """The compiler treats numbers of NumPy as arrays."""
     numpy = pytest.importorskip("numpy")
     leaves = [torch.randn(5, 4, requires_grad=True) for _ in range(2)]
 
@@ -182,7 +182,7 @@ def test_a_temperature_set_in_the_compiled_function_takes_two_graphs() -> None:
 
 
 def test_a_weight_that_is_zero_at_times_takes_three_graphs() -> None:
-    """A weight of 0 leaves its term out, which is a graph of its own."""
+    """A weight of 0 leaves out its term, which needs another graph."""
     loss, set_number, leaves = module_case("contrastive_weight")
     counter: Any = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
@@ -202,8 +202,8 @@ def test_inductor_takes_a_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     counter: Any = CompileCounterWithBackend("inductor")
     compiled = torch.compile(loss, fullgraph=True, backend=counter)
-    # Processes start slowly. The setting has no value until it is read, so that monkeypatch would
-    # take it away at the end.
+    # This process compiles, because others start slowly. The setting has no value until someone
+    # reads it, so monkeypatch would delete it at the end.
     with torch._inductor.config.patch(compile_threads=1):
         for temperature in (0.5, 0.2, 0.1, 0.004):
             compare(compiled(*leaves, temperature), loss(*leaves, temperature), leaves)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from cjepa_kernels import CrossLogSumExp, chunked, cross_logsumexp, reference
 
-# (M, N, D): one of each, one against many, odd sizes past a tile, and very unequal ones, which
-# triton/test_kernels.py has for the interpreter.
+# The shapes (M, N, D) have a single pair, one row or column against many, odd sizes beyond a tile,
+# or very unequal sides. For the interpreter, triton/test_kernels.py covers the last kind.
 SHAPES = [
     (1, 1, 4),
     (2, 3, 1),
@@ -29,7 +29,7 @@ SHAPES = [
     (97, 193, 33),
     *([] if INTERPRETED else [(200, 1000, 24), (1000, 200, 24)]),
 ]
-# Both sides of where a constant shift would leave fp32's range, about 0.0235.
+# Below a temperature of about 0.0235 a constant shift would leave the range of fp32.
 TEMPERATURES = [1e-3, 0.01, 0.02, 0.0231, 0.05, 0.1, 1.0, 100.0]
 pytestmark = pytest.mark.usefixtures("kernels_only")
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("kernels_only")
 def textbook(
     x: Tensor, y: Tensor, *, temperature: float | Tensor, use_cosine_similarity: bool
 ) -> CrossLogSumExp:
-    """What users come from: everything in the input's dtype, the matrix in memory."""
+    """The usual formula, in the dtype of the inputs and with the whole matrix in memory."""
     if use_cosine_similarity:
         x, y = (F.normalize(z, dim=1, eps=1e-8) for z in (x, y))
     similarity = x @ y.T
@@ -48,7 +48,7 @@ def textbook(
 def check(
     x: Tensor, y: Tensor, backend: Any, *, temperature: float = 0.1, cosine: bool = True
 ) -> None:
-    """Both log-sum-exps, the maxima and both gradients within the tolerance rule."""
+    """Check the log-sum-exps, the maxima and both gradients by the tolerance rule."""
     dtype = x.dtype
     options: dict[str, Any] = {"temperature": temperature, "use_cosine_similarity": cosine}
     out = cross_logsumexp(x, y, backend=backend, **options)
@@ -59,7 +59,7 @@ def check(
     truth = reference.cross_logsumexp(*truth_leaves, **options)
     truth_upstream = [u.double() for u in upstream]
     truth_gradients = torch.autograd.grad(truth[:2], truth_leaves, truth_upstream)
-    if cosine and x.shape[1] == 1:  # unit rows are +-1: the gradient is 0, not rounding noise
+    if cosine and x.shape[1] == 1:  # unit rows are 1 or -1, so the exact gradient is 0
         truth_gradients = tuple(torch.zeros_like(g) for g in truth_gradients)
 
     eager_leaves = [z.detach().clone().requires_grad_() for z in (x, y)]
@@ -97,8 +97,8 @@ def test_shapes_and_dtypes(backend: str, shape: tuple[int, int, int], dtype: tor
     check(*sides(*shape, dtype), backend)
 
 
-# Blocks of 96 rows, of 192 from 1536 on, on either side; ragged. Triton's are of 128, and of more
-# than a few triton/test_kernels.py has every kind.
+# A native block has 96 rows, and 192 rows if a side has 1536 or more. Some sizes end in the middle
+# of a block. A Triton tile has at most 128 rows; triton/test_kernels.py covers more sizes of tiles.
 SIZES = [(96, 192, 16), (401, 97, 37), (1537, 210, 9), (60, 1700, 9), (1600, 1550, 8)]
 
 
@@ -139,7 +139,7 @@ def hard_sides(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     y = torch.randn(58, 19, dtype=torch.float64)
     y[:30] = x[:30] + 0.1 * y[:30]
     y[3] = -x[3]
-    y[4] = y[5] = x[4] = x[5]  # two columns tie for the largest, and they are the row itself
+    y[4] = y[5] = x[4] = x[5]  # two columns are equal to the row and tie for the largest
     y[6] = -x.mean(dim=0)
     return x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()
 
@@ -150,7 +150,8 @@ def test_temperatures(backend: str, temperature: float, dtype: torch.dtype) -> N
     check(*hard_sides(dtype), backend, temperature=temperature)
 
 
-# The kernels' shift changes at 0.0266; with the constant one, weights leave fp32 at 0.0217.
+# The kernels stop using the constant shift below a temperature of 0.0266. With it, weights would
+# leave the range of fp32 below 0.0217.
 @pytest.mark.parametrize("temperature", [0.0215, 0.0266, 0.0267])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_antipodal_rows(backend: str, temperature: float, dtype: torch.dtype) -> None:
@@ -161,7 +162,7 @@ def test_antipodal_rows(backend: str, temperature: float, dtype: torch.dtype) ->
 
 
 def test_small_upstream_gradients_beside_a_large_one(backend: str) -> None:
-    """In fp16; of rows, which have nothing to do with each other."""
+    """A large upstream gradient of one fp16 row does not change the gradients of other rows."""
     x, y = (z.half().requires_grad_() for z in torch.randn(2, 20, 24))
     truth = [z.detach().double().requires_grad_() for z in (x, y)]
     upstream = torch.ones(20)
@@ -215,9 +216,9 @@ def test_temperature_gradient(backend: Any, value: float, cosine: bool, dtype: t
 
 
 def test_huge_loss_scale_with_antipodal_rows(backend: Any) -> None:
-    """Everything is as far away as can be: with a constant shift the weights are at their largest.
+    """All rows are as far apart as possible, which makes the weights as large as possible.
 
-    Just above where that shift would leave the range of fp32.
+    The temperature is just above the one at which the constant shift would leave the range of fp32.
     """
     direction = F.normalize(torch.randn(1, 24), dim=1)
     x = (direction + 1e-3 * torch.randn(20, 24)).requires_grad_()
@@ -254,7 +255,7 @@ def test_reference_is_logsumexp_of_the_matrix(cosine: bool) -> None:
 @settings(
     max_examples=3 if INTERPRETED else 8,
     deadline=None,
-    # The back end stays the same for all examples of a test.
+    # The fixture gives the same back end for all examples of a test, so one setup is enough.
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
@@ -277,7 +278,8 @@ def test_any_shape_and_value(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    if dtype == torch.float32:  # elsewhere it is luck how an error compares with eager PyTorch's
+    # At other temperatures rounding decides by chance whether eager PyTorch's error is larger.
+    if dtype == torch.float32:
         temperature = min(max(temperature, 0.1), 10.0)
     x, y = (torch.randn(n, features, dtype=dtype).requires_grad_() for n in (rows, columns))
     check(x, y, backend, temperature=temperature, cosine=cosine)
@@ -297,7 +299,7 @@ def test_second_derivative_of_the_reference() -> None:
 def test_the_gradient_of_one_side_alone(
     backend: Any, wanted: tuple[bool, bool], learnable: bool
 ) -> None:
-    """A frozen side costs no product, and changes nothing of what remains."""
+    """A frozen side needs no matrix product and does not change the other gradients."""
     if wanted == (False, False) and not learnable:
         pytest.skip("nothing wants a gradient")
     rows = torch.randn(21, 12), torch.randn(13, 12)
@@ -313,6 +315,7 @@ def test_the_gradient_of_one_side_alone(
     every = gradients((True, True))
     expected = [g for g, own in zip(every, (*wanted, learnable), strict=False) if own]
     for actual, other in zip(gradients(wanted), expected, strict=True):
-        # A temperature's cancels, and is taken from either side: as in test_temperature_gradient.
+        # Large terms cancel in a temperature's gradient, and a back end may sum over either side.
+        # The bound is therefore that of test_temperature_gradient.
         allowed = (10 if actual.ndim == 0 else 1) * FLOOR_GRADIENT[torch.float32]
         assert relative_error(actual, other) <= allowed

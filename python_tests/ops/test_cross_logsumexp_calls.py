@@ -1,4 +1,4 @@
-"""Whatever cross_logsumexp is called with: strides, frozen sides, bad numbers, and mistakes."""
+"""Calls of cross_logsumexp with strides, frozen sides, bad numbers and wrong arguments."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.usefixtures("kernels_only")
 
 @pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
 def test_strides_do_not_matter(backend: Any, cosine: bool) -> None:
-    """CLS rows of (B, N, D) features, and a transposed tensor."""
+    """One side holds the CLS rows of (B, N, D) features, the other one is transposed."""
     strided = (torch.randn(9, 4, 6)[:, 0].requires_grad_(), torch.randn(6, 21).T.requires_grad_())
     dense = tuple(z.detach().clone(memory_format=torch.contiguous_format) for z in strided)
     results = []
     for x, y in (strided, tuple(z.requires_grad_() for z in dense)):
         out = cross_logsumexp(x, y, use_cosine_similarity=cosine, backend=backend)
-        # .sum() hands down an expanded gradient, one number with stride 0.
+        # The gradient that .sum() passes on is one number, expanded with stride 0.
         results.append([*out, *torch.autograd.grad(out.row_lse.sum(), (x, y))])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
@@ -179,7 +179,7 @@ def test_autocast_multiplies_in_the_low_dtype_and_returns_fp32(backend: Any) -> 
     assert relative_error(out.row_lse, expected.row_lse) < AUTOCAST_LOSS
     assert relative_error(out.column_lse, expected.column_lse) < AUTOCAST_LOSS
     assert relative_error(actual, gradient) < 2 * AUTOCAST_LOSS
-    if backend != "reference":  # the reference stays in fp32: it is the truth
+    if backend != "reference":  # the reference does not follow autocast
         assert not torch.equal(out.row_lse, expected.row_lse)
 
 

@@ -1,4 +1,4 @@
-"""What cross_logsumexp is made for, and the identities that other losses will rely on."""
+"""Losses that users build from cross_logsumexp, and identities that other losses rely on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_symmetric_info_nce_is_cross_entropy_both_ways(backend: Any, temperature
 
 
 def test_nt_xent_from_rectangles(backend: Any) -> None:
-    """Its loss and gradient, from the rectangle of the views and the square of each."""
+    """NT-Xent and its gradient follow from the two views' rectangle and each view's square."""
     z_i, z_j = random_rows(21, 8), random_rows(21, 8)
     tau = 0.4
     views = cross_logsumexp(z_i, z_j, temperature=tau, backend=backend)
@@ -50,7 +50,9 @@ def test_nt_xent_from_rectangles(backend: Any) -> None:
     losses = []
     for z, other in ((z_i, views.row_lse), (z_j, views.column_lse)):
         own = cross_logsumexp(z, z, temperature=tau, backend=backend).row_lse
-        without_itself = own + torch.log1p(-torch.exp(1 / tau - own))  # a row's own cosine is 1
+        without_itself = own + torch.log1p(
+            -torch.exp(1 / tau - own)
+        )  # removes a row's own cosine, 1
         losses.append(torch.logaddexp(without_itself, other) - positive)
     loss = torch.cat(losses).mean()
     expected = nt_xent(z_i, z_j, temperature=tau, backend="reference").loss
@@ -102,7 +104,8 @@ def test_swapping_the_sides_swaps_the_outputs(
         torch.autograd.grad(swapped[:2], (x, y), upstream[::-1]),
         strict=True,
     ):
-        # Near 0 where one column has all of the weight: relative to the whole, not to itself.
+        # An element is near 0 if one column has all of the weight. The error is therefore relative
+        # to the largest element.
         assert relative_error(actual, expected) <= 2 * FLOOR_GRADIENT[torch.float64]
 
 
@@ -117,7 +120,7 @@ def test_swapping_the_sides_swaps_the_outputs(
 def test_rectangles_add_up_to_nt_xent(
     batch: int, features: int, temperature: float, seed: int, name: Any
 ) -> None:
-    """Both with the anchor's own logit, 1 / tau, put back: so nothing is subtracted."""
+    """Both sides include the anchor's own logit, 1 / tau, so that nothing is subtracted."""
     generator = torch.Generator().manual_seed(seed)
     z_i, z_j = (random_rows(batch, features, generator=generator) for _ in range(2))
     options: dict[str, Any] = {"temperature": temperature, "backend": name}
@@ -143,7 +146,10 @@ def test_parts_add_up_to_the_whole(
     name: Any,
     cut: float,
 ) -> None:
-    """Columns in two parts: rows add up, columns are independent. So do a ring's ranks."""
+    """The columns come in two parts, as on the ranks of a ring.
+
+    The rows' log-sum-exps of the parts add up. Those of the columns are independent.
+    """
     generator = torch.Generator().manual_seed(seed)
     x, y = (random_rows(n, features, generator=generator) for n in (rows, columns + 1))
     options: dict[str, Any] = {
@@ -196,11 +202,13 @@ def test_backward_of_parts_with_the_sums_of_the_whole(
             torch.testing.assert_close(torch.cat([p.grad_y for p in parts]), expected.grad_y)
 
 
-@pytest.mark.skipif(not backends()["native"].available, reason="no compiled kernel here")
+@pytest.mark.skipif(
+    not backends()["native"].available, reason="the compiled kernels are not installed"
+)
 @pytest.mark.parametrize("shape", [(4300, 700), (500, 4200)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_native_in_several_squares(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """More blocks than the backward's workspace holds at a time."""
+    """There are more blocks than fit into the workspace of the backward at a time."""
     sides = [torch.randn(rows, 8).to(dtype).requires_grad_() for rows in shape]
     upstream = [torch.randn(rows) for rows in shape]
     gradients = []

@@ -1,4 +1,4 @@
-"""Tensors as users have them: made under inference_mode, of two dtypes, views of any kind."""
+"""Unusual inputs: tensors made under inference_mode, two dtypes in one call, all kinds of views."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def of_inference_mode(x: Tensor) -> Tensor:
 def test_keys_of_inference_mode(
     backend: str, loss_of: Callable[..., Tensor], side: int, cosine: bool
 ) -> None:
-    """The query's gradient, and that it is of the keys as they were in the forward."""
+    """The query's gradient belongs to the keys of the forward, even if they change later."""
     options: dict[str, Any] = {"backend": backend, "use_cosine_similarity": cosine}
     views = [torch.randn(6, 8) for _ in range(2)]
     query = views[1 - side].requires_grad_()
@@ -70,7 +70,8 @@ def test_keys_of_inference_mode(
         views[side] = key
         loss = loss_of(*views, **options)
         if key is keys:
-            with torch.inference_mode():  # a bank that takes in the next keys before the backward
+            # A memory bank may store the next keys before the backward.
+            with torch.inference_mode():
                 keys.copy_(torch.randn(6, 8))
         results.append((loss.detach(), torch.autograd.grad(loss, query)[0]))
     assert keys.is_inference()
@@ -93,7 +94,7 @@ def test_mask_and_temperature_of_inference_mode(backend: str) -> None:
 
 
 def test_everything_of_inference_mode(backend: str) -> None:
-    """Without anything to train: no error, and the same values inside of the mode."""
+    """Without a gradient, tensors of inference_mode give no error and the same values."""
     views = torch.randn(2, 6, 8).unbind()
     expected = nt_xent(*views, backend=backend)  # type: ignore[arg-type]
     inside = [of_inference_mode(z) for z in views]
@@ -103,7 +104,7 @@ def test_everything_of_inference_mode(backend: str) -> None:
 
 
 def test_sides_and_masks_of_the_prediction_loss_of_inference_mode(backend: str) -> None:
-    """Targets that the next forward of the teacher overwrites before the backward."""
+    """The teacher's next forward may overwrite the targets before the backward."""
     prediction = torch.randn(2, 5, 8, requires_grad=True)
     target, mask = torch.randn(2, 5, 8), torch.rand(2, 5) < 0.7
     results = []
@@ -126,7 +127,7 @@ def test_sides_and_masks_of_the_prediction_loss_of_inference_mode(backend: str) 
 
 
 def test_keys_of_inference_mode_under_compile() -> None:
-    """As the plain formula, which normalises and so saves copies."""
+    """The operators save copies of the keys, as the plain formula does by normalising."""
 
     def step(query: Tensor, keys: Tensor, mask: Tensor) -> Tensor:
         return contrastive(query, keys, mask=mask) + both_lse(query, keys)
@@ -157,7 +158,10 @@ def test_keys_of_inference_mode_on_ranks(ranks: Pool, strategy: str) -> None:
 
 
 def usual_formula(loss_of: Callable[..., Tensor], a: Tensor, b: Tensor) -> Tensor:
-    """In eager PyTorch, promoted by hand: on CPUs autocast has no ``torch.cat`` for fp16."""
+    """The loss in eager PyTorch.
+
+    It promotes the inputs by hand, because autocast on CPUs has no ``torch.cat`` for fp16.
+    """
     dtype = torch.promote_types(a.dtype, b.dtype)
     if loss_of is contrastive:
         return textbook_nt_xent(a.to(dtype), b.to(dtype)).mean()
@@ -174,7 +178,7 @@ def test_two_dtypes(
     dtypes: tuple[torch.dtype, torch.dtype],
     autocast: bool,
 ) -> None:
-    """The value of the promoted inputs; each gradient in its input's dtype."""
+    """The loss is that of the promoted inputs. Each gradient has the dtype of its input."""
     views = [torch.randn(9, 16).to(dtype).requires_grad_() for dtype in dtypes]
     truth_views = [z.detach().double().requires_grad_() for z in views]
     if loss_of is contrastive:
@@ -199,13 +203,13 @@ def test_two_dtypes(
         views, gradients, truth_gradients, eager_gradients, strict=True
     ):
         assert gradient.dtype == z.dtype
-        # The product rounds first, and the gradient of an input last.
+        # The product rounds to one dtype, and then the gradient is rounded to that of its input.
         floor = max(FLOOR_GRADIENT[z.dtype], FLOOR_GRADIENT[rounded])
         assert relative_error(gradient, expected) <= floor + 2 * relative_error(of_eager, expected)
 
 
 def test_two_dtypes_are_their_promotion(backend: str, loss_of: Callable[..., Tensor]) -> None:
-    """The bits of a call that promotes by hand."""
+    """A call with two dtypes gives the bits of a call with promoted inputs."""
     for dtypes in PAIRS:
         a, b = (torch.randn(5, 8).to(dtype) for dtype in dtypes)
         wide = torch.promote_types(*dtypes)
@@ -243,7 +247,7 @@ def two_dtypes_on_ranks(same: bool) -> str | float:
     z_i, z_j = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)).unbind()
     if same:
         views = z_i.bfloat16(), z_j
-    else:  # all bf16 on rank 0, promoted to fp32 on rank 1
+    else:  # both views are bf16 on rank 0, and rank 1 promotes them to fp32
         views = z_i.bfloat16(), z_j.bfloat16() if torch.distributed.get_rank() == 0 else z_j
     group = torch.distributed.group.WORLD
     try:
@@ -283,7 +287,7 @@ def test_distributed_with_a_process_group_is_all_ranks(ranks: Pool) -> None:
         assert module != alone
 
 
-# How a tensor of (9, 6) may lie in memory.
+# Different layouts of a (9, 6) tensor in memory.
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.T.contiguous().T,
     "every second": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], 2)[..., 0],
@@ -307,7 +311,7 @@ def test_views(backend: str, loss_of: Callable[..., Tensor], view: str) -> None:
 
 
 def test_expanded_rows(backend: str, loss_of: Callable[..., Tensor]) -> None:
-    """One row in place of all, whose gradient is the sum over them."""
+    """The gradient of a row that is expanded to all rows is the sum over all rows."""
     row, other = torch.randn(1, 6, requires_grad=True), torch.randn(9, 6)
     copies = row.detach().repeat(9, 1).requires_grad_()
     (actual,) = torch.autograd.grad(loss_of(row.expand(9, 6), other, backend=backend), row)
@@ -330,7 +334,10 @@ def test_one_side_alone_has_a_gradient(
 def test_temperature_of_another_dtype(
     backend: str, loss_of: Callable[..., Tensor], dtype: torch.dtype
 ) -> None:
-    """0.25 is a number in each: the same result, and a gradient in the temperature's dtype."""
+    """Every dtype represents 0.25, so the result is the same.
+
+    The gradient has the dtype of the temperature.
+    """
     views = torch.randn(2, 9, 6).unbind()
     temperature = torch.tensor(0.25, dtype=dtype, requires_grad=True)
     plain = torch.tensor(0.25, requires_grad=True)
@@ -343,7 +350,7 @@ def test_temperature_of_another_dtype(
 
 
 def test_upstream_gradient_of_zeros(backend: str, loss_of: Callable[..., Tensor]) -> None:
-    """As a lazy tensor of zeros, which has no memory."""
+    """The upstream gradient is a lazy tensor of zeros, which has no memory."""
     z = torch.randn(9, 6, requires_grad=True)
     loss = loss_of(z, torch.randn(9, 6), backend=backend)
     (gradient,) = torch.autograd.grad(loss, z, torch._efficientzerotensor(()))

@@ -1,4 +1,4 @@
-"""Where numbers end: temperatures, very large and very small rows, single rows, no numbers."""
+"""Extreme values: temperatures, very large and very small rows, single rows, NaN and infinity."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEEDS = range(2 if INTERPRETED else 10)
 
 
 def few(values: list[Any], *in_interpreter: Any) -> list[Any]:
-    """All values, but a part in Triton's interpreter, where a kernel takes a second."""
+    """All values, or only some in Triton's interpreter, in which a kernel takes a second."""
     return list(in_interpreter) if INTERPRETED else values
 
 
@@ -30,7 +30,7 @@ def few(values: list[Any], *in_interpreter: Any) -> list[Any]:
 def test_an_embedding_that_is_no_number_makes_the_accuracy_0(
     backend: str, masked: bool, cosine: bool, value: float
 ) -> None:
-    """Also where a mask takes it out of the negatives of all others."""
+    """This holds even if a mask excludes the embedding from the negatives of all others."""
     z_i = torch.eye(4, 6)
     z_j = z_i.clone()
     mask = torch.zeros(4, 4, dtype=torch.bool)
@@ -42,12 +42,12 @@ def test_an_embedding_that_is_no_number_makes_the_accuracy_0(
     }
     assert nt_xent(z_i, z_j, **options).accuracy == 1
     for view in (z_i, z_j):
-        kept = view[1, 2].item()
+        original = view[1, 2].item()
         view[1, 2] = value
         out = nt_xent(z_i, z_j, **options)
         assert out.accuracy == 0
         assert out.loss.isnan()
-        view[1, 2] = kept
+        view[1, 2] = original
 
 
 def accuracy_with_a_nan_on_rank_1(strategy: Any, backend: Any) -> tuple[float, float]:
@@ -76,7 +76,8 @@ def lse_case(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
     x, y = (torch.randn(n, 16) for n in (rows, columns))
     if rows > 1 and columns > 1:
         return x, y
-    # Nearly orthogonal to the only row, with cosines that fp32 has: a log-sum-exp close to 0.
+    # The rows are nearly orthogonal to the only row of the other side, and fp32 represents their
+    # cosines exactly. Their log-sum-exp is close to 0.
     one, many = (x, y) if rows == 1 else (y, x)
     one.zero_()
     many.zero_()
@@ -92,7 +93,7 @@ def lse_case(rows: int, columns: int, seed: int) -> tuple[Tensor, Tensor]:
     ids=str,
 )
 def test_log_sum_exps_near_0(backend: str, shape: tuple[int, int], temperature: float) -> None:
-    """Relative to the largest, which is small itself where there is one row or column."""
+    """The error is relative to the largest value, which is small for a single row or column."""
     for seed in SEEDS:
         x, y = lse_case(*shape, seed)
         out = cross_logsumexp(x, y, temperature=temperature, backend=backend)  # type: ignore[arg-type]
@@ -115,11 +116,11 @@ def gradients_of_few(inputs: list[Tensor], backend: Any) -> tuple[Tensor, ...]:
     "shape", few([(1, 1), (1, 5), (5, 1), (8, 300), (9, 300)], (5, 1)), ids=str
 )
 def test_gradients_of_a_few_rows(backend: str, shape: tuple[int, int]) -> None:
-    """Both sides of where the constant shift begins."""
+    """The shapes lie on both sides of the number of rows from which the shift is constant."""
     x, y = lse_case(*shape, 0)
-    found = gradients_of_few([x.clone(), y.clone()], backend)
+    gradients = gradients_of_few([x.clone(), y.clone()], backend)
     truth = gradients_of_few([x.double(), y.double()], "reference")
-    for actual, expected in zip(found, truth, strict=True):
+    for actual, expected in zip(gradients, truth, strict=True):
         assert relative_error(actual, expected) <= FLOOR_GRADIENT[torch.float32]
 
 
@@ -129,14 +130,14 @@ LARGE = [1e10, 1e15, 3e18, 1e19, 1e25, 1e30, 1e37, 1e38]
 @pytest.mark.parametrize("size", few(LARGE, 3e18, 1e38), ids=str)
 @pytest.mark.parametrize("features", few([5, 48], 5))
 def test_layer_norm_of_large_targets(backend: str, features: int, size: float) -> None:
-    """As in float64, which has their squares."""
+    """The results are those of float64, which can represent the squares of the targets."""
     prediction = torch.randn(3, 4, features)
     target = torch.rand(3, 4, features) * 2 - 1
-    target[0, 0] += 3.0  # a mean beside which the deviations are small
+    target[0, 0] += 3.0  # the deviations are small beside this mean
     target[0, 0] /= target[0, 0].abs().max()
     target *= size
-    target[1, 1] = size / 1.7  # all equal
-    target[2, 2] /= size  # a row of ordinary size beside them
+    target[1, 1] = size / 1.7  # all elements of this row are equal
+    target[2, 2] /= size  # this row has an ordinary size
     results = []
     for inputs in ([prediction, target], [prediction.double(), target.double()]):
         p, t = (x.clone().requires_grad_() for x in inputs)
@@ -151,10 +152,11 @@ def test_layer_norm_of_large_targets(backend: str, features: int, size: float) -
         results.append((loss, of_p, of_t[0, 1], of_t[2, 2]))
     for actual, expected in zip(*results, strict=True):
         assert actual.isfinite().all()
-        if expected.ndim == 3:  # equal elements may have a deviation of a rounding in fp32
+        if expected.ndim == 3:
+            # The row of equal elements is left out: rounding to fp32 may give them a deviation.
             actual, expected = actual.flatten(0, 1), expected.flatten(0, 1)
-            kept = torch.arange(12) != 5
-            actual, expected = actual[kept], expected[kept]
+            others = torch.arange(12) != 5
+            actual, expected = actual[others], expected[others]
         assert relative_error(actual, expected) <= 8 * FLOOR_GRADIENT[torch.float32]
 
 
@@ -187,7 +189,9 @@ def test_scales_of_rows_are_powers_of_two_where_they_are_needed() -> None:
 
 @pytest.mark.parametrize("temperature", few([1e-30, 1e-20, 1e-5, 1e5, 1e30], 1e-30, 1e30))
 def test_temperatures_at_the_ends_of_their_range(backend: str, temperature: float) -> None:
-    z_i, z_j = (z.requires_grad_() for z in torch.randn(2, 5, 9))  # s_ab is not always s_ba
+    z_i, z_j = (
+        z.requires_grad_() for z in torch.randn(2, 5, 9)
+    )  # rounding may make s_ab differ from s_ba
     out = nt_xent(z_i, z_j, temperature=temperature, backend=backend)  # type: ignore[arg-type]
     truth = reference.nt_xent(z_i.double(), z_j.double(), temperature=temperature)
     assert relative_error(out.loss, truth.loss.mean()) <= FLOOR_VALUE[torch.float32]
@@ -224,7 +228,7 @@ def test_a_temperature_tensor_out_of_range_gives_nan(backend: str, temperature: 
 @pytest.mark.parametrize("size", few([1e-44, 1e-38, 1e-20, 1e10, 1e18, 1e30], 1e-44, 1e30), ids=str)
 @pytest.mark.parametrize("features", few([2, 7], 7))
 def test_rows_of_any_size(backend: str, features: int, size: float) -> None:
-    """Cosines of rows from subnormal ones to those whose squares overflow, as F.normalize has."""
+    """Cosines are those of F.normalize, for subnormal rows and for rows whose squares overflow."""
     z_i, z_j = (size * torch.randn(2, 5, features)).unbind()
     out = nt_xent(z_i, z_j, temperature=0.5, backend=backend)  # type: ignore[arg-type]
     unit = F.normalize(torch.cat([z_i, z_j]), dim=1, eps=1e-8).double()
@@ -237,7 +241,7 @@ def test_rows_of_any_size(backend: str, features: int, size: float) -> None:
 
 
 def test_a_mask_row_without_negatives(backend: str) -> None:
-    """One sample has none left: its loss and gradient are 0, those of the others as ever."""
+    """The loss and gradient of a sample without negatives are 0. The others do not change."""
     z_i, z_j = torch.randn(2, 5, 8).unbind()
     z_i.requires_grad_()
     mask = torch.zeros(5, 5, dtype=torch.bool)

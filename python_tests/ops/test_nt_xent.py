@@ -25,8 +25,9 @@ from torch import Tensor
 from cjepa_kernels import nt_xent, reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# One pair, one feature, odd sizes around the vector widths, M past a tile, D not a power of two.
-PAST_A_TILE = (65 if INTERPRETED else 129, 130)  # M = 130 and 258; tiles have 128 rows at most
+# A tile has at most 128 rows. These are 130 rows in the interpreter and 258 rows elsewhere.
+PAST_A_TILE = (65 if INTERPRETED else 129, 130)
+# The shapes have one pair, one feature, odd sizes around the vector widths, or more than one tile.
 SHAPES = [(1, 1), (1, 8), (2, 3), (3, 1), (5, 7), (17, 33), (64, 64), PAST_A_TILE]
 TEMPERATURES = [1e-3, 0.01, 0.02, 0.0231, 0.05, 0.07, 0.1, 0.5, 1.0, 100.0]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -54,7 +55,7 @@ def check(
     cosine: bool = True,
     mask: Tensor | None = None,
 ) -> None:
-    """Loss, metrics and gradients within the tolerance rule, for a random upstream gradient."""
+    """Check loss, metrics and gradients by the tolerance rule, for a random upstream gradient."""
     dtype = z_i.dtype
     options = {"temperature": temperature, "use_cosine_similarity": cosine, "mask": mask}
     out = nt_xent(z_i, z_j, reduction=reduction, backend=backend, **options)  # type: ignore[arg-type]
@@ -65,7 +66,7 @@ def check(
     truth = reference.nt_xent(truth_i, truth_j, **options)  # type: ignore[arg-type]
     truth_loss = reference.reduce(truth.loss, reduction)  # type: ignore[arg-type]
     truth_gradients = torch.autograd.grad(truth_loss, (truth_i, truth_j), upstream.double())
-    if cosine and z_i.shape[1] == 1:  # unit rows are +-1: the gradient is 0, not rounding noise
+    if cosine and z_i.shape[1] == 1:  # unit rows are 1 or -1, so the exact gradient is 0
         truth_gradients = tuple(torch.zeros_like(g) for g in truth_gradients)
 
     eager_i, eager_j = (z.detach().clone().requires_grad_() for z in (z_i, z_j))
@@ -119,8 +120,8 @@ def hard_views(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Aligned, anti-aligned and duplicate rows beside random ones."""
     z_i = torch.randn(21, 19, dtype=torch.float64)
     z_j = z_i + 0.1 * torch.randn_like(z_i)
-    z_j[3] = -z_i[3]  # the positive is the farthest row there is
-    z_i[5], z_j[5] = z_i[4], z_j[4]  # another sample's rows, twice
+    z_j[3] = -z_i[3]  # the positive is farther away than every negative
+    z_i[5], z_j[5] = z_i[4], z_j[4]  # two samples have the same rows
     z_i[7] = z_j[7]
     return z_i.to(dtype).requires_grad_(), z_j.to(dtype).requires_grad_()
 
@@ -131,11 +132,12 @@ def test_temperatures(backend: str, temperature: float, dtype: torch.dtype) -> N
     check(*hard_views(dtype), backend, temperature=temperature)
 
 
-# The kernels' shift changes at 0.0266; with the constant one, weights leave fp32 at 0.0217.
+# The kernels stop using the constant shift below a temperature of 0.0266. With it, weights would
+# leave the range of fp32 below 0.0217.
 @pytest.mark.parametrize("temperature", [0.0215, 0.0266, 0.0267])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_antipodal_rows(backend: str, temperature: float, dtype: torch.dtype) -> None:
-    """All that the first row is compared with is as far away as can be."""
+    """All rows are as far from the first row as possible."""
     z = F.normalize(torch.randn(1, 24), dim=1).expand(6, 24).clone()
     z[1:] *= -1
     z = (z + 0.01 * torch.randn(6, 24)).to(dtype)
@@ -143,7 +145,10 @@ def test_antipodal_rows(backend: str, temperature: float, dtype: torch.dtype) ->
 
 
 def test_small_upstream_gradients_beside_a_large_one(backend: str) -> None:
-    """In fp16; the large one is of a sample far from all others, with next to no gradient."""
+    """A large upstream gradient of one fp16 sample does not change the gradients of the others.
+
+    That sample is far from all others, so its own gradient is almost 0.
+    """
     z = torch.randn(2, 40, 24)
     z[1] += z[0]
     z[:, :, 0], z[:, 0] = 0.0, torch.eye(24)[0]
@@ -192,7 +197,7 @@ def test_reductions_similarities_and_masks(
 def test_aligned_views_keep_their_gradient(
     backend: str, temperature: float, batch: int, features: int
 ) -> None:
-    """Where the textbook form subtracts two nearly equal numbers, nothing is lost here."""
+    """The textbook formula subtracts two nearly equal numbers. The back ends lose no digits."""
     z_i = torch.randn(batch, features)
     z_j = z_i + 0.1 * torch.randn_like(z_i)
     z_i, z_j = z_i.requires_grad_(), z_j.requires_grad_()
@@ -278,7 +283,7 @@ def test_three_dimensional_inputs_are_flattened(backend: str) -> None:
 
 
 def test_strides_do_not_matter(backend: str) -> None:
-    """CLS rows of (B, N, D) features, and a transposed tensor."""
+    """One view holds the CLS rows of (B, N, D) features, the other one is transposed."""
     features = torch.randn(9, 4, 6)
     transposed = torch.randn(6, 9).T
     strided = nt_xent(features[:, 0], transposed, backend=backend)
@@ -413,14 +418,14 @@ def test_autocast_multiplies_in_the_low_dtype_and_returns_fp32(backend: str) -> 
     assert actual.dtype == torch.float32
     assert relative_error(out.loss, expected.loss) < AUTOCAST_LOSS
     assert relative_error(actual, gradient) < 2 * AUTOCAST_LOSS
-    if backend != "reference":  # the reference stays in fp32: it is the truth
+    if backend != "reference":  # the reference does not follow autocast
         assert not torch.equal(out.loss, expected.loss)
 
 
 ANY = settings(
     max_examples=3 if INTERPRETED else 8,
     deadline=None,
-    # The back end stays the same for all examples of a test.
+    # The fixture gives the same back end for all examples of a test, so one setup is enough.
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
@@ -446,7 +451,8 @@ def test_any_shape_and_value(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    if dtype == torch.float32:  # elsewhere it is luck how an error compares with eager PyTorch's
+    # At other temperatures rounding decides by chance whether eager PyTorch's error is larger.
+    if dtype == torch.float32:
         batch = max(batch, 2)
         temperature = min(max(temperature, 0.1), 10.0) * (1.0 if cosine else 20.0)
     z_i, z_j = (torch.randn(batch, features, dtype=dtype).requires_grad_() for _ in range(2))

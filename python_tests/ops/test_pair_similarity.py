@@ -1,4 +1,4 @@
-"""Similarities of pairs: as cross_logsumexp has them in its sums."""
+"""Similarities of pairs are those that cross_logsumexp sums."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cjepa_kernels import chunked, cross_logsumexp, pair_similarity, reference, 
 from cjepa_kernels.functional import dispatch
 from cjepa_kernels.ops import registry
 
-# A function of the same name hides the module.
+# The package binds a function to the name of this module, so it is imported by its path.
 module: Any = importlib.import_module("cjepa_kernels.functional.cross_logsumexp")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -30,9 +30,10 @@ def pairs(rows: int, features: int, dtype: torch.dtype = torch.float32) -> tuple
 @pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
 @pytest.mark.parametrize("dtype", [*DTYPES, "autocast"], ids=str)
 def test_equals_the_largest_similarity_of_one_pair(backend: str, dtype: Any, cosine: bool) -> None:
-    """Where a row and a column are all there is, the largest similarity is theirs."""
+    """With one row or one column, each entry is its own largest similarity."""
     autocast = dtype == "autocast"
-    # Powers of two and sums of two of them: no unit row lies between two numbers of a dtype.
+    # No element of a unit row is close to the middle between two numbers of a dtype. Every back end
+    # therefore rounds the rows alike.
     x = torch.tensor([[3.0, 4.0, 0.0], [0.0, -4.0, 3.0]])
     y = torch.tensor([[4.0, 3.0, 0.0], [-3.0, 4.0, 0.0]])
     x, y = (z.to(torch.float32 if autocast else dtype) for z in (x, y))
@@ -67,7 +68,7 @@ def test_values_and_gradients(
     of_truths = torch.autograd.grad(expected, truth, upstream.double())
     for z, actual, of_truth, same_dtype in zip((x, y), gradients, of_truths, of_eager, strict=True):
         assert actual.dtype == z.dtype
-        if cosine and shape[1] == 1:  # unit rows are +-1: the gradient is 0
+        if cosine and shape[1] == 1:  # unit rows are 1 or -1, so the exact gradient is 0
             assert actual.abs().max() <= 10 * FLOOR_GRADIENT[dtype] / z.abs().min()
         else:
             bound = FLOOR_GRADIENT[dtype] + 2 * relative_error(same_dtype, of_truth)
@@ -75,7 +76,7 @@ def test_values_and_gradients(
 
 
 def test_gradient_is_not_rounded_under_autocast() -> None:
-    """Of fp32 rows: from the rounded rows of the other side, as the kernels take it."""
+    """The gradient of fp32 rows uses the rounded rows of the other side, as in the kernels."""
     x, y = (z.requires_grad_() for z in pairs(6, 16))
     with torch.autocast("cpu", torch.bfloat16):
         similarity = pair_similarity(x, y).sum()
@@ -84,12 +85,12 @@ def test_gradient_is_not_rounded_under_autocast() -> None:
     expected = rounded - (rounded * unit).sum(dim=1, keepdim=True) * unit
     expected /= x.detach().norm(dim=1, keepdim=True)
     (gradient,) = torch.autograd.grad(similarity, x)
-    # The projection is of the unit row's own gradient, which meets no rounded row.
+    # The gradient is projected with the exact unit row, not with a rounded one.
     assert relative_error(gradient, expected) <= FLOOR_GRADIENT[torch.float32]
 
 
 def test_where_products_are_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of 10 bits of mantissa, to the nearest; NaN stays NaN."""
+    """Rows are rounded to the nearest number with 10 bits of mantissa. NaN stays NaN."""
     x = torch.tensor([1 + 2**-11 + 2**-20, 1 - 2**-12 + 2**-20, -(1 + 2**-11 + 2**-20), torch.nan])
     rounded = module._round_rows(x, torch.float32, tf32=True)
     torch.testing.assert_close(
@@ -111,7 +112,7 @@ def test_where_products_are_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_edges(backend: str) -> None:
-    """Zero rows, rows that are no numbers, and very large ones."""
+    """Rows of zeros, rows with NaN or infinity, and very large rows."""
     x, y = torch.randn(5, 4), torch.randn(5, 4)
     x[0], x[1, 2], x[2, 0] = 0, torch.nan, torch.inf
     x[3] *= 1e15
@@ -122,7 +123,7 @@ def test_edges(backend: str) -> None:
     torch.testing.assert_close(similarity[3:], torch.cosine_similarity(x, y)[3:])
     (gradient,) = torch.autograd.grad(similarity[[0, 3, 4]].sum(), x)
     assert torch.equal(gradient[0], torch.zeros(4))
-    assert gradient[1:3].isnan().all()  # as everywhere: nothing masks what is no number
+    assert gradient[1:3].isnan().all()  # NaN and infinity reach the gradient
     assert gradient[3:].isfinite().all()
 
 

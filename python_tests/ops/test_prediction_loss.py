@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "kernels_only")
 
 
 def sides(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Prediction and target whose differences lie on both sides of every kink."""
+    """Prediction and target, whose differences lie on both sides of every threshold."""
     return tuple((1.5 * torch.randn(shape)).to(dtype).requires_grad_() for _ in range(2))  # type: ignore[return-value]
 
 
@@ -50,7 +50,7 @@ def check(
     reduction: Any = "mean",
     **options: Any,
 ) -> None:
-    """Values and both gradients, by the tolerance rule against the reference in fp64."""
+    """Check the values and both gradients by the tolerance rule."""
     threshold = options.get("huber_delta", options.get("smoothl1_beta", 1.0))
     of_reference = {
         k: v for k, v in options.items() if k not in ("huber_delta", "smoothl1_beta")
@@ -130,14 +130,16 @@ def test_sides_of_different_dtypes(backend: str, dtypes: tuple[torch.dtype, torc
         strict=True,
     ):
         assert a.dtype == x.dtype
-        rounded = torch.float32 if x.dtype == torch.float64 else x.dtype  # computed in fp32
+        rounded = (
+            torch.float32 if x.dtype == torch.float64 else x.dtype
+        )  # mixed dtypes are computed in fp32
         assert relative_error(a, b) <= FLOOR_GRADIENT[rounded]
     assert relative_error(loss, expected) <= FLOOR_VALUE[torch.float32]
 
 
 def strided(x: Tensor, kind: str) -> Tensor:
     """The same numbers in another layout."""
-    if kind == "patches_of_more":  # what hidden[:, 1:] is
+    if kind == "patches_of_more":  # hidden[:, 1:] is such a view
         return torch.cat((torch.full_like(x[:, :1], torch.nan), x), 1)[:, 1:]
     if kind == "transposed":
         return x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -203,9 +205,9 @@ def test_bf16_gradients_are_fp32_ones_rounded_to_the_nearest(backend: str) -> No
 def test_targets_of_inference_mode_and_changes_in_place(backend: str) -> None:
     prediction = torch.randn(2, 3, 8, requires_grad=True)
     loss_fn = HJEPALoss(num_hierarchies=1, backend=backend)  # type: ignore[arg-type]
-    with torch.inference_mode():  # as a target encoder may run
+    with torch.inference_mode():  # a target encoder may run in this mode
         target, mask = torch.randn(2, 3, 8), torch.rand(2, 3) < 0.7
-    if backend == "reference":  # its autograd takes no such mask
+    if backend == "reference":  # its autograd cannot save a mask of inference_mode
         mask = mask.clone()
     grads = [
         torch.autograd.grad(loss_fn(prediction, t, m)["loss"], prediction)[0]
@@ -215,7 +217,7 @@ def test_targets_of_inference_mode_and_changes_in_place(backend: str) -> None:
     changed = torch.randn(2, 3, 8)
     loss = loss_fn(prediction, changed)["loss"]
     changed += 1
-    if backend != "reference":  # which keeps copies of its own
+    if backend != "reference":  # the reference saves copies
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             torch.autograd.grad(loss, prediction)
 
@@ -235,7 +237,10 @@ def test_results_can_be_changed_in_place(backend: str, reduction: Any, count: in
 
 
 def test_large_gradients_are_whole(backend: str) -> None:
-    """Beyond the size from which native ones go around the caches; rows that are not aligned."""
+    """The native gradient is so large that the kernel's stores bypass the caches.
+
+    Rows of 500 features do not begin at aligned addresses.
+    """
     batch = 70 if backend == "native" else 2
     for features in (512, 500):
         check(*sides((batch, 150, features), torch.float32), backend)
@@ -269,7 +274,8 @@ def test_what_is_no_number_is_as_in_the_reference(
         torch.testing.assert_close(loss, expected, equal_nan=True)
         for a, b in zip(
             torch.autograd.grad(loss, (p, t)), torch.autograd.grad(expected, (p, t)), strict=True
-        ):  # a scaler that skips a step looks for one of them
+        ):
+            # A gradient scaler skips a step if it finds a value that is not finite.
             assert torch.equal(a.isfinite().all(-1), b.isfinite().all(-1))
         errors = prediction_loss(
             p, t, loss_type=loss_type, reduction="none", backend=backend, **options
@@ -373,7 +379,7 @@ def levels(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tenso
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("detach", [False, True])
 def test_a_hierarchy_is_its_levels(backend: str, reduction: Any, detach: bool) -> None:
-    """Each result of the module, and gradients through all of them at once."""
+    """Compare each result of the module, and the gradients through all of them at once."""
     predictions, targets, masks = levels()
     weights = [1.0, 0.0, 0.3]
     options: dict[str, Any] = {"reduction": reduction, "detach_targets": detach}
@@ -543,7 +549,7 @@ def test_levels_of_two_kinds_are_refused() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_in_one_graph(backend: str, reduction: Any) -> None:
     if backend == "triton":
-        pytest.skip("the interpreter is not traced")
+        pytest.skip("torch.compile cannot trace Triton's interpreter")
     predictions, targets, masks = levels()
     loss_fn = HJEPALoss(reduction=reduction, backend=backend)  # type: ignore[arg-type]
     compiled = torch.compile(loss_fn, fullgraph=True, backend="aot_eager")
@@ -556,10 +562,11 @@ def test_compiles_in_one_graph(backend: str, reduction: Any) -> None:
 
 
 @pytest.mark.skipif(
-    not (backends()["native"].available and sys.platform == "linux"), reason="native, on Linux"
+    not (backends()["native"].available and sys.platform == "linux"),
+    reason="the test needs the compiled kernels and Linux",
 )
 def test_only_the_gradient_takes_memory() -> None:
-    """No temporary of the inputs' size: the process grows by the gradient, 64 MiB here."""
+    """The process grows only by the gradient, 64 MiB, and by no temporary of that size."""
     code = """
 import torch
 from cjepa_kernels import prediction_loss

@@ -1,4 +1,4 @@
-"""torch.func, forward mode and second derivatives: the reference has them, the others say so."""
+"""torch.func, forward mode and second derivatives work in the reference. Other back ends refuse."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TRANSFORMS = pytest.mark.parametrize(
 
 
 def make_loss(name: str, backend: Any) -> Loss:
-    """A loss of (B, D) and (B, D) that makes one number."""
+    """A function that computes one number from two (B, D) tensors."""
     if name == "nt_xent":
         return lambda a, b: nt_xent(a, b, backend=backend).loss
     if name == "cross_logsumexp":
@@ -48,7 +48,7 @@ def make_loss(name: str, backend: Any) -> Loss:
 
 
 def plain(a: Tensor, b: Tensor) -> Tensor:
-    """NT-Xent as it is written in a notebook."""
+    """NT-Xent as users write it in a notebook."""
     z = torch.nn.functional.normalize(torch.cat([a, b]))
     rows = len(z)
     logits = (z @ z.T / 0.1).masked_fill(torch.eye(rows, dtype=torch.bool), -torch.inf)
@@ -81,7 +81,7 @@ def test_kernels_point_to_the_reference(name: str, transform: str) -> None:
         loss = make_loss(name, backend)
         with pytest.raises(RuntimeError, match=POINTER):
             apply(transform, loss, *pair())
-        # Without gradients a tangent was lost in silence.
+        # Without the check, a call under no_grad would lose the tangent silently.
         if transform in ("jvp", "linearize"):
             with torch.no_grad(), pytest.raises(RuntimeError, match=POINTER):
                 apply(transform, loss, *pair())
@@ -97,7 +97,7 @@ def test_the_reference_is_transformed_like_the_plain_formula(transform: str) -> 
 
 @LOSSES
 def test_the_reference_has_every_transform(name: str) -> None:
-    """Against each other: forward mode, reverse mode, the Hessian by differences of gradients."""
+    """Forward mode and reverse mode agree, and the Hessian agrees with differences of gradients."""
     loss, (a, b) = make_loss(name, "reference"), pair()
     gradient = func.grad(loss)(a, b)
     torch.testing.assert_close(func.jacfwd(loss)(a, b), gradient)
@@ -120,7 +120,8 @@ def test_forward_mode_is_refused_by_the_kernels(name: str) -> None:
         loss = make_loss(name, backend)
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(a, b)
-            torch.testing.assert_close(loss(a, b), make_loss(name, "reference")(a, b))  # no tangent
+            # Arguments without a tangent are not refused.
+            torch.testing.assert_close(loss(a, b), make_loss(name, "reference")(a, b))
             if backend == "reference":
                 tangent = forward_ad.unpack_dual(loss(dual, b)).tangent
                 torch.testing.assert_close(tangent, (func.grad(loss)(a, b) * b).sum())
@@ -141,7 +142,11 @@ def test_second_derivatives_are_refused_by_the_kernels(name: str) -> None:
 
 
 def test_a_batch_of_gradients() -> None:
-    """Which runs the backward under vmap: one by one where PyTorch knows how, else an error."""
+    """PyTorch runs the backward under vmap.
+
+    It computes the gradients one by one for operators of tensors. Operators with lists of tensors
+    raise an error.
+    """
     upstream = torch.randn(3, 6, dtype=torch.float64)
     for backend in KERNELS:
         a, b = pair()
@@ -172,7 +177,7 @@ def test_the_compiler_points_to_the_reference_too(transform: str) -> None:
 
 
 def gradient_of_a_group() -> str:
-    """On a rank."""
+    """Run on each rank: the error of a transform of a loss over a group."""
     a, b = pair()
     try:
         func.grad(lambda x: nt_xent(x, b, group=torch.distributed.group.WORLD).loss)(a)

@@ -254,11 +254,11 @@ def step(config: ExperimentConfig) -> str:
     module = CJEPAModule(config, IMAGES[1:], torch.zeros(1), torch.ones(1), total_steps=10)
     module.configure_optimizers()
     masks = [
-        multi_block_masks(samples, module.encoder.grid, config.masking, 0, 0, view)
+        multi_block_masks(samples, module.encoder.grid, config.masking, seed=0, epoch=0, view=view)
         for view in (0, 1)
     ]
     batch = MaskedViews(
-        two_views(images, samples, config.views, 0, 0),
+        two_views(images, samples, config.views, seed=0, epoch=0),
         torch.cat([mask.visible for mask in masks]),
         torch.cat([mask.predicted for mask in masks]),
     )

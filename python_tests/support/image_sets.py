@@ -34,12 +34,10 @@ def png_chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
 
 
-def png_file(
-    width: int, height: int, bits: int, colour_type: int, rows: bytes, *extra: bytes
-) -> bytes:
-    """A PNG file from its parts, for what Pillow does not write."""
+def png_file(width: int, height: int, *, bits: int, colour_type: int, rows: bytes) -> bytes:
+    """Assemble a PNG file that Pillow would not write."""
     header = struct.pack(">IIBBBBB", width, height, bits, colour_type, 0, 0, 0)
-    chunks = [png_chunk(b"IHDR", header), *extra, png_chunk(b"IDAT", zlib.compress(rows))]
+    chunks = [png_chunk(b"IHDR", header), png_chunk(b"IDAT", zlib.compress(rows))]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + png_chunk(b"IEND", b"")
 
 

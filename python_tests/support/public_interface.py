@@ -316,13 +316,17 @@ def differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list
         Lines that name the part, what was recorded and what there is. Empty if nothing broke.
     """
     lines = _missing("public name", recorded["names"], present["names"])
-    lines += _each("signature", recorded, present, "signatures", _changed_signature)
-    lines += _each("fields of", recorded, present, "fields", _changed_fields)
-    lines += _each("class", recorded, present, "modules", _changed_class)
-    lines += _each("operator", recorded, present, "operators", _changed_schema)
-    lines += _each("key of the loss section", recorded, present, "loss_keys", _changed_value)
-    lines += _each("key of an experiment", recorded, present, "experiment_keys", _changed_key)
-    lines += _each("command", recorded, present, "commands", _changed_command)
+    lines += _each("signature", recorded, present, part="signatures", compare=_changed_signature)
+    lines += _each("fields of", recorded, present, part="fields", compare=_changed_fields)
+    lines += _each("class", recorded, present, part="modules", compare=_changed_class)
+    lines += _each("operator", recorded, present, part="operators", compare=_changed_schema)
+    lines += _each(
+        "key of the loss section", recorded, present, part="loss_keys", compare=_changed_value
+    )
+    lines += _each(
+        "key of an experiment", recorded, present, part="experiment_keys", compare=_changed_key
+    )
+    lines += _each("command", recorded, present, part="commands", compare=_changed_command)
     lines += _missing("python -m", recorded["run_as_modules"], present["run_as_modules"])
     lines += _changed_distribution(recorded["distribution"], present["distribution"])
     return lines + _missing("variable", recorded["environment"], present["environment"])
@@ -380,7 +384,7 @@ def _changed_fields(recorded: Sequence[str], present: Sequence[str]) -> list[str
 
 
 def _changed_class(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    lines = _each("method", recorded, present, "methods", _changed_signature)
+    lines = _each("method", recorded, present, part="methods", compare=_changed_signature)
     for part, what in (
         ("properties", "property"),
         ("settable", "settable property"),
@@ -429,9 +433,13 @@ def _changed_distribution(recorded: Mapping[str, Any], present: Mapping[str, Any
     lines = []
     for part in ("name", "python", "dependencies"):
         lines += [f"{part}: {line}" for line in _changed_value(recorded[part], present[part])]
-    lines += _each("script", recorded, present, "scripts", _changed_value)
+    lines += _each("script", recorded, present, part="scripts", compare=_changed_value)
     return lines + _each(
-        "extra", recorded, present, "extras", lambda old, new: _missing("package", old, new)
+        "extra",
+        recorded,
+        present,
+        part="extras",
+        compare=lambda old, new: _missing("package", old, new),
     )
 
 

@@ -293,7 +293,15 @@ def example(seeds: tuple[int, ...] = (0,)) -> Comparison:
         return {f"{f}/{m}": value for f in ("mean", "cls", "pixels") for m in metrics}
 
     runs = [
-        ArmRun(arm, seed, "runs/x", [{"loss": math.nan}], evaluation(value), [], 1.0)
+        ArmRun(
+            arm,
+            seed,
+            directory="runs/x",
+            history=[{"loss": math.nan}],
+            evaluation=evaluation(value),
+            findings=[],
+            seconds=1.0,
+        )
         for seed in seeds
         for arm, value in (("cjepa", 80.0 + seed), ("jepa", 70.0))
     ]
@@ -339,7 +347,15 @@ def sized(values: dict[str, tuple[float, ...]], images: int, fewest: int = 10) -
     seeds = tuple(range(len(next(iter(values.values())))))
     keys = [f"{f}/{m}" for f in ("mean", "cls") for m in ("few_label", "knn", "linear")]
     runs = [
-        ArmRun(arm, seed, "runs/x", [], dict.fromkeys(keys, of[seed]), [], 1.0)
+        ArmRun(
+            arm,
+            seed,
+            directory="runs/x",
+            history=[],
+            evaluation=dict.fromkeys(keys, of[seed]),
+            findings=[],
+            seconds=1.0,
+        )
         for seed in seeds
         for arm, of in values.items()
     ]

@@ -108,7 +108,7 @@ def test_sixteen_bit_colours(tmp_path: Path, channels: int, colour_type: int) ->
         if channels in (2, 4):
             pixels[..., -1] = 65535
         rows = b"".join(b"\0" + row.tobytes() for row in pixels)
-        return png_file(6, 4, 16, colour_type, rows)
+        return png_file(6, 4, bits=16, colour_type=colour_type, rows=rows)
 
     images, notes = read(write(tmp_path, file(40000)))
     assert np.unique(images).tolist() == [40000 >> 8]
@@ -207,7 +207,10 @@ NOISE = np.random.RandomState(0).randint(0, 256, (40, 60, 3), dtype=np.uint8)
 GOOD = encode(NOISE)
 TEXT = png_chunk(b"zTXt", b"k\0\0" + zlib.compress(b"a" * 2_000_000))
 DAMAGED = {
-    "bomb": (png_file(20000, 20000, 8, 2, b""), "is refused: Image size (400000000 pixels)"),
+    "bomb": (
+        png_file(20000, 20000, bits=8, colour_type=2, rows=b""),
+        "is refused: Image size (400000000 pixels)",
+    ),
     "text": (GOOD[:33] + TEXT + GOOD[33:], "is damaged: Decompressed data too large"),
     "text-after-pixels": (GOOD[:-12] + TEXT + GOOD[-12:], "is damaged: Decompressed data too"),
     "truncated": (GOOD[:-900], "is damaged: image file is truncated"),

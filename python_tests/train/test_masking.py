@@ -33,7 +33,9 @@ def draw(
     epoch: int = 0,
     view: int = 0,
 ) -> PatchMasks:
-    return multi_block_masks(samples, grid, config or MaskingConfig(), seed, epoch, view)
+    return multi_block_masks(
+        samples, grid, config or MaskingConfig(), seed=seed, epoch=epoch, view=view
+    )
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,9 @@ def tiny(*overrides: str) -> ExperimentConfig:
 def build_module(*overrides: str) -> CJEPAModule:
     """A float64 module whose target encoder differs from its encoder."""
     mean, std = torch.tensor([0.3]), torch.tensor([0.4])
-    module = CJEPAModule(tiny(*overrides), (1, 8, 8), mean, std, TOTAL_STEPS).double()
+    module = CJEPAModule(
+        tiny(*overrides), (1, 8, 8), channel_mean=mean, channel_std=std, total_steps=TOTAL_STEPS
+    ).double()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in module.target_encoder.parameters():
@@ -240,7 +242,9 @@ STILL = {"rotation": 0.0, "scale": (1.0, 1.0), "shift": 0.0, "brightness": 0.0, 
 def test_every_augmentation_follows_epoch_and_view(change: dict[str, Any]) -> None:
     config = ViewsConfig(**{**STILL, **change})
     images, samples = loaded_batch()
-    first, again, second = (two_views(images, samples, config, 0, epoch) for epoch in (4, 4, 5))
+    first, again, second = (
+        two_views(images, samples, config, seed=0, epoch=epoch) for epoch in (4, 4, 5)
+    )
     assert torch.equal(first, again)
     for before, after in zip(first, second, strict=True):
         assert not torch.equal(before, after)

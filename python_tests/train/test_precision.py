@@ -136,7 +136,11 @@ def test_resumed_in_mixed_precision_is_identical(
 )
 def test_optimizer_is_fused_in_full_precision_alone(precision: str, fused: bool) -> None:
     module = CJEPAModule(
-        tiny(f"trainer.precision={precision}"), (1, 8, 8), torch.zeros(1), torch.ones(1), 8
+        tiny(f"trainer.precision={precision}"),
+        (1, 8, 8),
+        channel_mean=torch.zeros(1),
+        channel_std=torch.ones(1),
+        total_steps=8,
     )
     optimizer = module.configure_optimizers()
     assert bool(optimizer.defaults["fused"]) == fused

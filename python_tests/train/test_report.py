@@ -127,11 +127,11 @@ def comparison(*, robust: bool = True, findings: bool = True, sizes: bool = True
         ArmRun(
             arm,
             seed,
-            f"runs/{arm}-seed{seed}",
-            [{key: float(random.rand()) for key in keys} for _ in range(4)],
-            evaluation(),
-            [finding] if findings and arm == "cjepa" else [],
-            2.0,
+            directory=f"runs/{arm}-seed{seed}",
+            history=[{key: float(random.rand()) for key in keys} for _ in range(4)],
+            evaluation=evaluation(),
+            findings=[finding] if findings and arm == "cjepa" else [],
+            seconds=2.0,
         )
         for seed in (0, 1)
         for arm in ARMS

@@ -246,7 +246,13 @@ def test_metrics_are_summed_without_fp64_on_mps(tmp_path: Path) -> None:
 
     history = MetricHistory(tmp_path / "metrics.csv", load_dataset(tiny().data), torch.arange(4))
     for step in range(2):
-        history.on_train_batch_end(None, None, {"metrics": OnMps()}, None, step)  # type: ignore[arg-type]
+        history.on_train_batch_end(
+            trainer=None,  # type: ignore[arg-type]
+            pl_module=None,  # type: ignore[arg-type]
+            outputs={"metrics": OnMps()},
+            batch=None,
+            batch_idx=step,
+        )
     assert history._sums is not None
     assert history._sums.tolist() == [2.0, 2.0]
 

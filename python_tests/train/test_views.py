@@ -127,7 +127,10 @@ def test_rotation_keeps_shape_on_a_wide_image() -> None:
     wide[..., 4, :] = 1.0
     config = STILL.model_copy(update={"rotation": 180.0})
     turned = torch.stack(
-        [one_view(wide, torch.tensor([sample]), config, 0, 0, 0)[0, 0] for sample in range(40)]
+        [
+            one_view(wide, torch.tensor([sample]), config, seed=0, epoch=0, view=0)[0, 0]
+            for sample in range(40)
+        ]
     )
     # A line through the centre stays a line of the same width at any angle, in pixels.
     assert (turned[:, 4, 8] > 0.8).all()
@@ -141,7 +144,7 @@ def test_geometry_stays_within_its_range(kind: str) -> None:
     changes = {"shift": {"shift": 0.1}, "zoom": {"scale": (0.5, 0.5)}}[kind]
     config = STILL.model_copy(update=changes)
     samples = torch.arange(200)
-    views = one_view(ramp.expand(200, -1, -1, -1), samples, config, 0, 0, 0)
+    views = one_view(ramp.expand(200, -1, -1, -1), samples, config, seed=0, epoch=0, view=0)
     centre = views[:, 0, 32, 32]
     slope = (views[:, 0, 32, 40] - views[:, 0, 32, 24]) * 63 / 16
     if kind == "shift":
@@ -156,19 +159,27 @@ def test_geometry_stays_within_its_range(kind: str) -> None:
 def test_brightness_contrast_and_grey() -> None:
     batch = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.2
     samples = torch.arange(64)
-    bright = one_view(batch, samples, STILL.model_copy(update={"brightness": 0.2}), 0, 0, 0)
+    bright = one_view(
+        batch, samples, STILL.model_copy(update={"brightness": 0.2}), seed=0, epoch=0, view=0
+    )
     ratio = (bright / batch).flatten(1)
     torch.testing.assert_close(ratio.std(1), torch.zeros(64), atol=1e-4, rtol=0)
     assert ratio.min() >= 0.799
     assert ratio.max() <= 1.201
     assert ratio.std() > 0.08
-    flat = one_view(batch, samples, STILL.model_copy(update={"contrast": 0.5}), 0, 0, 0)
+    flat = one_view(
+        batch, samples, STILL.model_copy(update={"contrast": 0.5}), seed=0, epoch=0, view=0
+    )
     torch.testing.assert_close(flat.mean((1, 2, 3)), batch.mean((1, 2, 3)))
-    grey = one_view(batch, samples, STILL.model_copy(update={"grayscale": 1.0}), 0, 0, 0)
+    grey = one_view(
+        batch, samples, STILL.model_copy(update={"grayscale": 1.0}), seed=0, epoch=0, view=0
+    )
     torch.testing.assert_close(grey, batch.mean(1, keepdim=True).expand_as(batch))
 
 
 def test_noise_has_its_deviation() -> None:
     batch = torch.full((50, 1, 16, 16), 0.5)
-    noisy = one_view(batch, torch.arange(50), STILL.model_copy(update={"noise": 0.1}), 0, 0, 0)
+    noisy = one_view(
+        batch, torch.arange(50), STILL.model_copy(update={"noise": 0.1}), seed=0, epoch=0, view=0
+    )
     assert noisy.std().item() == pytest.approx(0.1, rel=0.05)

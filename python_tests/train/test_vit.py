@@ -128,7 +128,13 @@ def test_predictor_ignores_cls_and_knows_where_it_predicts() -> None:
 
 def module(*overrides: str) -> CJEPAModule:
     config: ExperimentConfig = config_from_dict({}, ["model.dim=16", "model.heads=2", *overrides])
-    return CJEPAModule(config, (1, 8, 8), torch.tensor([0.3]), torch.tensor([0.4]), 100)
+    return CJEPAModule(
+        config,
+        (1, 8, 8),
+        channel_mean=torch.tensor([0.3]),
+        channel_std=torch.tensor([0.4]),
+        total_steps=100,
+    )
 
 
 def batch(pairs: int = 8) -> MaskedViews:

@@ -56,20 +56,26 @@ class Case(NamedTuple):
 # Compiling is slow, so each case is compiled for one or two more architectures. Together the cases
 # compile every dtype and every kind of kernel for all of them.
 CASES = {
-    "small": Case(256, 768, torch.bfloat16, {}, (80,)),
-    "one_block": Case(64, 16, torch.bfloat16, {}, (100,)),
-    "strips_64": Case(65536, 64, torch.bfloat16, {}, (100,)),
-    "strips_256": Case(65536, 256, torch.bfloat16, {}, (80,)),
-    "ragged": Case(50000, 100, torch.float16, {}, (80,)),
-    "wide": Case(65536, 768, torch.bfloat16, {}, (80, 100)),
-    "running_maxima": Case(65536, 768, torch.bfloat16, {"temperature": 0.01}, (100,)),
-    "temperature_tensor": Case(65536, 256, torch.float16, {"tensor": True}, (80, 100)),
-    "dot_product": Case(4096, 192, torch.bfloat16, {"cosine": False}, (80,)),
-    "mask": Case(4096, 256, torch.bfloat16, {"mask": True}, (100,)),
-    "fp32": Case(65536, 256, torch.float32, {}, (100,)),
-    "fp32_mask": Case(4096, 768, torch.float32, {"mask": True, "tensor": True}, (80, 100)),
-    "tf32_128": Case(65536, 128, torch.float32, {"tf32": True}, (80,)),
-    "tf32_768": Case(65536, 768, torch.float32, {"tf32": True}, (100,)),
+    "small": Case(256, 768, torch.bfloat16, options={}, architectures=(80,)),
+    "one_block": Case(64, 16, torch.bfloat16, options={}, architectures=(100,)),
+    "strips_64": Case(65536, 64, torch.bfloat16, options={}, architectures=(100,)),
+    "strips_256": Case(65536, 256, torch.bfloat16, options={}, architectures=(80,)),
+    "ragged": Case(50000, 100, torch.float16, options={}, architectures=(80,)),
+    "wide": Case(65536, 768, torch.bfloat16, options={}, architectures=(80, 100)),
+    "running_maxima": Case(
+        65536, 768, torch.bfloat16, options={"temperature": 0.01}, architectures=(100,)
+    ),
+    "temperature_tensor": Case(
+        65536, 256, torch.float16, options={"tensor": True}, architectures=(80, 100)
+    ),
+    "dot_product": Case(4096, 192, torch.bfloat16, options={"cosine": False}, architectures=(80,)),
+    "mask": Case(4096, 256, torch.bfloat16, options={"mask": True}, architectures=(100,)),
+    "fp32": Case(65536, 256, torch.float32, options={}, architectures=(100,)),
+    "fp32_mask": Case(
+        4096, 768, torch.float32, options={"mask": True, "tensor": True}, architectures=(80, 100)
+    ),
+    "tf32_128": Case(65536, 128, torch.float32, options={"tf32": True}, architectures=(80,)),
+    "tf32_768": Case(65536, 768, torch.float32, options={"tf32": True}, architectures=(100,)),
 }
 
 
