@@ -29,13 +29,25 @@ struct View {
         row_stride(z.stride(0)),
         column_stride(z.stride(1)) {}
 
-  // The numbers of a row, as read_numbers returns them.
+  // The row itself if it lies contiguous in memory as numbers T, else a copy of it in `space`.
   template <typename T>
   const T* row(int64_t index, T* space) const {
-    return with_number(dtype, [&](auto zero) {
-      const auto* first = reinterpret_cast<const decltype(zero)*>(data) + index * row_stride;
-      return read_numbers(first, column_stride, features, space);
-    });
+    return with_number(dtype, [&](auto zero) { return convert<decltype(zero)>(index, space); });
+  }
+
+ private:
+  template <typename S, typename T>
+  const T* convert(int64_t index, T* space) const {
+    const S* from = reinterpret_cast<const S*>(data) + index * row_stride;
+    if constexpr (std::is_same_v<S, T>) {
+      if (column_stride == 1) return from;
+    }
+    if (column_stride == 1) {
+      for (int64_t d = 0; d < features; ++d) space[d] = static_cast<T>(from[d]);
+    } else {
+      for (int64_t d = 0; d < features; ++d) space[d] = static_cast<T>(from[d * column_stride]);
+    }
+    return space;
   }
 };
 

@@ -55,21 +55,6 @@ auto with_number(ScalarType dtype, const Run& run) {
   }
 }
 
-// The row itself if it lies contiguous in memory as numbers T, else a copy of it in `space`. The
-// stride is the number of elements from one number to the next.
-template <typename S, typename T>
-const T* read_numbers(const S* from, int64_t stride, int64_t count, T* space) {
-  if constexpr (std::is_same_v<S, T>) {
-    if (stride == 1) return from;
-  }
-  if (stride == 1) {
-    for (int64_t d = 0; d < count; ++d) space[d] = static_cast<T>(from[d]);
-  } else {
-    for (int64_t d = 0; d < count; ++d) space[d] = static_cast<T>(from[d * stride]);
-  }
-  return space;
-}
-
 inline double read_scalar(const Tensor& t) {
   return with_number(t.scalar_type(),
                      [&](auto zero) { return static_cast<double>(*data_of<decltype(zero)>(t)); });
