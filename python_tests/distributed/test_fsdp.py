@@ -1,4 +1,4 @@
-"""FSDP (both versions) on two gloo ranks: a learnable temperature as in DDP."""
+"""Both versions of FSDP train a learnable temperature as DDP does, on two gloo ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def own_views() -> Tensor:
 
 def ddp_step() -> tuple[Tensor, dict[str, Tensor]]:
     model = Model()
-    parallel = DistributedDataParallel(model)  # its hooks live as long as it does
+    parallel = DistributedDataParallel(model)  # needed until the end, because it owns the hooks
     loss = parallel(own_views())
     loss.backward()
     return loss.detach(), gradients_of(model)
@@ -53,12 +53,12 @@ def temperature_of(model: nn.Module) -> float:
 
 
 def fully_sharded_step() -> Found:
-    """On a rank: a step of FSDP2, and what becomes of the temperature."""
+    """Run on each rank: a training step of FSDP2, and the temperature after each action."""
     found: Found = {}
     with torch.device("meta"):
         model = Model()
     fully_shard(model)
-    found["repr"] = repr(model.loss_fn)  # no rank may wait for the others here
+    found["repr"] = repr(model.loss_fn)  # repr must not wait for other ranks
     model.to_empty(device="cpu")
     model.loss_fn.reset_parameters()
     found["start"] = temperature_of(model)
@@ -84,7 +84,7 @@ def fully_sharded_step() -> Found:
 
 
 def wrapped_step() -> Found:
-    """On a rank: the same with FSDP1, and a state dict of a 0-dim temperature."""
+    """Run on each rank: a training step of FSDP1, and a state dict with a 0-dim temperature."""
     found: Found = {}
     model = Model()
     wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
@@ -115,7 +115,7 @@ def test_fsdp_trains_the_temperature_as_ddp_does(
         for name, gradient in gradients.items():
             torch.testing.assert_close(found["gradients"][name], gradient)
         assert gradients["loss_fn.log_temperature"].shape == (1,)
-        # The rank of FSDP1 that holds the number may print it.
+        # In FSDP1 one rank holds the number, and only that rank may print it.
         assert found["repr"].startswith(
             ("NTXentLoss(temperature=exp", "NTXentLoss(temperature=0.2")
         )
@@ -123,7 +123,8 @@ def test_fsdp_trains_the_temperature_as_ddp_does(
             assert "temperature=exp(log_temperature)" in found["repr"]
             assert found["start"] == found["reset"] == pytest.approx(0.2)
             assert found["set"] == pytest.approx(0.5)
-            assert "scalar parameters" in found["scalar"]  # why temperature_shape is there
+            # FSDP2 refuses scalar parameters, which is why temperature_shape exists.
+            assert "scalar parameters" in found["scalar"]
         else:
             assert found["shape"] == (1,)
             assert found["loaded"] == pytest.approx(0.4)

@@ -15,7 +15,8 @@ from cjepa_kernels import NTXentLoss, cross_logsumexp, nt_xent, prediction_loss
 from cjepa_kernels.functional import dispatch
 from cjepa_kernels.ops import registry
 
-module: Any = importlib.import_module("cjepa_kernels.backends")  # a function has its name
+# The package binds a function to the name of this module, so it is imported by its path.
+module: Any = importlib.import_module("cjepa_kernels.backends")
 CALLS: dict[str, Callable[..., Any]] = {
     "nt_xent": lambda **options: nt_xent(torch.eye(3), torch.eye(3), **options),
     "cross_logsumexp": lambda **options: cross_logsumexp(torch.eye(3), torch.eye(3), **options),
@@ -98,7 +99,7 @@ def test_warnings_that_are_errors_raise_once() -> None:
 
 
 def test_no_graph_breaks_at_the_warning(caught: list[warnings.WarningMessage]) -> None:
-    """Compiled code warns too, while it is traced, and in one graph."""
+    """A compiled call warns while the compiler traces it, and stays one graph."""
     torch._dynamo.reset()
     z_i, z_j = torch.randn(2, 5, 4)
     step = torch.compile(lambda a, b: nt_xent(a, b).loss * 2, backend="eager", fullgraph=True)

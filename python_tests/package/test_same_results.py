@@ -1,4 +1,4 @@
-"""The comparison of two revisions: what a fingerprint tells apart, and what a case gives."""
+"""The comparison of two revisions: fingerprints of different values differ, and cases run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of code in the documents, and what becomes of them when they run."""
+"""Find the blocks of code in the documents and run them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FENCED = re.compile(r"^(```+)(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 
 
 class Block(NamedTuple):
-    """A block of Python, where its first line stands, and the heading of level 2 above it."""
+    """A block of Python, the number of its first line, and the heading of level 2 above it."""
 
     document: Path
     code: str
@@ -35,13 +35,13 @@ def python_blocks(document: Path) -> list[Block]:
 
 
 def run_block(block: Block, namespace: dict[str, Any]) -> None:
-    """Execute it; a traceback names the document and its line."""
+    """Execute a block. A traceback names the document and its line."""
     source = "\n" * (block.line - 1) + block.code
     exec(compile(source, str(block.document), "exec"), namespace)
 
 
 def gradients(namespace: dict[str, Any]) -> dict[str, Tensor]:
-    """Of every parameter that a block made, by name."""
+    """The gradients of all parameters that a block created, by name."""
     found = {}
     for name, value in namespace.items():
         if isinstance(value, nn.Parameter):
