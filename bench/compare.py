@@ -128,7 +128,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Any:
     )
     parser.add_argument("base", nargs="?", help="revision to compare with")
     parser.add_argument("--head", default="HEAD", help="revision that is judged")
-    parser.add_argument("--sizes", default=SIZES, help="MxD, separated by commas")
+    parser.add_argument("--sizes", type=parse_sizes, default=SIZES, help="MxD, separated by commas")
     parser.add_argument(
         "--processes", type=int, default=MIN_ROUNDS, help="number of processes of each revision"
     )
@@ -143,7 +143,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Any:
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected 1 or more, got {getattr(options, name)}")
     try:
-        options.sizes = parse_sizes(options.sizes)
         for revision in (options.base, options.head):
             revisions.resolve(revision)
     except ValueError as error:

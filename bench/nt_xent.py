@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cjepa_kernels.bench import candidates, sizes
+from cjepa_kernels.bench import candidates
 from cjepa_kernels.bench.candidates import (
     BOTH,
     CHUNKED,
@@ -41,7 +41,7 @@ from cjepa_kernels.bench.command_line import Progress, read_options, require_nat
 from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.machine import instruction_set
 from cjepa_kernels.bench.records import Record
-from cjepa_kernels.bench.sizes import Size, views
+from cjepa_kernels.bench.sizes import Size, parse_sizes, views
 from cjepa_kernels.bench.targets import AT_LEAST, AT_MOST, Target, print_targets, summary
 from cjepa_kernels.bench.timing import Run, first_line, interleaved
 
@@ -274,14 +274,6 @@ def run(
         print(flush=True)
     print(summary(targets, COLUMNS))
     return {"rows": rows, "targets": [target.record() for target in targets]}
-
-
-def parse_sizes(text: str) -> tuple[Size, ...]:
-    """``2048x256,8192x128`` as sizes."""
-    try:
-        return sizes.parse_sizes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_parts(text: str) -> list[str]:

@@ -148,19 +148,6 @@ def metric_learning(temperature: float = TEMPERATURE) -> Formula:
     return loss
 
 
-def clip(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """open_clip's ``ClipLoss`` of one process: cross-entropy along both sides of the logits.
-
-    Args:
-        image: (B, D) unit rows.
-        text: Same shape, row k being the pair of ``image[k]``.
-        logit_scale: () 1 / temperature.
-    """
-    logits = logit_scale * image @ text.T
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
 def hjepa_prediction(
     predictions: list[Tensor], targets: list[Tensor], weights: list[float]
 ) -> Tensor:

@@ -10,7 +10,8 @@ import gc
 import multiprocessing
 import re
 import sys
-from multiprocessing.connection import Connection
+from concurrent import futures
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from cjepa_kernels.bench import candidates
 from cjepa_kernels.bench.sizes import DTYPES, Size, views
+from cjepa_kernels.bench.timing import first_line
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 WARM_UP = Size(128, 16)
@@ -41,36 +43,22 @@ def peak_bytes(name: str, size: Size, *, device: str, dtype: str, temperature: f
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:  # Each process starts with PyTorch loaded.
         context.set_forkserver_preload([__name__])
-    ours, theirs = context.Pipe(duplex=False)
-    arguments = (theirs, torch.get_num_threads(), name, size, dtype, temperature)
-    process = context.Process(target=_in_a_process, args=arguments, daemon=False)
-    process.start()
-    theirs.close()
+    threads = torch.get_num_threads()
+    pool = ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,))
+    before = set(multiprocessing.active_children())
+    future = pool.submit(_on_cpu, name, size, dtype, temperature)
     try:
-        answer = ours.recv() if ours.poll(SECONDS) else f"no result within {SECONDS:.0f} s"
-    except EOFError:
-        process.join()
-        answer = f"its process ended with code {process.exitcode}, for lack of memory perhaps"
-    finally:
-        if process.is_alive():
-            process.join(timeout=5)
-        if process.is_alive():
+        return future.result(SECONDS)
+    except futures.BrokenExecutor:
+        raise RuntimeError("its process ended, for lack of memory perhaps") from None
+    except futures.TimeoutError:
+        for process in set(multiprocessing.active_children()) - before:
             process.kill()
-        ours.close()
-    if isinstance(answer, str):
-        raise RuntimeError(answer)
-    return int(answer)
-
-
-def _in_a_process(
-    pipe: Connection, threads: int, name: str, size: Size, dtype: str, temperature: float
-) -> None:
-    """Send the bytes, or the message of what went wrong."""
-    torch.set_num_threads(threads)
-    try:
-        pipe.send(_on_cpu(name, size, dtype, temperature))
+        raise RuntimeError(f"no result within {SECONDS:.0f} s") from None
     except Exception as error:
-        pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
+        raise RuntimeError(first_line(error)) from error
+    finally:
+        pool.shutdown()
 
 
 def _on_cpu(name: str, size: Size, dtype: str, temperature: float) -> int:

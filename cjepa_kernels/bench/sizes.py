@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import NamedTuple
 
 import torch
@@ -20,18 +21,22 @@ class Size(NamedTuple):
         return f"{self.rows}x{self.features}"
 
 
+class SizeError(ValueError, argparse.ArgumentTypeError):
+    """A size that cannot be measured. ``argparse`` shows the message of an error of this kind."""
+
+
 def parse_sizes(text: str) -> tuple[Size, ...]:
     """``2048x256,8192x128`` as sizes.
 
     Raises:
-        ValueError: If a size is not MxD with an even M of 4 or more and a D of 2 or more.
+        SizeError: If a size is not MxD with an even M of 4 or more and a D of 2 or more.
     """
     sizes = []
     for size in text.split(","):
         rows, _, features = size.strip().partition("x")
         right = rows.isdecimal() and features.isdecimal() and int(features) > 1
         if not right or int(rows) < 4 or int(rows) % 2:
-            raise ValueError(
+            raise SizeError(
                 f"expected MxD with an even M of 4 or more and a D of 2 or more, got {size!r}"
             )
         sizes.append(Size(int(rows), int(features)))

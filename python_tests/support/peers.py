@@ -59,11 +59,12 @@ class LightlyNTXentLoss(nn.Module):
 
 
 class ClipLoss(nn.Module):
-    """``open_clip.loss.ClipLoss``."""
+    """``open_clip.loss.ClipLoss`` of one process: cross-entropy along both sides of the logits."""
 
     def forward(self, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-        loss: Tensor = formulas.clip(image, text, logit_scale)
-        return loss
+        logits = logit_scale * image @ text.T
+        labels = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 class HJEPALoss(nn.Module):

@@ -91,10 +91,10 @@ class PretrainData(L.LightningDataModule):
         assert self.trainer is not None
         batches = EpochBatches(
             len(self.images),
-            self.batch_size,
-            self.seed,
-            self.trainer.global_rank,
-            self.trainer.world_size,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            rank=self.trainer.global_rank,
+            ranks=self.trainer.world_size,
         )
         # With batch_size=None the loader takes the sampler's items as whole batches.
         return DataLoader(self.images, sampler=batches, batch_size=None)

@@ -33,7 +33,9 @@ def two_views(
         (2B, C, H, W) fp32 in [0, 1]: the first views of all images, then the second views.
     """
     scaled = images.float() / 255.0
-    return torch.cat([one_view(scaled, samples, config, seed, epoch, view) for view in (0, 1)])
+    return torch.cat(
+        [one_view(scaled, samples, config, seed=seed, epoch=epoch, view=view) for view in (0, 1)]
+    )
 
 
 def one_view(

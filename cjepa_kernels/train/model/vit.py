@@ -255,8 +255,8 @@ def pool_tokens(tokens: Tensor, level: int) -> Tensor:
     if run == 1:
         return tokens
     batch, count, dim = tokens.shape
-    kept = count // run
-    return tokens[:, : kept * run].reshape(batch, kept, run, dim).mean(dim=2)
+    runs = count // run
+    return tokens[:, : runs * run].reshape(batch, runs, run, dim).mean(dim=2)
 
 
 def sine_cosine_positions(grid: tuple[int, int], dim: int, scale: float) -> Tensor:
