@@ -176,9 +176,9 @@ def tune(
     console = Console()
     entries = tuning.entries_for(features, dtypes[dtype])
     measure = tuning.measure_step(rows, features, dtypes[dtype])
-    found = tuning.tune(entries, measure, console.print)
-    others = [e for e in configs.read(configs.cache_file()) if not tuning.replaces(found, e)]
-    configs.write(configs.cache_file(), [*found, *others])
+    chosen = tuning.tune(entries, measure, console.print)
+    others = [e for e in configs.read(configs.cache_file()) if not tuning.replaces(chosen, e)]
+    configs.write(configs.cache_file(), [*chosen, *others])
     console.print(f"written to {configs.cache_file()}", soft_wrap=True)
 
 

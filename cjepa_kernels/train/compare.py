@@ -261,8 +261,8 @@ def _check_arguments(
             "loss.type must be cjepa, or loss.use_contrastive true, in a comparison, whose arms "
             f"switch the terms off themselves, got type {kind!r} without use_contrastive"
         )
-    for key, default in (("contrastive_weight", 0.1), ("jepa_weight", 1.0)):
-        value = config.loss.get(key, default)
+    for key in ("contrastive_weight", "jepa_weight"):
+        value = config.loss.get(key)
         if isinstance(value, int | float) and value == 0:
             raise ValueError(
                 f"loss.{key} must be above 0 in a comparison, whose arms set it to 0 themselves, "

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from cjepa_kernels.config import check_loss_section, shortened
+from cjepa_kernels.definitions import CONTRASTIVE_WEIGHT, JEPA_WEIGHT, TEMPERATURE
 from cjepa_kernels.suggestions import nearest
 from cjepa_kernels.yaml_reader import parse_yaml, read_yaml
 
@@ -270,11 +271,11 @@ class LoggingConfig(_Section):
 
 _DEFAULT_LOSS: dict[str, Any] = {
     "type": "cjepa",
-    "contrastive_weight": 0.1,
-    "contrastive_temperature": 0.1,
+    "contrastive_weight": CONTRASTIVE_WEIGHT,
+    "contrastive_temperature": TEMPERATURE,
     "contrastive_on_context": True,
     "gather_distributed": True,
-    "jepa_weight": 1.0,
+    "jepa_weight": JEPA_WEIGHT,
     "jepa_loss_type": "smoothl1",
     "hierarchy_weights": [1.0, 0.5, 0.25],
     "num_hierarchies": 3,

@@ -147,14 +147,14 @@ class Comparison:
         """
         sizes = self.probes.get("transfer" if metric in TRANSFER_METRICS else "all")
         cells = {arm: self.summary(arm, features, metric) for arm in self.arms}
-        found = {arm: cell for arm, cell in cells.items() if cell is not None}
-        if len(found) < 2 or sizes is None:
+        measured = {arm: cell for arm, cell in cells.items() if cell is not None}
+        if len(measured) < 2 or sizes is None:
             return None
-        first = max(found, key=lambda arm: found[arm].mean)
-        for arm, cell in found.items():
-            ahead = found[first].mean - cell.mean
+        first = max(measured, key=lambda arm: measured[arm].mean)
+        for arm, cell in measured.items():
+            ahead = measured[first].mean - cell.mean
             if arm != first and not ahead > difference_margin(
-                found[first].values, cell.values, sizes.test_images
+                measured[first].values, cell.values, sizes.test_images
             ):
                 return None
         return first

@@ -167,13 +167,13 @@ class Advisor:
         if self.contrastive_weight > 0:
             rules += [self._shortcut, self._high_accuracy, self._at_chance]
             rules += [self._dominates, self._gap]
-        found = []
+        findings = []
         for rule in rules:
             finding = rule(epoch)
             if finding is not None and finding.rule not in self._fired:
                 self._fired.append(finding.rule)
-                found.append(finding)
-        return found
+                findings.append(finding)
+        return findings
 
     def state_dict(self) -> dict[str, Any]:
         """State as plain Python values, so that a resumed run does not repeat its findings."""

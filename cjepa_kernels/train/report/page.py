@@ -204,8 +204,8 @@ def nearest_neighbours(queries: Array, gallery: Array, k: int) -> npt.NDArray[np
     mean = gallery.mean(axis=0)
     a = torch.nn.functional.normalize(torch.from_numpy(queries - mean), dim=1)
     b = torch.nn.functional.normalize(torch.from_numpy(gallery - mean), dim=1)
-    found: npt.NDArray[np.int64] = (a @ b.T).topk(min(k, len(b)), dim=1).indices.numpy()
-    return found
+    nearest: npt.NDArray[np.int64] = (a @ b.T).topk(min(k, len(b)), dim=1).indices.numpy()
+    return nearest
 
 
 class _Picture(NamedTuple):
@@ -220,7 +220,7 @@ class _Strip(NamedTuple):
     """A test image and the training images that are nearest to it."""
 
     query: _Picture
-    found: list[_Picture]
+    neighbours: list[_Picture]
 
 
 @dataclass(frozen=True)
@@ -233,11 +233,11 @@ class _ArmNeighbours:
     @property
     def hits(self) -> int:
         """Neighbours that have the class of their query."""
-        return sum(picture.of_same_class for strip in self.strips for picture in strip.found)
+        return sum(picture.of_same_class for strip in self.strips for picture in strip.neighbours)
 
     @property
     def total(self) -> int:
-        return sum(len(strip.found) for strip in self.strips)
+        return sum(len(strip.neighbours) for strip in self.strips)
 
 
 class _Neighbours(NamedTuple):
@@ -267,7 +267,7 @@ def _neighbours(dataset: Dataset, extractors: Mapping[str, FeatureExtractor]) ->
         strips = []
         for query, row in zip(queries.tolist(), nearest, strict=True):
             label = int(test.labels[query])
-            found = [
+            neighbours = [
                 _Picture(
                     name=names[int(train.labels[index])],
                     uri=_image(train.images[index]),
@@ -275,7 +275,7 @@ def _neighbours(dataset: Dataset, extractors: Mapping[str, FeatureExtractor]) ->
                 )
                 for index in gallery[torch.from_numpy(row)].tolist()
             ]
-            strips.append(_Strip(_Picture(names[label], _image(test.images[query])), found))
+            strips.append(_Strip(_Picture(names[label], _image(test.images[query])), neighbours))
         by_arm.append(_ArmNeighbours(ARM_TITLES[arm], strips))
     if not by_arm:
         return None
@@ -302,7 +302,7 @@ class _Finding(NamedTuple):
 
 def _findings(comparison: Comparison) -> list[_Finding]:
     """The findings of all runs, one for each arm and rule."""
-    found: dict[tuple[str, str], _Finding] = {}
+    findings: dict[tuple[str, str], _Finding] = {}
     for run in comparison.runs:
         for entry in run.findings:
             rule = str(entry["rule"])
@@ -314,8 +314,8 @@ def _findings(comparison: Comparison) -> list[_Finding]:
                 evidence=[],
             )
             evidence = _Evidence(run.seed, int(entry["epoch"]), str(entry["evidence"]))
-            found.setdefault((run.arm, rule), finding).evidence.append(evidence)
-    return [finding for _, finding in sorted(found.items())]
+            findings.setdefault((run.arm, rule), finding).evidence.append(evidence)
+    return [finding for _, finding in sorted(findings.items())]
 
 
 class _Pair(NamedTuple):

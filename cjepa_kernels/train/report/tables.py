@@ -72,8 +72,8 @@ def text_tables(comparison: Comparison) -> list[TextTable]:
                 rows.append((ARM_TITLES[row], *texts))
             differences = []
             for pair, by_metric in comparison.paired.items():
-                found = [by_metric.get(f"{features}/{metric}") for metric in metrics]
-                texts = ["-" if cell is None else cell.format(signed=True) for cell in found]
+                cells = [by_metric.get(f"{features}/{metric}") for metric in metrics]
+                texts = ["-" if cell is None else cell.format(signed=True) for cell in cells]
                 differences.append((pair_title(pair), *texts))
             names = list(comparison.rows())
             best = [comparison.best(features, metric) for metric in metrics]
