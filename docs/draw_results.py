@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from cjepa_kernels.bench.candidates import (
 )
 from cjepa_kernels.bench.records import RESULTS
 from cjepa_kernels.plot_style import INK, OTHER, svg
+from cjepa_kernels.plot_style import NATIVE as BAR
 
 sys.path.insert(0, str(RESULTS.parent))  # The scripts of bench/ are no package.
 
@@ -84,18 +85,41 @@ def draw_nt_xent(results: Content) -> Figure:
     return figure
 
 
+def draw_bars(
+    axes: Axes,
+    values: Mapping[str, float],
+    texts: Sequence[str],
+    *,
+    colours: str | Sequence[str] = BAR,
+    ends: Sequence[float] | None = None,
+) -> None:
+    """Horizontal bars from the top down, each with a text beside it.
+
+    Args:
+        axes: Where they are drawn.
+        values: Lengths of the bars by their labels.
+        texts: Of the bars.
+        colours: Of all bars, or of each.
+        ends: Where the texts begin. Default: at the ends of the bars.
+    """
+    axes.barh(range(len(values)), list(values.values()), color=colours, height=0.62)
+    axes.set_yticks(range(len(values)), list(values))
+    for position, (end, text) in enumerate(zip(ends or values.values(), texts, strict=True)):
+        axes.annotate(f" {text}", (end, position), verticalalignment="center")
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.grid(axis="y", visible=False)
+
+
 def _draw_ratios(axes: Axes, entries: list[Content], labels: list[str]) -> None:
     """A bar for each ratio, and a tick across it where its target is."""
     values = {label: entry["ratio"] for label, entry in zip(labels, entries, strict=True)}
     ends = [max(entry["ratio"], entry["target"] or 0) for entry in entries]
     texts = [f"{v:.2g}" if v < 10 else f"{v:.0f}" for v in values.values()]
-    plots.draw_bars(axes, values, texts, ends=ends)
+    draw_bars(axes, values, texts, ends=ends)
     for position, entry in enumerate(entries):
         if entry["target"] is not None:
             axes.plot([entry["target"]] * 2, [position - 0.4, position + 0.4], color=INK)
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    axes.grid(axis="y", visible=False)
 
 
 def draw_temperature_errors(rows: list[Content]) -> Figure:
@@ -134,10 +158,7 @@ def draw_distributed(rows: list[Content]) -> Figure:
         of_scheme = {row["scheme"]: row[key] / unit for row in rows if row["ranks"] == MANY_RANKS}
         values = {label: of_scheme[scheme] for scheme, label in names.items()}
         texts = [f"{value:.3g}" for value in values.values()]
-        plots.draw_bars(axes, values, texts, colours=colours)
-        axes.invert_yaxis()
-        axes.margins(x=0.15)
-        axes.grid(axis="y", visible=False)
+        draw_bars(axes, values, texts, colours=colours)
         axes.set_title(title)
         axes.set_xlabel(f"{MANY_RANKS} ranks of {SHOWN.rows // 2} pairs, {SHOWN.features} features")
     pairs = [2**k for k in range(8, 15)]
@@ -218,7 +239,7 @@ def _draw_headline_panel(
     """Bars with their values, this package's first, and a line for the bare products."""
     texts = [f"{v:,.0f} {unit}" if v >= 20 else f"{v:.1f} {unit}" for v in values.values()]
     colours = [plots.STYLES[OURS].colour, *[OTHER] * (len(values) - 1)]
-    plots.draw_bars(axes, values, texts, colours=colours)
+    draw_bars(axes, values, texts, colours=colours)
     axes.texts[0].set_fontweight("bold")
     axes.set_ylim(MOST_BARS - 0.4, -0.6)
     axes.set_xlim(0, 1.28 * max(values.values()))

@@ -18,7 +18,7 @@ def read_options(
     seconds: float | None = None,
     quick_seconds: float | None = None,
 ) -> Any:
-    """The options of a script: its own, ``--no-save``, and the following two.
+    """Read a script's own options and those that all scripts share.
 
     Args:
         description: Docstring of the script.
@@ -32,7 +32,9 @@ def read_options(
     for flag, arguments in (options or {}).items():
         parser.add_argument(flag, **arguments)
     if seconds is not None:
-        parser.add_argument("--seconds", type=float, help=f"time for each case ({seconds:g})")
+        parser.add_argument(
+            "--seconds", type=float, help=f"seconds for each case (default {seconds:g})"
+        )
     if quick_seconds is not None:
         parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--no-save", action="store_true", help="do not write bench/results")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 from cjepa_kernels.bench.candidates import BOTH, CANDIDATES, COMPILED, EAGER, OURS, TITLES
 from cjepa_kernels.bench.comparison import Results
@@ -90,29 +90,6 @@ def _rows_axis(axes: Axes, sizes: Sequence[float]) -> None:
     axes.set_xlabel("M = 2B rows")
 
 
-def draw_bars(
-    axes: Axes,
-    values: Mapping[str, float],
-    texts: Sequence[str],
-    *,
-    colours: str | Sequence[str] = NATIVE,
-    ends: Sequence[float] | None = None,
-) -> None:
-    """Horizontal bars, each with a text beside it.
-
-    Args:
-        axes: Where they are drawn.
-        values: Lengths of the bars by their labels, from the bottom up.
-        texts: Of the bars.
-        colours: Of all bars, or of each.
-        ends: Where the texts begin. Default: at the ends of the bars.
-    """
-    axes.barh(range(len(values)), list(values.values()), color=colours, height=0.62)
-    axes.set_yticks(range(len(values)), list(values))
-    for position, (end, text) in enumerate(zip(ends or values.values(), texts, strict=True)):
-        axes.annotate(f" {text}", (end, position), verticalalignment="center")
-
-
 def draw_time(results: Results) -> Figure:
     """Forward + backward against M."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
@@ -142,7 +119,7 @@ def draw_times(axes: Axes, rows: Sequence[Record], features: int) -> None:
             draw_spread(axes, row["M"], low=low, high=high, colour=colour)
     _rows_axis(axes, [m for points in curves.values() for m, _ in points])
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_title(f"Time of forward + backward, ms (D = {features}; bars: p20 to p80)")
     label_curves(axes, labels)
 
@@ -188,7 +165,7 @@ def draw_memory(results: Results) -> Figure:
         highest = max(highest, *(size for _, size in (*points, *needed)))
     _rows_axis(axes, sizes)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_formatter("{x:g}")
     if limit is not None and highest * 2**20 > limit / 30:
         axes.axhline(limit / 2**20, color=rcParams["text.color"], linewidth=1.2)
         axes.annotate(
@@ -270,7 +247,7 @@ def draw_roofline(results: Results) -> Figure:
             horizontalalignment="right",
         )
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_major_formatter("{x:g}")
     axes.set_xlabel("FLOPs for each byte that operators read or write")
     axes.set_title(
         f"Roofline: 6 M² D FLOPs / time, {name_of_unit} (M = {largest}, D = {features}; "
