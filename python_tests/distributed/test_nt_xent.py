@@ -124,12 +124,12 @@ def test_ddp_equals_one_process_on_the_whole_batch(
 
     loss = torch.stack([out["loss"] for out, _ in results]).mean()
     assert relative_error(loss, truth["loss"]) <= allowed(eager["loss"], truth["loss"], FLOOR_VALUE)
-    for out, found in results:
+    for out, averaged in results:
         for name in METRICS:
             assert torch.equal(out[name], results[0][0][name])
             assert (out[name] - eager[name]).abs() <= METRIC[dtype]
-        assert found.keys() == exact.keys()
-        for name, gradient in found.items():
+        assert averaged.keys() == exact.keys()
+        for name, gradient in averaged.items():
             assert torch.equal(gradient, results[0][1][name])
             assert relative_error(gradient, exact[name]) <= allowed(
                 gradients[name], exact[name], FLOOR_GRADIENT

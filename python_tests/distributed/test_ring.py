@@ -272,12 +272,12 @@ def test_the_simulation_adds_up(ranks: int) -> None:
     assert ideal["products"] == pytest.approx(flops / 1e12)
     assert ideal["exposed"] == pytest.approx(0)
     slow = distributed_cost.Link("slow", 1e6, 0.0)
-    found = distributed_cost.simulate(problem, slow, rate=1e18)
+    simulated = distributed_cost.simulate(problem, slow, rate=1e18)
     sent = distributed_cost.cost("ring", problem)
     # This bound leaves out the exchange of settings and of metrics, and that the last visit may be
     # half as long.
     least = (sent.forward_bytes + sent.backward_bytes) / 1e6
-    assert found["total"] == pytest.approx(least, rel=0.34 if ranks == 2 else 0.08)
+    assert simulated["total"] == pytest.approx(least, rel=0.34 if ranks == 2 else 0.08)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_the_benchmarks_run(script: list[str], said: str) -> None:
 
 def lightly_step(pairs: int, features: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Run on each rank: loss and gradient by lightly's formula and by both strategies."""
-    found = {}
+    results = {}
     for name in ("lightly", "all_gather", "ring"):
         generator = torch.Generator().manual_seed(dist.get_rank())
         z = torch.randn(2, pairs, features, generator=generator, dtype=torch.float64)
@@ -318,15 +318,15 @@ def lightly_step(pairs: int, features: int) -> dict[str, tuple[Tensor, Tensor]]:
                 strategy=name,  # type: ignore[arg-type]
             ).loss
         loss.backward()
-        found[name] = (loss.detach(), z.grad)
-    return found
+        results[name] = (loss.detach(), z.grad)
+    return results
 
 
 @pytest.mark.parametrize("pairs", [3, 33])
 def test_the_same_gradients_as_lightly(ranks: Pool, pairs: int) -> None:
     """The losses and gradients are those of lightly with ``gather_distributed=True``."""
-    for found in ranks(2).run(lightly_step, pairs, 12):
-        loss, gradient = found.pop("lightly")
-        for own_loss, own_gradient in found.values():
+    for results in ranks(2).run(lightly_step, pairs, 12):
+        loss, gradient = results.pop("lightly")
+        for own_loss, own_gradient in results.values():
             assert relative_error(own_loss, loss) <= FLOOR_VALUE[torch.float64]
             assert relative_error(own_gradient, gradient) <= FLOOR_GRADIENT[torch.float64]

@@ -171,29 +171,29 @@ def test_copies_and_pickles_are_equal_and_independent() -> None:
 def copy_with_groups() -> list[Any]:
     """Run on each rank: whether copies share the group, and what pickling a loss gives."""
     world, other = torch.distributed.group.WORLD, torch.distributed.new_group([0, 1])
-    found: list[Any] = []
+    answers: list[Any] = []
     for group in (world, other):
         module: Any = NTXentLoss(distributed=group)
         whole: Any = ContrastiveJEPALoss(HJEPALoss(), distributed=group)
         for copied in (copy.deepcopy(module), copy.deepcopy(whole).contrastive, copy.copy(module)):
-            found.append(copied.distributed is group and copied is not module)
+            answers.append(copied.distributed is group and copied is not module)
         z = torch.randn(2, 3, 4)
-        found.append(bool((copy.deepcopy(module)(*z)["loss"] == module(*z)["loss"]).item()))
+        answers.append(bool((copy.deepcopy(module)(*z)["loss"] == module(*z)["loss"]).item()))
         for loss in (module, whole):
             try:
                 loaded = pickle.loads(pickle.dumps(loss))
-                found.append(getattr(loaded, "contrastive", loaded).distributed)
+                answers.append(getattr(loaded, "contrastive", loaded).distributed)
             except TypeError as error:
-                found.append(str(error))
-    return found
+                answers.append(str(error))
+    return answers
 
 
 def test_a_process_group_is_shared_by_copies(ranks: Any) -> None:
     processes: Ranks = ranks(2)
-    for found in processes.run(copy_with_groups):
-        assert found[:6] == [True] * 6  # pickle stores the default group as True
-        assert found[6:10] == [True] * 4
-        for message in found[10:]:
+    for answers in processes.run(copy_with_groups):
+        assert answers[:6] == [True] * 6  # pickle stores the default group as True
+        assert answers[6:10] == [True] * 4
+        for message in answers[10:]:
             assert "other than the default one cannot be pickled" in message
             assert "state_dict" in message
 

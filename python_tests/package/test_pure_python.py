@@ -35,9 +35,9 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def caught() -> Any:
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
-        yield found
+        yield recorded
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -115,8 +115,8 @@ def test_a_module_that_cannot_be_loaded_is_not_called_unbuilt(
         raise ImportError("undefined symbol: aoti_torch_new")
 
     monkeypatch.setattr(importlib, "import_module", fail)
-    found, reason = module._find_compiled()
-    assert found is None
+    loaded, reason = module._find_compiled()
+    assert loaded is None
     assert "cannot be loaded (undefined symbol: aoti_torch_new)" in reason
 
 

@@ -124,10 +124,10 @@ def documented() -> tuple[dict[str, Any], dict[str, str]]:
     section, key = "", ""
     for line in text.splitlines():
         body, _, comment = line.partition("#")
-        if found := re.match(r"(\s*)(\w+):", body):
-            if not found[1]:
-                section = found[2]
-            key = f"{section}.{found[2]}" if found[1] else section
+        if match := re.match(r"(\s*)(\w+):", body):
+            if not match[1]:
+                section = match[2]
+            key = f"{section}.{match[2]}" if match[1] else section
             comments[key] = ""
         elif body.strip():
             raise ValueError(f"a line that is neither key nor comment: {line!r}")
@@ -139,8 +139,8 @@ def documented() -> tuple[dict[str, Any], dict[str, str]]:
 def bounds(key: str) -> list[tuple[float, float]]:
     """The ranges ``low..high`` in a key's comment."""
     number = r"\d+(?:\.\d+)?(?:e-?\d+)?"
-    found = re.findall(rf"(?<![\w.])({number})\.\.({number})", documented()[1].get(key, ""))
-    return [(_number(low), _number(high)) for low, high in found]
+    ranges = re.findall(rf"(?<![\w.])({number})\.\.({number})", documented()[1].get(key, ""))
+    return [(_number(low), _number(high)) for low, high in ranges]
 
 
 def _number(text: str) -> float:

@@ -42,11 +42,11 @@ def run_block(block: Block, namespace: dict[str, Any]) -> None:
 
 def gradients(namespace: dict[str, Any]) -> dict[str, Tensor]:
     """The gradients of all parameters that a block created, by name."""
-    found = {}
+    by_name = {}
     for name, value in namespace.items():
         if isinstance(value, nn.Parameter):
-            found[name] = value.grad
+            by_name[name] = value.grad
         elif isinstance(value, nn.Module):
-            found |= {f"{name}.{key}": p.grad for key, p in value.named_parameters()}
-    assert found, "no parameter to compare the gradients of"
-    return {name: torch.zeros(()) if grad is None else grad for name, grad in found.items()}
+            by_name |= {f"{name}.{key}": p.grad for key, p in value.named_parameters()}
+    assert by_name, "no parameter to compare the gradients of"
+    return {name: torch.zeros(()) if grad is None else grad for name, grad in by_name.items()}

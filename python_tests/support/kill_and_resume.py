@@ -163,20 +163,20 @@ def _follow(output: str, run_dir: Path) -> str:
     return "config.yaml"
 
 
-def _compare(found: Path, expected: Path) -> None:
+def _compare(actual: Path, expected: Path) -> None:
     for name in _COMPARED_FILES:
-        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
-    results = [json.loads((path / "result.json").read_text()) for path in (found, expected)]
+        assert (actual / name).read_bytes() == (expected / name).read_bytes(), name
+    results = [json.loads((path / "result.json").read_text()) for path in (actual, expected)]
     for key in ("history", "evaluation", "findings", "data"):
         assert results[0][key] == results[1][key], key
     states = [
         torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for path in (found, expected)
+        for path in (actual, expected)
     ]
     assert states[0].keys() == states[1].keys()
     for name, value in states[1].items():
         assert torch.equal(states[0][name], value), name
-    assert not list(found.rglob("*.partial"))
+    assert not list(actual.rglob("*.partial"))
 
 
 def main() -> None:

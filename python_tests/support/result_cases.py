@@ -536,9 +536,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    expected, found = os.environ["PYTHONPATH"], Path(cjepa_kernels.__file__).parents[1]
-    if found != Path(expected):
-        raise RuntimeError(f"expected the package in {expected}, found it in {found}")
+    expected, imported = os.environ["PYTHONPATH"], Path(cjepa_kernels.__file__).parents[1]
+    if imported != Path(expected):
+        raise RuntimeError(f"expected the package in {expected}, found it in {imported}")
     torch.set_num_threads(2)  # with more than one thread, kernels divide their loops
     if arguments.group == "ranks":
         results = run_ranks()

@@ -120,8 +120,8 @@ def run_trainings(checkout: Path, quick: bool) -> dict[str, dict[str, str]]:
         shown = run_cjepa(checkout, directory, ["data", "--config", "colour.yaml", "--json"])
         results["cjepa data"] = dict(fingerprints_of(json.loads(shown)))
         for path in sorted(directory.rglob("*")):
-            if found := dict(fingerprints_of_file(path)):
-                results[f"training {path.relative_to(directory)}"] = found
+            if fingerprints := dict(fingerprints_of_file(path)):
+                results[f"training {path.relative_to(directory)}"] = fingerprints
     return results
 
 
