@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -180,16 +180,11 @@ def _compare(
         for (arm, seed), run_config in configs.items()
         if _run_name(arm, seed) not in finished
     ]
-    pixels = out_dir / "baselines" / "pixels.json"
-    jobs.append(Job("pixels", _pixels_job, (base[seeds[0]], pixels, data)))
-    jobs += [
-        Job(
-            _run_name("untrained", seed),
-            _untrained_job,
-            (base[seed], out_dir / "baselines" / f"{_run_name('untrained', seed)}.json", data),
-        )
-        for seed in seeds
-    ]
+    baselines = [("pixels", "pixels", base[seeds[0]])]
+    baselines += [("untrained", _run_name("untrained", seed), base[seed]) for seed in seeds]
+    for baseline, name, run_config in baselines:
+        path = out_dir / "baselines" / f"{name}.json"
+        jobs.append(Job(name, _baseline_job, (run_config, path, data, baseline)))
     with progress_display(console, len(jobs)) as on_event:
         results = finished | run_jobs(jobs, workers, on_event, out_dir / "logs")
 
@@ -294,40 +289,8 @@ def _train_job(config: ExperimentConfig, run_dir: Path, report: ReportProgress) 
     )
 
 
-def _untrained_job(
-    config: ExperimentConfig, path: Path, data: str, report: ReportProgress
-) -> dict[str, float]:
-    return _baseline(config, path, data, _evaluate_untrained)
-
-
-def _pixels_job(
-    config: ExperimentConfig, path: Path, data: str, report: ReportProgress
-) -> dict[str, float]:
-    return _baseline(config, path, data, _evaluate_pixels)
-
-
-def _evaluate_untrained(config: ExperimentConfig, dataset: Dataset) -> dict[str, float]:
-    return evaluate(
-        runner.untrained_encoder(config, dataset),
-        dataset,
-        config.evaluation,
-        pretrain_classes=resolve_pretrain_classes(config.data, dataset),
-    )
-
-
-def _evaluate_pixels(config: ExperimentConfig, dataset: Dataset) -> dict[str, float]:
-    return evaluate_pixels(
-        dataset,
-        config.evaluation,
-        pretrain_classes=resolve_pretrain_classes(config.data, dataset),
-    )
-
-
-def _baseline(
-    config: ExperimentConfig,
-    path: Path,
-    data: str,
-    measure: Callable[[ExperimentConfig, Dataset], dict[str, float]],
+def _baseline_job(
+    config: ExperimentConfig, path: Path, data: str, baseline: str, report: ReportProgress
 ) -> dict[str, float]:
     """The evaluation in a file if it is of this experiment and these data, or a new one."""
     key = {"config": config_to_dict(config), "data": data}
@@ -335,8 +298,13 @@ def _baseline(
     if saved is not None and {name: saved.get(name) for name in key} == key:
         return dict(saved["evaluation"])
     dataset = load_dataset(config.data, show_progress=False)
+    classes = resolve_pretrain_classes(config.data, dataset)
     with threadpool_limits(limits=config.trainer.threads):
-        evaluation = measure(config, dataset)
+        if baseline == "pixels":
+            evaluation = evaluate_pixels(dataset, config.evaluation, pretrain_classes=classes)
+        else:
+            encoder = runner.untrained_encoder(config, dataset)
+            evaluation = evaluate(encoder, dataset, config.evaluation, pretrain_classes=classes)
     atomic_write(path, checksummed_json.encode({**key, "evaluation": evaluation}))
     return evaluation
 

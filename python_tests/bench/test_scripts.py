@@ -14,7 +14,7 @@ from bench_scripts import ROOT, leaves, load, run_script
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 
 from cjepa_kernels import backends, nt_xent, plot_style
-from cjepa_kernels.bench import candidates, errors, formulas, records, targets
+from cjepa_kernels.bench import candidates, command_line, errors, formulas, records, targets
 from cjepa_kernels.bench.candidates import DIRECTIONS
 from cjepa_kernels.bench.sizes import Size, views
 from docs import draw_results
@@ -223,6 +223,30 @@ def test_memory_verdict() -> None:
     for over_input, verdict in ((4.0, "met"), (4.1, "missed")):
         assert memory.target_of({**record, "over_input": over_input}).verdict == verdict
     assert memory.target_of({**record, "M": 4096, "over_input": 1.0}).verdict == "no target"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seconds", "said"),
+    [(["--quick"], 0.1, "not written"), (["--no-save"], 3.0, ""), ([], 3.0, "written: ")],
+    ids=["quick", "no_save", "whole"],
+)
+def test_only_a_whole_run_is_recorded(
+    arguments: list[str],
+    seconds: float,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+    options = command_line.read_options(None, seconds=3.0, quick_seconds=0.1)
+    assert options.seconds == seconds
+    command_line.save(options, "name", [{"M": 4}])
+    assert (tmp_path / "name.json").exists() == (not arguments)
+    printed = capsys.readouterr().out
+    assert printed.startswith(said)
+    assert bool(printed) == bool(said)
 
 
 def test_micro_benchmarks_run_once_without_timing() -> None:

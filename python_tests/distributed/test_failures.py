@@ -1,4 +1,4 @@
-"""Ranks that ask for something else, are missing or die: an error on the others, in time."""
+"""If a rank has other arguments, is missing or dies, the others get an error soon."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from cjepa_kernels.distributed import resolve_group
 from cjepa_kernels.distributed.blocks import Blocks
 
 Pool = Callable[[int], Ranks]
-TIMEOUT = 3.0  # seconds, of the groups in which a rank dies
+TIMEOUT = 3.0  # seconds that a group waits for a rank that has died
 STRATEGIES = pytest.mark.parametrize("strategy", ["all_gather", "ring"])
 
 
 def message_of(
     options: list[dict[str, Any]], made: list[tuple[tuple[int, ...], torch.dtype]]
 ) -> str:
-    """On a rank: what nt_xent says to arguments of which each rank has its own."""
+    """Run on each rank: the error of nt_xent when each rank has its own arguments."""
     rank = dist.get_rank()
     shape, dtype = made[rank]
     z_i, z_j = torch.zeros(2, *shape, dtype=dtype)
@@ -108,13 +108,16 @@ def mortal() -> Iterator[Ranks]:
 
 
 def step_with_a_death(strategy: str, when: str, ends: bool) -> None:
-    """Rank 1 ends, or leaves the function, before the forward, in it, or before the backward."""
+    """Run on each rank. Rank 1 dies before or during the forward, or before the backward.
+
+    Its process ends, or the function raises KeyboardInterrupt.
+    """
     doomed = dist.get_rank() == 1
 
     def leave(*_: Any, **__: Any) -> Any:
         if ends:
             os._exit(1)
-        raise KeyboardInterrupt  # not what the others' errors are made of
+        raise KeyboardInterrupt  # the package does not catch this exception
 
     z = torch.randn(2, 4, 8, requires_grad=True)
     if doomed and when == "before":
@@ -132,7 +135,7 @@ def step_with_a_death(strategy: str, when: str, ends: bool) -> None:
 def test_a_rank_that_dies_fails_the_others(mortal: Ranks, strategy: str, when: str) -> None:
     started = time.monotonic()
     results = mortal.attempt(step_with_a_death, strategy, when, True)
-    # Each of the others waits for no more than a few exchanges.
+    # Each of the others waits for a few exchanges at most.
     assert time.monotonic() - started < 15 * TIMEOUT
     direction = "backward" if when == "between" else "forward"
     for rank in (0, 2):

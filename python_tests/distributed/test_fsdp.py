@@ -1,4 +1,4 @@
-"""FSDP (both versions) on two gloo ranks: a learnable temperature as in DDP."""
+"""Both versions of FSDP train a learnable temperature as DDP does, on two gloo ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cjepa_kernels import NTXentLoss
 
-Found = dict[str, Any]
+Result = dict[str, Any]
 
 
 class Model(nn.Module):
@@ -41,7 +41,7 @@ def own_views() -> Tensor:
 
 def ddp_step() -> tuple[Tensor, dict[str, Tensor]]:
     model = Model()
-    parallel = DistributedDataParallel(model)  # its hooks live as long as it does
+    parallel = DistributedDataParallel(model)  # needed until the end, because it owns the hooks
     loss = parallel(own_views())
     loss.backward()
     return loss.detach(), gradients_of(model)
@@ -52,78 +52,79 @@ def temperature_of(model: nn.Module) -> float:
     return float(parameter.full_tensor().detach().exp())
 
 
-def fully_sharded_step() -> Found:
-    """On a rank: a step of FSDP2, and what becomes of the temperature."""
-    found: Found = {}
+def fully_sharded_step() -> Result:
+    """Run on each rank: a training step of FSDP2, and the temperature after each action."""
+    result: Result = {}
     with torch.device("meta"):
         model = Model()
     fully_shard(model)
-    found["repr"] = repr(model.loss_fn)  # no rank may wait for the others here
+    result["repr"] = repr(model.loss_fn)  # repr must not wait for other ranks
     model.to_empty(device="cpu")
     model.loss_fn.reset_parameters()
-    found["start"] = temperature_of(model)
+    result["start"] = temperature_of(model)
     same = Model().encoder.state_dict()
     for name, parameter in model.encoder.named_parameters():
         sharded: Any = parameter.data
         sharded.copy_(distribute_tensor(same[name], sharded.device_mesh, sharded.placements))
     loss = model(own_views())
     loss.backward()
-    found["loss"] = loss.detach()
-    found["gradients"] = {
+    result["loss"] = loss.detach()
+    result["gradients"] = {
         name: p.grad.full_tensor() for name, p in model.named_parameters() if p.grad is not None
     }
     model.loss_fn.temperature = 0.5
-    found["set"] = temperature_of(model)
+    result["set"] = temperature_of(model)
     model.loss_fn.reset_parameters()
-    found["reset"] = temperature_of(model)
+    result["reset"] = temperature_of(model)
     try:
         fully_shard(Model(()))
     except ValueError as error:
-        found["scalar"] = str(error)
-    return found
+        result["scalar"] = str(error)
+    return result
 
 
-def wrapped_step() -> Found:
-    """On a rank: the same with FSDP1, and a state dict of a 0-dim temperature."""
-    found: Found = {}
+def wrapped_step() -> Result:
+    """Run on each rank: a training step of FSDP1, and a state dict with a 0-dim temperature."""
+    result: Result = {}
     model = Model()
     wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     loss = wrapped(own_views())
     loss.backward()
-    found["loss"], found["repr"] = loss.detach(), repr(model.loss_fn)
+    result["loss"], result["repr"] = loss.detach(), repr(model.loss_fn)
     with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
-        found["gradients"] = {k: g.clone() for k, g in gradients_of(model).items()}
+        result["gradients"] = {k: g.clone() for k, g in gradients_of(model).items()}
     with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT):
-        found["shape"] = wrapped.state_dict()["loss_fn.log_temperature"].shape
+        result["shape"] = wrapped.state_dict()["loss_fn.log_temperature"].shape
         other = Model(())
         other.loss_fn.temperature = 0.4
         wrapped.load_state_dict(other.state_dict())
     with FullyShardedDataParallel.summon_full_params(wrapped):
-        found["loaded"] = float(model.loss_fn.temperature.detach())
-    return found
+        result["loaded"] = float(model.loss_fn.temperature.detach())
+    return result
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("step", [fully_sharded_step, wrapped_step])
 def test_fsdp_trains_the_temperature_as_ddp_does(
-    step: Callable[[], Found], ranks: Callable[[int], Ranks]
+    step: Callable[[], Result], ranks: Callable[[int], Ranks]
 ) -> None:
     expected = ranks(2).run(ddp_step)
-    for (loss, gradients), found in zip(expected, ranks(2).run(step), strict=True):
-        torch.testing.assert_close(found["loss"], loss)
-        assert found["gradients"].keys() == gradients.keys()
+    for (loss, gradients), result in zip(expected, ranks(2).run(step), strict=True):
+        torch.testing.assert_close(result["loss"], loss)
+        assert result["gradients"].keys() == gradients.keys()
         for name, gradient in gradients.items():
-            torch.testing.assert_close(found["gradients"][name], gradient)
+            torch.testing.assert_close(result["gradients"][name], gradient)
         assert gradients["loss_fn.log_temperature"].shape == (1,)
-        # The rank of FSDP1 that holds the number may print it.
-        assert found["repr"].startswith(
+        # In FSDP1 one rank holds the number, and only that rank may print it.
+        assert result["repr"].startswith(
             ("NTXentLoss(temperature=exp", "NTXentLoss(temperature=0.2")
         )
         if step is fully_sharded_step:
-            assert "temperature=exp(log_temperature)" in found["repr"]
-            assert found["start"] == found["reset"] == pytest.approx(0.2)
-            assert found["set"] == pytest.approx(0.5)
-            assert "scalar parameters" in found["scalar"]  # why temperature_shape is there
+            assert "temperature=exp(log_temperature)" in result["repr"]
+            assert result["start"] == result["reset"] == pytest.approx(0.2)
+            assert result["set"] == pytest.approx(0.5)
+            # FSDP2 refuses scalar parameters, which is why temperature_shape exists.
+            assert "scalar parameters" in result["scalar"]
         else:
-            assert found["shape"] == (1,)
-            assert found["loaded"] == pytest.approx(0.4)
+            assert result["shape"] == (1,)
+            assert result["loaded"] == pytest.approx(0.4)

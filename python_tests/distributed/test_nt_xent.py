@@ -1,4 +1,4 @@
-"""Negatives from every rank: equal to one process on the whole batch (gloo processes)."""
+"""With negatives from every rank, gloo processes give the results of one with the whole batch."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from cjepa_kernels.reference import reduce
 Pool = Callable[[int], Ranks]
 FEATURES = 24
 KERNELS = [name for name in BACKENDS if name != "reference"]
-NOT_SLOW = [name for name in KERNELS if name != "triton"]  # which is interpreted here
+NOT_SLOW = [name for name in KERNELS if name != "triton"]  # Triton's interpreter is slow
 METRICS = ("accuracy", "positive_similarity", "negative_similarity")
 
-# Equal and ragged shards; one pair alone has no negative on its own rank.
+# The shards are equal or of different sizes. A rank with one pair has no negative of its own.
 BATCHES = pytest.mark.parametrize(
     "batches",
     [[5, 5], [3, 8], [4, 4, 4], [2, 5, 1], [3, 3, 3, 3], [1, 4, 2, 6]],
     ids=lambda batches: "+".join(map(str, batches)),
 )
 STRATEGIES = pytest.mark.parametrize("strategy", ["all_gather", "ring"])
-# With a constant shift, and with running maxima.
+# Kernels use a constant shift at 0.2 and running maxima at 0.01.
 TEMPERATURES = pytest.mark.parametrize("temperature", [0.2, 0.01])
 
 
 def shards(batches: list[int], dtype: torch.dtype, features: int = FEATURES) -> list[Tensor]:
-    """(2, B_r, D) of each rank."""
+    """Both views of each rank as one tensor (2, B_r, D)."""
     generator = torch.Generator().manual_seed(sum(batches) + features)
     result = []
     for batch in batches:
@@ -47,13 +47,13 @@ def shards(batches: list[int], dtype: torch.dtype, features: int = FEATURES) -> 
 
 
 class Encoder(nn.Module):
-    """Encoder and loss as one module, so that DDP averages the temperature's gradient too."""
+    """An encoder and its loss in one module, so that DDP averages all gradients."""
 
     def __init__(self, dtype: torch.dtype, temperature: float, **options: Any) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.encoder = nn.Linear(FEATURES, FEATURES).to(dtype)
-        # As everywhere: numbers of the loss itself are of fp32 at least.
+        # The temperature has at least fp32, as the loss itself.
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.loss_fn = NTXentLoss(temperature, **options).to(wide)
 
@@ -65,7 +65,7 @@ class Encoder(nn.Module):
 def ddp_step(
     batches: list[int], dtype: torch.dtype, temperature: float, options: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """On a rank: loss and metrics, and every parameter's gradient after DDP averaged it."""
+    """Run on each rank: loss and metrics, and the gradients that DDP has averaged."""
     model = Encoder(dtype, temperature, **options, distributed=True)
     parallel = DistributedDataParallel(model)
     out = parallel(shards(batches, dtype)[dist.get_rank()])
@@ -76,7 +76,10 @@ def ddp_step(
 def single_step(
     batches: list[int], dtype: torch.dtype, temperature: float, learnable: bool, *, exact: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One process with the whole batch: the float64 reference, or the textbook in ``dtype``."""
+    """Compute a step in one process with the whole batch.
+
+    ``exact`` asks for the float64 reference. Otherwise the textbook formula runs in ``dtype``.
+    """
     model = Encoder(dtype, temperature, learnable_temperature=learnable, backend="reference")
     model = model.double() if exact else model
     views = torch.cat(shards(batches, dtype), dim=1)
@@ -85,7 +88,7 @@ def single_step(
     else:
         z_i, z_j = (model.encoder(view) for view in views)
         losses = textbook_nt_xent(z_i, z_j, temperature=model.loss_fn.temperature)
-        # Of these rounded features, what the metrics should be.
+        # The textbook formula has no metrics, so the reference computes them from these features.
         of_rounded = nt_xent(z_i.double(), z_j.double(), backend="reference")
         out = {"loss": losses.mean(), **{name: getattr(of_rounded, name) for name in METRICS}}
     out["loss"].backward()
@@ -121,12 +124,12 @@ def test_ddp_equals_one_process_on_the_whole_batch(
 
     loss = torch.stack([out["loss"] for out, _ in results]).mean()
     assert relative_error(loss, truth["loss"]) <= allowed(eager["loss"], truth["loss"], FLOOR_VALUE)
-    for out, found in results:
+    for out, averaged in results:
         for name in METRICS:
             assert torch.equal(out[name], results[0][0][name])
             assert (out[name] - eager[name]).abs() <= METRIC[dtype]
-        assert found.keys() == exact.keys()
-        for name, gradient in found.items():
+        assert averaged.keys() == exact.keys()
+        for name, gradient in averaged.items():
             assert torch.equal(gradient, results[0][1][name])
             assert relative_error(gradient, exact[name]) <= allowed(
                 gradients[name], exact[name], FLOOR_GRADIENT
@@ -141,7 +144,7 @@ def group_step(
     upstream: float = 1.0,
     features: int = FEATURES,
 ) -> tuple[NTXentOutput, Tensor, int]:
-    """On a rank: everything that nt_xent returns, the gradient of its views, Triton's launches."""
+    """Run on each rank: the result of nt_xent, the views' gradient, the number of Triton calls."""
     launches: list[str] = []
     launch = triton._call
 
@@ -167,7 +170,7 @@ def check_group(
     options: dict[str, Any],
     features: int = FEATURES,
 ) -> None:
-    """Values and the gradients of the views, against the float64 reference of the whole batch."""
+    """Compare values and the views' gradients with the float64 reference of the whole batch."""
     whole = torch.cat(shards(batches, dtype, features), dim=1)
     alone = {name: value for name, value in options.items() if name != "strategy"}
     z = whole.double().requires_grad_()
@@ -175,7 +178,8 @@ def check_group(
     truth.loss.sum().backward()
     reduction = alone.pop("reduction", "mean")
     rounded = (z if "eps" in alone else whole).detach().clone().requires_grad_()
-    alone.pop("eps", None)  # the textbook has none: the floor alone
+    # The textbook formula has no eps, so only the floor bounds the error with another eps.
+    alone.pop("eps", None)
     eager = reduce(textbook_nt_xent(rounded[0], rounded[1], **alone), reduction)
     eager.sum().backward()
     assert z.grad is not None
@@ -185,7 +189,8 @@ def check_group(
         eager_error = 0.0 if eager is None or "eps" in options else relative_error(eager, exact)
         assert relative_error(actual, exact) <= 2 * eager_error + floor[dtype]
 
-    def in_order(parts: list[Tensor]) -> Tensor:  # of the whole batch
+    def in_order(parts: list[Tensor]) -> Tensor:
+        """Put the ranks' parts into the order of the whole batch."""
         return torch.cat([part.view(2, -1) for part in parts], dim=1).flatten()
 
     losses = [out.loss for out, *_ in results]
@@ -309,12 +314,12 @@ def collapsed_step(strategy: str, kernels: Backend, features: int) -> tuple[Tens
 def test_a_collapsed_encoder_reports_no_hit(
     ranks: Pool, strategy: str, kernels: Backend, features: int
 ) -> None:
-    """Ties with rows of other ranks are misses too."""
+    """A tie with a row of another rank is a miss too."""
     results = ranks(3).run(collapsed_step, strategy, kernels, features)
     for accuracy, _ in results:
         assert accuracy == 0
     mean = torch.stack([loss for _, loss in results]).mean()
-    torch.testing.assert_close(mean, torch.tensor(17.0).log())  # M - 1 of M = 18
+    torch.testing.assert_close(mean, torch.tensor(17.0).log())  # 17 = M - 1, for M = 18 rows
 
 
 def step_with_a_nan(strategy: str, temperature: float) -> tuple[Tensor, Tensor]:
@@ -338,7 +343,7 @@ def test_a_nan_reaches_the_loss_of_every_rank(
 
 
 def accumulated_steps(strategy: str) -> dict[str, Tensor]:
-    """Two halves of the batch, the first without an exchange of gradients."""
+    """Run on each rank: two batches, of which the first one exchanges no gradients."""
     model = Encoder(torch.float64, 0.2, strategy=strategy, distributed=True)
     parallel = DistributedDataParallel(model)
     for batches in ([4, 2, 3], [1, 5, 2]):
@@ -428,7 +433,7 @@ def test_without_gradients(ranks: Pool, strategy: str) -> None:
 
 
 def step_of_a_subgroup() -> tuple[Tensor, Tensor] | None:
-    group = dist.new_group([1, 3])  # every rank has to call this
+    group = dist.new_group([1, 3])  # every rank has to make this call
     if dist.get_rank() not in (1, 3):
         return None
     z = shards([4, 2], torch.float64)[dist.get_rank(group)].requires_grad_()
@@ -493,6 +498,6 @@ def test_the_gradient_of_a_temperature_of_another_dtype(
     gradients = ranks(2).run(temperature_step, strategy, dtype)
     assert {gradient.dtype for gradient in gradients} == {dtype}
     mean = torch.stack(gradients).double().mean()
-    # Rounded once, on each rank.
+    # Each rank rounds its gradient once to the temperature's dtype.
     floor = 10 * FLOOR_GRADIENT[torch.float32] + torch.finfo(dtype).eps / 2
     assert relative_error(mean, temperature.grad) <= floor

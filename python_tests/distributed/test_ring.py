@@ -1,4 +1,4 @@
-"""Who meets whom, what is sent and multiplied, and how parts of a log-sum-exp come together."""
+"""The ring's schedule, its messages and products, and the merging of log-sum-exps of parts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_each_pair_of_rows_meets_once(batches: list[int]) -> None:
             met[columns[:, None], rows] += 1
         own = slice(starts[rank], starts[rank + 1])
         met[own, own] += 1
-        # What a shard collects on its way covers all that it is asked for.
+        # The part that a shard collects results for covers all rectangles on its way.
         collected = ring.collected(rank) if ranks > 1 else None
         for step in range(1, ring.steps + 1):
             host = (rank + step) % ranks
@@ -90,13 +90,13 @@ def test_parts_of_a_sum_come_together(sizes: list[int], tau: float, seed: int) -
     for number, s in enumerate(parts[1:]):
         total = merge_rows(total, part(s, constant=tau >= 0.1 and number % 2 == 0), tau)
     whole = torch.cat(parts, dim=1)
-    shift, log_sum, hardest = total.unbind(dim=1)
+    shift, log_sum, largest = total.unbind(dim=1)
     if whole.numel() == 0:
         assert log_sum == -torch.inf
-        assert hardest == -torch.inf
+        assert largest == -torch.inf
         return
     torch.testing.assert_close(shift / tau + log_sum, torch.logsumexp(whole / tau, dim=1))
-    assert hardest == whole.max()
+    assert largest == whole.max()
 
 
 def test_a_nan_stays_in_a_sum() -> None:
@@ -113,7 +113,7 @@ def test_the_strategy_follows_the_size() -> None:
     assert choose_strategy("auto", large, z) == "ring"
     assert choose_strategy("ring", small, z) == "ring"
     assert choose_strategy("all_gather", large, z) == "all_gather"
-    # However few products it would save, features beyond the budget are not gathered.
+    # Features beyond the budget are never gathered, even if the ring saves few products.
     many = GlobalBatch(0, (1,) * 2048)
     wide = torch.empty(1, GATHERED_BYTES // (many.rows * 4) + 1, device="meta")
     assert choose_strategy("auto", many, wide) == "ring"
@@ -132,7 +132,7 @@ def test_settings_survive_the_exchange() -> None:
 def counted_step(
     pairs: int, features: int, strategy: Any, backend: Any, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What this rank counted, and the sizes of its messages in bytes."""
+    """Run on each rank: the bytes and products it counted, and its largest message in bytes."""
     largest = 0
     start = Exchange.start
 
@@ -149,7 +149,7 @@ def counted_step(
             out.loss.backward()
     finally:
         Exchange.start = start  # type: ignore[method-assign]
-    nt_xent(z[0], z[1], group=dist.group.WORLD)  # nobody counts
+    nt_xent(z[0], z[1], group=dist.group.WORLD)  # outside of ``counting`` this call is not counted
     return {**vars(counts), "largest": largest}
 
 
@@ -170,12 +170,15 @@ def test_counted_costs_follow_the_formulas(
     expected = distributed_cost.cost(strategy, problem, saved=backend == "native")
     for name in ("forward_bytes", "backward_bytes", "flops"):
         assert sum(rank[name] for rank in counted) / count == getattr(expected, name), name
-    # Nothing that travels from rank to rank grows with their number.
+    # The size of a message does not grow with the number of ranks.
     assert all(rank["largest"] <= problem.gradient for rank in counted)
 
 
 def recorded_step(strategy: str) -> tuple[list[str], list[int], list[int]]:
-    """What this rank did, in order; received tensors that were alive at each visit."""
+    """Run on each rank: its actions in order, and the number of received tensors at each visit.
+
+    The forward and the backward have a list of numbers each. A tensor counts while it is alive.
+    """
     events: list[str] = []
     received: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
@@ -219,10 +222,11 @@ def test_the_ring_overlaps_and_holds_few_shards(ranks: Pool) -> None:
     backward += ["start", "own_backward", "finish"]
     for events, in_forward, in_backward in ranks(6).run(recorded_step, "ring"):
         assert events == agree + forward + backward
-        # Visitor, next visitor, what both collect; the first visitor stays for the backward.
+        # Alive are the visitor, the next visitor and their collected results. The first visitor's
+        # features stay for the backward.
         assert in_forward == [2, 4, 4]
-        # Features and weights of two visitors, and what was collected; the first one's features
-        # are those of the forward.
+        # Alive are the features and weights of two visitors and the collected gradients. The
+        # first visitor's features are those of the forward.
         assert in_backward == [3, 5, 4]
 
 
@@ -268,11 +272,12 @@ def test_the_simulation_adds_up(ranks: int) -> None:
     assert ideal["products"] == pytest.approx(flops / 1e12)
     assert ideal["exposed"] == pytest.approx(0)
     slow = distributed_cost.Link("slow", 1e6, 0.0)
-    found = distributed_cost.simulate(problem, slow, rate=1e18)
+    simulated = distributed_cost.simulate(problem, slow, rate=1e18)
     sent = distributed_cost.cost("ring", problem)
-    # The agreement and the metrics are not in it, nor the halved last visit.
+    # This bound leaves out the exchange of settings and of metrics, and that the last visit may be
+    # half as long.
     least = (sent.forward_bytes + sent.backward_bytes) / 1e6
-    assert found["total"] == pytest.approx(least, rel=0.34 if ranks == 2 else 0.08)
+    assert simulated["total"] == pytest.approx(least, rel=0.34 if ranks == 2 else 0.08)
 
 
 @pytest.mark.parametrize(
@@ -296,8 +301,8 @@ def test_the_benchmarks_run(script: list[str], said: str) -> None:
 
 
 def lightly_step(pairs: int, features: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Loss and gradient of this rank, by lightly's formula and by both strategies."""
-    found = {}
+    """Run on each rank: loss and gradient by lightly's formula and by both strategies."""
+    results = {}
     for name in ("lightly", "all_gather", "ring"):
         generator = torch.Generator().manual_seed(dist.get_rank())
         z = torch.randn(2, pairs, features, generator=generator, dtype=torch.float64)
@@ -313,15 +318,15 @@ def lightly_step(pairs: int, features: int) -> dict[str, tuple[Tensor, Tensor]]:
                 strategy=name,  # type: ignore[arg-type]
             ).loss
         loss.backward()
-        found[name] = (loss.detach(), z.grad)
-    return found
+        results[name] = (loss.detach(), z.grad)
+    return results
 
 
 @pytest.mark.parametrize("pairs", [3, 33])
 def test_the_same_gradients_as_lightly(ranks: Pool, pairs: int) -> None:
-    """With ``gather_distributed=True``: equal losses on each rank, equal gradients."""
-    for found in ranks(2).run(lightly_step, pairs, 12):
-        loss, gradient = found.pop("lightly")
-        for own_loss, own_gradient in found.values():
+    """The losses and gradients are those of lightly with ``gather_distributed=True``."""
+    for results in ranks(2).run(lightly_step, pairs, 12):
+        loss, gradient = results.pop("lightly")
+        for own_loss, own_gradient in results.values():
             assert relative_error(own_loss, loss) <= FLOOR_VALUE[torch.float64]
             assert relative_error(own_gradient, gradient) <= FLOOR_GRADIENT[torch.float64]

@@ -1,4 +1,4 @@
-"""create_loss_from_config: both methods, defaults, and errors that help."""
+"""create_loss_from_config builds both methods, fills in defaults and gives helpful errors."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_two_sections_that_disagree_about_the_levels_are_refused() -> None:
 
 def test_a_missing_back_end_is_named_by_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     status = BackendStatus(available=False, devices=(), reason="it is not built")
-    # The function of the same name stands before the module in the package.
+    # The package binds a function to the name of this module, so it is looked up by its path.
     module = sys.modules["cjepa_kernels.backends"]
     monkeypatch.setitem(module._statuses, "native", status)
     with pytest.raises(RuntimeError, match=r'^loss\.backend: backend "native" was asked for'):
@@ -280,7 +280,7 @@ def test_long_lists_of_names_are_shortened() -> None:
         ("kitten", "sitting", 3),
         ("weight", "wieght", 1),
         ("abcdef", "badcfe", 3),
-        ("ca", "abc", 3),  # optimal string alignment edits no part twice
+        ("ca", "abc", 3),  # optimal string alignment never edits a part twice
         ("short", "much longer", 3),
     ],
 )
@@ -308,7 +308,7 @@ def test_exponents_are_numbers_and_keys_are_unique(tmp_path: Path) -> None:
 
 
 def test_signatures_are_the_documented_ones() -> None:
-    """Positional order is part of the contract with code written for the first implementation."""
+    """Code written for the first implementation relies on the order of positional arguments."""
     assert list(inspect.signature(ContrastiveJEPALoss).parameters)[:8] == [
         "jepa_loss",
         "jepa_weight",

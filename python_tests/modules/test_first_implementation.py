@@ -1,6 +1,6 @@
-"""Every row of the table in docs/differences.md: what the first implementation did, and what we do.
+"""The differences from the first implementation that docs/differences.md lists, row by row.
 
-Where its formula is simple it stands here, so that a test shows the difference and not just ours.
+If the first implementation's formula is simple, a test contains it and shows the difference.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def test_full_collapse_reports_accuracy_zero(
 def test_mask_takes_pairs_of_samples_out_of_the_negatives(backend: str) -> None:
     z_i, z_j = torch.randn(2, 6, 4, dtype=torch.float64)
     mask = torch.zeros(6, 6, dtype=torch.bool)
-    mask[1, 4] = True  # one direction only: it is symmetrised
-    mask.fill_diagonal_(True)  # ignored: a positive is never excluded
+    mask[1, 4] = True  # the mask is made symmetric
+    mask.fill_diagonal_(True)  # the diagonal is ignored, because a positive is never excluded
     out = nt_xent(z_i, z_j, temperature=0.5, mask=mask, reduction="none", backend=backend)
     z = F.normalize(torch.cat([z_i, z_j]), dim=1)
     weights = (z @ z.T / 0.5).exp()
     for a in range(12):
-        kept = [weights[a, b] for b in range(12) if b != a and {a % 6, b % 6} != {1, 4}]
-        expected = math.log(sum(kept)) - math.log(weights[a, (a + 6) % 12])
+        others = [weights[a, b] for b in range(12) if b != a and {a % 6, b % 6} != {1, 4}]
+        expected = math.log(sum(others)) - math.log(weights[a, (a + 6) % 12])
         assert out.loss[a].item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -244,7 +244,8 @@ def test_logits_only_on_request_and_divided_by_the_temperature() -> None:
     torch.testing.assert_close(F.cross_entropy(logits, labels, reduction="none"), out["loss"])
     z = F.normalize(torch.cat([z_i, z_j]), dim=1)
     assert logits[7, 0].item() == pytest.approx((z[7] @ z[2] / 0.2).item())
-    assert logits[7, 1 + 3].item() == pytest.approx((z[7] @ z[8] / 0.2).item())  # own view first
+    # The negatives of the anchor's own view come first.
+    assert logits[7, 1 + 3].item() == pytest.approx((z[7] @ z[8] / 0.2).item())
     assert logits[7, 1 + 5 + 3].item() == pytest.approx((z[7] @ z[3] / 0.2).item())
 
 

@@ -97,7 +97,7 @@ def test_masks_in_the_forms_of_hjepa(dtype: torch.dtype, last_axis: bool) -> Non
     expected = HJEPALoss()(predictions, targets, masks)["loss"]
     given = [mask.to(dtype)[..., None] if last_axis else mask.to(dtype) for mask in masks]
     assert torch.equal(HJEPALoss()(predictions, targets, given)["loss"], expected)
-    some = [given[0], None, given[2]]  # a level without a mask among others
+    some = [given[0], None, given[2]]  # one level has no mask
     by_hand = [masks[0], torch.ones_like(masks[1]), masks[2]]
     torch.testing.assert_close(
         HJEPALoss()(predictions, targets, some)["loss"],
@@ -119,7 +119,7 @@ def test_a_mask_of_numbers_is_checked_in_a_compiled_graph_too() -> None:
 
 
 def test_a_trainer_that_passes_context_features_to_every_loss() -> None:
-    """The calls of H-JEPA's trainer: all by name, features that this loss has no use for."""
+    """H-JEPA's trainer names all arguments and passes features that this loss does not use."""
     predictions, targets = levels()
     outputs = {"predictions": predictions, "targets": targets, "context_features": torch.ones(3, 5)}
     for loss_fn in (HJEPALoss(), create_loss_from_config({"type": "mse"})):
@@ -128,7 +128,7 @@ def test_a_trainer_that_passes_context_features_to_every_loss() -> None:
         fourth = loss_fn(predictions, targets, None, None)
         assert torch.equal(named["loss"], plain["loss"])
         assert torch.equal(fourth["loss"], plain["loss"])
-        named.update(context_std=0.5)  # it adds its own metrics to what it got
+        named.update(context_std=0.5)  # the trainer adds its own metrics to the result
 
 
 def test_a_mask_of_true_equals_no_mask() -> None:

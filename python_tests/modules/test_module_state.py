@@ -1,4 +1,4 @@
-"""Modules as PyTorch handles them: reset, moved, copied, pickled, loaded; and numbers of NumPy."""
+"""Modules are reset, moved, copied, pickled and loaded, and take numbers of NumPy."""
 
 from __future__ import annotations
 
@@ -36,9 +36,6 @@ def learnable(temperature: float = 0.2, **options: Any) -> NTXentLoss:
 
 def temperature_of(module: NTXentLoss) -> float:
     return torch.as_tensor(module.temperature).item()
-
-
-# A temperature of shape (1,)
 
 
 def test_a_temperature_of_one_element_is_a_temperature(backend: Any) -> None:
@@ -99,9 +96,6 @@ def test_bad_shapes_of_a_parameter_are_refused(shape: Any) -> None:
         learnable(temperature_shape=shape)
 
 
-# Start values and the meta device
-
-
 @SHAPES
 def test_reset_restores_the_start_value(shape: tuple[int, ...]) -> None:
     module = learnable(0.25, temperature_shape=shape)
@@ -111,7 +105,7 @@ def test_reset_restores_the_start_value(shape: tuple[int, ...]) -> None:
     assert temperature_of(module) == pytest.approx(0.25)
     fixed = NTXentLoss(0.25)
     fixed.temperature = 0.7
-    fixed.reset_parameters()  # it has no parameters
+    fixed.reset_parameters()  # a fixed temperature is no parameter and does not change
     assert fixed.temperature == 0.7
 
 
@@ -135,7 +129,7 @@ def test_a_module_made_on_meta(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
 def test_meta_tensors_give_meta_tensors(backend: Any, dtype: torch.dtype, tensor: bool) -> None:
-    """Of the shapes and dtypes of real ones, with gradients, in every back end."""
+    """Results and gradients on the meta device have the shapes and dtypes of those on the CPU."""
     results: list[list[Any]] = []
     for device in ("cpu", "meta"):
         x, y = torch.randn(2, 5, 4).to(device, dtype).requires_grad_()
@@ -153,9 +147,6 @@ def test_meta_tensors_give_meta_tensors(backend: Any, dtype: torch.dtype, tensor
         assert {out.device.type for out in outputs} == {device}
         results.append([(out.shape, out.dtype) for out in outputs])
     assert results[0] == results[1]
-
-
-# Copies
 
 
 def test_copies_and_pickles_are_equal_and_independent() -> None:
@@ -178,31 +169,31 @@ def test_copies_and_pickles_are_equal_and_independent() -> None:
 
 
 def copy_with_groups() -> list[Any]:
-    """On a rank."""
+    """Run on each rank: whether copies share the group, and what pickling a loss gives."""
     world, other = torch.distributed.group.WORLD, torch.distributed.new_group([0, 1])
-    found: list[Any] = []
+    answers: list[Any] = []
     for group in (world, other):
         module: Any = NTXentLoss(distributed=group)
         whole: Any = ContrastiveJEPALoss(HJEPALoss(), distributed=group)
         for copied in (copy.deepcopy(module), copy.deepcopy(whole).contrastive, copy.copy(module)):
-            found.append(copied.distributed is group and copied is not module)
+            answers.append(copied.distributed is group and copied is not module)
         z = torch.randn(2, 3, 4)
-        found.append(bool((copy.deepcopy(module)(*z)["loss"] == module(*z)["loss"]).item()))
+        answers.append(bool((copy.deepcopy(module)(*z)["loss"] == module(*z)["loss"]).item()))
         for loss in (module, whole):
             try:
                 loaded = pickle.loads(pickle.dumps(loss))
-                found.append(getattr(loaded, "contrastive", loaded).distributed)
+                answers.append(getattr(loaded, "contrastive", loaded).distributed)
             except TypeError as error:
-                found.append(str(error))
-    return found
+                answers.append(str(error))
+    return answers
 
 
 def test_a_process_group_is_shared_by_copies(ranks: Any) -> None:
     processes: Ranks = ranks(2)
-    for found in processes.run(copy_with_groups):
-        assert found[:6] == [True] * 6  # the default group is pickled as True
-        assert found[6:10] == [True] * 4
-        for message in found[10:]:
+    for answers in processes.run(copy_with_groups):
+        assert answers[:6] == [True] * 6  # pickle stores the default group as True
+        assert answers[6:10] == [True] * 4
+        for message in answers[10:]:
             assert "other than the default one cannot be pickled" in message
             assert "state_dict" in message
 
@@ -237,7 +228,7 @@ def test_a_parametrized_temperature_can_be_set(shape: tuple[int, ...]) -> None:
 
 
 def test_a_replica_of_data_parallel_computes_the_same() -> None:
-    """What ``nn.parallel.replicate`` makes: the parameters become attributes of another module."""
+    """``nn.parallel.replicate`` turns the parameters into attributes of another module."""
     module, z = learnable(0.3), torch.randn(2, 5, 4)
     replica: Any = module._replicate_for_data_parallel()
     replica.log_temperature = module.log_temperature.detach().clone()
@@ -261,9 +252,6 @@ def test_the_training_programs_optimizer_spares_the_temperature_from_decay() -> 
             if parameter is module.loss.contrastive.log_temperature
         ]
         assert decay == 0.0
-
-
-# Numbers
 
 
 @pytest.mark.parametrize(

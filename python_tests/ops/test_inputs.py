@@ -144,11 +144,11 @@ def inference_keys_on_ranks(strategy: Any) -> tuple[Tensor, Tensor]:
     rank = torch.distributed.get_rank()
     z_i, z_j = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(rank)).unbind()
     z_i.requires_grad_()
-    found = []
+    gradients = []
     for key in (z_j, of_inference_mode(z_j)):
         loss = nt_xent(z_i, key, group=torch.distributed.group.WORLD, strategy=strategy).loss
-        found.append(torch.autograd.grad(loss, z_i)[0])
-    return found[0], found[1]
+        gradients.append(torch.autograd.grad(loss, z_i)[0])
+    return gradients[0], gradients[1]
 
 
 @pytest.mark.parametrize("strategy", ["all_gather", "ring"])

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from cjepa_kernels import BackendStatus, backends, chunked, cross_logsumexp, nt_xent, ops
 
-module: Any = importlib.import_module("cjepa_kernels.backends")  # a function hides the module
+module: Any = importlib.import_module("cjepa_kernels.backends")  # a function has the same name
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:
-    """Three times NT-Xent, so that a result tells which back end computed it."""
+    """Compute three times NT-Xent, so that a result shows which back end computed it."""
     out = chunked.nt_xent.forward(*args)
     return out._replace(loss=3 * out.loss)
 
@@ -27,7 +27,7 @@ def backward(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 @pytest.fixture(scope="module")
 def toy() -> Iterator[Any]:
-    """The name of a registered back end that knows one operator."""
+    """Register a back end that has one operator, and return its name."""
     ops.register_backend("toy", {"nt_xent": (forward, backward)})
     module.add_backend("toy", lambda: BackendStatus(True, ("any",), "three times the loss"))
     yield "toy"

@@ -1,4 +1,4 @@
-"""Errors of the command line: one line for each, status 2, and nothing half done."""
+"""The command line reports each error in one line, ends with status 2 and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EXPERIMENT = "data: {source: digits, train_size: 64, test_size: 40}\n"
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory with an experiment and a file that is in the way."""
+    """Work in a directory with an experiment and with a file where a directory is needed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(EXPERIMENT)
     (tmp_path / "file").write_text("in the way")
@@ -149,7 +149,8 @@ def test_a_checkpoint_of_an_enormous_model_is_refused_at_once(
     (line,) = error_lines(run("probe", "x.ckpt"))
     assert line.startswith("x.ckpt is not a checkpoint of this program: ")
     assert message in line
-    assert time.monotonic() - begin < 10  # it takes 0.1 s; the memory of the model takes far more
+    # The error takes 0.1 s. Allocating the memory of such a model would take far longer.
+    assert time.monotonic() - begin < 10
 
 
 def test_a_cpu_is_not_flooded_with_processes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +221,7 @@ def test_other_exceptions_are_defects(error: Exception) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_standard_output_that_takes_nothing() -> None:
-    """A full disk is an error; a reader that has gone, as in ``| head -1``, is none."""
+    """A full disk is an error. A reader that has ended, as in ``| head -1``, is not."""
     reading, writing = os.pipe()
     os.close(reading)
     code = "from cjepa_kernels.cli import main; main(['info'])"
@@ -239,7 +240,7 @@ def test_standard_output_that_takes_nothing() -> None:
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """No file of this process gets larger than ``size`` bytes, as on a disk with so much room."""
+    """Limit each file of this process to ``size`` bytes, as on a disk that is almost full."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -270,7 +271,7 @@ def test_a_disk_that_gets_full_in_training_is_one_line(here: Path) -> None:
     sizes = ["model.dim=16", "model.heads=2", "trainer.epochs=1", "logging.progress_bar=false"]
     with full_disk(20_000):
         result = run("train", "--config", "small.yaml", "--out", "run", *sizes)
-    last = result.stderr.splitlines()[-1]  # after the line of the epoch
+    last = result.stderr.splitlines()[-1]  # the epoch's line comes first
     assert last == "error: run/checkpoints/last.ckpt: file too large"
     assert "Traceback" not in result.output
     assert result.exit_code == 2

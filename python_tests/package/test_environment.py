@@ -1,4 +1,4 @@
-"""Variables of the environment: what each takes, in Python and in C++, and what a mistake says."""
+"""Environment variables: the values that Python and C++ accept, and the errors for others."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run_python(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_mistakes_are_reported_by_every_function() -> None:
-    """All in one message, whichever call comes first; the import itself goes through."""
+    """The first call reports all mistakes in one message. The import does not fail."""
     code = """
 import torch
 from cjepa_kernels import NTXentLoss, cross_logsumexp, nt_xent, prediction_loss
@@ -103,7 +103,7 @@ def test_the_command_line_reports_them_in_one_line(
 
 @pytest.mark.skipif(not backends()["native"].available, reason="cjepa_kernels._C was not built")
 def test_the_compiled_module_reads_the_same_text() -> None:
-    """It reads the variable at the first large call, so it may have been set since."""
+    """The module reads the variable at its first large call, so a program may set it before."""
     code = f"""
 import json, os, torch
 from cjepa_kernels import cross_logsumexp

@@ -1,4 +1,4 @@
-"""Imports flow one way: no module of the package imports from a layer above its own."""
+"""Imports run one way: no module of the package imports from a layer above its own."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
-# The same order inside train/.
+# The layers inside train/, the lowest first.
 ROOMS: tuple[tuple[str, ...], ...] = (
     ("config", "checksummed_json", "reported_error"),
     ("model",),
@@ -62,9 +62,9 @@ ROOM_LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names
 class Import(NamedTuple):
     """An import of the package by one of its modules."""
 
-    path: Path  # of the module, below the package
+    path: Path  # path of the module, relative to the package
     line: int
-    imported: str  # the part of the package, as in LAYERS
+    imported: str  # the imported part of the package, as in LAYERS
 
     @property
     def is_upward(self) -> bool:
@@ -75,7 +75,10 @@ class Import(NamedTuple):
 
 
 def part_of(path: Path) -> str:
-    """The part of the package that a module belongs to; ``python -m`` starts the command line."""
+    """The part of the package that a module belongs to.
+
+    ``__main__.py`` belongs to the command line.
+    """
     return "cli" if path.name == "__main__.py" else path.parts[0].removesuffix(".py")
 
 
@@ -115,7 +118,10 @@ def imported_names(node: ast.Import | ast.ImportFrom | ast.Call, path: Path) -> 
 
 
 def part_of_name(name: str) -> str:
-    """The part of the package that a dotted name is in; a name of the public face is not a part."""
+    """The part of the package that a dotted name belongs to.
+
+    Names that ``cjepa_kernels`` itself binds belong to ``__init__``.
+    """
     parts = name.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in LEVEL else "__init__"
 

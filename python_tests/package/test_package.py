@@ -155,7 +155,7 @@ def test_build_info() -> None:
 
 
 def test_the_compiled_module_holds_no_path_of_this_machine() -> None:
-    """Neither in messages of its checks and of PyTorch's headers, nor as a place of libraries."""
+    """Paths could come from its checks, from PyTorch's headers or from a library search path."""
     module = compiled_module()
     if module is None:
         pytest.skip("cjepa_kernels._C was not built: no compiler here")
@@ -182,7 +182,7 @@ assert cjepa_kernels.nt_xent(torch.eye(3), torch.eye(3)).accuracy == 1
 
 
 def test_importing_touches_no_gpu() -> None:
-    """A process that has asked the driver anything cannot fork workers that use it."""
+    """Once a process has called the GPU's driver, processes that it forks cannot use the GPU."""
     code = """
 import torch
 def touched(*args, **kwargs):
@@ -267,7 +267,7 @@ def test_examples_run(script: Path, tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
-    # A process that an example starts leaves its coverage here.
+    # If coverage is measured, a process that an example starts writes its data here.
     left = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".coverage")]
     assert not left, "an example leaves nothing behind"
 

@@ -1,4 +1,4 @@
-"""The public interface holds all that was recorded, and the comparison finds what breaks it."""
+"""The public interface contains all that is recorded, and the comparison finds breaking changes."""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ from cjepa_kernels import NTXentLoss, cross_logsumexp, nt_xent, prediction_loss
 from cjepa_kernels.functional import dispatch
 from cjepa_kernels.ops import registry
 
-module: Any = importlib.import_module("cjepa_kernels.backends")  # a function has its name
+# The package binds a function to the name of this module, so it is imported by its path.
+module: Any = importlib.import_module("cjepa_kernels.backends")
 CALLS: dict[str, Callable[..., Any]] = {
     "nt_xent": lambda **options: nt_xent(torch.eye(3), torch.eye(3), **options),
     "cross_logsumexp": lambda **options: cross_logsumexp(torch.eye(3), torch.eye(3), **options),
@@ -34,9 +35,9 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def caught() -> Any:
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
-        yield found
+        yield recorded
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -98,7 +99,7 @@ def test_warnings_that_are_errors_raise_once() -> None:
 
 
 def test_no_graph_breaks_at_the_warning(caught: list[warnings.WarningMessage]) -> None:
-    """Compiled code warns too, while it is traced, and in one graph."""
+    """A compiled call warns while the compiler traces it, and stays one graph."""
     torch._dynamo.reset()
     z_i, z_j = torch.randn(2, 5, 4)
     step = torch.compile(lambda a, b: nt_xent(a, b).loss * 2, backend="eager", fullgraph=True)
@@ -114,8 +115,8 @@ def test_a_module_that_cannot_be_loaded_is_not_called_unbuilt(
         raise ImportError("undefined symbol: aoti_torch_new")
 
     monkeypatch.setattr(importlib, "import_module", fail)
-    found, reason = module._find_compiled()
-    assert found is None
+    loaded, reason = module._find_compiled()
+    assert loaded is None
     assert "cannot be loaded (undefined symbol: aoti_torch_new)" in reason
 
 

@@ -1,4 +1,4 @@
-"""The comparison of two revisions: what a fingerprint tells apart, and what a case gives."""
+"""The comparison of two revisions: fingerprints of different values differ, and cases run."""
 
 from __future__ import annotations
 
@@ -74,5 +74,5 @@ def test_times_and_dates_of_a_run_are_left_out() -> None:
 
 def test_a_table_is_compared_by_its_cells(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("epoch,loss\n1,0.5\n", encoding="utf-8")
-    found = dict(fingerprints_of_file(tmp_path / "metrics.csv"))
-    assert found == {"[0].epoch": "'1'", "[0].loss": "'0.5'"}
+    fingerprints = dict(fingerprints_of_file(tmp_path / "metrics.csv"))
+    assert fingerprints == {"[0].epoch": "'1'", "[0].loss": "'0.5'"}

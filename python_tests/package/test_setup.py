@@ -1,4 +1,4 @@
-"""Installing: when the compiled module is built, when not, and what a failed build says."""
+"""Installation: when setup.py builds the compiled module, and the errors of a failed build."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIABLES = ("CXX", "CJEPA_NO_NATIVE", "CJEPA_REQUIRE_NATIVE", "CJEPA_BUILD_DIR"
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """setup.py as a module, on a machine that has everything."""
+    """Import setup.py as a module, without any variables that change what it does."""
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
     assert spec is not None
@@ -37,7 +37,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def programs(tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only folder in which programs are found: cmake, ninja and c++, which do nothing."""
+    """Make PATH a single folder with a cmake, a ninja and a c++ that do nothing."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("cmake", "ninja", "c++"):
@@ -50,7 +50,7 @@ def programs(tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def build(script: ModuleType, programs: Path) -> Callable[[], list[str]]:
-    """Asks setup.py for the extension, and returns what it built."""
+    """A function that asks setup.py for the extension and returns the names of what it built."""
     built: list[str] = []
 
     def build_extension() -> list[str]:
@@ -119,7 +119,10 @@ def test_other_compilers_that_cmake_finds(compiler: str, build: Any, programs: P
 def test_a_compiler_of_the_users_choice_counts(
     build: Any, programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """CMake says what is wrong with it, and the installation fails: it was asked for."""
+    """setup.py does not check a compiler that the user chose.
+
+    If it does not work, CMake reports the error and the installation fails.
+    """
     (programs / "c++").unlink()
     monkeypatch.setenv("CXX", "/nowhere/c++ -v")
     assert build() == ["cjepa_kernels._C"]
@@ -187,7 +190,7 @@ def test_an_error_without_the_word_shows_the_end(script: ModuleType) -> None:
 
 @pytest.mark.skipif(shutil.which("cmake", path=Path(sys.executable).parent) is None, reason="cmake")
 def test_a_compiler_that_fails_fails_the_installation(tmp_path: Path) -> None:
-    """The real script and the real CMake, with a compiler that has something against every file."""
+    """The real script and the real CMake run with a compiler that refuses every file."""
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'a.cpp:1:1: error: I compile nothing' >&2\nexit 1\n")
     compiler.chmod(0o755)

@@ -1,4 +1,4 @@
-"""YAML as configurations want it: merge keys, one-line errors, and bounds that hold."""
+"""The YAML reader of configurations: merge keys, errors of one line, and bounds on the size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ LETTERS = "abcdefghi"
 
 
 def nested_aliases(levels: int, merged: bool = False) -> str:
-    """Each level holds the one before nine times: 9 ** levels values out of a few hundred bytes."""
+    """YAML in which each level holds the level before it nine times.
+
+    A few hundred bytes stand for 9 ** levels values.
+    """
     lines = ["a: &a {x: 1}"]
     for before, name in itertools.pairwise(LETTERS[: levels + 1]):
         aliases = ", ".join([f"*{before}"] * 9)
@@ -186,8 +189,8 @@ def test_bombs_take_no_memory(name: str) -> None:
 
 
 def test_bounds_are_reached() -> None:
-    """What is as large as the bounds say is read, and one more of each is not."""
-    items = MAX_NODES - 1  # the list itself is one
+    """The reader accepts a document at each bound and refuses one that is larger by 1."""
+    items = MAX_NODES - 1  # the list itself counts as one
     assert len(parse_yaml("[" + "1," * items + "]")) == items
     assert parse_yaml("[" * MAX_DEPTH + "]" * MAX_DEPTH) is not None
     assert len(parse_yaml("x" * MAX_BYTES)) == MAX_BYTES

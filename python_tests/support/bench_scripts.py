@@ -1,4 +1,4 @@
-"""The scripts of bench/, which are not part of the package, for tests."""
+"""Import and run the scripts of bench/, which are not part of the package, in tests."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 
 def load(name: str) -> Any:
-    """One of the scripts as a module."""
+    """Import one of the scripts as a module."""
     return importlib.import_module(name)
 
 
 def run_script(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Python in the root of the repository, with one thread."""
+    """Run Python in the root of the repository, with one thread."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,

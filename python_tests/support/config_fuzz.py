@@ -1,8 +1,8 @@
-"""Every key of the configuration with every kind of bad value: one line, or a documented value.
+"""Give each key of the configuration each kind of bad value.
 
-``make config-check`` and ``test_config_fuzz.py`` run all of it. A value is accepted only if the
-comment beside its key in ``configs/cjepa.yaml`` says so, and then a training step of a model that
-is built with it must work on small images.
+``make config-check`` and ``test_config_fuzz.py`` run all cases. A value must be refused in one line
+unless the comment beside its key in ``configs/cjepa.yaml`` allows it. With an accepted value, a
+training step of the model must work on small images.
 """
 
 from __future__ import annotations
@@ -33,18 +33,15 @@ from cjepa_kernels.train.loop.module import CJEPAModule, MaskedViews
 
 DOCUMENTED = ROOT / "configs" / "cjepa.yaml"
 MOST_SECONDS = 2.0
-IMAGES = (4, 1, 8, 8)  # as in the documented experiment: 16 patches of 2 x 2
-# What makes a step slow is not built: it only has to be within the documented bounds.
+IMAGES = (4, 1, 8, 8)  # like the documented experiment, with 16 patches of 2 x 2
+# With a large value of these keys a step would be slow, so no model is built with it.
 SLOW = {"model.dim", "model.depth", "model.predictor_dim", "model.predictor_depth"}
-COUNTS_OR_FRACTIONS = {"masking.visible", "masking.predicted"}  # integers in the range, or floats
-WHOLE = {
-    "data.image_size",
-    "data.train_size",
-    "data.test_size",
-    "data.bit_depth",
-}  # null by default
+# These keys take an integer within the bounds, or a float between 0 and 1.
+COUNTS_OR_FRACTIONS = {"masking.visible", "masking.predicted"}
+# These keys take integers, although their default is not an integer.
+WHOLE = {"data.image_size", "data.train_size", "data.test_size", "data.bit_depth"}
 WHOLE |= COUNTS_OR_FRACTIONS
-TEXTS = {"data.source", "data.image_column", "data.label_column"}  # any text is a name
+TEXTS = {"data.source", "data.image_column", "data.label_column"}  # these keys take any text
 KINDS: dict[str, Any] = {
     "text": "abc",
     "empty text": "",
@@ -73,7 +70,7 @@ KINDS: dict[str, Any] = {
     "pair with NaN": [math.nan, 1.0],
     "long text": "x" * 100_000,
 }
-# One of each kind for the command line, each with a key that does not take it.
+# The command line gets one value of each kind, with a key that does not take it.
 ON_THE_COMMAND_LINE = {
     "text": ("trainer.epochs", "abc"),
     "empty text": ("data.source", "''"),
@@ -105,7 +102,7 @@ ON_THE_COMMAND_LINE = {
 
 
 class Outcome(NamedTuple):
-    """What became of a case; ``fault`` is empty if it is as it should be."""
+    """The result of a case. ``fault`` is empty if the result is right."""
 
     key: str
     kind: str
@@ -127,10 +124,10 @@ def documented() -> tuple[dict[str, Any], dict[str, str]]:
     section, key = "", ""
     for line in text.splitlines():
         body, _, comment = line.partition("#")
-        if found := re.match(r"(\s*)(\w+):", body):
-            if not found[1]:
-                section = found[2]
-            key = f"{section}.{found[2]}" if found[1] else section
+        if match := re.match(r"(\s*)(\w+):", body):
+            if not match[1]:
+                section = match[2]
+            key = f"{section}.{match[2]}" if match[1] else section
             comments[key] = ""
         elif body.strip():
             raise ValueError(f"a line that is neither key nor comment: {line!r}")
@@ -142,8 +139,8 @@ def documented() -> tuple[dict[str, Any], dict[str, str]]:
 def bounds(key: str) -> list[tuple[float, float]]:
     """The ranges ``low..high`` in a key's comment."""
     number = r"\d+(?:\.\d+)?(?:e-?\d+)?"
-    found = re.findall(rf"(?<![\w.])({number})\.\.({number})", documented()[1].get(key, ""))
-    return [(_number(low), _number(high)) for low, high in found]
+    ranges = re.findall(rf"(?<![\w.])({number})\.\.({number})", documented()[1].get(key, ""))
+    return [(_number(low), _number(high)) for low, high in ranges]
 
 
 def _number(text: str) -> float:
@@ -151,7 +148,7 @@ def _number(text: str) -> float:
 
 
 def at_the_bounds(key: str) -> dict[str, Any]:
-    """The documented lowest and highest value of a key, and values just outside of them."""
+    """The lowest and highest documented value of a key, and values just outside of that range."""
     if not (ranges := bounds(key)):
         return {}
     low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
@@ -196,7 +193,7 @@ def is_documented(key: str, value: Any) -> bool:
 
 
 def cases() -> Iterator[tuple[str, str]]:
-    """Every key and every section with every kind of value."""
+    """All pairs of a key or section and a kind of value."""
     sections = [name for name in ExperimentConfig.model_fields if name not in documented()[0]]
     for key in [*documented()[0], *sections]:
         for kind in [*KINDS, *at_the_bounds(key)]:
@@ -204,7 +201,7 @@ def cases() -> Iterator[tuple[str, str]]:
 
 
 def run(key: str, kind: str, *, build: bool) -> Outcome:
-    """Try one case; ``build`` says whether an accepted value also has to train."""
+    """Try one case. With ``build``, a model with an accepted value also has to train."""
     value = KINDS[kind] if kind in KINDS else at_the_bounds(key)[kind]
     section, _, name = key.rpartition(".")
     values: dict[str, Any] = {section: {name: value}} if section else {name: value}
@@ -221,7 +218,7 @@ def run(key: str, kind: str, *, build: bool) -> Outcome:
         accepted, fault = False, one_line(key, error.problems)
         if kind in ("lowest", "highest") and error.problems[0].startswith(f"{key}: "):
             fault = f"refused within the documented bounds: {error.problems[0]}"
-    except ValueError as error:  # of the loss with the masks, or of both with the images
+    except ValueError as error:  # the loss, the masks and the images do not fit together
         accepted, fault = False, one_line(key, [str(error)])
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"[:200]
@@ -232,13 +229,13 @@ def run(key: str, kind: str, *, build: bool) -> Outcome:
 
 
 def one_line(key: str, problems: Sequence[str]) -> str:
-    """What is wrong with the messages about one bad value, if anything."""
+    """The fault of the messages about one bad value, or an empty string."""
     if len(problems) != 1:
         return f"{len(problems)} messages: {problems}"[:300]
     (line,) = problems
     section = key.partition(".")[0]
     if not line.startswith((f"{key}: ", f"{key} ", f"{section}: ")):
-        # A value that does not fit another one may be reported with that one's key.
+        # If two values do not fit together, the message may name the other key.
         others = documented()[0]
         if key.rpartition(".")[2] not in line and line.partition(":")[0] not in others:
             return f"no dotted key: {line}"[:200]
@@ -248,7 +245,10 @@ def one_line(key: str, problems: Sequence[str]) -> str:
 
 
 def step(config: ExperimentConfig) -> str:
-    """Build model, views and masks, and take one training step; what is wrong with the loss."""
+    """Build model, views and masks, and take one training step.
+
+    Returns the fault of the loss, or an empty string.
+    """
     samples = torch.arange(IMAGES[0])
     images = torch.randint(256, IMAGES, dtype=torch.uint8, generator=torch.manual_seed(0))
     module = CJEPAModule(config, IMAGES[1:], torch.zeros(1), torch.ones(1), total_steps=10)
@@ -268,7 +268,7 @@ def step(config: ExperimentConfig) -> str:
 
 
 def run_command(kind: str, experiment: Path) -> str:
-    """What is wrong with the command line's answer to one bad value, if anything."""
+    """The fault of the command line's answer to one bad value, or an empty string."""
     key, text = ON_THE_COMMAND_LINE[kind]
     begin = time.monotonic()
     arguments = ["train", "--config", str(experiment), f"{key}={text}"]
@@ -285,7 +285,7 @@ def run_command(kind: str, experiment: Path) -> str:
 
 
 def main() -> int:
-    """Run everything; the number of faults is the exit status."""
+    """Run all cases and return the number of faults as the exit status."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     begin = time.monotonic()

@@ -1,4 +1,4 @@
-"""Blocks of code in the documents, and what becomes of them when they run."""
+"""Find the blocks of code in the documents and run them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FENCED = re.compile(r"^(```+)(\w*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 
 
 class Block(NamedTuple):
-    """A block of Python, where its first line stands, and the heading of level 2 above it."""
+    """A block of Python, the number of its first line, and the heading of level 2 above it."""
 
     document: Path
     code: str
@@ -35,18 +35,18 @@ def python_blocks(document: Path) -> list[Block]:
 
 
 def run_block(block: Block, namespace: dict[str, Any]) -> None:
-    """Execute it; a traceback names the document and its line."""
+    """Execute a block. A traceback names the document and its line."""
     source = "\n" * (block.line - 1) + block.code
     exec(compile(source, str(block.document), "exec"), namespace)
 
 
 def gradients(namespace: dict[str, Any]) -> dict[str, Tensor]:
-    """Of every parameter that a block made, by name."""
-    found = {}
+    """The gradients of all parameters that a block created, by name."""
+    by_name = {}
     for name, value in namespace.items():
         if isinstance(value, nn.Parameter):
-            found[name] = value.grad
+            by_name[name] = value.grad
         elif isinstance(value, nn.Module):
-            found |= {f"{name}.{key}": p.grad for key, p in value.named_parameters()}
-    assert found, "no parameter to compare the gradients of"
-    return {name: torch.zeros(()) if grad is None else grad for name, grad in found.items()}
+            by_name |= {f"{name}.{key}": p.grad for key, p in value.named_parameters()}
+    assert by_name, "no parameter to compare the gradients of"
+    return {name: torch.zeros(()) if grad is None else grad for name, grad in by_name.items()}

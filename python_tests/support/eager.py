@@ -1,4 +1,4 @@
-"""What users come from, for comparison: textbook NT-Xent in the input's dtype, metrics by loops."""
+"""Plain PyTorch for comparison: textbook NT-Xent in the input's dtype, and metrics by loops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def textbook_nt_xent(
     use_cosine_similarity: bool = True,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """(2B,) losses: normalise, one product, mask the diagonal, cross-entropy."""
+    """The (2B,) losses: normalise, multiply, mask the diagonal and take the cross-entropy."""
     z = torch.cat([z_i, z_j])
     batch = len(z_i)
     if use_cosine_similarity:

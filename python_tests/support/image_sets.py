@@ -70,8 +70,8 @@ def write_table(
 
 
 def grey_values(part: Any, class_names: Sequence[str]) -> dict[str, list[int]]:
-    """The grey values of the images of each class, as they were read."""
-    found: dict[str, list[int]] = {}
+    """The grey values that were read for the images of each class."""
+    values: dict[str, list[int]] = {}
     for image, label in zip(part.images, part.labels.tolist(), strict=True):
-        found.setdefault(class_names[label], []).append(int(image[0, 0, 0]))
-    return found
+        values.setdefault(class_names[label], []).append(int(image[0, 0, 0]))
+    return values

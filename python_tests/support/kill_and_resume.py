@@ -1,7 +1,7 @@
-"""Kill training runs at random moments, damage their files, go on, and compare the end.
+"""Kill training runs at random moments, damage their files, resume them and compare the results.
 
-Every run must end with the numbers of an uninterrupted one, or with an error that names a file and
-says what to do, which is then done. The long form, by hand:
+Every run must end with the numbers of an uninterrupted run, or with an error that names a file and
+says what to do. The test then does what the error says. To run many kills by hand:
 
     python python_tests/support/kill_and_resume.py --kills 20
 """
@@ -29,7 +29,7 @@ from train_experiments import tiny
 
 from cjepa_kernels.train.config import ExperimentConfig, config_to_dict
 
-# Processes are forked from one that has imported everything, so that a run begins at once.
+# Processes are forked from one that has imported everything, so that a run begins immediately.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["cjepa_kernels.cli.application", "cjepa_kernels.train.runner"])
 _COMPARED_FILES = ("config.yaml", "metrics.csv", "log.txt")
@@ -54,7 +54,7 @@ def _run(arguments: list[str], log: Path) -> None:
 
 @dataclass
 class Trial:
-    """What was done to runs, and what came of it."""
+    """Counts of kills, damaged files, errors and completed runs."""
 
     kills: int = 0
     damaged: Counter[str] = field(default_factory=Counter)
@@ -65,13 +65,13 @@ class Trial:
 def kill_and_resume(
     config: ExperimentConfig, directory: Path, *, kills: int, seed: int, damage: float = 0.7
 ) -> Trial:
-    """Start, kill and damage runs until as many kills as asked for, and a damage, are overcome.
+    """Start, kill and damage runs until they have recovered from all kills and from a damage.
 
     Args:
         config: The experiment.
         directory: An empty directory.
         kills: Number of kills.
-        seed: Of the moments and the damages.
+        seed: Seed of the moments of kills and of the damages.
         damage: Probability of a damaged file after a kill.
 
     Raises:
@@ -81,7 +81,8 @@ def kill_and_resume(
     file, log = directory / "experiment.json", directory / "log"
     file.write_text(json.dumps(config_to_dict(config)))
     whole, run_dir = directory / "whole", directory / "killed"
-    cjepa("--version", log=log).join()  # so that what is imported once is not part of the duration
+    # This call makes the server import everything, which must not count towards the duration.
+    cjepa("--version", log=log).join()
     started = time.monotonic()
     first = cjepa("train", "--config", file, "--out", whole, log=log)
     first.join()
@@ -91,12 +92,12 @@ def kill_and_resume(
     trial = Trial()
     disturbed = False
     while True:
-        # Some kills come before there is a file to damage.
+        # Kills go on until a file was damaged, because early kills find no file.
         killing = trial.kills < kills or (damage > 0 and not trial.damaged)
         if not killing and not disturbed:
             return trial
         process = cjepa("train", "--config", file, "--out", run_dir, log=log)
-        # Past the kills asked for, the last run may come to its end.
+        # After the last kill, the run may end by itself.
         process.join(chance.uniform(0, duration) if killing else None)
         if process.exitcode is None:
             process.kill()
@@ -118,10 +119,10 @@ def kill_and_resume(
 
 
 def _damage(run_dir: Path, chance: random.Random) -> list[str]:
-    """Flip one bit of a file, or cut it off."""
+    """Flip one bit of a file, or remove its end."""
     files = sorted(path for path in run_dir.rglob("*") if path.is_file() and path.stat().st_size)
     if (run_dir / "result.json").exists():
-        # Of a finished run the program neither reads nor writes the texts for people again.
+        # Once a run has finished, the program does not read or write these files again.
         files = [path for path in files if path.name not in _COMPARED_FILES]
     if not files:
         return []
@@ -135,13 +136,13 @@ def _damage(run_dir: Path, chance: random.Random) -> list[str]:
         del content[place:]
     else:
         content[place] ^= 1 << chance.randrange(8)
-    # In place, as a failing disk does: a second name of the file sees it too.
+    # A failing disk changes a file in place, so a hard link to it shows the damage too.
     file.write_bytes(content)
     return [".partial" if file.suffix == ".partial" else file.name]
 
 
 def _follow(output: str, run_dir: Path) -> str:
-    """Do what an error says; return the file that it is about."""
+    """Do what an error says and return the name of the file that it is about."""
     lines = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, output
     assert "Traceback" not in output, output
@@ -162,24 +163,24 @@ def _follow(output: str, run_dir: Path) -> str:
     return "config.yaml"
 
 
-def _compare(found: Path, expected: Path) -> None:
+def _compare(actual: Path, expected: Path) -> None:
     for name in _COMPARED_FILES:
-        assert (found / name).read_bytes() == (expected / name).read_bytes(), name
-    results = [json.loads((path / "result.json").read_text()) for path in (found, expected)]
+        assert (actual / name).read_bytes() == (expected / name).read_bytes(), name
+    results = [json.loads((path / "result.json").read_text()) for path in (actual, expected)]
     for key in ("history", "evaluation", "findings", "data"):
         assert results[0][key] == results[1][key], key
     states = [
         torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for path in (found, expected)
+        for path in (actual, expected)
     ]
     assert states[0].keys() == states[1].keys()
     for name, value in states[1].items():
         assert torch.equal(states[0][name], value), name
-    assert not list(found.rglob("*.partial"))
+    assert not list(actual.rglob("*.partial"))
 
 
 def main() -> None:
-    """The long form."""
+    """Run many kills in two precisions."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="in each precision")
     parser.add_argument("--seed", type=int, default=0)

@@ -8,7 +8,7 @@ import pytest
 
 from cjepa_kernels import backends, ops
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # slow
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # such tests are slow
 RUNNABLE = [o for o in ops.OVERLOADS if o != ".triton" or backends()["triton"].available]
 OVERLOADS = pytest.mark.parametrize(
     "overload", RUNNABLE, ids=[overload.lstrip(".") or "dispatched" for overload in RUNNABLE]

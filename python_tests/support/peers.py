@@ -1,4 +1,4 @@
-"""Other projects' losses for code of the documents, where these projects are not installed."""
+"""Stand-ins for other projects' losses, so that the documents' code runs without these projects."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cjepa_kernels.bench import formulas
 
 
 class LightlyMemoryBank(nn.Module):
-    """``NTXentLoss.memory_bank`` of lightly 1.6.0: unit rows, overwritten in turn."""
+    """``NTXentLoss.memory_bank`` of lightly 1.6.0. It holds unit rows and overwrites the oldest."""
 
     bank: Tensor  # (K, D)
-    bank_ptr: Tensor  # (1,) the row that is written next
+    bank_ptr: Tensor  # (1,) int64, index of the next row to write
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class LightlyMemoryBank(nn.Module):
 
     @torch.no_grad()
     def push(self, rows: Tensor) -> None:
-        """Overwrite the oldest rows; what does not fit before the last one is dropped."""
+        """Overwrite the oldest rows. Rows beyond the end of the bank are dropped."""
         for row in rows:
             self.bank[self.bank_ptr] = row
             self.bank_ptr += 1

@@ -1,8 +1,8 @@
-"""The public interface of the package as plain data, and what of it a revision would break.
+"""The public interface of the package as plain data, and a list of what a revision breaks.
 
 ``python python_tests/support/public_interface.py --write`` records the interface of this tree in
-``python_tests/package/public_interface.json``. A revision may add to the record and may not take
-from it: :func:`differences` lists what is missing or changed, and additions are no differences.
+``python_tests/package/public_interface.json``. A revision may add to the interface and must not
+remove or change any of it. :func:`differences` lists what is missing or changed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "python_tests" / "package" / "public_interface.json"
 
-# Import paths that go on working beside those that the documents name, and their names. None
-# stands for the module's ``__all__``. The classes are where pickles of earlier releases find them.
+# These import paths and their names must keep working, beside those that the documents name. None
+# stands for the module's ``__all__``. Pickles of earlier releases find the classes by these paths.
 IMPORT_PATHS: dict[str, Sequence[str] | None] = {
     "cjepa_kernels": None,
     "cjepa_kernels.backends": ("BackendStatus", "backends"),
@@ -45,10 +45,10 @@ IMPORT_PATHS: dict[str, Sequence[str] | None] = {
     "cjepa_kernels.reference": ("CrossLogSumExp",),
     "cjepa_kernels.tokens": ("cls_tokens",),
 }
-# ``cjepa_kernels.distributed`` also lists names for the package's own use. They can be imported,
-# but no document says what they are.
+# ``cjepa_kernels.distributed`` also lists names that the package itself uses. They can be imported,
+# but no document describes them.
 INTERNAL = frozenset({"Options", "STRATEGIES", "SharedGroup", "Strategy", "resolve_group"})
-COMPLETION = {"--install-completion", "--show-completion"}  # Typer's own
+COMPLETION = {"--install-completion", "--show-completion"}  # Typer adds these options
 RUN_AS_MODULES = ("cjepa_kernels.bench",)
 
 
@@ -68,7 +68,7 @@ def describe() -> dict[str, Any]:
             for path, value in objects.items()
             if inspect.isclass(value)
             and issubclass(value, nn.Module)
-            and path.count(".") == 1  # once each, not for every import path
+            and path.count(".") == 1  # a class is described once, not for each of its import paths
         },
         "operators": describe_operators(),
         "loss_keys": describe_loss_keys(),
@@ -81,7 +81,7 @@ def describe() -> dict[str, Any]:
 
 
 def public_names() -> list[str]:
-    """Dotted paths: those of ``IMPORT_PATHS`` and those that documents and examples import."""
+    """The dotted paths of ``IMPORT_PATHS`` and of what documents and examples import."""
     paths = set()
     for module, names in IMPORT_PATHS.items():
         listed = importlib.import_module(module).__all__ if names is None else names
@@ -112,7 +112,7 @@ def _import(path: str) -> Any:
 
 
 def describe_signature(function: Callable[..., Any]) -> list[dict[str, str]]:
-    """Name, kind and default of every parameter. Annotations may be written in another way."""
+    """Name, kind and default of every parameter. Annotations are left out and may change."""
     parameters = []
     for parameter in inspect.signature(function).parameters.values():
         entry = {"name": parameter.name, "kind": parameter.kind.name}
@@ -123,7 +123,7 @@ def describe_signature(function: Callable[..., Any]) -> list[dict[str, str]]:
 
 
 def _fields(value: Any) -> list[str]:
-    """Names of a result's parts, in order."""
+    """Names of the fields of a result, in order."""
     if not inspect.isclass(value):
         return []
     if dataclasses.is_dataclass(value):
@@ -132,7 +132,7 @@ def _fields(value: Any) -> list[str]:
 
 
 def describe_module_class(cls: type[nn.Module]) -> dict[str, Any]:
-    """Methods, properties and attributes of a loss, keys of its results and of its state."""
+    """Methods, properties and attributes of a loss, and the keys of its results and its state."""
     module = _make_module(cls)
     own = {name: getattr(cls, name) for name in dir(cls) if name not in dir(nn.Module)}
     public = {name: value for name, value in own.items() if not name.startswith("_")}
@@ -172,7 +172,7 @@ def _results(module: nn.Module) -> Sequence[str]:
 
 
 def describe_operators() -> dict[str, str]:
-    """Schemas of all overloads, by ``name.overload``."""
+    """The schemas of all overloads, by ``name.overload``."""
     importlib.import_module("cjepa_kernels")
     return {
         str(schema).partition("(")[0]: str(schema)
@@ -182,7 +182,7 @@ def describe_operators() -> dict[str, str]:
 
 
 def describe_loss_keys() -> dict[str, str]:
-    """Keys of a ``loss`` section, with the default that the module's argument has."""
+    """Keys of a ``loss`` section, with the default of the module's argument."""
     from cjepa_kernels import config
 
     defaults = {
@@ -200,7 +200,7 @@ def describe_loss_keys() -> dict[str, str]:
 
 
 def describe_experiment_keys() -> dict[str, dict[str, Any]]:
-    """Keys of an experiment by their dotted names, with what they take and their default."""
+    """Keys of an experiment by their dotted names, with their type and default."""
     from cjepa_kernels.train.config import config_from_dict, config_to_dict
 
     experiment = config_from_dict({})
@@ -237,7 +237,7 @@ def describe_type(annotation: Any) -> list[str]:
 
 
 def describe_commands() -> dict[str, dict[str, Any]]:
-    """Options and arguments of every command; those of ``cjepa`` itself stand under ``""``."""
+    """Options and arguments of every command. Those of ``cjepa`` itself have the key ``""``."""
     import typer
 
     from cjepa_kernels.cli.application import app
@@ -248,7 +248,7 @@ def describe_commands() -> dict[str, dict[str, Any]]:
 
 
 def _describe_parameters(parameters: Sequence[Any]) -> dict[str, dict[str, Any]]:
-    """Options by their names, arguments by their places."""
+    """Describe options by their names and arguments by their positions."""
     arguments = [p for p in parameters if p.param_type_name == "argument"]
     return {
         f"argument {arguments.index(p) + 1}" if p in arguments else ", ".join(sorted(p.opts)): {
@@ -267,11 +267,11 @@ def _runs_as_module(name: str) -> bool:
 
 
 def describe_distribution() -> dict[str, Any]:
-    """What ``pyproject.toml`` promises to those who install the package."""
+    """The parts of ``pyproject.toml`` that users rely on when they install the package."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
-        import tomli as tomllib  # pytest brings it
+        import tomli as tomllib  # pytest depends on it
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
@@ -290,7 +290,7 @@ def _packages(requirements: Sequence[str]) -> list[str]:
 
 
 def describe_environment() -> list[str]:
-    """Variables of the environment that documents name and sources read."""
+    """The environment variables that documents name and sources read."""
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     named = {
         name
@@ -306,14 +306,14 @@ def describe_environment() -> list[str]:
 
 
 def differences(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    """What ``present`` lacks or changes of ``recorded``, a line each; additions are no difference.
+    """The entries of ``recorded`` that ``present`` lacks or changes. Additions are not listed.
 
     Args:
         recorded: An interface as :func:`describe` returns it.
         present: The interface to compare with it.
 
     Returns:
-        Lines that name the part, what was recorded and what there is. Empty if nothing broke.
+        One line for each difference, with the entry, its recorded value and its present value.
     """
     lines = _missing("public name", recorded["names"], present["names"])
     lines += _each("signature", recorded, present, part="signatures", compare=_changed_signature)
@@ -343,7 +343,7 @@ def _each(
     part: str,
     compare: Callable[[Any, Any], list[str]],
 ) -> list[str]:
-    """Compare the entries of one part, which is a mapping."""
+    """Compare the entries of one part of the interface, which is a mapping."""
     lines = _missing(what, list(recorded[part]), list(present[part]))
     for name, entry in recorded[part].items():
         if name in present[part]:
@@ -379,7 +379,7 @@ def _positional(parameters: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _changed_fields(recorded: Sequence[str], present: Sequence[str]) -> list[str]:
-    """Results are unpacked by position, so that even one more field is a change."""
+    """Callers may unpack a result by position, so one more field is also a change."""
     return _changed_value(list(recorded), list(present))
 
 
@@ -392,10 +392,10 @@ def _changed_class(recorded: Mapping[str, Any], present: Mapping[str, Any]) -> l
         ("results", "result"),
     ):
         lines += _missing(what, recorded[part], present[part])
-    # An attribute may become a property, which reads the same.
+    # An attribute may become a property, because callers read both alike.
     readable = [*present["attributes"], *present["properties"], *present["children"]]
     lines += _missing("attribute", recorded["attributes"], readable)
-    # A strict load refuses a key too many as well as one too few.
+    # load_state_dict refuses a state with a missing key and a state with an unknown key.
     return lines + [
         f"state: {line}" for line in _changed_value(recorded["state"], present["state"])
     ]

@@ -17,11 +17,11 @@ import torch.multiprocessing as mp
 
 
 class RankError(RuntimeError):
-    """A function failed on a rank; the message is the rank's traceback."""
+    """A function failed on a rank. The message is the traceback of that rank."""
 
 
 class Ranks:
-    """``count`` processes that wait for work; started once, for as many tests as like.
+    """``count`` processes that wait for work. They start once and serve any number of tests.
 
     Args:
         count: Number of ranks.
@@ -30,7 +30,8 @@ class Ranks:
 
     def __init__(self, count: int, timeout: float = 60) -> None:
         self._directory = tempfile.TemporaryDirectory()
-        # Forks of a process that has only imported things: starting each afresh takes seconds.
+        # They are forked from a process that has only imported the package. To start each one
+        # from nothing would take seconds.
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "cjepa_kernels"])
         pairs = [context.Pipe() for _ in range(count)]
@@ -46,10 +47,11 @@ class Ranks:
             end.close()
 
     def run(self, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
-        """``function(*args, **options)`` on every rank; their results.
+        """Call ``function(*args, **options)`` on every rank and return the ranks' results.
 
         Raises:
-            RankError: It failed on a rank, which may have left the others waiting: they are ended.
+            RankError: The function failed on a rank. All processes are ended, because the others
+                may still wait for that rank.
         """
         results = self.attempt(function, *args, **options)
         errors = [result for result in results if isinstance(result, RankError)]
@@ -59,14 +61,14 @@ class Ranks:
         return results
 
     def attempt(self, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
-        """The same with a ``RankError`` for each rank on which it failed, or which ended."""
+        """As :meth:`run`, but the result of a rank that failed or ended is a ``RankError``."""
         for end in self._ends:
             end.send((function, args, options))
         return [self._receive(end) for end in self._ends]
 
     @property
     def alive(self) -> bool:
-        """Whether no process has ended."""
+        """Whether all processes are running."""
         return all(process.is_alive() for process in self.processes)
 
     def close(self) -> None:
@@ -101,7 +103,7 @@ def _serve(rank: int, count: int, directory: str, timeout: float, end: Connectio
     while True:
         try:
             function, args, options = end.recv()
-        except EOFError:  # the tests have ended
+        except EOFError:  # the other end is closed after the last test
             dist.destroy_process_group()
             return
         torch.manual_seed(0)

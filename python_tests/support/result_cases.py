@@ -41,8 +41,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "strided", "transposed")
 TEMPERATURES = ("float", "tensor", "tensor of shape (1,)")
 REDUCTIONS = ("mean", "sum", "none")
-ROWS = [(1, 1), (2, 3), (5, 16), (33, 17), (97, 40)]  # B, D: alone, odd, beyond one tile
-RECTANGLES = [(1, 1, 1), (5, 3, 16), (33, 40, 17), (97, 130, 24)]  # M, N, D
+# ROWS are (B, D): one pair, odd sizes, and more than one tile.
+ROWS = [(1, 1), (2, 3), (5, 16), (33, 17), (97, 40)]
+RECTANGLES = [(1, 1, 1), (5, 3, 16), (33, 40, 17), (97, 130, 24)]  # (M, N, D)
 PATCHES = [(1, 1), (7, 16), (3, 5, 17), (4, 33, 64), (2, 3, 200)]  # (B, D) or (B, N, D)
 
 Results = dict[str, Any]
@@ -50,7 +51,7 @@ Case = tuple[str, Callable[[], Results]]
 
 
 def make(name: str, *shape: int, dtype: torch.dtype, layout: str = "contiguous") -> Tensor:
-    """Random numbers that depend on the name and the shape alone; a leaf that wants a gradient."""
+    """A leaf with a gradient, whose random numbers depend only on the name and the shape."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {shape}".encode()))
     if layout == "strided":
         doubled = torch.randn(*(2 * n for n in shape), generator=generator, dtype=torch.float64)
@@ -77,7 +78,7 @@ def make_temperature(kind: str, value: float, dtype: torch.dtype) -> float | Ten
 
 
 def with_gradients(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> Results:
-    """The outputs, and the gradients of a weighted sum of all that have one."""
+    """The outputs, and the gradients of a weighted sum of all differentiable outputs."""
     results = dict(outputs)
     total: Any = 0.0
     for output in outputs.values():
@@ -92,7 +93,7 @@ def with_gradients(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> Res
 
 
 def choose(combinations: Iterable[Any], step: int) -> list[Any]:
-    """Every ``step``-th one: with a step of 7 or 23 all values of all options still come up."""
+    """Every ``step``-th combination. Steps of 7 and 23 still include each value of each option."""
     return list(combinations)[::step]
 
 
@@ -102,7 +103,7 @@ def nt_xent_cases(backend: str, step: int, large: bool) -> Iterator[Case]:
         DTYPES, ROWS, (True, False), REDUCTIONS, (False, True), TEMPERATURES, LAYOUTS
     )
     chosen = choose(combinations, step)
-    if large:  # where the native block grows, and where it keeps no exponentials
+    if large:  # more rows, for which the native kernel uses larger blocks
         chosen += [
             (torch.float32, (800, 24), True, "mean", False, "float", "contiguous"),
             (torch.bfloat16, (773, 33), False, "none", True, "tensor", "strided"),
@@ -154,7 +155,7 @@ def nt_xent_cases(backend: str, step: int, large: bool) -> Iterator[Case]:
 
 
 def cross_logsumexp_cases(backend: str, step: int, large: bool) -> Iterator[Case]:
-    """Both log-sum-exps; the gradient of x, of y, of both; and the similarity of pairs."""
+    """Both log-sum-exps with the gradients of x, of y and of both, and similarities of pairs."""
     combinations = itertools.product(
         DTYPES, RECTANGLES, (True, False), TEMPERATURES, ("xy", "x", "y"), LAYOUTS
     )
@@ -355,7 +356,7 @@ def operator_cases(overload: str) -> Iterator[Case]:
                 "eps": 1e-8,
                 "reduction": "mean",
                 "product_dtype": None,
-                "keep": overload == "default",  # the others compute the exponentials again
+                "keep": overload == "default",  # other overloads do not save exponentials
                 "of_x": True,
                 "of_y": True,
             }
@@ -393,7 +394,7 @@ def operator_cases(overload: str) -> Iterator[Case]:
 def call_both_directions(
     name: str, overload: str, values: dict[str, Any], as_tensors: bool
 ) -> Results:
-    """Results of an operator and of its backward, arguments and results by their schemas' names."""
+    """The results of an operator and of its backward, by the names in their schemas."""
     suffix = "_dynamic" if as_tensors else ""
     results: Results = {}
     for operator_name in (f"{name}{suffix}", f"{name}{suffix}_backward"):
@@ -418,13 +419,13 @@ def call_both_directions(
 
 
 def _as_argument(value: Any, kind: str) -> Any:
-    """A number as the tensor that an operator with numbers as tensors takes."""
+    """Turn a number into a tensor if the operator takes its numbers as tensors."""
     is_number = isinstance(value, float) or (isinstance(value, list) and type(value[0]) is float)
     return torch.tensor(value, dtype=torch.float64) if is_number and kind == "Tensor" else value
 
 
 def rank_cases() -> Iterator[Case]:
-    """NT-Xent of two processes: values, gradients, and what they send."""
+    """NT-Xent of two processes: values, gradients and the bytes that they send."""
     for backend, strategy, dtype, equal, reduction in itertools.product(
         ("reference", "chunked", "native"),
         ("all_gather", "ring"),
@@ -433,7 +434,7 @@ def rank_cases() -> Iterator[Case]:
         ("mean", "none"),
     ):
         if backend == "reference" and strategy == "ring":
-            continue  # the ring is refused
+            continue  # the reference refuses the ring
         options = {"backend": backend, "strategy": strategy, "reduction": reduction}
 
         def run(
@@ -482,7 +483,7 @@ def cases_of(group: str, quick: bool) -> Iterator[Case]:
 
 
 def fingerprint(value: Any) -> str:
-    """Bytes, shape and dtype of a tensor as a hash, with its sum to read; other values as text."""
+    """A hash of a tensor's bytes, shape and dtype, with its sum, or the text of another value."""
     if isinstance(value, Tensor):
         # A clone, because contiguous() leaves a tensor of one element with the stride that it has.
         copied = value.detach().clone(memory_format=torch.contiguous_format)
@@ -496,7 +497,7 @@ def fingerprint(value: Any) -> str:
 
 
 def run_cases(cases: Iterator[Case]) -> dict[str, dict[str, str]]:
-    """Fingerprints of all results by case; an error is a result as well."""
+    """The fingerprints of all results by case. An error is a result as well."""
     results = {}
     for name, run in cases:
         try:
@@ -518,7 +519,7 @@ def _run_rank(rank: int, directory: str) -> None:
 
 
 def run_ranks() -> dict[str, dict[str, str]]:
-    """The cases of two processes, each rank's results under its own name."""
+    """Run the cases of two processes. Each rank's results have the rank in their name."""
     with tempfile.TemporaryDirectory() as directory:
         mp.spawn(_run_rank, args=(directory,), nprocs=2)
         return {
@@ -535,10 +536,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    expected, found = os.environ["PYTHONPATH"], Path(cjepa_kernels.__file__).parents[1]
-    if found != Path(expected):
-        raise RuntimeError(f"expected the package in {expected}, found it in {found}")
-    torch.set_num_threads(2)  # more than one, so that loops are divided
+    expected, imported = os.environ["PYTHONPATH"], Path(cjepa_kernels.__file__).parents[1]
+    if imported != Path(expected):
+        raise RuntimeError(f"expected the package in {expected}, found it in {imported}")
+    torch.set_num_threads(2)  # with more than one thread, kernels divide their loops
     if arguments.group == "ranks":
         results = run_ranks()
     else:

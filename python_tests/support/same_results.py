@@ -1,12 +1,13 @@
-"""Whether two revisions compute the same bits: every operator and back end, and short trainings.
+"""Compare the bits that two revisions compute, for all operators, back ends and short trainings.
 
     python python_tests/support/same_results.py BASE [--quick] [--groups functions,ranks]
     python python_tests/support/same_results.py --base-directory CHECKOUT
 
-BASE is a revision: it is checked out and built. Or take a directory that holds a checkout with its
-compiled module. This working tree is compared with it. Each side runs in processes of its own, and
-their fingerprints of values, gradients, weights and recorded numbers are compared. The exit code is
-1 if any differs. ``--quick`` takes fewer groups and cases: about two minutes on two idle cores.
+BASE is a revision, which the script checks out and builds. CHECKOUT is a directory with a checkout
+and its compiled module. The script compares this working tree with it. Each side runs in processes
+of its own, and the script compares fingerprints of values, gradients, weights and recorded numbers.
+The exit code is 1 if any differs. ``--quick`` runs fewer groups and cases, which takes about two
+minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from result_cases import fingerprint
 ROOT = Path(__file__).resolve().parents[2]
 CASES = Path(__file__).with_name("result_cases.py")
 
-# Groups of cases with the variables of their processes. ``native`` is repeated without kept
-# exponentials and for each instruction set, which has a compiled core of its own.
+# Groups of cases with the environment variables of their processes. The native back end runs again
+# without saved exponentials and for each instruction set, which has its own compiled core.
 GROUPS: dict[str, dict[str, str]] = {
     "functions": {},
     "triton": {"TRITON_INTERPRET": "1"},
@@ -70,7 +71,7 @@ COLOUR = {
     **SMALL,
     "trainer": {"epochs": 1, "batch_size": 16, "threads": 1, "precision": "bf16-mixed"},
 }
-# Numbers of a run that are not the same in a second run of the same revision.
+# These numbers differ between two runs of the same revision.
 CHANGING = frozenset({"checksum", "created", "date", "environment", "finished", "seconds"})
 
 
@@ -81,7 +82,7 @@ def variables(checkout: Path, extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def run_cases(checkout: Path, group: str, quick: bool) -> dict[str, dict[str, str]]:
-    """Fingerprints by case and result, of one side."""
+    """The fingerprints of one side, by case and result."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory, "results.json")
         command = [sys.executable, str(CASES), group, str(out), *(["--quick"] * quick)]
@@ -97,7 +98,10 @@ def run_cases(checkout: Path, group: str, quick: bool) -> dict[str, dict[str, st
 
 
 def run_trainings(checkout: Path, quick: bool) -> dict[str, dict[str, str]]:
-    """Weights, metrics and results of the three arms on digits, and of a run on colour images."""
+    """Train the three arms on digits and a run on colour images.
+
+    Returns the fingerprints of weights, metrics and results.
+    """
     results: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
@@ -116,13 +120,13 @@ def run_trainings(checkout: Path, quick: bool) -> dict[str, dict[str, str]]:
         shown = run_cjepa(checkout, directory, ["data", "--config", "colour.yaml", "--json"])
         results["cjepa data"] = dict(fingerprints_of(json.loads(shown)))
         for path in sorted(directory.rglob("*")):
-            if found := dict(fingerprints_of_file(path)):
-                results[f"training {path.relative_to(directory)}"] = found
+            if fingerprints := dict(fingerprints_of_file(path)):
+                results[f"training {path.relative_to(directory)}"] = fingerprints
     return results
 
 
 def draw_images(folder: Path) -> None:
-    """Small colour images of random numbers, PNG and JPEG, in folders of train and test classes."""
+    """Write small random colour images, PNG and JPEG, in folders of train and test classes."""
     from PIL import Image
 
     generator = torch.Generator().manual_seed(0)
@@ -139,12 +143,13 @@ def draw_images(folder: Path) -> None:
 
 
 def run_cjepa(checkout: Path, directory: Path, arguments: list[str]) -> str:
-    """Run the command line of a checkout; what it printed.
+    """Run the command line of a checkout and return its output.
 
     Raises:
-        RuntimeError: It failed; the message is what it wrote.
+        RuntimeError: The command failed. The message is its output.
     """
-    # A file and not python -c: with two devices Lightning starts the same program a second time.
+    # The program is a file, because with two devices Lightning starts it a second time. That does
+    # not work with python -c.
     program = directory / "start_cjepa.py"
     program.write_text(
         "from cjepa_kernels.cli import main\n\nif __name__ == '__main__':\n    main()\n",
@@ -164,7 +169,7 @@ def run_cjepa(checkout: Path, directory: Path, arguments: list[str]) -> str:
 
 
 def fingerprints_of_file(path: Path) -> Iterator[tuple[str, str]]:
-    """Of a checkpoint its weights, of a table its cells, of a JSON file its values."""
+    """The fingerprints of a checkpoint's weights, a table's cells or a JSON file's values."""
     if path.suffix == ".ckpt":
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
         yield from fingerprints_of(checkpoint["state_dict"])
@@ -176,7 +181,7 @@ def fingerprints_of_file(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def fingerprints_of(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of nested mappings and lists by their dotted paths."""
+    """The fingerprints of the leaves of nested mappings and lists, by their dotted paths."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             if key not in CHANGING:
@@ -203,7 +208,7 @@ def differences(
 
 
 def default_groups(quick: bool) -> list[str]:
-    """All that this machine can run, or the quick ones."""
+    """The names of all groups that this machine can run, or of the quick ones."""
     if quick:
         return ["functions", "triton", "ranks", "training"]
     from cjepa_kernels.backends import compiled_module
@@ -218,7 +223,7 @@ def default_groups(quick: bool) -> list[str]:
 
 
 def compare(base: Path, groups: list[str], quick: bool) -> bool:
-    """Run both sides of every group, print a line for each; whether all results are the same."""
+    """Run both sides of every group, print a line for each, and return whether all are the same."""
     same = True
     print(f"{'group':<22}{'cases':>7}{'results':>9}{'errors':>8}{'different':>11}")
     for group in groups:
@@ -241,8 +246,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", nargs="?", help="A revision, to be checked out and built.")
     parser.add_argument("--base-directory", type=Path, help="A checkout that is built already.")
-    parser.add_argument("--groups", help=f"Of {', '.join(GROUPS)}; default: all that run here.")
-    parser.add_argument("--quick", action="store_true", help="Fewer cases.")
+    parser.add_argument(
+        "--groups", help=f"Some of {', '.join(GROUPS)}; default: all that run here."
+    )
+    parser.add_argument("--quick", action="store_true", help="Run fewer cases.")
     arguments = parser.parse_args()
     if (arguments.base is None) == (arguments.base_directory is None):
         parser.error("expected either BASE or --base-directory")

@@ -1,8 +1,11 @@
 """Every numerical tolerance of the test suite.
 
-The rule: error against the float64 reference <= 2 x the error of same-dtype eager PyTorch + floor.
-Errors are relative to the largest absolute value of the float64 result. The floors sit above the
-worst error measured over the suite, given in the comments.
+The rule compares errors against the float64 reference:
+
+    error <= 2 x error of eager PyTorch in the same dtype + floor
+
+Errors are relative to the largest absolute value of the float64 result. The floors lie above the
+worst errors measured over the suite.
 """
 
 import torch
@@ -19,22 +22,24 @@ FLOOR_GRADIENT = {
     torch.bfloat16: 8e-3,
     torch.float16: 2e-3,
 }
-# Metrics are means of similarities in [-1, 1] (cosine) and are compared absolutely.
+# Metrics are means of cosine similarities, which lie in [-1, 1]. Their errors are absolute.
 METRIC = {
     torch.float64: 1e-12,
     torch.float32: 1e-6,
     torch.bfloat16: 4e-3,
     torch.float16: 1e-3,
 }
-# Views 10 % apart at temperature 0.05: the textbook form loses two to four digits here.
+# These bounds are for views 10 % apart at temperature 0.05, for which the textbook formula loses
+# two to four digits.
 ALIGNED_LOSS = 1e-5
 ALIGNED_GRADIENT = 1e-5
-# bf16 product under autocast: operands rounded to 8 bits of mantissa, logits scaled by 1 / 0.1.
+# Under autocast the operands of the product are rounded to bf16, which has 8 bits of precision, and
+# the logits are scaled by 1 / 0.1.
 AUTOCAST_LOSS = 5e-3
 EXACT = 0.0
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest expected magnitude (1 if the latter is 0)."""
+    """The largest difference, divided by the largest expected magnitude unless that is 0."""
     difference = (actual.double() - expected.double()).abs().max().item()
     return difference / (expected.double().abs().max().item() or 1.0)

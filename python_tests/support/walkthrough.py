@@ -11,11 +11,11 @@ BLOCK = re.compile(r"^```(py|diff)\n# (\S+\.py)\n(.*?)^```$", re.MULTILINE | re.
 
 
 class Extension(NamedTuple):
-    """A copy of the package with what the walk-through adds."""
+    """A copy of the package with the additions of the walk-through."""
 
     directory: Path
     added: list[str]  # paths of new files
-    changed: list[str]  # paths of files that got lines
+    changed: list[str]  # paths of files in which lines were added
 
 
 def section_of(document: str, heading: str) -> str:
@@ -50,7 +50,7 @@ def apply_walkthrough(document: str, target: Path) -> Extension:
         target: Directory of the copy.
 
     Raises:
-        ValueError: A file is there already, or the text to be changed is not there exactly once.
+        ValueError: A new file exists already, or the text to be changed is not found exactly once.
     """
     added, changed = [], []
     for kind, name, content in BLOCK.findall(document):

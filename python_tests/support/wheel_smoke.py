@@ -1,4 +1,4 @@
-"""An installed wheel works: ``python wheel_smoke.py`` where it and PyTorch are all there is."""
+"""Check an installed wheel: run this file with a Python that has only the wheel and PyTorch."""
 
 from __future__ import annotations
 

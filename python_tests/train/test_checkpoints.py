@@ -19,7 +19,7 @@ pytest.importorskip("lightning")
 from kill_and_resume import kill_and_resume
 from train_experiments import tiny, weights
 
-from cjepa_kernels import files as atomic
+from cjepa_kernels import files
 from cjepa_kernels.train import checksummed_json, runner
 from cjepa_kernels.train.loop.checkpoints import (
     AtomicCheckpointIO,
@@ -179,9 +179,9 @@ def test_kill_at_every_step_of_saving_leaves_sound_checkpoints(
             raise PermissionError
 
         with monkeypatch.context() as patch:
-            patch.setattr(atomic.os, "link", counted(os.link) if links else no_link)
-            patch.setattr(atomic.os, "replace", counted(os.replace))
-            patch.setattr(atomic, "_sync", counted(atomic._sync))
+            patch.setattr(files.os, "link", counted(os.link) if links else no_link)
+            patch.setattr(files.os, "replace", counted(os.replace))
+            patch.setattr(files, "_sync", counted(files._sync))
             patch.setattr(Path, "unlink", lambda *args, **options: None)
             try:
                 storage.save_checkpoint({"epoch": 3}, directory / "last.ckpt")
