@@ -163,7 +163,7 @@ def add_backend(name: str, find: Callable[[], BackendStatus]) -> None:
 
 
 def remove_backend(name: str) -> None:
-    """Forget a back end that :func:`add_backend` made known."""
+    """Forget a back end that ``add_backend`` made known."""
     del _FINDERS[name]
     _statuses.pop(name, None)
 

@@ -14,7 +14,7 @@ from cjepa_kernels.ops.registry import differentiable, flatten, operator
 
 
 def run(name: str, overload: str, **arguments: Any) -> Any:
-    """Call an operator or a backward by the names of its arguments, without autograd.
+    """Call an operator or a backward by the names of its arguments, with the registered autograd.
 
     Args:
         name: Name of the operator, for example ``"nt_xent"`` or ``"nt_xent_backward"``.
