@@ -145,6 +145,14 @@ def _why_missing(name: str) -> str | None:
 _why_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _devices(name: str) -> tuple[str, ...]:
+    """The types of device that a back end serves."""
+    return _find(name).devices
+
+
+_devices._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def names() -> tuple[str, ...]:
     """The values that ``backend=`` takes."""
     return ("auto", *reversed(_FINDERS))
@@ -229,4 +237,24 @@ def check_backend(backend: str) -> None:
         raise RuntimeError(
             f'backend "{backend}" was asked for and is not available: {reason}; '
             'backend="auto" takes the best one there is'
+        )
+
+
+def check_device(backend: str, device_type: str) -> None:
+    """Raise unless a back end serves a type of device. Tensors on "meta" hold nothing to compute.
+
+    Args:
+        backend: A name that ``check_backend`` accepted, not ``auto``.
+        device_type: For example ``"cuda"``.
+
+    Raises:
+        ValueError: The back end serves other devices.
+    """
+    if backend in ("chunked", "reference") or device_type == "meta":
+        return
+    devices = _devices(backend)
+    if "any" not in devices and device_type not in devices:
+        raise ValueError(
+            f'backend="{backend}" serves tensors on {" and ".join(devices)}, '
+            f'got tensors on {device_type}; backend="auto" takes the best one there is'
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels import ops
-from cjepa_kernels.backends import Backend, warn_without_native
+from cjepa_kernels.backends import Backend, check_device, warn_without_native
 from cjepa_kernels.environment import read_when_imported
 from cjepa_kernels.ops import registry
 
@@ -33,6 +33,9 @@ def choose_overload(backend: Backend, device: torch.device) -> str:
 
     Returns:
         An empty string for the dispatcher's choice, or ``.<back end>``.
+
+    Raises:
+        ValueError: A back end that was asked for by name and does not serve this device.
     """
     dispatched = registry.dispatched.get(device.type)
     if backend == "auto":
@@ -40,6 +43,7 @@ def choose_overload(backend: Backend, device: torch.device) -> str:
             warn_without_native()
             return ".chunked"
         return ""
+    check_device(backend, device.type)
     if backend == dispatched or backend in registry.only_dispatched:
         return ""
     return f".{backend}"

@@ -53,7 +53,10 @@ def call(name: str, overload: str, *args: Any, **named: Any) -> Any:
         outputs = operator(name, overload)(*args)
     else:
         function = differentiable(name, overload)
-        outputs = function(*[_saveable_eagerly(arg) for arg in args])
+        # Only tensors and lists can need a copy. A call for every argument would cost time.
+        outputs = function(
+            *[_saveable_eagerly(x) if isinstance(x, (Tensor, list)) else x for x in args]
+        )
     return registry.results[name](*outputs)
 
 

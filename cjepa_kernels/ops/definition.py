@@ -155,7 +155,7 @@ def bind(definition: Definition) -> Binding:
 
 def take(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """A function that takes the elements at these positions of a sequence, as a tuple."""
-    if len(positions) == 1:
-        (position,) = positions
-        return lambda sequence: (sequence[position],)
-    return itemgetter(*positions) if positions else lambda sequence: ()
+    if len(positions) < 2:  # itemgetter takes at least one position, and of one gives no tuple
+        start = positions[0] if positions else 0
+        return itemgetter(slice(start, start + len(positions)))
+    return itemgetter(*positions)

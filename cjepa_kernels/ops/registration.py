@@ -24,6 +24,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -254,45 +255,60 @@ def _make_gradients(
     """The function that runs the backward and gives each input its gradient."""
     backward = operator(f"{definition.name}_backward", overload)
     take_upstream, complete = take(binding.upstream), definition.complete
-    none = [None] * len(binding.arguments._fields)
+    take_flags, inputs, lists = take(binding.flags), binding.inputs, binding.lists
+    count = len(binding.arguments._fields)
+    nothing = (None,) * count
 
-    def quick_backward(*args: Any) -> Any:
+    def run_backward(*args: Any) -> Any:
+        # A second derivative meets the registered autograd, which says that there is none.
+        if torch.is_grad_enabled():
+            return backward(*args)
         with _below_autograd():
             return backward(*args)
 
+    @cache
+    def arrangement(needs: tuple[bool, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+        """What each input gets of (None, *gradients): None if it needs no gradient."""
+        places = [0] * count
+        for place, k in enumerate(inputs, start=1):
+            places[k] = place if needs[k] else 0
+        return take(places)
+
     def gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        # vmap has no way to run an operator with lists for one gradient at a time.
-        if binding.lists and any(x is not None and _is_batched(x) for x in upstream):
-            raise RuntimeError(
-                f"{definition.name} takes one gradient at a time in this back end, not a batch of "
-                '(is_grads_batched, vectorize); use backend="reference"'
-            )
-        of_inputs: list[Any] = none.copy()
-        if binding.lists:
-            for k, length in zip(binding.lists, ctx.lengths, strict=True):
-                of_inputs[k] = [None] * length
         given = take_upstream(upstream)
         for x in given:
             if x is not None:
                 break
         else:
-            return tuple(of_inputs)
-        if binding.lists:
-            saved, needs = unflatten(ctx.saved_lengths, ctx.saved_tensors), ctx.needs
-        else:
-            saved, needs = ctx.saved_tensors, ctx.needs_input_grad
-        flags = [needs[k] for k in binding.flags] if binding.flags else ()
+            return nothing
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
         if complete is not None:
             given = complete(binding.saved(*saved), *given)
-        # A second derivative meets the registered autograd, which says that there is none.
-        run = backward if torch.is_grad_enabled() else quick_backward
-        grads = run(*given, *saved, *ctx.options, *flags)
-        for k, grad in zip(binding.inputs, grads, strict=True):
-            if needs[k]:
-                of_inputs[k] = grad
+        grads = run_backward(*given, *saved, *ctx.options, *take_flags(needs))
+        return arrangement(needs)((None, *grads))
+
+    def gradients_of_lists(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        # vmap has no way to run an operator with lists for one gradient at a time.
+        if any(x is not None and _is_batched(x) for x in upstream):
+            raise RuntimeError(
+                f"{definition.name} takes one gradient at a time in this back end, not a batch of "
+                '(is_grads_batched, vectorize); use backend="reference"'
+            )
+        of_inputs: list[Any] = list(nothing)
+        for k, length in zip(lists, ctx.lengths, strict=True):
+            of_inputs[k] = [None] * length
+        given = take_upstream(upstream)
+        if any(x is not None for x in given):
+            saved = unflatten(ctx.saved_lengths, ctx.saved_tensors)
+            if complete is not None:
+                given = complete(binding.saved(*saved), *given)
+            grads = run_backward(*given, *saved, *ctx.options, *take_flags(ctx.needs))
+            for k, grad in zip(inputs, grads, strict=True):
+                if ctx.needs[k]:
+                    of_inputs[k] = grad
         return tuple(of_inputs)
 
-    return gradients
+    return gradients_of_lists if lists else gradients
 
 
 def _is_batched(x: Tensor) -> bool:

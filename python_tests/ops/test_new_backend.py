@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels import BackendStatus, backends, chunked, cross_logsumexp, nt_xent, ops
+from cjepa_kernels.functional import dispatch
 
 module: Any = importlib.import_module("cjepa_kernels.backends")  # a function has the same name
 
@@ -61,3 +62,30 @@ def test_it_is_listed_and_errors_name_it(toy: Any) -> None:
         nt_xent(torch.eye(2), torch.eye(2), backend="gpu")  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match='"toy" has no operator cross_logsumexp'):
         cross_logsumexp(torch.eye(2), torch.eye(2), backend=toy)
+
+
+@pytest.fixture(scope="module")
+def of_gpus() -> Iterator[Any]:
+    """Register a back end that serves only GPUs, and return its name."""
+    ops.register_backend("of_gpus", {"nt_xent": (forward, backward)})
+    module.add_backend("of_gpus", lambda: BackendStatus(True, ("cuda",), "on GPUs only"))
+    yield "of_gpus"
+    module.remove_backend("of_gpus")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tensors_on_a_device_that_it_does_not_serve_are_an_error(
+    of_gpus: Any, compiled: bool
+) -> None:
+    function = torch.compile(nt_xent, backend="aot_eager") if compiled else nt_xent
+    with pytest.raises(ValueError, match='"of_gpus" serves tensors on cuda, got tensors on cpu'):
+        function(torch.eye(2), torch.eye(2), backend=of_gpus)
+    on_meta = torch.empty(3, 4, device="meta")  # the values of this device are never computed
+    assert nt_xent(on_meta, on_meta, backend=of_gpus).loss.is_meta
+
+
+def test_native_refuses_tensors_on_a_gpu() -> None:
+    """The dispatcher would run another back end there in silence."""
+    with pytest.raises(ValueError, match='"native" serves tensors on cpu, got tensors on cuda'):
+        dispatch.choose_overload("native", torch.device("cuda"))
+    assert dispatch.choose_overload("native", torch.device("meta")) == ""
