@@ -1,4 +1,4 @@
-"""Arms x seeds end to end on a small scale, and the statistics by hand."""
+"""Run small comparisons of arms and seeds end to end, and check the statistics by hand."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def quiet() -> Console:
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path, str]:
+    """Compare all arms with two seeds; return the result, its directory and the console output."""
     out = tmp_path_factory.mktemp("comparison")
     console = Console(width=100, force_terminal=False)
     with console.capture() as captured:
@@ -103,10 +104,10 @@ def test_sizes_are_those_of_the_data(compared: tuple[Comparison, Path, str]) -> 
     comparison, out, text = compared
     assert comparison.data is not None
     assert (comparison.data.train, comparison.data.test) == (160, 60)
-    every, transfer = comparison.probes["all"], comparison.probes["transfer"]
-    assert (every.train_images, every.test_images) == (160, 60)
-    assert (every.fewest_labels, every.most_labels) == (10, 10)
-    assert every.neighbours == transfer.neighbours == 10
+    all_classes, transfer = comparison.probes["all"], comparison.probes["transfer"]
+    assert (all_classes.train_images, all_classes.test_images) == (160, 60)
+    assert (all_classes.fewest_labels, all_classes.most_labels) == (10, 10)
+    assert all_classes.neighbours == transfer.neighbours == 10
     assert (transfer.train_images, transfer.test_images) == (80, 30)
     saved = json.loads((out / "comparison.json").read_text())["data"]
     assert {"train", "test", "classes", "class_counts", "image_size", "test_from"} <= set(saved)
@@ -118,7 +119,8 @@ def test_sizes_are_those_of_the_data(compared: tuple[Comparison, Path, str]) -> 
 
 
 def test_arms_share_their_start(compared: tuple[Comparison, Path, str]) -> None:
-    # Before the first step the arms are one model on one batch, so their first epoch is close.
+    # All arms of a seed start from the same weights and see the same batches, so their losses in
+    # the first epoch are close.
     comparison, _, _ = compared
     for seed in (0, 1):
         first = {r.arm: r.history[0]["contrastive_loss"] for r in comparison.runs if r.seed == seed}
@@ -180,7 +182,7 @@ def test_second_call_trains_nothing_and_one_worker_agrees(
     compared: tuple[Comparison, Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     comparison, out, _ = compared
-    alone = compare(
+    one_worker = compare(
         SMALL,
         seeds=[1],
         arms=["jepa"],
@@ -189,11 +191,11 @@ def test_second_call_trains_nothing_and_one_worker_agrees(
         transfer=True,
         console=quiet(),
     )
-    (run,) = alone.runs
-    same = next(r for r in comparison.runs if (r.arm, r.seed) == ("jepa", 1))
-    assert (run.history, run.evaluation) == (same.history, same.evaluation)
-    assert alone.baselines["untrained"][0] == comparison.baselines["untrained"][1]
-    assert alone.paired == {}
+    (run,) = one_worker.runs
+    expected = next(r for r in comparison.runs if (r.arm, r.seed) == ("jepa", 1))
+    assert (run.history, run.evaluation) == (expected.history, expected.evaluation)
+    assert one_worker.baselines["untrained"][0] == comparison.baselines["untrained"][1]
+    assert one_worker.paired == {}
 
     monkeypatch.setattr(compare_module, "evaluate", _must_not_run)
     monkeypatch.setattr(compare_module, "evaluate_pixels", _must_not_run)
@@ -288,6 +290,8 @@ def test_paired_differences_by_hand() -> None:
 
 
 def example(seeds: tuple[int, ...] = (0,)) -> Comparison:
+    """Build a comparison of two arms that does not record the sizes of the data."""
+
     def evaluation(value: float) -> dict[str, float]:
         metrics = ("few_label", "knn", "linear", "linear_robust")
         return {f"{f}/{m}": value for f in ("mean", "cls", "pixels") for m in metrics}
@@ -333,7 +337,8 @@ def test_rows_of_the_tables() -> None:
         ("C-JEPA", "81.0 ± 1.4"),
     ]
     assert cls.differences == [("C-JEPA − JEPA alone", *["+11.0 ± 1.4"] * 4)]
-    assert mean.best == (None,) * 4  # the number of test images is not known
+    # The number of test images is unknown, so no arm counts as the best one.
+    assert mean.best == (None,) * 4
     assert mean.title == "Mean-pooled patch features (2 seeds)"
     assert mean.notes == [
         "± is the sample standard deviation over 2 seeds.",
@@ -343,7 +348,7 @@ def test_rows_of_the_tables() -> None:
 
 
 def sized(values: dict[str, tuple[float, ...]], images: int, fewest: int = 10) -> Comparison:
-    """A comparison of these accuracies, one per seed, on so many test images."""
+    """Build a comparison of arms from their accuracies, one per seed, on ``images`` test images."""
     seeds = tuple(range(len(next(iter(values.values())))))
     keys = [f"{f}/{m}" for f in ("mean", "cls") for m in ("few_label", "knn", "linear")]
     runs = [
@@ -352,12 +357,12 @@ def sized(values: dict[str, tuple[float, ...]], images: int, fewest: int = 10) -
             seed,
             directory="runs/x",
             history=[],
-            evaluation=dict.fromkeys(keys, of[seed]),
+            evaluation=dict.fromkeys(keys, accuracies[seed]),
             findings=[],
             seconds=1.0,
         )
         for seed in seeds
-        for arm, of in values.items()
+        for arm, accuracies in values.items()
     ]
     by_arm = {arm: [run.evaluation for run in runs if run.arm == arm] for arm in values}
     baseline = {f"{f}/{m}": 99.0 for f in ("mean", "cls", "pixels") for m in ("few_label", "knn")}
@@ -404,7 +409,7 @@ def test_bold_is_the_arm_that_is_ahead_whichever_it_is() -> None:
     [
         (AHEAD, 40),
         ({**AHEAD, "contrastive": (88.0, 100.0)}, 10_000),
-        ({arm: of[:1] for arm, of in AHEAD.items()}, 10_000),
+        ({arm: accuracies[:1] for arm, accuracies in AHEAD.items()}, 10_000),
         ({"cjepa": (60.0, 60.0), "jepa": (40.0, 40.0), "contrastive": (20.0, 20.0)}, 5),
         ({"cjepa": (60.0, 60.0)}, 10_000),
     ],
@@ -434,8 +439,8 @@ def test_a_small_test_set_stands_beside_its_deviation() -> None:
     page = comparison_markdown(comparison)
     console = Console(width=100)
     with console.capture() as captured:
-        for shown in rich_tables(comparison):
-            console.print(shown)
+        for rich_table in rich_tables(comparison):
+            console.print(rich_table)
     for text in (page, captured.get()):
         assert "5 test images, 2 seeds" in text
     for note in table.notes:
@@ -462,13 +467,15 @@ def test_wilson_interval_by_hand() -> None:
 
 def test_margin_of_a_difference_by_hand() -> None:
     first, second = (80.0, 82.0, 84.0), (70.0, 73.0, 73.0)
-    of_seeds = 4.302653 * 1.0 / math.sqrt(3)  # differences 10, 9, 11; t of 2 degrees of freedom
+    # The differences per seed are 10, 9 and 11, so their standard deviation is 1. The two-sided
+    # 95 % quantile of Student's t with 2 degrees of freedom is 4.302653.
+    seed_margin = 4.302653 * 1.0 / math.sqrt(3)
     p, q = (0.82 * 100 + 1) / 102, (0.72 * 100 + 1) / 102
-    of_images = 100 * 1.959964 * math.sqrt((p * (1 - p) + q * (1 - q)) / 102)
-    expected = math.hypot(of_seeds, of_images)
+    image_margin = 100 * 1.959964 * math.sqrt((p * (1 - p) + q * (1 - q)) / 102)
+    expected = math.hypot(seed_margin, image_margin)
     assert difference_margin(first, second, 100) == pytest.approx(expected, rel=1e-5)
     assert difference_margin((80.0,), (70.0,), 100) == math.inf
-    # Seeds that agree exactly say nothing about other images.
+    # The sampling error of the five test images remains even if all seeds agree exactly.
     assert difference_margin((60.0, 60.0), (40.0, 40.0), 5) > 40
 
 

@@ -1,4 +1,4 @@
-"""Data sources: digits, Parquet files, image folders, and what is wrong with them."""
+"""Test the data sources (digits, Parquet files, image folders) and their error messages."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ def test_digits_are_the_stratified_split() -> None:
             np.rint(original.images * 255 / 16).astype(np.uint8), original.target, strict=True
         )
     }
-    everything = [
+    loaded = [
         (image.numpy().tobytes(), int(label))
         for part in (dataset.train, dataset.test)
         for image, label in zip(part.images[:, 0], part.labels, strict=True)
     ]
-    assert len(everything) == 1797
-    assert set(everything) == rows
+    assert len(loaded) == 1797
+    assert set(loaded) == rows
 
 
 def test_subset_is_fixed_and_balanced() -> None:
@@ -185,7 +185,9 @@ def test_missing_source_is_named(source: str, message: str) -> None:
 def test_misspelt_source_is_not_looked_up(
     source: str, nearest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("looked it up"))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: pytest.fail("looked up the name")
+    )
     with pytest.raises(ValueError, match=rf"{source}.*did you mean '{nearest}'"):
         load(source)
 
@@ -251,8 +253,8 @@ def test_bad_image_of_a_divided_file_names_its_row_there(tmp_path: Path) -> None
         for bad in (None, b"junk"):
             damaged = [*encoded[:row], bad, *encoded[row + 1 :]]
             write_parquet(tmp_path / "all.parquet", [0, 1, 2] * 10, encoded=damaged, typed=False)
-            what = "has no image" if bad is None else "is not an image"
-            with pytest.raises(ValueError, match=rf"row {row} of .*all\.parquet {what}"):
+            problem = "has no image" if bad is None else "is not an image"
+            with pytest.raises(ValueError, match=rf"row {row} of .*all\.parquet {problem}"):
                 load(f"parquet:{tmp_path / 'all.parquet'}")
 
 
@@ -318,9 +320,9 @@ def test_digits_take_no_columns_or_size(option: str) -> None:
 
 def test_pretraining_classes_select_images() -> None:
     dataset = load("digits", train_size=100, test_size=50)
-    everything = DataConfig()
-    assert resolve_pretrain_classes(everything, dataset) is None
-    assert pretrain_indices(everything, dataset).tolist() == list(range(100))
+    all_classes = DataConfig()
+    assert resolve_pretrain_classes(all_classes, dataset) is None
+    assert pretrain_indices(all_classes, dataset).tolist() == list(range(100))
     half = DataConfig(pretrain_classes="half")
     assert resolve_pretrain_classes(half, dataset) == (0, 1, 2, 3, 4)
     chosen = pretrain_indices(DataConfig(pretrain_classes=[7, 2]), dataset)

@@ -1,4 +1,4 @@
-"""Probes, collapse metrics and corruptions against independent computations."""
+"""Compare probes, collapse measures and corruptions with independent computations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FAST = EvaluationConfig(few_label_draws=2, robustness=False)
 
 
 def blobs(per_class: int = 30, classes: int = 4, spread: float = 12.0, seed: int = 0) -> Dataset:
-    """Images of noise around one random pattern per class."""
+    """Make images that are one random pattern per class with noise added."""
     random = np.random.RandomState(seed)
     patterns = random.uniform(60, 190, size=(classes, 1, 6, 6))
 
@@ -66,7 +66,8 @@ def pixel_scores(digits: Dataset) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("metric", "expected"),
-    # Measured independently of this package: the probes on scikit-learn's digits as they come.
+    # These accuracies were measured without this package: the same probes were fitted to the pixels
+    # of scikit-learn's digits.
     [("linear", 96.9), ("knn", 97.3), ("few_label", 88.7)],
 )
 def test_pixels_of_digits(pixel_scores: dict[str, float], metric: str, expected: float) -> None:
@@ -85,10 +86,11 @@ def test_evaluation_is_deterministic_and_complete(
 
 
 def test_robust_is_the_mean_of_nine(pixel_scores: dict[str, float]) -> None:
-    nine = [v for k, v in pixel_scores.items() if k[-2:] in ("_1", "_2", "_3")]
-    assert len(nine) == 9
-    assert pixel_scores["pixels/linear_robust"] == pytest.approx(sum(nine) / 9)
-    for kind in corruptions.KINDS:  # stronger is harder
+    corrupted = [v for k, v in pixel_scores.items() if k[-2:] in ("_1", "_2", "_3")]
+    assert len(corrupted) == 9
+    assert pixel_scores["pixels/linear_robust"] == pytest.approx(sum(corrupted) / 9)
+    # A stronger corruption lowers the accuracy.
+    for kind in corruptions.KINDS:
         weak, strong = (pixel_scores[f"pixels/linear_{kind}_{s}"] for s in (1, 3))
         assert strong < weak - 10
 
@@ -101,7 +103,8 @@ def test_knn_equals_a_direct_computation() -> None:
     nearest = (b @ a.T).topk(FAST.knn_k, dim=1).indices
     votes = torch.nn.functional.one_hot(data.train.labels[nearest], 4).sum(1)
     expected = 100 * (votes.argmax(1) == data.test.labels).double().mean().item()
-    assert 30 < expected < 100  # neither trivial nor chance
+    # The accuracy is above chance, 25 %, and below 100 %.
+    assert 30 < expected < 100
     assert result["mean/knn"] == pytest.approx(expected)
 
 
@@ -146,18 +149,18 @@ def test_transfer_uses_the_other_classes_alone() -> None:
     data = blobs()
 
     def only_first_two(images: Tensor) -> tuple[Tensor, Tensor]:
-        # Separates class 0 from class 1 and maps classes 2 and 3 to one point.
+        # Classes 0 and 1 have a feature vector each; classes 2 and 3 share one.
         centres = [data.train.images[data.train.labels == c].float().mean(0) for c in range(4)]
         distances = torch.stack([(images.float() - c).flatten(1).norm(dim=1) for c in centres], 1)
-        near = distances.argmin(1)
-        code = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0], [-1.0, -1.0]])[near]
+        nearest = distances.argmin(1)
+        code = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0], [-1.0, -1.0]])[nearest]
         return code, code
 
     result = evaluate(only_first_two, data, FAST, pretrain_classes=[0, 1])
     assert result["mean/transfer_linear"] == pytest.approx(50)
     assert result["mean/linear"] == pytest.approx(75)
-    seen = evaluate(only_first_two, data, FAST, pretrain_classes=[2, 3])
-    assert seen["mean/transfer_linear"] == 100
+    other_half = evaluate(only_first_two, data, FAST, pretrain_classes=[2, 3])
+    assert other_half["mean/transfer_linear"] == 100
 
 
 def test_few_label_draws_are_fixed_and_balanced() -> None:
@@ -172,14 +175,14 @@ def test_few_label_draws_are_fixed_and_balanced() -> None:
 
 def test_max_train_images_limits_the_probe() -> None:
     data = blobs()
-    seen: list[int] = []
+    counts: list[int] = []
 
     def counting(images: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append(len(images))
+        counts.append(len(images))
         return flat(images)
 
     evaluate(counting, data, FAST.model_copy(update={"max_train_images": 50}))
-    assert seen == [50, 40]
+    assert counts == [50, 40]
 
 
 @pytest.mark.parametrize("dim", [8, 64])
@@ -199,7 +202,8 @@ def test_collapse_metrics_of_collapsed_features() -> None:
 def test_effective_rank_of_known_singular_values() -> None:
     random = np.random.RandomState(0)
     raw = random.standard_normal((50, 3))
-    u = np.linalg.qr(raw - raw.mean(0))[0]  # centred columns, so centring changes nothing
+    # The columns of u have mean 0, so centring the features removes only their offset.
+    u = np.linalg.qr(raw - raw.mean(0))[0]
     v = np.linalg.qr(random.standard_normal((7, 7)))[0][:3]
     p = np.array([0.6, 0.3, 0.1])
     expected = math.exp(-sum(x * math.log(x) for x in p))
@@ -225,7 +229,8 @@ def test_corruptions_keep_the_format(kind: str, shape: tuple[int, ...]) -> None:
 
 def test_noise_has_the_documented_strength() -> None:
     gray = torch.full((4, 1, 64, 64), 128, dtype=torch.uint8)
-    for strength, fraction in zip((1, 2), (0.1, 0.2), strict=True):  # 3 is clipped at the range
+    # Strength 3 is left out, because clipping to 0..255 lowers its standard deviation.
+    for strength, fraction in zip((1, 2), (0.1, 0.2), strict=True):
         noise = corruptions.corrupt(gray, "noise", strength).float() - 128
         assert noise.std().item() == pytest.approx(255 * fraction, rel=0.03)
 
@@ -247,7 +252,8 @@ def test_blur_keeps_the_mean_and_equals_scipy() -> None:
 def test_shift_moves_by_the_documented_distance() -> None:
     images = torch.zeros(40, 1, 16, 16, dtype=torch.uint8)
     images[:, :, 8, 8] = 255
-    moved = corruptions.corrupt(images, "shift", 2)  # 12.5 % of 16: two pixels
+    # Strength 2 shifts by 12.5 % of the 16 pixels, which are two pixels.
+    moved = corruptions.corrupt(images, "shift", 2)
     positions = {tuple(position) for position in moved[:, 0].nonzero()[:, 1:].tolist()}
     assert positions == {(8, 10), (8, 6), (10, 8), (6, 8)}
 
@@ -316,7 +322,7 @@ def test_corrupt_rejects(
 
 
 def test_sizes_of_the_probes_are_those_that_the_probes_use() -> None:
-    """A class with eight images gives eight labels, however many are asked for."""
+    """A class with only eight images gives eight labels, although ten are requested."""
     uneven = torch.tensor([0] * 8 + [1] * 12 + [2] * 9)
     dataset = Dataset(
         "uneven",

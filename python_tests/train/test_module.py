@@ -1,4 +1,4 @@
-"""The training step, its schedules and its history against computations written out here."""
+"""Compare the training step, its schedules and its history with formulas written out here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ HIERARCHY_WEIGHTS = (1.0, 0.6, 0.3)
 TEMPERATURE = 0.2
 RATE, LOWEST_RATE = 1e-2, 1e-4
 MOMENTUM_START, MOMENTUM_END = 0.9, 0.98
-# 70 images fill 4 batches of 16: 8 steps in 2 epochs, of which 0.4 x 8 = 3 warm up.
+# 70 images fill 4 batches of 16, so 2 epochs have 8 steps. The fraction 0.4 of them, rounded to
+# 3 steps, is the warm-up.
 STEPS_PER_EPOCH, TOTAL_STEPS, WARMUP_STEPS = 4, 8, 3
 
 TINY = {
@@ -69,7 +70,7 @@ def tiny(*overrides: str) -> ExperimentConfig:
 
 
 def build_module(*overrides: str) -> CJEPAModule:
-    """A float64 module whose target encoder differs from its encoder."""
+    """Build a float64 module whose target encoder differs from its encoder."""
     mean, std = torch.tensor([0.3]), torch.tensor([0.4])
     module = CJEPAModule(
         tiny(*overrides), (1, 8, 8), channel_mean=mean, channel_std=std, total_steps=TOTAL_STEPS
@@ -94,33 +95,35 @@ def masked_views(module: CJEPAModule) -> MaskedViews:
 
 
 def averages_of_runs(tokens: Tensor, length: int) -> Tensor:
-    """Means of ``length`` neighbours along the sequence."""
+    """Average each run of ``length`` neighbouring tokens."""
     return F.avg_pool1d(tokens.transpose(1, 2), length).transpose(1, 2)
 
 
 def expected_terms(module: CJEPAModule, batch: MaskedViews) -> dict[str, Tensor]:
-    """Terms of one step's loss and their weighted sum, by the formula."""
+    """Compute the terms of one step's loss and their weighted sum by the formula."""
     pairs = len(batch.images) // 2
     context = module.encoder(batch.images, batch.visible)
     predictions = module.predictor(context, batch.visible, batch.predicted)
     with torch.no_grad():
-        whole = module.target_encoder(batch.images)[:, 1:]  # (2B, N, D)
-    hidden = torch.stack([whole[row, kept] for row, kept in enumerate(batch.predicted)])
+        all_patches = module.target_encoder(batch.images)[:, 1:]  # (2B, N, D)
+    hidden = torch.stack(
+        [all_patches[row, predicted] for row, predicted in enumerate(batch.predicted)]
+    )
     terms: dict[str, Tensor] = {}
     for level in range(3):
         pooled = averages_of_runs(hidden, 2**level)
         deviation = (pooled.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
         target = (pooled - pooled.mean(-1, keepdim=True)) / deviation
-        gap = (predictions[level] - target).abs()
-        terms[f"loss_h{level}"] = torch.where(gap < 1, 0.5 * gap * gap, gap - 0.5).mean()
+        error = (predictions[level] - target).abs()
+        terms[f"loss_h{level}"] = torch.where(error < 1, 0.5 * error * error, error - 0.5).mean()
     terms["jepa_loss"] = torch.stack(
         [weight * terms[f"loss_h{level}"] for level, weight in enumerate(HIERARCHY_WEIGHTS)]
     ).sum()
-    contrast = nt_xent(context[:pairs, 0], context[pairs:, 0], temperature=TEMPERATURE)
-    terms["contrastive_loss"] = contrast.loss
-    terms["contrastive_accuracy"] = contrast.accuracy
-    terms["contrastive_pos_sim"] = contrast.positive_similarity
-    terms["contrastive_neg_sim"] = contrast.negative_similarity
+    contrastive = nt_xent(context[:pairs, 0], context[pairs:, 0], temperature=TEMPERATURE)
+    terms["contrastive_loss"] = contrastive.loss
+    terms["contrastive_accuracy"] = contrastive.accuracy
+    terms["contrastive_pos_sim"] = contrastive.positive_similarity
+    terms["contrastive_neg_sim"] = contrastive.negative_similarity
     terms["loss"] = (
         module.loss.jepa_weight * terms["jepa_loss"]
         + module.loss.contrastive_weight * terms["contrastive_loss"]
@@ -145,19 +148,20 @@ def snapshot(module: torch.nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class Recorder(Callback):
-    """Keeps what each step did."""
+    """Record the learning rates, the loss and the parameters of every step."""
 
     rates: list[list[float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    encoders: list[dict[str, Tensor]] = field(default_factory=list)  # at the start, then per step
-    targets: list[dict[str, Tensor]] = field(default_factory=list)  # the same
+    # The parameters of the two encoders, at the start and after each step.
+    encoders: list[dict[str, Tensor]] = field(default_factory=list)
+    targets: list[dict[str, Tensor]] = field(default_factory=list)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.encoders.append(snapshot(pl_module.encoder))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        # Lightning calls the callbacks before the module's own hook, so the target encoder that a
-        # step leaves behind is seen at the next one's start.
+        # The module updates its target encoder in on_train_batch_end, which Lightning calls only
+        # after the callbacks' on_train_batch_end. The next step is the first to see the update.
         self.targets.append(snapshot(pl_module.target_encoder))
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
@@ -179,17 +183,17 @@ class RecordedRun:
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
-    """A run of two epochs, watched."""
+    """Train for two epochs and record every step."""
     recorder = Recorder()
     fit = L.Trainer.fit
 
-    def watched_fit(trainer: Any, *args: Any, **options: Any) -> None:
+    def recorded_fit(trainer: Any, *args: Any, **options: Any) -> None:
         trainer.callbacks.append(recorder)
         fit(trainer, *args, **options)
 
     run_dir: Path = tmp_path_factory.mktemp("module") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(L.Trainer, "fit", watched_fit)
+        patch.setattr(L.Trainer, "fit", recorded_fit)
         result = runner.train(tiny(), run_dir, progress_bar=False)
     return RecordedRun(recorder, result.history)
 
@@ -213,17 +217,23 @@ def test_each_view_has_a_mask_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_batch_changes_with_the_epoch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     module, loaded = build_module(), loaded_batch()
 
-    def at(epoch: int) -> MaskedViews:
+    def views_at(epoch: int) -> MaskedViews:
         monkeypatch.setattr(CJEPAModule, "current_epoch", epoch)
         return module.on_after_batch_transfer(loaded, 0)
 
-    first, again, second = at(0), at(0), at(1)
+    first, again, second = views_at(0), views_at(0), views_at(1)
     for name, before, repeated, after in zip(first._fields, first, again, second, strict=True):
         assert torch.equal(before, repeated), name
         assert not torch.equal(before, after), name
 
 
-STILL = {"rotation": 0.0, "scale": (1.0, 1.0), "shift": 0.0, "brightness": 0.0, "noise": 0.0}
+NO_AUGMENTATION = {
+    "rotation": 0.0,
+    "scale": (1.0, 1.0),
+    "shift": 0.0,
+    "brightness": 0.0,
+    "noise": 0.0,
+}
 
 
 @pytest.mark.parametrize(
@@ -240,7 +250,7 @@ STILL = {"rotation": 0.0, "scale": (1.0, 1.0), "shift": 0.0, "brightness": 0.0, 
     ids=lambda change: next(iter(change)),
 )
 def test_every_augmentation_follows_epoch_and_view(change: dict[str, Any]) -> None:
-    config = ViewsConfig(**{**STILL, **change})
+    config = ViewsConfig(**{**NO_AUGMENTATION, **change})
     images, samples = loaded_batch()
     first, again, second = (
         two_views(images, samples, config, seed=0, epoch=epoch) for epoch in (4, 4, 5)
@@ -248,8 +258,8 @@ def test_every_augmentation_follows_epoch_and_view(change: dict[str, Any]) -> No
     assert torch.equal(first, again)
     for before, after in zip(first, second, strict=True):
         assert not torch.equal(before, after)
-    for one, two in zip(first[:6], first[6:], strict=True):
-        assert not torch.equal(one, two)
+    for view, other_view in zip(first[:6], first[6:], strict=True):
+        assert not torch.equal(view, other_view)
 
 
 def test_step_matches_the_formula() -> None:
@@ -260,7 +270,7 @@ def test_step_matches_the_formula() -> None:
     assert relative_error(step["loss"], expected["loss"]) <= FLOOR_VALUE[torch.float64]
     assert set(module.metric_names) == set(expected)
     for name, value in zip(module.metric_names, step["metrics"], strict=True):
-        # The step hands its metrics over in fp32.
+        # The step returns its metrics in fp32.
         assert abs(value.item() - expected[name].item()) <= METRIC[torch.float32] * max(
             1.0, abs(expected[name].item())
         ), name
@@ -273,14 +283,14 @@ def test_gradients_match_the_formula(jepa: float, contrastive: float) -> None:
     module = build_module(f"loss.jepa_weight={jepa}", f"loss.contrastive_weight={contrastive}")
     batch = masked_views(module)
     module.training_step(batch, 0)["loss"].backward()
-    found = {name: value.grad for name, value in module.named_parameters()}
+    actual_gradients = {name: value.grad for name, value in module.named_parameters()}
     trained = {name: value for name, value in module.named_parameters() if value.requires_grad}
     gradients = torch.autograd.grad(
         expected_terms(module, batch)["loss"], list(trained.values()), allow_unused=True
     )
     reached = set()
     for name, gradient in zip(trained, gradients, strict=True):
-        actual = found.pop(name)
+        actual = actual_gradients.pop(name)
         if gradient is None or not gradient.any():
             assert actual is None or not actual.any(), name
             continue
@@ -288,18 +298,18 @@ def test_gradients_match_the_formula(jepa: float, contrastive: float) -> None:
         assert actual is not None, name
         assert relative_error(actual, gradient) <= FLOOR_GRADIENT[torch.float64], name
     assert reached == ({"encoder", "predictor"} if jepa else {"encoder"})
-    assert all(gradient is None for gradient in found.values())
+    assert all(gradient is None for gradient in actual_gradients.values())
 
 
 def test_contrastive_term_reaches_cls_of_both_views() -> None:
     module = build_module("loss.jepa_weight=0", "loss.contrastive_weight=1")
     outputs: list[Tensor] = []
 
-    def keep(_module: Any, _inputs: Any, output: Tensor) -> None:
+    def record(_module: Any, _inputs: Any, output: Tensor) -> None:
         output.retain_grad()
         outputs.append(output)
 
-    module.encoder.register_forward_hook(keep)
+    module.encoder.register_forward_hook(record)
     module.training_step(masked_views(module), 0)["loss"].backward()
     (context,) = outputs
     assert context.grad is not None
@@ -319,7 +329,7 @@ def test_weight_decay_is_for_matrices(jepa: float) -> None:
     }
     trained = ("encoder.", "predictor.") if jepa else ("encoder.",)
     expected = {
-        # Of the names here only those of linear maps end in "weight" without "norm".
+        # Only the weights of linear layers have names that end in "weight" without "norm".
         name: 0.07 if name.endswith(".weight") and "norm" not in name else 0.0
         for name in names.values()
         if name.startswith(trained)
@@ -361,13 +371,13 @@ def test_channel_statistics_are_those_of_the_pretraining_images(
 def test_rates_in_the_optimiser_follow_the_schedule(recorded: RecordedRun) -> None:
     expected = [expected_rate(step) for step in range(TOTAL_STEPS)]
     assert len(recorded.steps.rates) == TOTAL_STEPS
-    for decayed, kept in zip(*zip(*recorded.steps.rates, strict=True), strict=True):
-        assert decayed == kept
-    found = [rates[0] for rates in recorded.steps.rates]
-    assert found == pytest.approx(expected, rel=FLOOR_VALUE[torch.float64])
+    for decayed, not_decayed in zip(*zip(*recorded.steps.rates, strict=True), strict=True):
+        assert decayed == not_decayed
+    actual = [rates[0] for rates in recorded.steps.rates]
+    assert actual == pytest.approx(expected, rel=FLOOR_VALUE[torch.float64])
     last = [row["learning_rate"] for row in recorded.history]
-    ends = [expected[STEPS_PER_EPOCH - 1], expected[-1]]
-    assert last == pytest.approx(ends, rel=FLOOR_VALUE[torch.float64])
+    expected_last = [expected[STEPS_PER_EPOCH - 1], expected[-1]]
+    assert last == pytest.approx(expected_last, rel=FLOOR_VALUE[torch.float64])
 
 
 def test_target_encoder_is_the_moving_average(recorded: RecordedRun) -> None:
@@ -383,8 +393,8 @@ def test_target_encoder_is_the_moving_average(recorded: RecordedRun) -> None:
             error = relative_error(steps.targets[step + 1][name], average[name])
             assert error <= FLOOR_VALUE[torch.float32], (step, name)
     last = [row["momentum"] for row in recorded.history]
-    ends = [expected_momentum(STEPS_PER_EPOCH - 1), expected_momentum(TOTAL_STEPS - 1)]
-    assert last == pytest.approx(ends, rel=FLOOR_VALUE[torch.float64])
+    expected_last = [expected_momentum(STEPS_PER_EPOCH - 1), expected_momentum(TOTAL_STEPS - 1)]
+    assert last == pytest.approx(expected_last, rel=FLOOR_VALUE[torch.float64])
 
 
 def test_history_holds_the_means_of_its_epoch(recorded: RecordedRun) -> None:

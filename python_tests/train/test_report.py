@@ -1,4 +1,4 @@
-"""The report: self-contained, well-formed, complete, and safe against hostile names."""
+"""Test that the report is self-contained, well-formed, complete, and safe against hostile names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HOSTILE = "<script>alert('x')</script>&"
 
 
 class PageChecker(HTMLParser):
-    """Collects tags, ids and references, and checks that tags close in order."""
+    """Collect tags, ids and references, and check that tags close in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,10 +183,10 @@ def test_it_needs_no_network_and_no_scripts(page: tuple[str, PageChecker]) -> No
 def test_ids_are_unique_and_references_resolve(page: tuple[str, PageChecker]) -> None:
     text, checker = page
     assert {name: n for name, n in checker.ids.items() if n > 1} == {}
-    wanted = set(re.findall(r"url\(#([^)]+)\)", text))
-    wanted |= {link[1:] for link in checker.links if link.startswith("#")}
-    assert wanted
-    assert wanted <= set(checker.ids)
+    referenced = set(re.findall(r"url\(#([^)]+)\)", text))
+    referenced |= {link[1:] for link in checker.links if link.startswith("#")}
+    assert referenced
+    assert referenced <= set(checker.ids)
 
 
 def test_every_section_is_there(page: tuple[str, PageChecker]) -> None:
@@ -250,7 +250,8 @@ def test_every_arm_is_in_every_table_and_figure(page: tuple[str, PageChecker]) -
 def test_bold_is_the_best_arm_and_no_row(page: tuple[str, PageChecker]) -> None:
     text, _ = page
     assert "tr.main" not in text
-    assert "<td><b>" not in text  # 12 images prove nothing
+    # With 12 test images no difference between the arms exceeds the noise.
+    assert "<td><b>" not in text
     assert "In a column without bold, no arm is ahead beyond the noise" in text
 
 
@@ -266,7 +267,8 @@ def test_an_old_record_says_what_it_lacks(tmp_path: Path) -> None:
 
 def test_neighbours_are_marked(page: tuple[str, PageChecker]) -> None:
     _, checker = page
-    # Three encoders, three classes: one query and eight neighbours each, all described.
+    # The page shows a query and its eight neighbours for each of three encoders and three classes.
+    # Every image has an alternative text.
     assert len(checker.images) == 3 * 3 * 9
     assert all(image["alt"] for image in checker.images)
     assert sum("query" in str(image.get("class")) for image in checker.images) == 9
@@ -321,8 +323,8 @@ def test_unknown_arm(tmp_path: Path) -> None:
 def test_nearest_neighbours_by_hand() -> None:
     gallery = np.array([[1, 0], [0, 1], [-1, 0], [0, -1]], dtype=np.float32) + 10
     queries = np.array([[11, 10.1], [9.9, 5]], dtype=np.float32)
-    found = nearest_neighbours(queries, gallery, 2)
-    assert found.tolist() == [[0, 1], [3, 2]]
+    neighbours = nearest_neighbours(queries, gallery, 2)
+    assert neighbours.tolist() == [[0, 1], [3, 2]]
     assert nearest_neighbours(queries, gallery, 9).shape == (2, 4)
 
 

@@ -1,4 +1,4 @@
-"""Training runs: learning, resumption after a real kill, directories, encoders, several ranks."""
+"""Test training runs: resuming after a kill, run directories, saved encoders, several ranks."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ COMMAND = [sys.executable, "-m", "cjepa_kernels.cli", "train"]
 
 
 NO_GPU = pytest.mark.skipif(
-    torch.cuda.is_available() or torch.backends.mps.is_available(), reason="has an accelerator"
+    torch.cuda.is_available() or torch.backends.mps.is_available(),
+    reason="an accelerator is available",
 )
 
 
 def test_killed_run_resumes_to_identical_numbers(tmp_path: Path) -> None:
     config = tiny("trainer.epochs=12", "evaluation.every_n_epochs=5")
-    whole = runner.train(config, tmp_path / "whole", progress_bar=False)
+    uninterrupted = runner.train(config, tmp_path / "whole", progress_bar=False)
 
     killed_dir = tmp_path / "killed"
     file = tmp_path / "experiment.json"
@@ -50,7 +51,7 @@ def test_killed_run_resumes_to_identical_numbers(tmp_path: Path) -> None:
         deadline = time.monotonic() + 120
         while not (killed_dir / "checkpoints" / "last.ckpt").is_file():
             assert process.is_alive(), "the run ended before its first checkpoint"
-            assert time.monotonic() < deadline, "no checkpoint within two minutes"
+            assert time.monotonic() < deadline, "the run wrote no checkpoint within two minutes"
             time.sleep(0.005)
     finally:
         process.kill()
@@ -63,15 +64,15 @@ def test_killed_run_resumes_to_identical_numbers(tmp_path: Path) -> None:
 
     resumed = runner.train(config, killed_dir, progress_bar=False)
 
-    assert resumed.history == whole.history
-    assert resumed.evaluation == whole.evaluation
-    assert resumed.findings == whole.findings
+    assert resumed.history == uninterrupted.history
+    assert resumed.evaluation == uninterrupted.evaluation
+    assert resumed.findings == uninterrupted.findings
     for name in ("metrics.csv", "log.txt", "config.yaml"):
         assert (killed_dir / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    expected, found = weights(tmp_path / "whole"), weights(killed_dir)
-    assert expected.keys() == found.keys()
+    expected, actual = weights(tmp_path / "whole"), weights(killed_dir)
+    assert expected.keys() == actual.keys()
     for name, value in expected.items():
-        assert torch.equal(value, found[name]), name
+        assert torch.equal(value, actual[name]), name
     assert not list(killed_dir.rglob("*.partial"))
     checkpoint = torch.load(killed_dir / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 12 * 4
@@ -187,7 +188,8 @@ def test_one_class_stops_before_training(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_missing_back_end_is_a_value_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = BackendStatus(False, ("cpu",), "not built")
-    module = sys.modules["cjepa_kernels.backends"]  # the package has a function of this name
+    # The attribute ``cjepa_kernels.backends`` is a function that hides the module of this name.
+    module = sys.modules["cjepa_kernels.backends"]
     monkeypatch.setitem(module._statuses, "native", missing)
     with pytest.raises(ValueError, match=r"loss\.backend.*native.*not built"):
         runner.train(tiny("loss.backend=native"), tmp_path / "run", progress_bar=False)
@@ -195,12 +197,12 @@ def test_missing_back_end_is_a_value_error(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_failed_start_does_not_block_the_corrected_run(tmp_path: Path) -> None:
-    once = tiny("trainer.epochs=1")
+    config = tiny("trainer.epochs=1")
     with pytest.raises(ValueError, match=r"trainer\.precision"):
         runner.train(
             tiny("trainer.epochs=1", "trainer.precision=16-mixed"), tmp_path, progress_bar=False
         )
-    assert runner.train(once, tmp_path, progress_bar=False).history[-1]["epoch"] == 1
+    assert runner.train(config, tmp_path, progress_bar=False).history[-1]["epoch"] == 1
 
 
 @pytest.mark.parametrize(
@@ -216,9 +218,9 @@ def test_damaged_file_of_a_run_is_named(name: str, remedy: str, tmp_path: Path) 
     runner.train(config, tmp_path, progress_bar=False)
     if name != "result.json":
         (tmp_path / "result.json").unlink()
-    # The YAML of the middle of a file would be valid, so each kind is damaged at its start too.
-    whole = (tmp_path / name).read_bytes()
-    for damaged in (b"", b"{[" + whole[: len(whole) // 2], b"\xff"):
+    # Half of a YAML file can still be valid YAML, so the half gets an invalid beginning as well.
+    content = (tmp_path / name).read_bytes()
+    for damaged in (b"", b"{[" + content[: len(content) // 2], b"\xff"):
         (tmp_path / name).write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"(?s){Path(name).name} is .*{remedy}"):
             runner.train(config, tmp_path, progress_bar=False)
@@ -272,7 +274,8 @@ def test_resumed_run_purges_later_tensorboard_steps(
     runner.train(config, tmp_path, progress_bar=False)
     (tmp_path / "result.json").unlink()
     runner.train(config, tmp_path, progress_bar=False)
-    assert purged == [1, 5]  # four steps are in the checkpoint
+    # The checkpoint holds four steps, so the resumed run purges from the fifth step on.
+    assert purged == [1, 5]
 
 
 def test_divergence_is_reported(tmp_path: Path) -> None:
@@ -321,7 +324,8 @@ def test_encoder_takes_the_pixels_that_are_stored_and_nothing_else(tmp_path: Pat
     for pixels in (*wrong, images.numpy()):
         with pytest.raises(TypeError, match=rf"^images: expected a uint8 .*got .*{pixels.dtype}"):
             extract(pixels)  # type: ignore[arg-type]
-    converted = (255 * (images.float() / 255)).round().to(torch.uint8)  # as the message says
+    # The message of the error recommends this conversion.
+    converted = (255 * (images.float() / 255)).round().to(torch.uint8)
     assert torch.equal(extract(converted)[0], cls)
     with pytest.raises(ValueError, match=r"images.*\(1, 8, 8\).*\(8, 8\)"):
         extract(images[0])
@@ -352,14 +356,14 @@ def test_interrupted_save_leaves_the_old_checkpoint(tmp_path: Path) -> None:
 def test_arms_share_initial_weights_and_the_baseline_ignores_the_contrastive_term(
     tmp_path: Path,
 ) -> None:
-    once = "trainer.epochs=1"
-    cool = runner.train(tiny(once, "loss.contrastive_weight=0"), tmp_path / "a", progress_bar=False)
-    hot = runner.train(
-        tiny(once, "loss.contrastive_weight=0", "loss.contrastive_temperature=1"),
+    jepa_alone = ("trainer.epochs=1", "loss.contrastive_weight=0")
+    default = runner.train(tiny(*jepa_alone), tmp_path / "a", progress_bar=False)
+    high_temperature = runner.train(
+        tiny(*jepa_alone, "loss.contrastive_temperature=1"),
         tmp_path / "b",
         progress_bar=False,
     )
-    assert cool.evaluation == hot.evaluation
+    assert default.evaluation == high_temperature.evaluation
     for name, value in weights(tmp_path / "a").items():
         assert torch.equal(value, weights(tmp_path / "b")[name]), name
 
@@ -388,7 +392,7 @@ def test_csv_leaves_absent_metrics_empty() -> None:
 def train_on_two_ranks(config: ExperimentConfig, directory: Path) -> RunResult:
     file = directory / "experiment.json"
     file.write_text(json.dumps(config_to_dict(config)))
-    done = subprocess.run(
+    completed = subprocess.run(
         [*COMMAND, "--config", str(file), "--out", str(directory / "two")],
         env={**os.environ, "MASTER_ADDR": "127.0.0.1"},
         capture_output=True,
@@ -396,7 +400,7 @@ def train_on_two_ranks(config: ExperimentConfig, directory: Path) -> RunResult:
         timeout=120,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     return load_result(directory / "two")
 
 
@@ -410,19 +414,19 @@ def test_two_ranks_train_as_one_with_the_whole_batch(tmp_path: Path) -> None:
     expected_weights = weights(tmp_path / "one")
     for name, weight in weights(tmp_path / "two").items():
         if name.endswith("query_key_value.bias"):
-            # Softmax does not see the bias of the keys: its gradient is rounding, which AdamW
-            # blows up to whole steps.
+            # Softmax is invariant to the bias of the keys. The gradient of this bias is therefore
+            # only rounding error, which AdamW scales up to steps of the usual size.
             keys = slice(len(weight) // 3, 2 * len(weight) // 3)
             weight[keys] = expected_weights[name][keys]
         torch.testing.assert_close(weight, expected_weights[name], rtol=1e-3, atol=1e-4)
 
 
 def test_two_ranks_that_contrast_their_own_pairs(tmp_path: Path) -> None:
-    # Without the JEPA term the predictor gets no gradient, which DDP must not wait for.
+    # Without the JEPA term the predictor gets no gradient, and DDP must not wait for one.
     overrides = ("trainer.epochs=1", "loss.jepa_weight=0", "loss.gather_distributed=false")
     result = train_on_two_ranks(tiny("trainer.devices=2", *overrides), tmp_path)
     assert result.history[0]["step"] == 4
     assert result.evaluation["mean/linear"] > 0
-    # Each rank has 16 pairs, where chance is log(31); one process with all 32 would start above
-    # log(63).
+    # Each rank contrasts its own 16 pairs, for which the loss at chance is log(31). With all 32
+    # pairs in one process the loss would start above log(63).
     assert math.log(31) < result.history[0]["contrastive_loss"] < math.log(63)

@@ -64,15 +64,15 @@ def choose_image_column(columns: Sequence[Column], wanted: str | None) -> Column
                 f"{column.type}"
             )
         return column
-    found = [column for column in columns if column.is_image_feature]
-    found = found or [column for column in columns if column.holds_bytes]
-    if len(found) != 1:
-        candidates = "no column" if not found else "more than one column"
+    image_columns = [column for column in columns if column.is_image_feature]
+    image_columns = image_columns or [column for column in columns if column.holds_bytes]
+    if len(image_columns) != 1:
+        number = "no column" if not image_columns else "more than one column"
         raise ValueError(
-            f"data.image_column: {candidates} of encoded images (type Image, binary, or a struct "
+            f"data.image_column: {number} of encoded images (type Image, binary, or a struct "
             f"with bytes) among {listed(columns)}; name the column with data.image_column"
         )
-    return found[0]
+    return image_columns[0]
 
 
 def choose_label_column(columns: Sequence[Column], image: Column, wanted: str | None) -> Column:
@@ -97,26 +97,26 @@ def choose_label_column(columns: Sequence[Column], image: Column, wanted: str | 
             "have no labels. Training needs a class for every image, because the probes measure "
             "by the classes: add a column of integers or strings"
         )
-    found = [
+    label_columns = [
         column
         for column in others
         if column.holds_labels
         and (column.class_names is not None or column.name.lower() in LABEL_NAMES)
     ]
-    if not found and len(others) == 1 and others[0].holds_labels:
-        found = others
-    if len(found) != 1:
+    if not label_columns and len(others) == 1 and others[0].holds_labels:
+        label_columns = others
+    if len(label_columns) != 1:
         what = (
             f"none is of type ClassLabel or called {', '.join(LABEL_NAMES)} with integers or "
             "strings"
-            if not found
-            else f"{', '.join(column.name for column in found)} could all be the labels"
+            if not label_columns
+            else f"{', '.join(column.name for column in label_columns)} could all be the labels"
         )
         raise ValueError(
             f"data.label_column: {what}; the columns are {listed(columns)}; name the column of "
             "the labels with data.label_column"
         )
-    return found[0]
+    return label_columns[0]
 
 
 def encoded_image(value: Any, place: str) -> EncodedImage:

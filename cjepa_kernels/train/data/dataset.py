@@ -126,9 +126,9 @@ def open_dataset(
     """
     if config.source == "digits":
         return _load_digits(config)
-    found = find_source(config)
-    class_names, labels = _number_classes(found)
-    images, reading = dict(found.images), found.reading
+    source = find_source(config)
+    class_names, labels = _number_classes(source)
+    images, reading = dict(source.images), source.reading
     rows = {part: torch.arange(len(values)) for part, values in labels.items()}
     if "test" not in rows:
         rows = _divide(labels["train"], class_names)
@@ -253,10 +253,10 @@ def _load_digits(config: DataConfig) -> Dataset:
     )
 
 
-def _number_classes(found: Source) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+def _number_classes(source: Source) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Number the classes; a test image of a class that training does not know is refused."""
-    in_training = set(found.labels["train"])
-    in_test = dict.fromkeys(found.labels.get("test", ()))
+    in_training = set(source.labels["train"])
+    in_test = dict.fromkeys(source.labels.get("test", ()))
     unknown = [label for label in in_test if label not in in_training]
     if unknown:
         known = [str(label) for label in in_training]
@@ -266,14 +266,14 @@ def _number_classes(found: Source) -> tuple[tuple[str, ...], dict[str, Tensor]]:
             for label, name in nearest.items()
         ]
         raise ValueError(
-            f"{found.label_key}: test images of classes without a training image: {listed(names)}; "
-            f"the training classes are {listed(sorted(in_training))}"
+            f"{source.label_key}: test images of classes without a training image: "
+            f"{listed(names)}; the training classes are {listed(sorted(in_training))}"
         )
-    order = sorted(in_training) if found.class_names is None else list(found.class_names)
+    order = sorted(in_training) if source.class_names is None else list(source.class_names)
     index = {label: position for position, label in enumerate(order)}
     labels = {
         part: torch.tensor([index[label] for label in values], dtype=torch.int64)
-        for part, values in found.labels.items()
+        for part, values in source.labels.items()
     }
     return tuple(str(label) for label in order), labels
 

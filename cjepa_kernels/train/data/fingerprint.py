@@ -24,12 +24,12 @@ def fingerprint(dataset: Dataset) -> str:
     return f"blake2b:{digest.hexdigest()}"
 
 
-def check_fingerprint(stored: Any, found: str, *, origin: str, remedy: str) -> None:
+def check_fingerprint(stored: Any, current: str, *, origin: str, remedy: str) -> None:
     """Refuse to go on with data that differ from those of before.
 
     Args:
         stored: The recorded fingerprint, or None if an earlier version wrote the file.
-        found: The fingerprint of the data as they are now.
+        current: The fingerprint of the data as they are now.
         origin: The file with the record, for the message.
         remedy: The advice of the message.
 
@@ -42,9 +42,9 @@ def check_fingerprint(stored: Any, found: str, *, origin: str, remedy: str) -> N
             "they have changed since is not known",
             origin,
         )
-    elif stored != found:
+    elif stored != current:
         raise ValueError(
             "data: the images, labels or their division into training and test images have changed "
-            f"since {origin} was written (fingerprint {stored} there, {found} now): bring the "
+            f"since {origin} was written (fingerprint {stored} there, {current} now): bring the "
             f"former data back, or {remedy}"
         )

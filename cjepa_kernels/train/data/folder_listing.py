@@ -28,7 +28,7 @@ def visible_entries(folder: Path) -> list[Path]:
     or that holds a link to nothing, is a ValueError.
     """
     try:
-        found = [
+        entries = [
             entry
             for entry in folder.iterdir()
             if not entry.name.startswith(".") and entry.name.lower() not in _SYSTEM_NAMES
@@ -37,11 +37,11 @@ def visible_entries(folder: Path) -> list[Path]:
         raise ValueError(
             f"data.source: cannot read the folder {str(folder)!r}: {error.strerror}"
         ) from error
-    for entry in found:
+    for entry in entries:
         if not entry.exists():
             what = "a symbolic link that leads nowhere" if entry.is_symlink() else "unreadable"
             raise ValueError(f"data.source: {str(entry)!r} is {what}")
-    return sorted(found)
+    return sorted(entries)
 
 
 def identity(path: Path) -> tuple[int, int]:

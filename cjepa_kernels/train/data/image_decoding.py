@@ -157,33 +157,33 @@ class ImageLayout:
             ValueError: If a row is no image or holds pixels of unknown range, or sizes differ
                 without ``image_size``.
         """
-        found = Treatment()
+        treatment = Treatment()
         with _quiet_pillow():
             for image in (image for part in parts for image in part):
                 try:
-                    found.add(image)
+                    treatment.add(image)
                 except ValueError as error:
                     if on_damage is None:
                         raise
                     on_damage(str(error))
-        if not found.images:
+        if not treatment.images:
             raise ValueError("data.source: none of the images can be opened")
-        if image_size is None and len(found.sizes) > 1:
-            examples = ", ".join(f"{w} x {h}" for w, h in sorted(found.sizes)[:3])
+        if image_size is None and len(treatment.sizes) > 1:
+            examples = ", ".join(f"{w} x {h}" for w, h in sorted(treatment.sizes)[:3])
             raise ValueError(
-                f"data.image_size: the images have {len(found.sizes)} different sizes ({examples}"
-                f"{', ...' if len(found.sizes) > 3 else ''}); set data.image_size to resize them "
-                "all to one square"
+                f"data.image_size: the images have {len(treatment.sizes)} different sizes "
+                f"({examples}{', ...' if len(treatment.sizes) > 3 else ''}); set data.image_size "
+                "to resize them all to one square"
             )
-        _check_colour_depth(found, bit_depth)
-        size = next(iter(found.sizes)) if image_size is None else (image_size, image_size)
-        grey = all(mode in _GREY_MODES or _is_wide(mode) for mode in found.modes)
+        _check_colour_depth(treatment, bit_depth)
+        size = next(iter(treatment.sizes)) if image_size is None else (image_size, image_size)
+        grey = all(mode in _GREY_MODES or _is_wide(mode) for mode in treatment.modes)
         return cls(
             mode="L" if grey else "RGB",
             size=size,
             resize=image_size is not None,
-            bit_depth=bit_depth or max(8, found.largest_wide_value.bit_length()),
-            treatment=found,
+            bit_depth=bit_depth or max(8, treatment.largest_wide_value.bit_length()),
+            treatment=treatment,
         )
 
     def decode(self, part: EncodedImages, name: str, show_progress: bool) -> Tensor:
@@ -294,20 +294,20 @@ def open_image(encoded: EncodedImage) -> Iterator[Image.Image]:
 
 def treatment_lines(layout: ImageLayout) -> list[str]:
     """Say in sentences how images that differ are made alike."""
-    found, (width, height) = layout.treatment, layout.size
+    treatment, (width, height) = layout.treatment, layout.size
     lines = []
-    others = found.images - found.sizes[layout.size]
+    others = treatment.images - treatment.sizes[layout.size]
     if others:
-        sizes = sorted(size for size in found.sizes if size != layout.size)
+        sizes = sorted(size for size in treatment.sizes if size != layout.size)
         span = " to ".join(f"{w} x {h}" for w, h in dict.fromkeys((sizes[0], sizes[-1])))
-        cropped = sum(count for (w, h), count in found.sizes.items() if w != h)
+        cropped = sum(count for (w, h), count in treatment.sizes.items() if w != h)
         crop = f", {cropped:,} of them after cutting out their central square" if cropped else ""
         lines.append(
             f"{_images(others)} of another size ({span}) {_are(others)} resized to "
             f"{width} x {height} pixels{crop}."
         )
     converted = Counter[str]()
-    for mode, count in found.modes.items():
+    for mode, count in treatment.modes.items():
         base = mode.rstrip("Aa") if mode in _ALPHA_MODES else mode
         if base != layout.mode and not (_is_wide(mode) and layout.mode == "L"):
             converted[_MODE_NAMES.get(base, "grey of 16 bits" if _is_wide(mode) else base)] += count
@@ -316,25 +316,25 @@ def treatment_lines(layout: ImageLayout) -> list[str]:
         what = ", ".join(f"{count:,} {name}" for name, count in sorted(converted.items()))
         lines.append(f"Images that are converted to {target}: {what}.")
     changes = {
-        f"{_are(found.turned)} turned upright as their EXIF orientation says": found.turned,
+        f"{_are(treatment.turned)} turned upright as their EXIF orientation says": treatment.turned,
         "may be transparent: the transparency is dropped, the colours below it are kept": (
-            found.transparent
+            treatment.transparent
         ),
-        "with several frames or pages: the first one is taken": found.several_frames,
-        f"of more than 8 bits: the largest value is {found.largest_wide_value}, "
+        "with several frames or pages: the first one is taken": treatment.several_frames,
+        f"of more than 8 bits: the largest value is {treatment.largest_wide_value}, "
         f"{layout.bit_depth} bits are taken to be in use (data.bit_depth), and "
-        f"0..{2**layout.bit_depth - 1} becomes 0..255": found.wide,
-        "of 16 bits per colour: the upper 8 bits are kept": found.wide_colour,
+        f"0..{2**layout.bit_depth - 1} becomes 0..255": treatment.wide,
+        "of 16 bits per colour: the upper 8 bits are kept": treatment.wide_colour,
     }
     lines += [f"{_images(count)} {change}." for change, count in changes.items() if count]
     return lines
 
 
-def _check_colour_depth(found: Treatment, bit_depth: int | None) -> None:
+def _check_colour_depth(treatment: Treatment, bit_depth: int | None) -> None:
     """Refuse 16-bit colours of which Pillow would keep a few bits only."""
-    if not found.wide_colour or bit_depth == 16:
+    if not treatment.wide_colour or bit_depth == 16:
         return
-    used = 8 + found.largest_wide_colour.bit_length()
+    used = 8 + treatment.largest_wide_colour.bit_length()
     if bit_depth is not None or used < 16:
         raise ValueError(
             "data.bit_depth: of colour images with 16 bits Pillow keeps only the upper 8, and "

@@ -130,8 +130,8 @@ def _refuse_loose_images(folder: Path, kind: str) -> None:
 def _no_classes(root: Path, folder: Path) -> str:
     images = _images_in(folder)
     if not images:
-        found = [entry.name for entry in visible_entries(folder)]
-        return f"data.source: no images in {str(folder)!r}: {_LAYOUT}, found {listed(found)}"
+        names = [entry.name for entry in visible_entries(folder)]
+        return f"data.source: no images in {str(folder)!r}: {_LAYOUT}, found {listed(names)}"
     hint = (
         "Training needs a class for every image, as a folder for each class, because the probes "
         "measure by the classes"

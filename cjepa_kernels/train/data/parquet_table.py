@@ -57,11 +57,11 @@ class ParquetTable:
 
     def values(self, column: str) -> list[Any]:
         """Read a whole column, one Python value a row."""
-        found: list[Any] = []
+        values: list[Any] = []
         for file in self.files:
             with _clear_errors(file):
-                found += pq.read_table(file, columns=[column]).column(column).to_pylist()
-        return found
+                values += pq.read_table(file, columns=[column]).column(column).to_pylist()
+        return values
 
     def read_images(self, column: str, rows: Sequence[int]) -> Iterator[EncodedImage]:
         """Yield the images of some rows, which ascend, of a column."""
@@ -100,10 +100,10 @@ def find_parquet_files(location: Path) -> dict[str, list[Path]]:
     everything = list(walk_files(location, {}))
     files = [file for file in everything if file.suffix.lower() == ".parquet"]
     if not files:
-        found = listed(str(file.relative_to(location)) for file in everything)
+        names = listed(str(file.relative_to(location)) for file in everything)
         raise FileNotFoundError(
             f"data.source: expected train.parquet (and test.parquet) in {str(location)!r}, found "
-            f"{found}"
+            f"{names}"
         )
     return split_files(location, files, ".parquet")
 

@@ -144,7 +144,7 @@ def _directory_source(config: DataConfig, folder: Path) -> Source:
     parquet = [file for file in files if file.suffix.lower() == ".parquet"]
     images = [file for file in files if has_image_suffix(file)]
     if parquet and images:
-        examples = [str(found[0].relative_to(folder)) for found in (parquet, images)]
+        examples = [str(paths[0].relative_to(folder)) for paths in (parquet, images)]
         raise ValueError(
             f"data.source: {str(folder)!r} holds Parquet files and image files "
             f"({listed(examples)}); choose by 'parquet:{folder}' or 'imagefolder:{folder}'"
@@ -161,7 +161,7 @@ def _directory_source(config: DataConfig, folder: Path) -> Source:
                 config,
                 builder,
                 data_files={
-                    split: [_literal(file) for file in found] for split, found in by_split.items()
+                    split: [_literal(path) for path in paths] for split, paths in by_split.items()
                 },
             )
     scripts = [file.name for file in files if file.suffix == ".py"]
