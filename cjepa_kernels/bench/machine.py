@@ -97,8 +97,8 @@ def total_memory(device: str = "cpu") -> int | None:
 def free_memory(device: str = "cpu") -> int | None:
     """Bytes that a new tensor may take, or None if that is not known."""
     if torch.device(device).type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + kept
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     in_group = None if limit is None or used is None else limit - used
     found = [_meminfo("MemAvailable"), in_group]

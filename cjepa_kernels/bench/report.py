@@ -84,8 +84,8 @@ def of_size(results: Results, size: Size) -> Iterator[list[str]]:
 
 def ratio_in(row: Record) -> Ratio | None:
     """The paired ratio of a row, or None in our own row and in records made without ratios."""
-    kept = row.get("over_ours")
-    return None if kept is None else Ratio(**kept)
+    record = row.get("over_ours")
+    return None if record is None else Ratio(**record)
 
 
 def over(both: dict[str, Record], name: str) -> float:

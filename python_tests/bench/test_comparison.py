@@ -1,4 +1,4 @@
-"""``cjepa bench`` compares equal formulas, measures, writes its files and explains errors."""
+"""``cjepa bench``: its formulas, its measurements, the files that it writes, and its errors."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_exact_values_hold_at_every_temperature(temperature: float) -> None:
 
 @pytest.mark.parametrize("name", ["inf_cl", "siglip_kernel"])
 def test_another_loss_of_the_same_matrix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The libraries get what they expect: unit rows, and positives on the diagonal."""
+    """The libraries get the inputs that they expect: unit rows, and positives on the diagonal."""
 
     def cal_flash_loss(
         q: torch.Tensor, k: torch.Tensor, *, scale: torch.Tensor, head_dim: int
@@ -136,8 +136,8 @@ def test_bytes_are_those_of_a_larger_size(name: str, degree: int, rows: int) -> 
     size = Size(rows, 48)
     scaled = tensor_bytes.scaled(formula, size, torch.float32, degree=degree)
     counted = tensor_bytes.count(formula, size, torch.float32)
-    for guess, truth in zip(scaled, counted, strict=True):
-        assert guess == pytest.approx(truth, rel=0.15)
+    for estimate, exact in zip(scaled, counted, strict=True):
+        assert estimate == pytest.approx(exact, rel=0.15)
 
 
 @pytest.mark.skipif(not memory.supported("cpu"), reason="peak memory is measured on Linux")
@@ -190,23 +190,25 @@ def test_cuda_memory_is_that_of_the_allocator(monkeypatch: pytest.MonkeyPatch) -
 def test_what_does_not_fit_is_left_out_with_what_it_needs(
     monkeypatch: pytest.MonkeyPatch, small_roofs: None, no_processes: None
 ) -> None:
-    """With 1 MiB free the plain formula fits at M = 64, and does not fit at M = 1024."""
+    """With 1 MiB of free memory the plain formula fits at M = 64 but not at M = 1024."""
     monkeypatch.setattr(machine, "free_memory", lambda device: 2**20)
     sizes = (SIZE, Size(1024, 16))
-    said: list[str] = []
+    messages: list[str] = []
     settings = Settings(sizes=sizes, seconds=0.0, compiled=False, temperatures=())
-    results = Comparison(settings, said.append).run()
-    bounded = {name for name, one in candidates.on_device("cpu").items() if one.degree == 1}
+    results = Comparison(settings, messages.append).run()
+    linear = {
+        name for name, candidate in candidates.on_device("cpu").items() if candidate.degree == 1
+    }
     assert EAGER in report.by_name(results, "rows", sizes[0])
-    assert report.by_name(results, "rows", sizes[1]).keys() == bounded
-    assert OURS in bounded
+    assert report.by_name(results, "rows", sizes[1]).keys() == linear
+    assert OURS in linear
     skipped = report.by_name(results, "left_out", sizes[1])
     assert skipped.keys() >= {MM, EAGER, "lightly", "hjepa"}
     assert skipped[EAGER]["needed_bytes"] > 3 * 4 * 1024**2
     assert skipped[EAGER]["reason"] == (
         "needs 0.0 GiB, and at most 80 % of the free 0.0 GiB may be taken"
     )
-    assert any("plain formula is left out: needs" in line for line in said)
+    assert any("plain formula is left out: needs" in line for line in messages)
 
 
 def test_what_takes_long_is_called_once_and_then_not_at_all(
@@ -222,7 +224,7 @@ def test_what_takes_long_is_called_once_and_then_not_at_all(
         return slow
 
     slow = candidates.Candidate("eager", "slow", make)
-    found = {OURS: CANDIDATES[OURS], EAGER: slow}
+    by_name = {OURS: CANDIDATES[OURS], EAGER: slow}
     settings = Settings(sizes=TINY.sizes, seconds=0.0, longest=1.0)
     run = Comparison(settings, lambda text: None)
     monkeypatch.setattr(
@@ -230,7 +232,7 @@ def test_what_takes_long_is_called_once_and_then_not_at_all(
     )
     run.seconds[OURS] = (16, 1e-3)
     for size in (Size(16, 8), Size(64, 8)):
-        run.measure(size, found)
+        run.measure(size, by_name)
     reasons = [row["reason"] for row in run.results["left_out"] if row["name"] == EAGER]
     assert reasons == ["takes 2.0 s a call", "would take about 32 s a call"]
     assert calls == [16, 16]
@@ -243,9 +245,9 @@ def test_a_failure_costs_one_candidate(no_processes: None) -> None:
 
         return fails
 
-    found = {OURS: CANDIDATES[OURS], EAGER: candidates.Candidate(EAGER, "plain formula", make)}
+    by_name = {OURS: CANDIDATES[OURS], EAGER: candidates.Candidate(EAGER, "plain formula", make)}
     run = Comparison(TINY, lambda text: None)
-    run.measure(SIZE, found)
+    run.measure(SIZE, by_name)
     assert report.by_name(run.results, "rows", SIZE).keys() == {MM, OURS}
     (failed,) = run.results["failed"]
     assert (failed["name"], failed["error"]) == (EAGER, "OutOfMemoryError: no more")
@@ -260,8 +262,8 @@ def test_the_command_writes_results_page_and_plots(
     assert result.exit_code == 0, result.output
     results = json.loads((out / "results.json").read_text())
     assert report.sizes_of(results) == [Size(16, 8), Size(32, 8)]
-    known = {"device", "instruction_set", "threads", "torch", "commit", "date", "command"}
-    assert {*known, "backend", "pytorch_metric_learning"} <= results["environment"].keys()
+    expected_keys = {"device", "instruction_set", "threads", "torch", "commit", "date", "command"}
+    assert {*expected_keys, "backend", "pytorch_metric_learning"} <= results["environment"].keys()
     for row in results["rows"]:
         assert 0 < row["p20"] <= row["median"] <= row["p80"]
     assert results["roofs"].keys() == {"flops", "bandwidth"}
@@ -335,10 +337,10 @@ def test_a_stopped_run_leaves_the_sizes_before_it(
 ) -> None:
     measure = Comparison.measure
 
-    def stops(self: Comparison, size: Size, found: Any) -> None:
+    def stops(self: Comparison, size: Size, by_name: Any) -> None:
         if size.rows == 32:
             raise KeyboardInterrupt
-        measure(self, size, found)
+        measure(self, size, by_name)
 
     monkeypatch.setattr(Comparison, "measure", stops)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""The GPU benchmark runs on a fake device here: its timers, its targets and what it writes.
+"""Tests of the GPU benchmark on a fake device: its timers, its targets and its results file.
 
 No test asserts a measured time.
 """
@@ -31,9 +31,10 @@ def test_gpu_scripts_say_that_there_is_none(script: str, code: int) -> None:
 
 
 class FakeDevice:
-    """A host and a device with a queue; their seconds pass only when a test says so."""
+    """A host and a GPU with a queue of work. Time passes only when a test launches work."""
 
     def __init__(self) -> None:
+        # Seconds: the time of the host, and the time at which the GPU has finished its queue.
         self.host = self.free = 0.0
 
     def launch(self, host: float, device: float) -> None:
@@ -65,7 +66,7 @@ class FakeEvent:
 
 @pytest.fixture
 def fake_device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
-    """Let the GPU scripts run on the CPU, with a fake instead of the device."""
+    """Run the GPU scripts on the CPU, with a fake device in place of the GPU."""
     device = FakeDevice()
     for name, value in {
         "Event": device.event,
@@ -88,7 +89,7 @@ def fake_device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
 
 @pytest.fixture
 def few_sizes() -> Any:
-    """The smallest size of every part of the GPU benchmark."""
+    """Small sizes for every part of the GPU benchmark."""
     size = Size(16, 8)
     return gpu_targets.Sizes(
         targets=(size, Size(32, 8)),
@@ -105,20 +106,20 @@ def few_sizes() -> Any:
 
 
 def test_gpu_clocks_tell_the_device_from_the_host(fake_device: FakeDevice) -> None:
-    def run(launches: int) -> None:
+    def launch_kernels(launches: int) -> None:
         for _ in range(launches):
             fake_device.launch(50e-6, 10e-6)
 
-    def waits() -> None:
-        run(10)
+    def launch_and_wait() -> None:
+        launch_kernels(10)
         fake_device.host = fake_device.free
 
     idle, busy = timing.IdleDevice(), timing.BusyDevice("cpu")
-    assert idle(lambda: run(10)) == pytest.approx(510e-6)
-    assert busy(lambda: run(100)) == pytest.approx(1001e-6)
+    assert idle(lambda: launch_kernels(10)) == pytest.approx(510e-6)
+    assert busy(lambda: launch_kernels(100)) == pytest.approx(1001e-6)
     assert busy.cycles > timing.SHORTEST_WAIT
     assert busy.of == "device"
-    busy(waits)
+    busy(launch_and_wait)
     assert busy.of == "device and host"
 
 
@@ -155,7 +156,7 @@ def test_gpu_eager_is_the_formula() -> None:
 
 
 def fake_results(sizes: Any, ours: float) -> dict[str, list[dict[str, Any]]]:
-    """Results in which the loss under test takes ``ours`` seconds, and its baselines 1 to 10."""
+    """Results in which the loss under test takes ``ours`` seconds and each baseline 1 to 10 s."""
     both, forward = gpu_targets.BOTH, gpu_targets.FORWARD
     others = {gpu_targets.MM: 1.0, gpu_targets.MM3: 3.0, gpu_targets.EAGER: 2.0}
     others[gpu_targets.BYTES] = 1.0
@@ -266,7 +267,7 @@ def test_gpu_inf_cl_has_the_same_loss(
 ) -> None:
     def cal_flash_loss(q: torch.Tensor, k: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         logits = scale * q @ k.T
-        return logits.logsumexp(1) - logits.diagonal()  # (M,), as Inf-CL's
+        return logits.logsumexp(1) - logits.diagonal()  # (M,), as Inf-CL returns it
 
     flash = types.SimpleNamespace(cal_flash_loss=cal_flash_loss)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
@@ -295,14 +296,14 @@ def test_gpu_benchmark_fails_by_size(
 ) -> None:
     monkeypatch.setattr(records, "RESULTS", tmp_path)
 
-    def targets(self: Any, size: Any, direction: str) -> None:
+    def fake_targets(self: Any, size: Any, direction: str) -> None:
         if size.rows == 16:
             raise error
         row = {"part": "targets", "M": size.rows, "D": size.features, "pass": direction}
         times = {"name": "mm", "of": "device", "median": 1.0, "p20": 1.0, "p80": 1.0, "rounds": 5}
         self.results["rows"].append({**row, **times})
 
-    monkeypatch.setattr(gpu.Benchmark, "targets", targets)
+    monkeypatch.setattr(gpu.Benchmark, "targets", fake_targets)
     monkeypatch.setattr(gpu.Benchmark, "first_use", lambda self: None)
     assert gpu.run(few_sizes, "gpu") == 1
     content = json.loads((tmp_path / "gpu.json").read_text())

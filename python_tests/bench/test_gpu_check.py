@@ -1,4 +1,4 @@
-"""The steps of ``make gpu-check`` are started, limited and stopped as they should be."""
+"""``make gpu-check`` starts its steps, limits their time, and stops them with their children."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ gpu_check = load("gpu_check")
 
 
 def ended(process: int) -> bool:
-    """Whether a process is gone or only its exit code is left."""
+    """Whether a process has ended. A zombie counts as ended: only its exit code is left."""
     try:
         state = Path(f"/proc/{process}/stat").read_text()
     except OSError:
@@ -28,7 +28,9 @@ def python(code: str) -> list[str]:
 
 
 def test_gpu_check_goes_on_after_a_failure(capfd: pytest.CaptureFixture[str]) -> None:
-    at_hand = "import os; assert os.environ['A'] == '1'; assert 'elsewhere' in os.environ['{}']"
+    check_variables = (
+        "import os; assert os.environ['A'] == '1'; assert 'elsewhere' in os.environ['{}']"
+    )
     steps = [
         gpu_check.Step("fails", python("raise SystemExit(3)"), 60),
         gpu_check.Step("missing", ["/no/such/program"], 60),
@@ -36,7 +38,7 @@ def test_gpu_check_goes_on_after_a_failure(capfd: pytest.CaptureFixture[str]) ->
         gpu_check.Step("late", python(""), 1),
         gpu_check.Step(
             "passes",
-            python(at_hand.format("PYTHONPATH")),
+            python(check_variables.format("PYTHONPATH")),
             60,
             environment={"A": "1", "PYTHONPATH": "elsewhere"},
         ),
@@ -53,11 +55,11 @@ def test_gpu_check_goes_on_after_a_failure(capfd: pytest.CaptureFixture[str]) ->
 
 def test_gpu_check_shares_one_deadline() -> None:
     now = 0.0
-    given = {}
+    limits = {}
 
-    def takes_all(step: Any, limit: float) -> tuple[str, float]:
+    def use_whole_limit(step: Any, limit: float) -> tuple[str, float]:
         nonlocal now
-        given[step.name] = limit
+        limits[step.name] = limit
         now += max(limit, 0.0)
         return "stopped", limit
 
@@ -65,9 +67,9 @@ def test_gpu_check_shares_one_deadline() -> None:
         gpu_check.Step(name, [], limit, reserved)
         for name, limit, reserved in (("a", 100, 0), ("b", 300, 0), ("c", 200, 50), ("d", 100, 20))
     ]
-    gpu_check.run_all(steps, 300.0, takes_all, lambda: now)
+    gpu_check.run_all(steps, 300.0, use_whole_limit, lambda: now)
     grace = gpu_check.GRACE
-    assert given == {"a": 100, "b": 130 - grace, "c": 50, "d": 20}
+    assert limits == {"a": 100, "b": 130 - grace, "c": 50, "d": 20}
 
 
 def test_gpu_check_leaves_the_benchmark_its_time() -> None:
@@ -91,8 +93,8 @@ def test_gpu_check_interrupts_a_step_and_ends_its_children(
         "import pathlib, signal, subprocess, sys, time\n"
         "def test_fast(): pass\n"
         "def test_slow():\n"
-        "    deaf = 'import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)'\n"
-        "    child = subprocess.Popen([sys.executable, '-c', deaf])\n"
+        "    code = 'import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)'\n"
+        "    child = subprocess.Popen([sys.executable, '-c', code])\n"
         f"    pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid))\n"
         "    time.sleep(600)\n"
     )
@@ -133,10 +135,12 @@ def test_gpu_check_overrides_a_managed_environment_alone(
 
 
 def test_gpu_scripts_need_no_other_library() -> None:
-    """A machine with a GPU may have PyTorch, Triton, pytest and hypothesis alone."""
-    others = ("matplotlib", "rich", "typer", "lightning", "torchvision", "pandas", "sklearn")
-    blocked = f"import sys; sys.modules |= dict.fromkeys({others}); sys.path.insert(0, 'bench')"
-    result = run_script("-c", f"{blocked}; import gpu, gpu_check")
+    """The scripts need only PyTorch, Triton, pytest and hypothesis."""
+    missing = ("matplotlib", "rich", "typer", "lightning", "torchvision", "pandas", "sklearn")
+    block_imports = (
+        f"import sys; sys.modules |= dict.fromkeys({missing}); sys.path.insert(0, 'bench')"
+    )
+    result = run_script("-c", f"{block_imports}; import gpu, gpu_check")
     assert result.returncode == 0, result.stderr
 
 

@@ -30,7 +30,7 @@ SIZE = Size(64, 16)
 
 
 def rows_of(size: Size, seconds: dict[str, float]) -> list[dict[str, Any]]:
-    """Rows of the results, in which forward takes half of the time."""
+    """Rows of the results, in which the forward pass takes half of the time."""
     cell = {"M": size.rows, "D": size.features}
     return [
         {
@@ -51,7 +51,7 @@ def rows_of(size: Size, seconds: dict[str, float]) -> list[dict[str, Any]]:
 def results_of(
     times: dict[Size, dict[str, float]], extra: dict[Size, dict[str, int]], **sections: Any
 ) -> dict[str, Any]:
-    """Results of a comparison that measured these seconds and bytes."""
+    """Results of a comparison that measured the given seconds and bytes."""
     empty: dict[str, Any] = {section: [] for section in comparison.SECTIONS}
     return {
         **empty,
@@ -72,7 +72,7 @@ def results_of(
 def with_intervals(
     results: dict[str, Any], intervals: dict[tuple[int, str], tuple[Any, Any, int]]
 ) -> dict[str, Any]:
-    """The results with the medians' ratios, and these intervals and numbers of rounds."""
+    """Add to the results the ratios of the medians, with these intervals and numbers of rounds."""
     medians = {
         (row["M"], row["name"]): row["median"] for row in results["rows"] if row["pass"] == BOTH
     }
@@ -176,9 +176,8 @@ def test_a_verdict_needs_an_interval_on_one_side() -> None:
         "M = 1024 (3 rounds; 8 are needed).",
         "In the other comparison with another candidate of the same loss cjepa_kernels is faster.",
     ]
-    assert (
-        "(99 % interval" not in report.verdict(results)[0]
-    )  # There were three rounds at the largest M.
+    # The largest M had three rounds, which are too few for an interval.
+    assert "(99 % interval" not in report.verdict(results)[0]
     cells = [dict(zip(report.HEADER, row, strict=True)) for row in report.table(results)]
     assert [row["99 % interval"] for row in cells[:3]] == ["", "0.98 to 1.01", "2.50 to 3.50"]
     assert [row["time / ours"] for row in cells[:3]] == ["1.00", "0.99", "3.00"]
@@ -205,7 +204,7 @@ def test_an_old_record_gives_medians_and_no_verdict() -> None:
 
 
 def test_the_busy_machine_of_three_calls_gets_no_verdict(tmp_path: Path) -> None:
-    """Ours took 7.58 x the other's time with overlapping spreads, so no verdict says "as fast"."""
+    """Three rounds whose times overlap are too few to say that one is faster or as fast."""
     times = {OURS: [0.4, 9.0, 0.3], EAGER: [0.5, 0.05, 0.9]}
     row = {"M": 256, "D": 256, "pass": BOTH, "bytes_moved": None}
     results = results_of({Size(256, 256): {OURS: 1.0}}, {})
@@ -220,10 +219,10 @@ def test_the_busy_machine_of_three_calls_gets_no_verdict(tmp_path: Path) -> None
     ]
     path = tmp_path / "results.json"
     path.write_text(records.as_json(results))
-    said = " ".join(report.verdict(report.load(path)))
-    assert "Too noisy to tell whether cjepa_kernels is faster or slower" in said
-    assert "as fast as" not in said
-    assert " is faster." not in said
+    sentences = " ".join(report.verdict(report.load(path)))
+    assert "Too noisy to tell whether cjepa_kernels is faster or slower" in sentences
+    assert "as fast as" not in sentences
+    assert " is faster." not in sentences
 
 
 def test_verdict_names_the_temperatures_that_a_dtype_has_no_gradient_for() -> None:
@@ -320,7 +319,7 @@ def test_a_directory_that_cannot_be_written_to_is_refused_before_anything_is_mea
 def test_plots_of_an_earlier_run_do_not_stay(tmp_path: Path) -> None:
     assert set(cli.PLOTS) == set(plots.PLOTS)
     (tmp_path / "temperature-dark.png").write_text("old")
-    (tmp_path / "mine.png").write_text("kept")
+    (tmp_path / "mine.png").write_text("a file of the user")
     cli.prepare(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
 

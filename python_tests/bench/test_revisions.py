@@ -1,4 +1,4 @@
-"""The statistics, processes and checkouts of ``make bench-compare``. No time is asserted."""
+"""Statistics, processes and checkouts of ``make bench-compare``. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -24,18 +24,21 @@ needs_native = pytest.mark.skipif(
 
 
 def turns(ratio: float, *, within: float = 0.02, between: float = 0.0, seed: int = 0) -> Any:
-    """Turns of 8 process pairs in which HEAD takes ``ratio`` times as long, with noise."""
+    """Times of 8 pairs of processes with 6 turns each, in which HEAD takes ``ratio`` times as long.
+
+    ``within`` is the noise from one turn to the next, ``between`` that from pair to pair.
+    """
     draw = random.Random(seed)
-    found = []
+    pairs = []
     for _ in range(8):
         shift = 1 + draw.uniform(-between, between)
-        found.append(
+        pairs.append(
             [
                 (1 + draw.uniform(-within, within), ratio * shift + draw.uniform(-within, within))
                 for _ in range(6)
             ]
         )
-    return found
+    return pairs
 
 
 @pytest.mark.parametrize(
@@ -44,11 +47,8 @@ def turns(ratio: float, *, within: float = 0.02, between: float = 0.0, seed: int
         (1.0, {}, "equal"),
         (1.1, {}, "slower"),
         (0.9, {}, "faster"),
-        (
-            1.01,
-            {"within": 0.001},
-            "equal",
-        ),  # The change is beyond the noise and too small to count.
+        # This change exceeds the noise, but it is within the margin.
+        (1.01, {"within": 0.001}, "equal"),
         (1.0, {"within": 0.5}, "unclear"),
         (1.0, {"between": 0.2}, "unclear"),
     ],
@@ -56,15 +56,15 @@ def turns(ratio: float, *, within: float = 0.02, between: float = 0.0, seed: int
 )
 def test_verdict_of_a_ratio(ratio: float, noise: dict[str, float], verdict: str) -> None:
     for seed in range(10):
-        found = compare.summarise(turns(ratio, seed=seed, **noise))
-        assert found.ratio.low <= found.ratio.value <= found.ratio.high
-        assert found.verdict == verdict
+        comparison = compare.summarise(turns(ratio, seed=seed, **noise))
+        assert comparison.ratio.low <= comparison.ratio.value <= comparison.ratio.high
+        assert comparison.verdict == verdict
     if not noise:
-        assert found.ratio.value == pytest.approx(ratio, abs=0.02)
+        assert comparison.ratio.value == pytest.approx(ratio, abs=0.02)
 
 
 def test_noise_between_processes_widens_the_interval() -> None:
-    """Many turns of few processes are not many measurements."""
+    """Turns of the same two processes are not independent of each other."""
     within = compare.summarise(turns(1.0)).ratio
     between = compare.summarise(turns(1.0, between=0.2)).ratio
     assert between.high - between.low > 2 * (within.high - within.low)
@@ -74,11 +74,11 @@ def test_statement_names_what_changed() -> None:
     cases = [compare.Case(Size(256, 64), direction) for direction in (FORWARD, BOTH)]
     same, slower = compare.summarise(turns(1.0)), compare.summarise(turns(1.2))
     both = "M=256 D=64 forward, M=256 D=64 forward+backward"
-    said = compare.statement(dict.fromkeys(cases, same))
-    assert said == f"HEAD is as fast, within 2 %: {both}"
-    said = compare.statement({cases[0]: same, cases[1]: slower}).splitlines()
-    assert said[0] == "HEAD is slower: M=256 D=64 forward+backward (20 %)"
-    assert said[1] == "HEAD is as fast, within 2 %: M=256 D=64 forward"
+    text = compare.statement(dict.fromkeys(cases, same))
+    assert text == f"HEAD is as fast, within 2 %: {both}"
+    lines = compare.statement({cases[0]: same, cases[1]: slower}).splitlines()
+    assert lines[0] == "HEAD is slower: M=256 D=64 forward+backward (20 %)"
+    assert lines[1] == "HEAD is as fast, within 2 %: M=256 D=64 forward"
     few = compare.summarise(turns(1.2)[:7])
     assert compare.statement({cases[0]: few}) == "Too noisy to tell: M=256 D=64 forward"
     assert compare.table({cases[0]: few})[0][-2:] == ["", "unclear"]
@@ -94,9 +94,9 @@ def request(direction: str) -> dict[str, Any]:
 @needs_native
 def test_processes_take_turns() -> None:
     requests = [request(direction) for direction in (FORWARD, BOTH)]
-    found = revisions.measure_in_turn(ROOT, ROOT, requests, processes=1, rounds=2)
-    assert len(found) == len(requests)
-    for of_request in found:
+    times = revisions.measure_in_turn(ROOT, ROOT, requests, processes=1, rounds=2)
+    assert len(times) == len(requests)
+    for of_request in times:
         ((first, second),) = of_request
         assert min(*first, *second) > 0
 
@@ -122,7 +122,7 @@ def test_a_process_that_ends_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository whose second commit changes Python, and whose third changes C++."""
+    """A repository of three commits: the second changes Python, the third changes C++."""
     root = tmp_path / "repository"
     for folder in ("csrc", "cjepa_kernels"):
         (root / folder).mkdir(parents=True)

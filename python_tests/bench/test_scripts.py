@@ -1,4 +1,4 @@
-"""The CPU benchmarks run, compare equal formulas, and judge targets. No time is asserted."""
+"""The CPU benchmarks run, compare equal formulas, and judge targets. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def reference(z_i: torch.Tensor, z_j: torch.Tensor) -> tuple[torch.Tensor, tuple
 
 
 def measured(part: str, direction: str, **seconds: float) -> list[dict[str, Any]]:
-    """Rows of the results file for one cell at ``SIZE``."""
+    """Rows of the results file at ``SIZE``, with the median seconds of each candidate."""
     return [
         {
             "part": part,
@@ -57,8 +57,8 @@ def test_formula_equals_the_reference(name: str, batch: int) -> None:
     gradients = torch.autograd.grad(loss, (z_i, z_j))
     expected_loss, expected = reference(z_i, z_j)
     assert relative_error(loss, expected_loss) <= FLOOR_VALUE[torch.float64]
-    for actual, wanted in zip(gradients, expected, strict=True):
-        assert relative_error(actual, wanted) <= FLOOR_GRADIENT[torch.float64]
+    for actual, expected_gradient in zip(gradients, expected, strict=True):
+        assert relative_error(actual, expected_gradient) <= FLOOR_GRADIENT[torch.float64]
 
 
 @pytest.mark.parametrize("rows", [4, 34, 1200], ids=["tiny", "odd", "three_blocks"])
@@ -204,8 +204,8 @@ def test_results_are_written_with_their_environment_and_drawn(
     sections = bench.run(bench.QUICK, list(bench.PARTS), 0.0, compiled=False)
     path = records.write_results("nt_xent_cpu", **sections)
     results = json.loads(path.read_text())
-    known = {"device", "threads", "instruction_set", "torch", "python", "commit", "date"}
-    assert known <= results["environment"].keys()
+    expected_keys = {"device", "threads", "instruction_set", "torch", "python", "commit", "date"}
+    assert expected_keys <= results["environment"].keys()
     for row in results["rows"]:
         assert {"M", "D", "pass", "name", "median", "p20", "p80", "rounds"} <= row.keys()
         assert row["over_mm"] is None or row["over_mm"] > 0
@@ -226,14 +226,14 @@ def test_memory_verdict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "seconds", "said"),
+    ("arguments", "seconds", "message"),
     [(["--quick"], 0.1, "not written"), (["--no-save"], 3.0, ""), ([], 3.0, "written: ")],
     ids=["quick", "no_save", "whole"],
 )
 def test_only_a_whole_run_is_recorded(
     arguments: list[str],
     seconds: float,
-    said: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -245,8 +245,8 @@ def test_only_a_whole_run_is_recorded(
     command_line.save(options, "name", [{"M": 4}])
     assert (tmp_path / "name.json").exists() == (not arguments)
     printed = capsys.readouterr().out
-    assert printed.startswith(said)
-    assert bool(printed) == bool(said)
+    assert printed.startswith(message)
+    assert bool(printed) == bool(message)
 
 
 def test_micro_benchmarks_run_once_without_timing() -> None:

@@ -23,7 +23,7 @@ from cjepa_kernels.bench.verdict import (
 
 
 class FakeMachine:
-    """Calls with invented times, and a clock that goes forward by them."""
+    """Calls whose times are prescribed, and a clock that advances by these times."""
 
     def __init__(self, seconds: dict[str, Callable[[int], float]]) -> None:
         self.calls: dict[str, Run] = {name: lambda name=name: name for name in seconds}
@@ -33,10 +33,10 @@ class FakeMachine:
 
     def clock(self, run: Run) -> float:
         name = str(run())
-        took = self.seconds[name](self.order.count(name))
+        seconds = self.seconds[name](self.order.count(name))
         self.order.append(name)
-        self.time += took
-        return took
+        self.time += seconds
+        return seconds
 
     def now(self) -> float:
         return self.time
@@ -69,7 +69,10 @@ def verdict(ours: list[float], other: list[float]) -> str:
 
 
 def test_the_interval_is_that_of_the_sign_test() -> None:
-    """With 16 blocks k is 3: the interval misses with probability 2 (1 + 16 + 120) / 2^16."""
+    """With 16 blocks the interval goes from the third smallest ratio to the third largest.
+
+    The true ratio lies outside with probability 2 (1 + 16 + 120) / 2^16.
+    """
     ratios = [1.0 + i / 10 for i in range(16)]
     shuffled = random.Random(0).sample(ratios, 16)
     assert ratio_of([1.0] * 16, shuffled) == Ratio(
@@ -90,10 +93,10 @@ def test_quiet_times_are_decided_by_the_fewest_rounds() -> None:
 
 
 def test_three_calls_prove_nothing_however_far_apart_they_are() -> None:
-    found = ratio_of([1.0, 1.0, 1.0], [0.13, 0.14, 0.12])
-    assert found.verdict() == "unclear"
-    assert (found.low, found.high, found.rounds) == (None, None, 3)
-    assert found.value == pytest.approx(0.13)
+    ratio = ratio_of([1.0, 1.0, 1.0], [0.13, 0.14, 0.12])
+    assert ratio.verdict() == "unclear"
+    assert (ratio.low, ratio.high, ratio.rounds) == (None, None, 3)
+    assert ratio.value == pytest.approx(0.13)
     assert verdict([1.0] * (MIN_ROUNDS - 1), [9.0] * (MIN_ROUNDS - 1)) == "unclear"
     assert verdict([1.0] * MIN_ROUNDS, [9.0] * MIN_ROUNDS) == "faster"
 
@@ -102,19 +105,19 @@ def test_noise_that_hides_the_difference_is_unclear() -> None:
     draw = random.Random(3)
     ours = [math.exp(draw.gauss(0, 1.0)) for _ in range(24)]
     other = [0.9 * math.exp(draw.gauss(0, 1.0)) for _ in range(24)]
-    found = ratio_of(ours, other)
-    assert found.verdict() == "unclear"
-    assert found.low is not None
-    assert found.high is not None
-    assert found.low < 1 < found.high
+    ratio = ratio_of(ours, other)
+    assert ratio.verdict() == "unclear"
+    assert ratio.low is not None
+    assert ratio.high is not None
+    assert ratio.low < 1 < ratio.high
 
 
 def test_a_drift_of_the_machine_cancels_in_the_ratios() -> None:
-    """The machine becomes six times as slow, and the medians' spread hides a difference of 20 %."""
+    """The machine becomes six times as slow, which hides a difference of 20 % in the medians."""
     speed = [1 + 5 * i / 31 for i in range(32)]
-    found = ratio_of(speed, [1.2 * s for s in speed])
-    assert found.verdict() == "faster"
-    assert found.low == found.high == pytest.approx(1.2)
+    ratio = ratio_of(speed, [1.2 * s for s in speed])
+    assert ratio.verdict() == "faster"
+    assert ratio.low == ratio.high == pytest.approx(1.2)
 
 
 def test_a_ratio_that_drifts_across_one_is_unclear() -> None:
@@ -123,7 +126,7 @@ def test_a_ratio_that_drifts_across_one_is_unclear() -> None:
 
 
 def test_a_spell_of_load_counts_as_what_it_hits_not_as_many_rounds() -> None:
-    """One spell of load hits half of 400 rounds. Blocks differ by it, so the interval is wide."""
+    """One spell of load slows half of 400 rounds. Whole blocks differ, so the interval is wide."""
     other = [1.5] * 190 + [0.2] * 210
     assert verdict([1.0] * 400, other) == "unclear"
     assert verdict([1.0] * 400, [1.5] * 400) == "faster"
@@ -135,9 +138,9 @@ def test_outliers_do_not_decide() -> None:
         other[i] = 0.01  # Eight calls seem a hundred times as fast.
     for i in range(5, 64, 9):
         ours[i] = 50.0
-    found = ratio_of(ours, other)
-    assert found.verdict() == "faster"
-    assert found.value == pytest.approx(1.3)
+    ratio = ratio_of(ours, other)
+    assert ratio.verdict() == "faster"
+    assert ratio.value == pytest.approx(1.3)
 
 
 def test_a_difference_within_the_margin_is_none() -> None:
@@ -147,7 +150,7 @@ def test_a_difference_within_the_margin_is_none() -> None:
 
 
 def test_chance_alone_hardly_ever_makes_a_verdict() -> None:
-    """Candidates are equal, the noise is large, and it is looked again while it is unclear."""
+    """The candidates are equal, and ``settle`` adds rounds while the noise leaves them unclear."""
     wrong, rounds = 0, 0
     for seed in range(150):
         machine = FakeMachine({"ours": noisy(1, seed=seed), "other": noisy(1, seed=-1 - seed)})
@@ -156,18 +159,18 @@ def test_chance_alone_hardly_ever_makes_a_verdict() -> None:
         rounds += len(times["ours"])
         wrong += verdict(times["ours"], times["other"]) in ("faster", "slower")
     assert rounds > 150 * 4 * MIN_ROUNDS
-    assert wrong <= 6  # There are four looks at 1 % each in 150 tries.
+    assert wrong <= 6  # 150 tries with four looks each, and 1 % error per look.
 
 
 def test_a_real_difference_is_found_by_more_rounds() -> None:
-    found = 0
+    decided = 0
     for seed in range(20):
         machine = FakeMachine(
             {"ours": noisy(1, seed=seed, sigma=0.3), "other": noisy(1.5, seed=-1 - seed, sigma=0.3)}
         )
         times = machine.rounds(seconds=5)
-        found += not machine.settle(times, seconds=500)
-    assert found == 20
+        decided += not machine.settle(times, seconds=500)
+    assert decided == 20
 
 
 def test_clear_candidates_are_not_timed_further() -> None:
@@ -181,7 +184,7 @@ def test_clear_candidates_are_not_timed_further() -> None:
     assert machine.settle(times, seconds=60) == ["unclear"]
     assert len(times["clear"]) == before["clear"]
     assert len(times["unclear"]) == len(times["ours"]) > before["ours"]
-    assert 60 <= machine.time - start < 60 + 10  # A round that was begun is finished.
+    assert 60 <= machine.time - start < 60 + 10  # A round that has begun is finished.
     assert verdict(times["ours"], times["clear"]) == "faster"
 
 
@@ -211,10 +214,10 @@ def test_the_order_of_a_round_is_reversed_in_the_next() -> None:
 
 
 def test_blocks_take_in_every_round() -> None:
-    """Every round counts, also if the number of blocks does not divide that of the rounds."""
+    """Every round counts, even if their number is no multiple of the number of blocks."""
     for count in range(1, 3 * BLOCKS):
-        found = ratio_of([1.0] * count, [2.0] * count)
-        assert (found.value, found.rounds) == (2.0, count)
+        ratio = ratio_of([1.0] * count, [2.0] * count)
+        assert (ratio.value, ratio.rounds) == (2.0, count)
 
 
 def test_the_rules_are_those_of_the_page() -> None:

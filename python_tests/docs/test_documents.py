@@ -1,4 +1,4 @@
-"""The documents: their code runs, their links, commands and keys are there."""
+"""The documents: their code runs, and their links, commands and keys exist."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def prose(document: Path) -> str:
 
 
 def commands(document: Path) -> Iterator[str]:
-    """What the document shows as code and is not Python: lines of blocks, and words in the text."""
+    """The code of a document that is not Python: lines of code blocks, and code in the text."""
     text = document.read_text(encoding="utf-8")
-    text = re.sub(r"^Measured by `[^`]+`", "", text, flags=re.MULTILINE)  # A command of its commit.
+    # A command after "Measured by" belongs to the recorded commit, so it may no longer exist.
+    text = re.sub(r"^Measured by `[^`]+`", "", text, flags=re.MULTILINE)
     for match in FENCED.finditer(text):
         if match[2] != "python":
             yield from match[3].splitlines()
@@ -55,7 +56,7 @@ WITH_CODE = [document for document in DOCUMENTS if python_blocks(document)]
 @pytest.mark.parametrize("document", WITH_CODE, ids=name_of)
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_code_runs(document: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)  # where a reader is who runs commands of the documents
+    monkeypatch.chdir(ROOT)  # Readers run the documents' commands in this directory.
     for name, module in peers.stand_ins().items():
         monkeypatch.setitem(sys.modules, name, module)
     namespace: dict[str, Any] = {"__name__": "document"}
@@ -70,7 +71,7 @@ def test_most_pages_have_code() -> None:
 
 
 def slugs(heading: str) -> set[str]:
-    """The anchor of a heading on GitHub and on the site."""
+    """The anchor of a heading on GitHub, and the one on the site."""
     words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
     ascii_words = unicodedata.normalize("NFKD", words).encode("ascii", "ignore").decode()
     github = re.sub(r"[^\w\s-]", "", words.lower()).strip().replace(" ", "-")
@@ -80,7 +81,7 @@ def slugs(heading: str) -> set[str]:
 
 @cache
 def anchors(document: Path) -> frozenset[str]:
-    """Those that lead to a heading on GitHub and on the site alike."""
+    """The anchors of a document that are the same on GitHub and on the site."""
     headings = re.findall(r"^#+ +(.*)$", prose(document), re.MULTILINE)
     return frozenset(slug for h in headings for slug in slugs(h) if len(slugs(h)) == 1)
 
@@ -105,14 +106,14 @@ def make_targets() -> set[str]:
 
 def test_make_targets_exist() -> None:
     targets = make_targets()
-    asked = {
+    mentioned = {
         (name_of(document), target)
         for document in DOCUMENTS
         for command in commands(document)
         for target in re.findall(r"^make ([a-z][\w-]*)", command)
     }
-    assert len(asked) > 10
-    assert not {entry for entry in asked if entry[1] not in targets}
+    assert len(mentioned) > 10
+    assert not {entry for entry in mentioned if entry[1] not in targets}
 
 
 def test_contributing_points_to_make_help() -> None:
@@ -124,33 +125,33 @@ def test_contributing_points_to_make_help() -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_help_names_every_target() -> None:
-    said = subprocess.run(
+    printed = subprocess.run(
         ["make", "--no-print-directory", "help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    named = re.findall(r"^make ([a-z][\w-]*) +\S", said, re.MULTILINE)
+    named = re.findall(r"^make ([a-z][\w-]*) +\S", printed, re.MULTILINE)
     assert set(named) == make_targets()
     assert len(named) == len(set(named))
 
 
 def test_install_commands_agree_with_the_build() -> None:
-    """An old setuptools is replaced, and nothing is fetched by the package's name from an index."""
+    """The commands replace an old setuptools, and none takes the package from an index by name."""
     pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     setuptools = re.search(r'requires = \["(setuptools>=\d+)"', pyproject)
     assert setuptools is not None
-    asked = [
+    installs = [
         (name_of(document), command)
         for document in DOCUMENTS
         for command in commands(document)
         if "pip install" in command
     ]
-    tools = [(page, command) for page, command in asked if "setuptools" in command]
+    tools = [(page, command) for page, command in installs if "setuptools" in command]
     assert {page for page, _ in tools} >= {"docs/start.md", *migration_pages()}
     assert not [entry for entry in tools if f"'{setuptools[1]}'" not in entry[1]]
-    assert not [entry for entry in asked if re.search(r"install .*cjepa[_-]kernels", entry[1])]
+    assert not [entry for entry in installs if re.search(r"install .*cjepa[_-]kernels", entry[1])]
 
 
 def migration_pages() -> set[str]:
@@ -166,7 +167,7 @@ def test_scripts_exist() -> None:
 
 def test_cjepa_commands_and_options_exist() -> None:
     group: Any = typer.main.get_command(app)
-    found = 0
+    checked = 0
     for document in DOCUMENTS:
         for command in commands(document):
             match = re.match(r"cjepa (\w+)(.*)", command)
@@ -176,8 +177,8 @@ def test_cjepa_commands_and_options_exist() -> None:
             assert match[1] in group.commands, where
             options = {o for p in group.commands[match[1]].params for o in p.opts}
             assert set(re.findall(r"--[\w-]+", match[2])) <= options, where
-            found += 1
-    assert found > 5
+            checked += 1
+    assert checked > 5
 
 
 def test_keys_of_experiments_exist() -> None:
@@ -187,7 +188,7 @@ def test_keys_of_experiments_exist() -> None:
         for document in DOCUMENTS
         for command in commands(document)
         for key, value in pattern.findall(command)
-        if not value.isupper()  # a placeholder
+        if not value.isupper()  # This is a placeholder.
     }
     assert len(pairs) > 5
     for key, value in sorted(pairs):

@@ -1,4 +1,4 @@
-"""The figures of the documents are those of the records: generating them changes nothing."""
+"""The documents contain the figures of the records: generating them again changes nothing."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def block(name: str) -> str:
 
 
 def test_a_block_is_replaced_and_the_rest_of_the_page_kept() -> None:
-    made = generate(block("memory_cpu"), "page.md")
+    page = generate(block("memory_cpu"), "page.md")
     start, end = (
         "Before\n\n<!-- figures: memory_cpu -->\n\n| M |",
         "|\n\n<!-- end of figures -->\n\nAfter\n",
     )
-    assert made.startswith(start)
-    assert made.endswith(end)
-    assert "old" not in made
+    assert page.startswith(start)
+    assert page.endswith(end)
+    assert "old" not in page
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_marker_without_a_partner_or_a_template_is_an_error(text: str, message
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Records are read from an empty directory, and none of them is remembered."""
+    """Read records from an empty directory, and clear the cache of records."""
     (tmp_path / MEMORY).parent.mkdir(parents=True)
     monkeypatch.setattr(generate_figures, "ROOT", tmp_path)
     generate_figures.record.cache_clear()

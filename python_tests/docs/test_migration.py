@@ -1,4 +1,4 @@
-"""docs/migrate: the code before and the code after have the same loss and gradients."""
+"""Pages of docs/migrate: the code before and the code after have the same loss and gradients."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run_under(page: str, heading: str, namespace: dict[str, Any] | None = None) 
 
 
 def run_page(page: str) -> dict[str, Any]:
-    """Run all blocks, as a reader does who follows the page."""
+    """Run all blocks in the order of the page."""
     namespace: dict[str, Any] = {"__name__": "document"}
     for block in python_blocks(DOCS / "migrate" / f"{page}.md"):
         run_block(block, namespace)
@@ -72,66 +72,71 @@ def test_there_are_four_pages() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 def test_the_bank_is_that_of_lightly(dtype: torch.dtype) -> None:
     page = run_page("lightly")
-    here = page["NTXentWithBank"](memory_bank_size=(25, 16)).to(dtype)
-    there = importlib.import_module("lightly.loss").NTXentLoss(memory_bank_size=(25, 16)).to(dtype)
-    assert here.temperature == there.temperature == 0.5
-    torch.testing.assert_close(here.bank.norm(dim=1), torch.ones(25, dtype=dtype))
-    assert set(here.state_dict()) == {"bank", "position"}
-    there.memory_bank.bank.copy_(F.normalize(there.memory_bank.bank, dim=1))  # unit in fp64 too
-    here.bank.copy_(there.memory_bank.bank)
+    ours = page["NTXentWithBank"](memory_bank_size=(25, 16)).to(dtype)
+    lightly_loss = importlib.import_module("lightly.loss").NTXentLoss
+    lightly = lightly_loss(memory_bank_size=(25, 16)).to(dtype)
+    assert ours.temperature == lightly.temperature == 0.5
+    torch.testing.assert_close(ours.bank.norm(dim=1), torch.ones(25, dtype=dtype))
+    assert set(ours.state_dict()) == {"bank", "position"}
+    # In fp64 too the rows must have norm 1.
+    lightly.memory_bank.bank.copy_(F.normalize(lightly.memory_bank.bank, dim=1))
+    ours.bank.copy_(lightly.memory_bank.bank)
     encoder = nn.Linear(32, 16, dtype=dtype)
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
 
     def compare(*, query_has_gradient: bool = True) -> None:
-        found = []
+        results = []
         views = torch.randn(2, 10, 32, dtype=dtype)
-        for loss_fn in (there, here):
+        for loss_fn in (lightly, ours):
             optimizer.zero_grad()
             z_i, z_j = encoder(views[0]), encoder(views[1])
-            loss = loss_fn(z_i, z_j.detach()) + loss_fn(z_j, z_i)  # two pushes, one backward
+            # The bank changes twice before backward.
+            loss = loss_fn(z_i, z_j.detach()) + loss_fn(z_j, z_i)
             if query_has_gradient:
                 loss.backward()
-            found.append((loss.detach(), gradients({"encoder": encoder})["encoder.weight"]))
-        (loss, gradient), (loss_here, gradient_here) = found
-        assert relative_error(loss_here, loss) <= FLOOR_VALUE[dtype]
+            results.append((loss.detach(), gradients({"encoder": encoder})["encoder.weight"]))
+        (loss, gradient), (our_loss, our_gradient) = results
+        assert relative_error(our_loss, loss) <= FLOOR_VALUE[dtype]
         if query_has_gradient:
-            assert relative_error(gradient_here, gradient) <= FLOOR_GRADIENT[dtype]
-        assert relative_error(here.bank, there.memory_bank.bank) <= FLOOR_VALUE[dtype]
-        assert here.position == there.memory_bank.bank_ptr
+            assert relative_error(our_gradient, gradient) <= FLOOR_GRADIENT[dtype]
+        assert relative_error(ours.bank, lightly.memory_bank.bank) <= FLOOR_VALUE[dtype]
+        assert ours.position == lightly.memory_bank.bank_ptr
 
     positions = []
     for _ in range(5):
         compare()
         optimizer.step()
-        positions.append(int(here.position))
-    assert positions == [20, 10, 0, 20, 10]  # the third push of ten is five, up to the last row
-    here.eval()
-    there.eval()
-    before = here.bank.clone()
+        positions.append(int(ours.position))
+    # Of the third ten rows only five fit, up to the last row of the bank.
+    assert positions == [20, 10, 0, 20, 10]
+    ours.eval()
+    lightly.eval()
+    before = ours.bank.clone()
     with torch.no_grad():
         compare(query_has_gradient=False)
-    assert torch.equal(here.bank, before)
+    assert torch.equal(ours.bank, before)
     compare()
-    assert not torch.equal(here.bank, before)
+    assert not torch.equal(ours.bank, before)
 
 
 @pytest.mark.usefixtures("projects")
 def test_a_bank_of_one_row() -> None:
-    """Its log-sum-exp is a single logit, near 0 where the row is orthogonal to the query."""
+    """The log-sum-exp is a single logit, which is near 0 if row and query are orthogonal."""
     bank = run_page("lightly")["NTXentWithBank"]
-    there = importlib.import_module("lightly.loss").NTXentLoss
+    lightly_loss = importlib.import_module("lightly.loss").NTXentLoss
     for seed in range(30):
         torch.manual_seed(seed)
-        here, lightly = bank(memory_bank_size=(1, 16)), there(memory_bank_size=(1, 16)).double()
-        lightly.memory_bank.bank.copy_(here.bank)
+        ours = bank(memory_bank_size=(1, 16))
+        lightly = lightly_loss(memory_bank_size=(1, 16)).double()
+        lightly.memory_bank.bank.copy_(ours.bank)
         z_i, z_j = torch.randn(2, 3, 16)
         with torch.no_grad():
             expected = lightly(z_i.double(), z_j.double())
-            assert relative_error(here(z_i, z_j), expected) <= FLOOR_VALUE[torch.float32] / 2
+            assert relative_error(ours(z_i, z_j), expected) <= FLOOR_VALUE[torch.float32] / 2
 
 
 def views_with_hard_pairs() -> tuple[Tensor, Tensor]:
-    """Aligned views, the last four of other samples."""
+    """Two aligned views, except that the last four pairs are of different samples."""
     generator = torch.Generator().manual_seed(0)
     z_i = torch.randn(64, 128, generator=generator)
     z_j = z_i + 0.6 * torch.randn(64, 128, generator=generator)
@@ -146,10 +151,10 @@ def test_reducers_are_those_of_metric_learning(temperature: float) -> None:
     embeddings, labels = torch.cat([z_i, z_j]), torch.arange(64).repeat(2)
     terms = nt_xent(z_i, z_j, temperature=temperature, reduction="none").loss
     theirs = losses.NTXentLoss(temperature, reducer=reducers.DoNothingReducer())
-    kept = (theirs(embeddings, labels)["loss"]["losses"] > 0).sum()
-    assert (terms > 2**-24).sum() == kept
+    nonzero = (theirs(embeddings, labels)["loss"]["losses"] > 0).sum()
+    assert (terms > 2**-24).sum() == nonzero
     if temperature <= 0.02:
-        assert (terms > 0).sum() > 2 * kept
+        assert (terms > 0).sum() > 2 * nonzero
     for options, reducer in (
         ({}, reducers.AvgNonZeroReducer()),
         ({"low": 0.1}, reducers.ThresholdReducer(low=0.1)),
@@ -179,7 +184,7 @@ def test_labels_in_any_order() -> None:
 
 
 def test_without_negatives() -> None:
-    """One pair, and a mask of all True."""
+    """There are no negatives with a single pair, or with a mask that is True everywhere."""
     z = torch.randn(2, 8, 16, requires_grad=True)
     for out in (
         nt_xent(z[0, :1], z[1, :1]),
@@ -209,15 +214,16 @@ def test_where_gradients_vanish_in_fp16(temperature: float) -> None:
     assert zeros[torch.float32] < 0.01
 
 
-def contrasted(
+def image_text_pairs(
     samples: int, features: int, noise: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """Features (B, D) of images, and the same with added noise as those of their texts."""
     image = torch.randn(samples, features)
     return image.to(dtype), (image + noise * torch.randn(samples, features)).to(dtype)
 
 
 def direction_losses(image: Tensor, text: Tensor, rounded: torch.dtype) -> Tensor:
-    """(2, B) losses of both directions at a scale of 100, in fp64 from unit rows rounded alike."""
+    """Losses (2, B) of both directions at a scale of 100, in fp64 from rounded unit rows."""
     rows = [F.normalize(z.float(), dim=1).to(rounded).double() for z in (image, text)]
     logits = 100 * rows[0] @ rows[1].T
     return torch.stack([logits.logsumexp(dim) - logits.diagonal() for dim in (1, 0)])
@@ -226,12 +232,12 @@ def direction_losses(image: Tensor, text: Tensor, rounded: torch.dtype) -> Tenso
 @pytest.mark.usefixtures("projects")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, "autocast"])
 def test_clip_in_half_precision(dtype: Any) -> None:
-    """Aligned pairs at a scale of 100 have a loss of 0, and no loss is negative."""
+    """At a scale of 100 the losses are near those in fp64, and no loss is negative."""
     page = run_page("open_clip")
     autocast = dtype == "autocast"
     scale = torch.tensor(100.0)
     for samples, features, noise in ((1, 8, 0.0), (64, 32, 0.0), (512, 256, 0.05), (96, 16, 1.0)):
-        inputs = contrasted(samples, features, noise, torch.float32 if autocast else dtype)
+        inputs = image_text_pairs(samples, features, noise, torch.float32 if autocast else dtype)
         image, text = (z.requires_grad_() for z in inputs)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             losses = [page["clip_loss"](image, text, scale)]
@@ -242,7 +248,8 @@ def test_clip_in_half_precision(dtype: Any) -> None:
         means = [expected.mean(), expected.mean(), *expected]
         for loss, mean in zip(losses, means, strict=True):
             assert loss >= 0
-            # A feature between two numbers of the dtype may be rounded either way: a logit by 0.1.
+            # A feature between two numbers of the dtype may be rounded to either of them, which
+            # changes a logit by up to 0.1.
             bound = 1e-4 + 0.1 / samples * (rounded != torch.float32)
             assert abs(loss - mean) <= bound + 1e-3 * mean
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -258,8 +265,8 @@ def test_clip_in_half_precision(dtype: Any) -> None:
 
 
 def test_a_cosine_in_bf16_is_off_by_a_hundredth() -> None:
-    """What the page warns of."""
-    image, text = contrasted(256, 1024, 0.05, torch.bfloat16)
+    """The page warns of this error."""
+    image, text = image_text_pairs(256, 1024, 0.05, torch.bfloat16)
     rows = [F.normalize(z.float(), dim=1).bfloat16().double() for z in (image, text)]
     exact = (rows[0] * rows[1]).sum(dim=1)
     assert 0.003 < (F.cosine_similarity(image, text) - exact).abs().max() < 0.015
@@ -279,7 +286,7 @@ def test_the_retrieval_accuracy_is_that_of_the_similarities(
             return float(accuracy_of(image, text))
 
     for samples, features, noise in ((64, 32, 0.0), (200, 16, 1.0), (200, 8, 3.0)):
-        image, text = contrasted(samples, features, noise, dtype)
+        image, text = image_text_pairs(samples, features, noise, dtype)
         s = F.normalize(image.double(), dim=1) @ F.normalize(text.double(), dim=1).T
         others = s.masked_fill(torch.eye(samples, dtype=torch.bool), -torch.inf)
         margin = (s.diagonal() - others.amax(dim=1)).abs().amin()
@@ -287,9 +294,9 @@ def test_the_retrieval_accuracy_is_that_of_the_similarities(
         expected = (s.diagonal() > others.amax(dim=1)).double().mean()
         assert accuracy(image, text) == pytest.approx(expected.item(), abs=0.006)
         assert expected == 1 if noise == 0 else expected < 1
-    image, text = contrasted(64, 32, 0.0, dtype)
+    image, text = image_text_pairs(64, 32, 0.0, dtype)
     same = image[:1].repeat(64, 1)
-    assert accuracy(same, same) == 0  # every other text is as near
+    assert accuracy(same, same) == 0  # Every other text is equally similar.
     text[1] = text[0]
     image[1] = image[0]
     assert accuracy(image, text) == pytest.approx(62 / 64)
@@ -298,7 +305,7 @@ def test_the_retrieval_accuracy_is_that_of_the_similarities(
 
 @pytest.mark.usefixtures("projects")
 def test_extra_keys_are_negatives() -> None:
-    """Sixteen queries, forty keys."""
+    """With 16 queries and 40 keys, every query has the last 24 keys as further negatives."""
     info_nce = run_page("open_clip")["info_nce"]
     query, key = torch.randn(16, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
     logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / 0.07
@@ -324,7 +331,10 @@ def test_what_one_gains_is_what_was_recorded(page: str) -> None:
 
 
 def clip_of_ranks(function: str) -> tuple[float, dict[str, Tensor]]:
-    """The page's loss of a whole batch, or of this rank's half; gradients as DDP averages them."""
+    """The loss and gradients of the page's code, averaged over the ranks as DDP averages them.
+
+    Each rank has an equal share of the batch. Without a group, one process has the whole batch.
+    """
     torch.set_default_dtype(torch.float64)
     page = run_under("open_clip", "After")
     run_under("open_clip", "Many GPUs", page)
@@ -342,19 +352,19 @@ def clip_of_ranks(function: str) -> tuple[float, dict[str, Tensor]]:
     features = page["image_tower"](images[own]), page["text_tower"](texts[own])
     loss = page[function](*features, page["log_scale"].exp())
     loss.backward()
-    found = gradients(page)
+    averaged = gradients(page)
     total = loss.detach().clone()
     if dist.is_initialized():
-        for tensor in (total, *found.values()):
+        for tensor in (total, *averaged.values()):
             dist.all_reduce(tensor)
             tensor /= ranks
     torch.set_default_dtype(torch.float32)
-    return total.item(), found
+    return total.item(), averaged
 
 
 def test_clip_loss_of_all_ranks_is_that_of_one_process(ranks: Callable[[int], Ranks]) -> None:
     loss, expected = clip_of_ranks("clip_loss")
-    for total, found in ranks(2).run(clip_of_ranks, "clip_loss_of_all_ranks"):
+    for total, averaged in ranks(2).run(clip_of_ranks, "clip_loss_of_all_ranks"):
         assert total == pytest.approx(loss, rel=FLOOR_VALUE[torch.float64])
         for name, gradient in expected.items():
-            assert relative_error(found[name], gradient) <= FLOOR_GRADIENT[torch.float64], name
+            assert relative_error(averaged[name], gradient) <= FLOOR_GRADIENT[torch.float64], name

@@ -1,4 +1,4 @@
-"""The recorded results meet their targets, and the advisor's thresholds are derived from them."""
+"""The recorded results meet their targets, and they support the advisor's thresholds."""
 
 from __future__ import annotations
 
@@ -66,12 +66,14 @@ def test_rules_of_the_advisor_are_those_of_the_guide() -> None:
     )
 
 
-TRAINED, ALONE = ("cjepa", "contrastive"), ("jepa",)  # arms that train the term, and that do not
-AT_CHANCE = 1 / (2 * 64 - 1)  # accuracy at chance with the batches of all recorded comparisons
+# Arms that train the contrastive term, and the arm that does not.
+TRAINED, ALONE = ("cjepa", "contrastive"), ("jepa",)
+# Accuracy at chance. Every recorded comparison has a batch size of 64.
+AT_CHANCE = 1 / (2 * 64 - 1)
 
 
 def recorded_runs(arms: tuple[str, ...], *names: str) -> Iterator[tuple[ArmRun, float]]:
-    """The runs of some arms in recorded comparisons (default: all), each with its warm-up."""
+    """Each run of some arms in recorded comparisons (default: all), and its warm-up in epochs."""
     for name in names or COMPARISONS:
         comparison = load_comparison(ROOT / "docs" / "results" / f"{name}.json")
         trainer = comparison.config["trainer"]
@@ -83,7 +85,7 @@ def recorded_runs(arms: tuple[str, ...], *names: str) -> Iterator[tuple[ArmRun, 
 def medians(
     history: list[dict[str, float]], warmup: float, key: str, since: int = 0
 ) -> list[float]:
-    """What the advisor judges: medians that end ``since`` epochs after warm-up or later."""
+    """The medians that the advisor judges, if they end ``since`` epochs after warm-up or later."""
     values = [
         row["contrastive_pos_sim"] - row["contrastive_neg_sim"] if key == "gap" else row[key]
         for row in history[math.floor(warmup) :]
@@ -93,33 +95,33 @@ def medians(
 
 
 def judged(arms: tuple[str, ...], key: str, since: int = 0, *names: str) -> list[float]:
-    """The medians of a metric in all runs of some arms."""
+    """The medians of a metric in all runs of some arms, in one list."""
     runs = recorded_runs(arms, *names)
     return [value for run, warmup in runs for value in medians(run.history, warmup, key, since)]
 
 
 def gaps(arms: tuple[str, ...]) -> list[tuple[float, float]]:
-    """The gap and its growth over the patience, wherever the advisor judges them."""
-    found = []
+    """The gap and its growth over ``PATIENCE`` epochs, at every epoch that the advisor judges."""
+    gaps_and_growths = []
     for run, warmup in recorded_runs(arms):
         values = medians(run.history, warmup, "gap")
         later = values[advisor.PATIENCE :]
-        found += [(now, now - values[start]) for start, now in enumerate(later)]
-    return found
+        gaps_and_growths += [(now, now - values[start]) for start, now in enumerate(later)]
+    return gaps_and_growths
 
 
 def up(value: float) -> str:
-    """Two decimals that no value is above."""
+    """The value, rounded up to two decimals."""
     return f"{math.ceil(100 * value) / 100:.2f}"
 
 
 def down(value: float) -> str:
-    """Two decimals that no value is below."""
+    """The value, rounded down to two decimals."""
     return f"{math.floor(100 * value) / 100:.2f}"
 
 
 def advisor_run(setting: str) -> Any:
-    """A run that was made for the advisor, with a fault or an unusual value."""
+    """A run that was recorded for the advisor, with a fault or an unusual setting."""
     return next(r for r in record("docs/results/advisor.json")["runs"] if r["setting"] == setting)
 
 
@@ -129,7 +131,12 @@ def of_run(setting: str, key: str) -> list[float]:
 
 
 def evidence() -> Iterator[tuple[str, bool, str]]:
-    """A rule, whether the groups lie on their sides of its threshold, and the numbers of a note."""
+    """Rules of the advisor, each with its evidence in the recorded runs.
+
+    Yields:
+        The rule, whether its threshold separates the recorded groups, and a text that its note must
+        contain.
+    """
     patience = advisor.PATIENCE
     highest = max(judged(TRAINED, "contrastive_loss", patience)) / -math.log(AT_CHANCE)
     lowest = min(judged(ALONE, "contrastive_loss", patience)) / -math.log(AT_CHANCE)
@@ -191,22 +198,22 @@ def evidence() -> Iterator[tuple[str, bool, str]]:
     similar = max(judged(TRAINED + ALONE, "contrastive_neg_sim"))
     narrowest = min(judged(TRAINED + ALONE, "cls_std"))
     equal = max(of_run("learning rate 0.1", "contrastive_neg_sim"))
-    few = advisor_run("learning rate 0.1")["evaluation"]["mean/few_label"]
+    few_label = advisor_run("learning rate 0.1")["evaluation"]["mean/few_label"]
     run, _ = next(recorded_runs(("cjepa",), "digits"))
     yield (
         "collapse",
         similar < advisor.COLLAPSE_SIMILARITY < equal and narrowest > advisor.COLLAPSE_STD,
         f"the negative similarity of the recorded comparisons was {up(similar)} at most, and the "
         f"spread of CLS {down(narrowest)} or more. A learning rate of 0.1 collapsed them: a "
-        f"negative similarity of {equal:.2f}, few-label probe {few:.1f} instead of "
+        f"negative similarity of {equal:.2f}, few-label probe {few_label:.1f} instead of "
         f"{run.evaluation['mean/few_label']:.1f}",
     )
 
 
 def test_thresholds_of_the_advisor_lie_between_the_recorded_groups() -> None:
-    found = list(evidence())
-    assert {rule for rule, _, _ in found} == set(advisor.NOTES)
-    for rule, separates, text in found:
+    rules = list(evidence())
+    assert {rule for rule, _, _ in rules} == set(advisor.NOTES)
+    for rule, separates, text in rules:
         assert separates, rule
         assert text in advisor.NOTES[rule]
 
@@ -240,7 +247,7 @@ def test_the_ring_meets_its_target_and_sends_what_the_formulas_say() -> None:
 
 
 def recorded_comparisons() -> list[Path]:
-    """What ``make bench-record`` wrote."""
+    """The records that ``make bench-record`` wrote."""
     paths = sorted((ROOT / "docs" / "results").glob("*.json"))
     return [path for path in paths if "roofs" in json.loads(path.read_text())]
 

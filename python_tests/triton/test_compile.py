@@ -1,4 +1,4 @@
-"""The Triton kernels compile for GPUs that are not here.
+"""The Triton kernels compile for GPUs that this machine need not have.
 
 The tests compile what a call would launch. They check that nothing spills, that products use the
 tensor cores, and that shared memory suffices.
@@ -25,13 +25,13 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 from cjepa_kernels.triton import cross_logsumexp, prediction_loss
 
 sys.path.insert(0, str(ROOT / "bench"))
-# The scripts of bench/ are no part of the package, so they are imported by name.
+# The scripts of bench/ are not part of the package, so they are imported by name.
 gpu_machine_code = importlib.import_module("gpu_machine_code")
 meta = gpu_machine_code.meta
 
 ARCHITECTURES = [80, 90, 100]
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one block may take
-TENSOR_CORE = {80: "HMMA.", 90: "HGMMA.", 100: "UTC"}  # how its instructions begin
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # Bytes of one block.
+TENSOR_CORE = {80: "HMMA.", 90: "HGMMA.", 100: "UTC"}  # Prefix of its instructions.
 # Kernels that multiply matrices.
 PRODUCTS = {
     "tiles_kernel",
@@ -40,7 +40,7 @@ PRODUCTS = {
     "products_kernel",
     "owned_rows_kernel",
 }
-THOROUGH = 90  # the architecture for which every case is compiled
+THOROUGH = 90  # Every case is compiled for this architecture.
 
 
 class Case(NamedTuple):
@@ -49,8 +49,8 @@ class Case(NamedTuple):
     rows: int
     features: int
     dtype: torch.dtype
-    options: dict[str, Any]  # options of the call that select other kernels or constants
-    architectures: tuple[int, ...]  # where it is compiled besides THOROUGH
+    options: dict[str, Any]  # Options of the call, which select kernels and constants.
+    architectures: tuple[int, ...]  # Architectures besides THOROUGH.
 
 
 # Compiling is slow, so each case is compiled for one or two more architectures. Together the cases
@@ -81,7 +81,7 @@ CASES = {
 
 @pytest.fixture
 def tf32(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Restore PyTorch's setting of tf32 for products of fp32."""
+    """Restore PyTorch's setting of tf32 for fp32 products after the test."""
     before = torch.backends.cuda.matmul.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
@@ -182,9 +182,9 @@ def test_rectangles_compile_without_spills(features: int, architecture: int) -> 
 @pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_large_products_of_planes_are_added_apart(architecture: int) -> None:
-    """The compiler has not merged their sum in fp32 into a product.
+    """The compiler must not merge the fp32 sum of the products into one of the products.
 
-    The sum inside the tensor cores cuts bits off.
+    A tensor core truncates the sums that it computes.
     """
     names = {"tiles_kernel", "coefficient_tiles_kernel", "products_kernel"}
     launches = gpu_machine_code.launches(architecture, nt_xent_call("fp32_mask"))
@@ -270,7 +270,7 @@ def test_memory_grows_with_the_rows_and_not_their_square(options: dict[str, Any]
 def test_the_prediction_loss_compiles_without_spills(
     features: int, dtype: torch.dtype, normalization: str, architecture: int
 ) -> None:
-    """The kernels are bound by memory, and a spill would read and write it once more."""
+    """The kernels are memory-bound, and a spill would add reads and writes."""
     call = prediction_call(features, dtype, normalization)
     for launch in dict.fromkeys(gpu_machine_code.launches(architecture, call)):
         binary = gpu_machine_code.compile_launch(launch, architecture)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: CUDA graphs, determinism, and a host that never waits for it."""
+"""Tests that need a GPU: CUDA graphs, determinism, and a host that never waits for the GPU."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_several_streams_do_not_disturb_each_other() -> None:
 
 
 def test_offsets_beyond_two_to_the_31st() -> None:
-    """With M D > 2^31 the last rows are packed like the first."""
+    """If M D is above 2^31, the last rows are packed correctly too."""
     rows, features = 2**21 + 128, 1024
     if torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB")

@@ -1,4 +1,4 @@
-"""Each repair of Triton's interpreter. Run the tests with TRITON_INTERPRET=1."""
+"""Tests of each repair of Triton's interpreter. Run them with TRITON_INTERPRET=1."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def round_kernel(x, out):  # type: ignore[no-untyped-def]
 def rounding_inputs() -> Tensor:
     """Numbers of random bits, among them ties, infinities and a NaN."""
     bits = torch.randint(-(2**31), 2**31, (1024,), dtype=torch.int64).to(torch.int32)
-    bits[::4] = (bits[::4] & ~0xFFFF) | 0x8000  # These lie half way between two neighbours.
+    bits[::4] = (bits[::4] & ~0xFFFF) | 0x8000  # These lie halfway between two bf16 numbers.
     x = bits.view(torch.float32).clone()
     x[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     return x

@@ -1,4 +1,4 @@
-"""Every schedule of the Triton kernels: panels, strips, squares, splits, both kinds of loads.
+"""Every schedule of the Triton kernels: panels, strips, squares, splits, and both kinds of loads.
 
 The tests of the operators compare values and gradients for every option. The sizes here are those
 at which the host chooses a schedule. Run the tests with TRITON_INTERPRET=1, or on a GPU.
@@ -24,15 +24,15 @@ from cjepa_kernels.triton import allows_tf32, configs, launch
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET", "0") == "1" else "cuda"
 HALF = [torch.bfloat16, torch.float16]
-# Bounds on the relative error of a result against fp64. The result's operands were rounded to the
-# dtype, those of fp64 were not.
+# Bounds on the relative error against the reference in fp64. The kernels round their operands to
+# this dtype, the reference does not.
 BOUND = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 @pytest.fixture(params=[False, True], ids=["pointers", "descriptors"])
 def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load blocks by pointers and by descriptors, whatever the device prefers."""
+    """Load blocks by pointers in one run and by descriptors in the other, on every device."""
     if DEVICE == "cuda" and request.param and not launch.has_tma(torch.device("cuda")):
         pytest.skip("this GPU has no tensor memory accelerator")
     monkeypatch.setattr(launch, "has_tma", lambda _: request.param)
@@ -40,12 +40,12 @@ def loads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.fixture
 def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workspace that holds one block of columns, or a square of one block."""
+    """Limit the workspace to one block of columns, or to a square of one block."""
     monkeypatch.setenv("CJEPA_WORKSPACE_MIB", "0.03")
 
 
 @pytest.fixture
-def instead(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def replace_entries(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """A function that replaces the table's entries for a kernel."""
 
     def replace(kernel: str, *entries: configs.Config) -> None:
@@ -60,7 +60,7 @@ def instead(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Treat a few blocks as many, so that there are inner tiles, strips of two blocks and edges."""
+    """Run small inputs by the schedule of large ones: inner tiles, strips of two blocks, edges."""
     monkeypatch.setattr(launch, "ONE_LAUNCH_BLOCKS", 1)
     monkeypatch.setattr(launch, "RUN_LENGTH", 2)
 
@@ -78,7 +78,7 @@ def check_nt_xent(
 ) -> None:
     """Compare the loss of each anchor and the gradients with the reference in fp64.
 
-    The operands are rounded to the mantissa of ``rounded``, or of ``dtype`` without it.
+    The bound is that of operands in ``rounded`` (default: ``dtype``).
     """
     bound = BOUND[rounded or dtype]
     z = tuple(torch.randn(batch, features, device=DEVICE).to(dtype) for _ in range(2))
@@ -131,7 +131,9 @@ def test_strips_and_edges(batch: int, features: int) -> None:
 @pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("pipelined", [False, True])
 @pytest.mark.parametrize("fold", [False, True])
-def test_every_kind_of_strip(pipelined: bool, fold: bool, instead: Callable[..., None]) -> None:
+def test_every_kind_of_strip(
+    pipelined: bool, fold: bool, replace_entries: Callable[..., None]
+) -> None:
     entry = configs.Config(
         architecture=0,
         kernel="strips",
@@ -143,7 +145,7 @@ def test_every_kind_of_strip(pipelined: bool, fold: bool, instead: Callable[...,
         pipelined=pipelined,
         fold=fold,
     )
-    instead("strips", entry)
+    replace_entries("strips", entry)
     check_nt_xent(201, 16, torch.float16)
     check_rectangle(300, 520, 16, torch.float16)
 
@@ -173,9 +175,9 @@ def test_panels_and_squares(options: dict[str, Any], dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_a_tie_of_the_positive_with_a_negative_is_no_hit(dtype: torch.dtype) -> None:
-    """It is none whichever of S_ab and S_ba the tiles compute."""
+    """This holds whether the tiles compute S_ab or S_ba."""
     z = torch.randn(2, 70, 96, device=DEVICE).to(dtype)
-    z = torch.cat((z, z), 1)  # Every sample is there twice.
+    z = torch.cat((z, z), 1)  # Every sample occurs twice.
     assert nt_xent(z[0], z[1], backend="triton").accuracy.item() == 0
 
 
@@ -224,9 +226,9 @@ def test_owned_rows_in_splits(splits: int, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("rows", [64, 128])
 @pytest.mark.parametrize("columns", [64, 128])
 def test_every_tile_of_owned_rows(
-    rows: int, columns: int, instead: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    rows: int, columns: int, replace_entries: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    instead(
+    replace_entries(
         "owned",
         configs.Config(
             architecture=0,
@@ -240,14 +242,14 @@ def test_every_tile_of_owned_rows(
         ),
     )
     monkeypatch.setattr(launch, "splits", lambda *_: 2)
-    check_nt_xent(99, 16, torch.float16)  # 198 rows, of which 70 are in the last block.
+    check_nt_xent(99, 16, torch.float16)  # The last block has 70 of the 198 rows.
     check_nt_xent(160, 16, torch.float16)
     check_rectangle(150, 200, 16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_without_owned_rows(dtype: torch.dtype, instead: Callable[..., None]) -> None:
-    instead("owned")
+def test_without_owned_rows(dtype: torch.dtype, replace_entries: Callable[..., None]) -> None:
+    replace_entries("owned")
     check_nt_xent(100, 64, dtype)
     check_rectangle(150, 200, 64, dtype)
 
@@ -261,7 +263,7 @@ def test_tf32_follows_pytorchs_setting() -> None:
         check_nt_xent(70, 40, rounded=torch.float16)
         matmul.allow_tf32 = False
         assert operands.of(torch.float32, None).planes == 3
-        if hasattr(matmul, "fp32_precision"):  # PyTorch has a newer setting of the same.
+        if hasattr(matmul, "fp32_precision"):  # Newer versions also have this setting.
             matmul.fp32_precision = "tf32"
             assert allows_tf32()
             matmul.fp32_precision = "ieee"
@@ -323,7 +325,7 @@ def test_a_tuned_choice_goes_before_the_packages(
     )
     configs.write(configs.cache_file(), [tuned])
     assert configs.choose("tiles", 90, torch.bfloat16, 256) == tuned
-    configs.cache_file().write_text("[{")  # Another program left half a file.
+    configs.cache_file().write_text("[{")  # The file is incomplete.
     configs.forget()
     assert configs.choose("tiles", 90, torch.bfloat16, 256) == before
     monkeypatch.undo()
@@ -355,15 +357,15 @@ def test_tuning_takes_the_fastest_and_leaves_out_what_fails(tmp_path: Any) -> No
         return 1.0 - 0.5 * fast - 0.1 * (chosen["strips"].warps == 0)
 
     lines: list[str] = []
-    found = tune.tune([tiles, strips], measure, lines.append)
-    assert found == [
+    tuned = tune.tune([tiles, strips], measure, lines.append)
+    assert tuned == [
         configs.Config(architecture=90, kernel="tiles", bits=16, features=256, warps=4, stages=2),
         configs.Config(architecture=90, kernel="strips", bits=16, features=256, warps=0, stages=2),
     ]
     assert any("inf" in line for line in lines)
     assert configs._trial == []
-    assert tune.replaces(found, tiles)
+    assert tune.replaces(tuned, tiles)
     assert not tune.replaces(
-        found,
+        tuned,
         configs.Config(architecture=80, kernel="tiles", bits=16, features=256, warps=4, stages=2),
     )

@@ -27,9 +27,9 @@ def launches(source: str) -> Iterator[ast.Call]:
     "module", ["pack", "tiles", "gradients", "nt_xent", "cross_logsumexp", "prediction_loss"]
 )
 def test_launches_name_every_argument(module: str) -> None:
-    found = list(launches((TRITON / f"{module}.py").read_text()))
-    assert found
-    for launch in found:
+    calls = list(launches((TRITON / f"{module}.py").read_text()))
+    assert calls
+    for launch in calls:
         assert not launch.args, f"{module}.py:{launch.lineno} passes arguments by position"
 
 
