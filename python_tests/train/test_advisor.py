@@ -1,4 +1,4 @@
-"""The advisor's rules on hand-made and on measured courses of the metrics."""
+"""Test the advisor's rules on constructed and on recorded metrics of training runs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from documents import ROOT
 from cjepa_kernels.train.evaluation.comparison import ArmRun, load_comparison
 from cjepa_kernels.train.loop.advisor import METRICS, NOTES, Advisor, Finding
 
-Course = Callable[[int], dict[str, float]]
+MetricsAt = Callable[[int], dict[str, float]]
 
-# Epoch means of a C-JEPA run on digits with one mask for both views (weight 0.1, batches of 64).
+# Epoch means of a C-JEPA run on digits in which both views shared one mask. The contrastive weight
+# was 0.1 and the batch size 64.
 SHARED_EPOCHS = (1, 3, 5, 8, 12, 16, 20, 40)
 SHARED = {
     "contrastive_accuracy": (0.57, 0.85, 0.93, 0.963, 0.986, 0.990, 0.997, 1.0),
@@ -31,7 +32,7 @@ SHARED = {
 
 def interpolated(
     epochs: tuple[int, ...], table: dict[str, tuple[float, ...]], weight: float = 0.1
-) -> Course:
+) -> MetricsAt:
     def at(epoch: int) -> dict[str, float]:
         row = {}
         for name, values in table.items():
@@ -46,8 +47,8 @@ def interpolated(
     return at
 
 
-def steady(**changes: float) -> Course:
-    """A quiet course: accuracy 0.9, a wide gap, a small ratio; none of the rules applies."""
+def steady(**changes: float) -> MetricsAt:
+    """Make metrics that stay the same in every epoch; without changes no rule applies to them."""
     row = {
         "contrastive_loss": 1.0,
         "contrastive_accuracy": 0.9,
@@ -71,11 +72,13 @@ def advisor(**changes: float) -> Advisor:
     return Advisor(**{**arguments, **changes})  # type: ignore[arg-type]
 
 
-def watch(subject: Advisor, course: Course, epochs: int = 40, first: int = 1) -> list[Finding]:
-    found = []
+def watch(
+    subject: Advisor, metrics_at: MetricsAt, epochs: int = 40, first: int = 1
+) -> list[Finding]:
+    findings = []
     for epoch in range(first, epochs + 1):
-        found += subject.update(epoch, course(epoch))
-    return found
+        findings += subject.update(epoch, metrics_at(epoch))
+    return findings
 
 
 def rules(findings: list[Finding]) -> list[str]:
@@ -111,13 +114,14 @@ def test_a_quiet_run_has_no_findings() -> None:
     ],
 )
 def test_each_rule_fires_once(rule: str, changes: dict[str, float], words: str) -> None:
-    found = watch(advisor(), steady(**changes))
-    assert rules(found).count(rule) == 1
-    finding = next(f for f in found if f.rule == rule)
+    findings = watch(advisor(), steady(**changes))
+    assert rules(findings).count(rule) == 1
+    finding = next(f for f in findings if f.rule == rule)
     assert words in finding.message
     assert any(character.isdigit() for character in finding.evidence)
     assert finding.note == NOTES[rule]
-    assert finding.epoch >= 7  # four epochs of warm-up, three to smooth over
+    # The rule waits for four epochs of warm-up and averages over three more.
+    assert finding.epoch >= 7
 
 
 AT_CHANCE = {"contrastive_accuracy": 0.03, "contrastive_loss": 4.8}
@@ -130,15 +134,16 @@ AT_CHANCE = {"contrastive_accuracy": 0.03, "contrastive_loss": 4.8}
 def test_a_temperature_is_advised_where_none_was_tried(
     temperature: float, words: str | None
 ) -> None:
-    found = watch(advisor(temperature=temperature), steady(**AT_CHANCE))
-    message = next(f for f in found if f.rule == "contrastive_at_chance").message
+    findings = watch(advisor(temperature=temperature), steady(**AT_CHANCE))
+    message = next(f for f in findings if f.rule == "contrastive_at_chance").message
     assert words in message if words else "temperature" not in message
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"contrastive_accuracy": 0.3, "contrastive_loss": 4.5},  # temperature 1: a flat loss
+        # At temperature 1 the loss stays high although the accuracy is good.
+        {"contrastive_accuracy": 0.3, "contrastive_loss": 4.5},
         {"contrastive_accuracy": 0.05, "contrastive_loss": 3.9},
         {"term_ratio": 20.0},
         {"contrastive_accuracy": 0.4, "contrastive_loss": 2.0},
@@ -150,11 +155,11 @@ def test_what_measured_runs_showed_to_be_harmless_is_no_finding(changes: dict[st
 
 
 def test_chance_depends_on_the_batch() -> None:
-    """The loss and accuracy of a batch of 64 that learns are those of chance in one of 8."""
-    course = steady(contrastive_accuracy=0.11, contrastive_loss=2.6)
-    assert rules(watch(advisor(batch_size=8), course)) == ["contrastive_at_chance"]
-    assert watch(advisor(batch_size=64), course) == []
-    assert watch(advisor(batch_size=1), course) == []
+    """The same loss and accuracy mean learning in a batch of 64, but chance in a batch of 8."""
+    metrics_at = steady(contrastive_accuracy=0.11, contrastive_loss=2.6)
+    assert rules(watch(advisor(batch_size=8), metrics_at)) == ["contrastive_at_chance"]
+    assert watch(advisor(batch_size=64), metrics_at) == []
+    assert watch(advisor(batch_size=1), metrics_at) == []
 
 
 @pytest.mark.parametrize(
@@ -168,31 +173,31 @@ def test_chance_depends_on_the_batch() -> None:
     ids=["at-chance", "high-accuracy", "ratio", "collapse"],
 )
 def test_one_noisy_epoch_is_no_finding(spike: dict[str, float]) -> None:
-    def course(epoch: int) -> dict[str, float]:
+    def metrics_at(epoch: int) -> dict[str, float]:
         return steady(**(spike if epoch == 20 else {}))(epoch)
 
-    assert watch(advisor(), course) == []
+    assert watch(advisor(), metrics_at) == []
 
 
 def test_nothing_is_said_during_warm_up() -> None:
-    course = steady(**AT_CHANCE, term_ratio=80.0, contrastive_neg_sim=0.8)
-    assert watch(advisor(warmup_epochs=20.0), course, epochs=20) == []
+    metrics_at = steady(**AT_CHANCE, term_ratio=80.0, contrastive_neg_sim=0.8)
+    assert watch(advisor(warmup_epochs=20.0), metrics_at, epochs=20) == []
 
 
 def test_a_term_that_starts_late_gets_patience() -> None:
-    def course(epoch: int) -> dict[str, float]:
+    def metrics_at(epoch: int) -> dict[str, float]:
         return steady(contrastive_loss=max(1.0, 4.85 - 0.08 * epoch), contrastive_accuracy=0.05)(
             epoch
         )
 
-    assert watch(advisor(), course) == []
+    assert watch(advisor(), metrics_at) == []
 
 
 def test_gap_that_grows_slowly_is_fine() -> None:
-    def course(epoch: int) -> dict[str, float]:
+    def metrics_at(epoch: int) -> dict[str, float]:
         return steady(contrastive_neg_sim=0.7 - 0.015 * epoch)(epoch)
 
-    assert watch(advisor(), course) == []
+    assert watch(advisor(), metrics_at) == []
 
 
 def test_weight_zero_knows_the_collapse_rule_alone() -> None:
@@ -213,8 +218,8 @@ def test_nan_metrics_are_no_findings() -> None:
 
 
 def recorded() -> list[tuple[str, ArmRun, dict[str, Any]]]:
-    """Every run of the recorded comparisons, with the advisor's arguments of its experiment."""
-    found = []
+    """List the name, the run and the advisor's arguments for every run of the comparisons."""
+    named_runs = []
     for name in ("digits", "digits-transfer", "cifar10"):
         content = load_comparison(ROOT / "docs" / "results" / f"{name}.json")
         config = content.config
@@ -223,16 +228,17 @@ def recorded() -> list[tuple[str, ArmRun, dict[str, Any]]]:
             "batch_size": config["trainer"]["batch_size"],
             "temperature": config["loss"]["contrastive_temperature"],
         }
-        found += [(f"{name}-{run.arm}-{run.seed}", run, arguments) for run in content.runs]
-    return found
+        named_runs += [(f"{name}-{run.arm}-{run.seed}", run, arguments) for run in content.runs]
+    return named_runs
 
 
-def of_history(history: list[dict[str, float]]) -> Course:
+def from_history(history: list[dict[str, float]]) -> MetricsAt:
     return lambda epoch: history[epoch - 1]
 
 
 @pytest.mark.parametrize(
-    ("run", "arguments"), [pytest.param(run, more, id=name) for name, run, more in recorded()]
+    ("run", "arguments"),
+    [pytest.param(run, arguments, id=name) for name, run, arguments in recorded()],
 )
 def test_it_is_silent_on_every_recorded_run_of_the_recipes(
     run: ArmRun, arguments: dict[str, Any]
@@ -242,23 +248,27 @@ def test_it_is_silent_on_every_recorded_run_of_the_recipes(
         "jepa_weight": 0.0 if run.arm == "contrastive" else 1.0,
     }
     subject = advisor(**arguments, **weights)
-    assert watch(subject, of_history(run.history), epochs=len(run.history)) == []
+    assert watch(subject, from_history(run.history), epochs=len(run.history)) == []
 
 
 @pytest.mark.parametrize(
     ("run", "arguments"),
-    [pytest.param(run, more, id=name) for name, run, more in recorded() if run.arm == "jepa"],
+    [
+        pytest.param(run, arguments, id=name)
+        for name, run, arguments in recorded()
+        if run.arm == "jepa"
+    ],
 )
 def test_a_term_that_trains_nothing_is_found(run: ArmRun, arguments: dict[str, Any]) -> None:
-    """JEPA alone monitors the term: so looks a run whose contrasted features have no gradient."""
-    found = watch(advisor(**arguments), of_history(run.history), epochs=len(run.history))
-    assert rules(found) == ["contrastive_at_chance", "gap_not_growing"]
-    assert found[0].epoch <= arguments["warmup_epochs"] + 9
+    """Judge the runs of JEPA alone, where the contrastive term is measured but has no gradient."""
+    findings = watch(advisor(**arguments), from_history(run.history), epochs=len(run.history))
+    assert rules(findings) == ["contrastive_at_chance", "gap_not_growing"]
+    assert findings[0].epoch <= arguments["warmup_epochs"] + 9
 
 
 def test_the_runs_recorded_for_the_advisor() -> None:
     runs = json.loads((ROOT / "docs/results/advisor.json").read_text(encoding="utf-8"))["runs"]
-    found = {
+    rules_by_setting = {
         run["setting"]: rules(
             watch(
                 advisor(
@@ -267,45 +277,46 @@ def test_the_runs_recorded_for_the_advisor() -> None:
                     temperature=run["temperature"],
                     contrastive_weight=run["contrastive_weight"],
                 ),
-                of_history(run["history"]),
+                from_history(run["history"]),
                 epochs=len(run["history"]),
             )
         )
         for run in runs
     }
-    collapsed = found.pop("learning rate 0.1")
-    assert found == {"weight 0.2": [], "weight 0.5": [], "weight 2": []}
+    collapsed = rules_by_setting.pop("learning rate 0.1")
+    assert rules_by_setting == {"weight 0.2": [], "weight 0.5": [], "weight 2": []}
     assert collapsed[0] == "collapse"
     assert "contrastive_at_chance" in collapsed
 
 
 def test_shared_mask_run_as_measured() -> None:
-    found = watch(advisor(), interpolated(SHARED_EPOCHS, SHARED))
-    assert "shared_mask_shortcut" in rules(found)
-    shortcut = next(f for f in found if f.rule == "shared_mask_shortcut")
+    findings = watch(advisor(), interpolated(SHARED_EPOCHS, SHARED))
+    assert "shared_mask_shortcut" in rules(findings)
+    shortcut = next(f for f in findings if f.rule == "shared_mask_shortcut")
     assert shortcut.epoch <= 40 / 3 + 1
     assert "independently" in shortcut.message
 
 
 def test_late_perfection_is_no_shortcut() -> None:
-    def course(epoch: int) -> dict[str, float]:
+    def metrics_at(epoch: int) -> dict[str, float]:
         late = {"contrastive_accuracy": 0.999, "contrastive_loss": 0.05}
         return steady(**(late if epoch > 25 else {}))(epoch)
 
-    assert "shared_mask_shortcut" not in rules(watch(advisor(), course))
+    assert "shared_mask_shortcut" not in rules(watch(advisor(), metrics_at))
 
 
 def test_state_survives_a_restart() -> None:
-    course = interpolated(SHARED_EPOCHS, SHARED)
-    whole = watch(advisor(), course)
-    assert whole
+    metrics_at = interpolated(SHARED_EPOCHS, SHARED)
+    uninterrupted = watch(advisor(), metrics_at)
+    assert uninterrupted
     for stop in range(1, 40):
         first = advisor()
-        found = watch(first, course, epochs=stop)
-        state = json.loads(json.dumps(first.state_dict()))  # plain values only
+        findings = watch(first, metrics_at, epochs=stop)
+        # The state holds only plain values, so that it survives a round trip through JSON.
+        state = json.loads(json.dumps(first.state_dict()))
         second = advisor()
         second.load_state_dict(state)
-        assert found + watch(second, course, first=stop + 1) == whole
+        assert findings + watch(second, metrics_at, first=stop + 1) == uninterrupted
 
 
 def test_incomplete_state_is_an_error() -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints and results on disk: damage is found, the one before is kept, kills lose nothing."""
+"""Test that damaged checkpoints and results are detected, and that a kill loses no checkpoint."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ RESULT = RunResult(
 
 
 def same(left: Any, right: Any) -> bool:
-    """Equal to the bit, with the same types and the same order of keys."""
+    """Return whether two values are bitwise equal, with the same types and order of keys."""
     if type(left) is not type(right):
         return False
     if isinstance(left, Mapping):
@@ -63,10 +63,11 @@ def test_flipped_bit_of_a_checkpoint_never_gives_other_contents(tmp_path: Path) 
     AtomicCheckpointIO().save_checkpoint(SMALL_CHECKPOINT, file)
     whole = file.read_bytes()
     assert same(read_checkpoint(file), SMALL_CHECKPOINT)
-    chance = random.Random(0)
-    # Every bit of the attributes in the archive's directory, which have no checksum.
-    places = chance.sample(range(len(whole)), len(whole) // 3)
-    flips = [(place, chance.randrange(8)) for place in places]
+    rng = random.Random(0)
+    places = rng.sample(range(len(whole)), len(whole) // 3)
+    flips = [(place, rng.randrange(8)) for place in places]
+    # The file attributes in the archive's central directory have no checksum, so each of their bits
+    # is flipped as well.
     entry = whole.find(b"PK\x01\x02")
     while entry >= 0:
         flips += [(entry + 38 + byte, bit) for byte in range(4) for bit in range(8)]
@@ -77,22 +78,22 @@ def test_flipped_bit_of_a_checkpoint_never_gives_other_contents(tmp_path: Path) 
         damaged[place] ^= 1 << bit
         file.write_bytes(damaged)
         try:
-            found = read_checkpoint(file)
+            loaded = read_checkpoint(file)
         except DamagedCheckpointError as error:
             messages.append(str(error))
         else:
-            assert same(found, SMALL_CHECKPOINT), (place, bit)
+            assert same(loaded, SMALL_CHECKPOINT), (place, bit)
     assert all(str(file) in message for message in messages)
     assert not any("weights_only=False" in message for message in messages)
-    # Padding between the records is a third of so small a file.
+    # A third of such a small file is padding between the records, where a flip changes nothing.
     assert len(messages) > len(flips) / 2
 
 
-@pytest.mark.parametrize("kept", [0, 1, 100, -1], ids=["empty", "1 byte", "100 bytes", "all but 1"])
-def test_cut_off_checkpoint(kept: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [0, 1, 100, -1], ids=["empty", "1 byte", "100 bytes", "all but 1"])
+def test_cut_off_checkpoint(end: int, tmp_path: Path) -> None:
     file = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(SMALL_CHECKPOINT, file)
-    file.write_bytes(file.read_bytes()[:kept])
+    file.write_bytes(file.read_bytes()[:end])
     with pytest.raises(DamagedCheckpointError, match=r"last\.ckpt is damaged"):
         read_checkpoint(file)
 
@@ -112,18 +113,18 @@ def test_flipped_bit_of_a_result_never_gives_other_numbers(tmp_path: Path) -> No
     file.write_bytes(whole)
     expected = load_result(tmp_path)
     assert expected.history == RESULT.history
-    chance = random.Random(0)
+    rng = random.Random(0)
     messages = []
     for place in range(len(whole)):
         damaged = bytearray(whole)
-        damaged[place] ^= 1 << chance.randrange(8)
+        damaged[place] ^= 1 << rng.randrange(8)
         file.write_bytes(damaged)
         try:
-            found = load_result(tmp_path)
+            loaded = load_result(tmp_path)
         except ValueError as error:
             messages.append(str(error))
         else:
-            assert found == expected, place
+            assert loaded == expected, place
     assert all(str(file) in message for message in messages)
     assert len(messages) > len(whole) / 2
 
@@ -135,9 +136,9 @@ def test_result_of_an_earlier_version_is_read_with_a_note(
     for key in ("checksum", "data", "finished"):
         del document[key]
     (tmp_path / "result.json").write_text(json.dumps(document))
-    found = load_result(tmp_path)
-    assert (found.history, found.data) == (RESULT.history, None)
-    assert found.finished.endswith("UTC")
+    loaded = load_result(tmp_path)
+    assert (loaded.history, loaded.data) == (RESULT.history, None)
+    assert loaded.finished.endswith("UTC")
     assert "result.json was written by an earlier version" in caplog.text
 
 
@@ -155,8 +156,8 @@ def test_json_keeps_its_checksum_through_another_layout() -> None:
 def test_kill_at_every_step_of_saving_leaves_sound_checkpoints(
     links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The calls that change the directory, in the order in which they happen; a kill comes before
-    # one of them. The clean-up of a living process, unlink, does not happen after a kill.
+    # Saving changes the directory in several calls, and each trial is killed before one of them. A
+    # killed process does not remove its temporary file, so unlink does nothing here.
     storage = AtomicCheckpointIO()
 
     class Killed(BaseException):
@@ -198,35 +199,37 @@ def test_kill_at_every_step_of_saving_leaves_sound_checkpoints(
         last = read_checkpoint(directory / "last.ckpt")["epoch"]
         previous = read_checkpoint(directory / "previous.ckpt")["epoch"]
         assert (last, previous) in ((2, 1), (2, 2), (3, 2))
-        # The next save goes well, whatever was left behind.
+        # The next save succeeds, whatever files the kill left behind.
         storage.save_checkpoint({"epoch": 4}, directory / "last.ckpt")
         assert read_checkpoint(directory / "last.ckpt") == {"epoch": 4}
         assert read_checkpoint(directory / "previous.ckpt")["epoch"] == last
         if not killed:
             assert (last, previous) == (3, 2)
-            assert step >= 5  # steps before it were kills
+            # All earlier steps were killed.
+            assert step >= 5
             break
     else:
-        pytest.fail("no save without a kill")
+        pytest.fail("every save was killed")
 
 
 def test_damaged_last_checkpoint_offers_the_one_before(tmp_path: Path) -> None:
     config = tiny("trainer.epochs=3")
-    run_dir = tmp_path / "a run"  # the space must be quoted
-    whole = runner.train(config, run_dir, progress_bar=False)
+    # The space in the name must be quoted in the command that the message gives.
+    run_dir = tmp_path / "a run"
+    first = runner.train(config, run_dir, progress_bar=False)
     expected = weights(run_dir)
     last = run_dir / "checkpoints" / "last.ckpt"
     stored = torch.load(last, weights_only=True)
     state = stored["state_dict"]
     weight = next(v for name, v in state.items() if name.startswith("target_") and v.ndim == 2)
     content = bytearray(last.read_bytes())
-    content[content.index(weight.numpy().tobytes()) + 2] ^= 1  # a digit of a weight
+    # This flips one bit of a weight.
+    content[content.index(weight.numpy().tobytes()) + 2] ^= 1
     last.write_bytes(content)
 
-    # An encoder is not loaded from it.
     with pytest.raises(ValueError, match=r"last\.ckpt is damaged: its record '\w+/data/\d+' is"):
         runner.load_encoder(run_dir)
-    # A finished run is not trained again, but the damage would come to light with the report.
+    # A finished run reads only its result. Without the result it has to read the checkpoint.
     (run_dir / "result.json").unlink()
     with pytest.raises(ValueError, match=r"last\.ckpt is damaged.*end of epoch 2, run mv ") as info:
         runner.train(config, run_dir, progress_bar=False)
@@ -234,7 +237,7 @@ def test_damaged_last_checkpoint_offers_the_one_before(tmp_path: Path) -> None:
     command = message[message.index("mv ") : message.index(" and start the same")]
     subprocess.run(command, shell=True, check=True)
     again = runner.train(config, run_dir, progress_bar=False)
-    assert (again.history, again.evaluation) == (whole.history, whole.evaluation)
+    assert (again.history, again.evaluation) == (first.history, first.evaluation)
     for name, value in weights(run_dir).items():
         assert torch.equal(value, expected[name]), name
 

@@ -1,4 +1,4 @@
-"""Parquet files: which are the training set, which column holds the labels, and what is damaged."""
+"""Test how Parquet files are read: their splits, image and label columns, and damaged files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from image_sets import grey, grey_values, write_table
 from cjepa_kernels.train.config import DataConfig
 from cjepa_kernels.train.data.dataset import load_dataset
 
-TWO = ["x", "y"] * 5
+TWO_CLASSES = ["x", "y"] * 5
 
 
 def read(source: Path | str, **options: Any) -> Any:
@@ -29,7 +29,7 @@ def values_of(source: Path | str, **options: Any) -> tuple[Any, Any]:
     return tuple(grey_values(p, dataset.class_names) for p in (dataset.train, dataset.test))
 
 
-def refusal(source: Path | str, **options: Any) -> str:
+def error_message(source: Path | str, **options: Any) -> str:
     with pytest.raises((ValueError, FileNotFoundError)) as raised:
         read(source, **options)
     message = str(raised.value)
@@ -38,7 +38,7 @@ def refusal(source: Path | str, **options: Any) -> str:
 
 
 def write_split(folder: Path, names: list[str]) -> Path:
-    """Files of two images each; their grey values count through all files."""
+    """Write files of two images each, with grey values that increase from file to file."""
     for number, name in enumerate(names):
         write_table(folder / name, [2 * number, 2 * number + 1], label=["x", "y"])
     return folder
@@ -80,7 +80,7 @@ def test_shards_follow_one_another(tmp_path: Path) -> None:
     assert len(chosen.labels) == 6
     assert [int(image[0, 0, 0]) % 2 for image in chosen.images] == chosen.labels.tolist()
     (root / names[7]).unlink()
-    assert "every file of one numbered set, each once, found train-00000" in refusal(root)
+    assert "every file of one numbered set, each once, found train-00000" in error_message(root)
 
 
 def test_numbered_files_without_a_split_are_one_set(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_numbered_files_without_a_split_are_one_set(tmp_path: Path) -> None:
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_what_is_unclear_is_shown(tmp_path: Path, names: list[str], words: str) -> None:
-    assert words in refusal(write_split(tmp_path, names))
+    assert words in error_message(write_split(tmp_path, names))
 
 
 def test_every_character_of_a_path_stands_for_itself(
@@ -115,14 +115,14 @@ def test_every_character_of_a_path_stands_for_itself(
     monkeypatch.setenv("HOME", str(tmp_path))
     write_split(tmp_path / "set", names)
     assert values_of("~/set") == expected
-    file = write_table(tmp_path / "x[1].parquet", range(10), label=TWO)
-    write_table(tmp_path / "x1.parquet", range(100, 110), label=TWO)
+    file = write_table(tmp_path / "x[1].parquet", range(10), label=TWO_CLASSES)
+    write_table(tmp_path / "x1.parquet", range(100, 110), label=TWO_CLASSES)
     train, test = values_of(file)
     assert sorted(train["x"] + test["x"]) == [0, 2, 4, 6, 8]
 
 
 def test_the_label_is_taken_and_not_the_only_integer(tmp_path: Path) -> None:
-    file = write_table(tmp_path / "t.parquet", range(10), id=list(range(10)), label=TWO)
+    file = write_table(tmp_path / "t.parquet", range(10), id=list(range(10)), label=TWO_CLASSES)
     dataset = read(file)
     assert dataset.class_names == ("x", "y")
     assert dataset.reading.label_column == "label"
@@ -132,7 +132,9 @@ def test_the_label_is_taken_and_not_the_only_integer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["label", "labels", "fine_label", "class", "target", "Label"])
-@pytest.mark.parametrize("values", [TWO, [3, 4] * 5, [True, False] * 5], ids=["str", "int", "bool"])
+@pytest.mark.parametrize(
+    "values", [TWO_CLASSES, [3, 4] * 5, [True, False] * 5], ids=["str", "int", "bool"]
+)
 def test_usual_names_of_labels(tmp_path: Path, name: str, values: list[Any]) -> None:
     columns = {name: values, "number": list(range(10)), "caption": ["text"] * 10}
     dataset = read(write_table(tmp_path / "t.parquet", range(10), **columns))
@@ -142,7 +144,7 @@ def test_usual_names_of_labels(tmp_path: Path, name: str, values: list[Any]) -> 
 
 def test_only_other_column_is_the_label(tmp_path: Path) -> None:
     index = {"__index_level_0__": list(range(10))}
-    dataset = read(write_table(tmp_path / "t.parquet", range(10), kind=TWO, **index))
+    dataset = read(write_table(tmp_path / "t.parquet", range(10), kind=TWO_CLASSES, **index))
     assert dataset.reading.label_column == "kind"
     assert dataset.reading.ignored_columns == ()
 
@@ -151,12 +153,12 @@ def test_only_other_column_is_the_label(tmp_path: Path) -> None:
     ("columns", "words"),
     [
         pytest.param(
-            {"id": list(range(10)), "name": TWO},
+            {"id": list(range(10)), "name": TWO_CLASSES},
             ("none is of type ClassLabel", "id (int64), name (string)", "data.label_column"),
             id="none",
         ),
         pytest.param(
-            {"label": TWO, "fine_label": [1, 2] * 5},
+            {"label": TWO_CLASSES, "fine_label": [1, 2] * 5},
             ("label, fine_label could all be", "label (string), fine_label (int64)"),
             id="two",
         ),
@@ -168,14 +170,14 @@ def test_only_other_column_is_the_label(tmp_path: Path) -> None:
             ("'label' of the split", "missing labels in 2 of 10 rows", "first of them is row 8"),
             id="missing",
         ),
-        pytest.param({"label": TWO, "mask": [b"x"] * 10}, None, id="struct-before-binary"),
+        pytest.param({"label": TWO_CLASSES, "mask": [b"x"] * 10}, None, id="struct-before-binary"),
     ],
 )
 def test_unclear_columns_are_listed(
     tmp_path: Path, columns: dict[str, Any], words: tuple[str, ...] | None
 ) -> None:
     bare = words is None
-    message = refusal(write_table(tmp_path / "t.parquet", range(10), bare=bare, **columns))
+    message = error_message(write_table(tmp_path / "t.parquet", range(10), bare=bare, **columns))
     for word in words or ("more than one column of encoded images", "mask (binary)"):
         assert word in message
     if "fine_label" in columns:
@@ -224,15 +226,17 @@ def test_class_labels_of_other_order_are_matched_by_name(tmp_path: Path) -> None
 def test_test_classes_that_training_does_not_know(tmp_path: Path) -> None:
     write_table(tmp_path / "train.parquet", range(4), label=["x", "y"] * 2)
     write_table(tmp_path / "test.parquet", range(2), label=["x", "Y"])
-    message = refusal(tmp_path)
+    message = error_message(tmp_path)
     assert message.startswith("data.label_column: test images of classes without a training image")
     assert "'Y' (the nearest training class is 'y')" in message
 
 
 def test_plain_binary_images(tmp_path: Path) -> None:
-    train, test = values_of(write_table(tmp_path / "t.parquet", range(10), bare=True, label=TWO))
+    train, test = values_of(
+        write_table(tmp_path / "t.parquet", range(10), bare=True, label=TWO_CLASSES)
+    )
     assert sorted(train["x"] + test["x"]) == [0, 2, 4, 6, 8]
-    categories = pa.array(TWO).dictionary_encode()
+    categories = pa.array(TWO_CLASSES).dictionary_encode()
     table = pa.table({"jpg": [grey(value) for value in range(10)], "class": categories})
     pq.write_table(table, tmp_path / "d.parquet")
     assert values_of(tmp_path / "d.parquet") == (train, test)
@@ -250,7 +254,7 @@ def test_rows_of_many_pieces_and_groups(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    file = write_table(tmp_path / "t.parquet", range(10), label=TWO)
+    file = write_table(tmp_path / "t.parquet", range(10), label=TWO_CLASSES)
     whole = file.read_bytes()
     damaged = bytearray(whole)
     damaged[60:300] = b"\xff" * 240
@@ -261,7 +265,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         (bytes(damaged), "cannot read"),
     ):
         file.write_bytes(content)
-        message = refusal(file)
+        message = error_message(file)
         assert "t.parquet" in message
         assert words in message
 
@@ -269,13 +273,13 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 def test_files_of_one_split_have_the_same_columns(tmp_path: Path) -> None:
     write_table(tmp_path / "train-0.parquet", range(4), label=["x", "y"] * 2)
     write_table(tmp_path / "train-1.parquet", range(4), kind=["x", "y"] * 2)
-    message = refusal(tmp_path)
+    message = error_message(tmp_path)
     assert "train-1.parquet' are image" in message
     assert "kind (string), those of" in message
 
 
 def test_a_plain_path_with_images_and_tables_is_not_guessed(tmp_path: Path) -> None:
-    write_table(tmp_path / "train.parquet", range(10), label=TWO)
+    write_table(tmp_path / "train.parquet", range(10), label=TWO_CLASSES)
     assert len(load_dataset(DataConfig(source=str(tmp_path))).train.labels) == 8
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "0.png").write_bytes(grey(0))
@@ -286,7 +290,7 @@ def test_a_plain_path_with_images_and_tables_is_not_guessed(tmp_path: Path) -> N
 
 
 def test_saved_data_sets(tmp_path: Path) -> None:
-    records = {"image": [grey(value) for value in range(10)], "label": TWO}
+    records = {"image": [grey(value) for value in range(10)], "label": TWO_CLASSES}
     table = datasets.Dataset.from_dict(records)
     table.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": table, "Test": table}).save_to_disk(tmp_path / "two")

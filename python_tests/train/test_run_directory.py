@@ -1,4 +1,4 @@
-"""A run's directory: one process at a time, the same data, and finished runs that say so."""
+"""Test run directories: the lock, the check of the data, and the messages for finished runs."""
 
 from __future__ import annotations
 
@@ -136,7 +136,8 @@ def test_run_of_an_earlier_version_goes_on_by_its_own_configuration(tmp_path: Pa
     run_dir = tmp_path / "a run"
     run_dir.mkdir()
     experiment = config_to_dict(tiny("masking.visible=10"))
-    assert "smoothl1_beta" not in experiment["loss"]  # as written before it was a key
+    # Earlier versions did not write this key.
+    assert "smoothl1_beta" not in experiment["loss"]
     (run_dir / "config.yaml").write_text(yaml.safe_dump(experiment))
 
     def check(visible: float, smoothl1_beta: float) -> None:
@@ -177,45 +178,45 @@ def test_comparison_checks_its_finished_runs_and_says_so(
     monkeypatch.setattr(compare_module, "write_report", lambda *args: None)
     config = tiny("trainer.epochs=1")
 
-    def again() -> Any:
+    def run_comparison() -> Any:
         return compare(config, seeds=[0], out_dir=tmp_path, arms=["cjepa", "jepa"], workers=1)
 
-    first = again()
+    first = run_comparison()
     assert "finished before" not in capsys.readouterr().out
-    second = again()
+    second = run_comparison()
     assert "2 of 2 runs were finished before, the last one on 20" in capsys.readouterr().out
     assert second.to_json() == first.to_json()
 
-    # A damaged baseline is computed again, a damaged run is an error before any work.
+    # A damaged baseline is computed again. A damaged run is an error before any job starts.
     baseline = tmp_path / "baselines" / "pixels.json"
     whole = baseline.read_text()
     baseline.write_text(whole.replace('pixels/knn": ', 'pixels/knn": 1'))
-    assert again().to_json() == first.to_json()
+    assert run_comparison().to_json() == first.to_json()
     assert baseline.read_text() == whole
     result = tmp_path / "runs" / "jepa-seed0" / "result.json"
     whole = result.read_text()
     result.write_text(whole.replace('"mean/knn": ', '"mean/knn": 1'))
     with pytest.raises(ValueError, match=r"jepa-seed0/result\.json is damaged.*checksum"):
-        again()
+        run_comparison()
     result.unlink()
     checkpoint = result.parent / "checkpoints" / "last.ckpt"
     sound = checkpoint.read_bytes()
     checkpoint.write_bytes(sound[:-1])
     with monkeypatch.context() as patch:
-        patch.setattr(compare_module, "run_jobs", lambda *args: pytest.fail("work has begun"))
+        patch.setattr(compare_module, "run_jobs", lambda *args: pytest.fail("a job was started"))
         with pytest.raises(ValueError, match=r"jepa-seed0/checkpoints/last\.ckpt is damaged"):
-            again()
+            run_comparison()
     checkpoint.write_bytes(sound)
     result.write_text(whole)
     with monkeypatch.context() as patch:
         other = changed("train", other_label)
         patch.setattr(compare_module, "load_dataset", lambda *args, **options: other)
         with pytest.raises(ValueError, match=r"data: .*cjepa-seed0/result\.json"):
-            again()
+            run_comparison()
     monkeypatch.setattr(directory_lock, "_PATIENCE", 0.0)
     message = rf"in use by process {os.getpid()} on "
     with DirectoryLock(tmp_path), pytest.raises(DirectoryLockedError, match=message):
-        again()
+        run_comparison()
 
 
 def test_second_process_on_a_directory_gets_one_line_and_touches_nothing(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_second_process_on_a_directory_gets_one_line_and_touches_nothing(tmp_pat
     assert not half_written.exists()
 
 
-def hold(directory: Path) -> None:
+def hold_lock(directory: Path) -> None:
     DirectoryLock(directory).__enter__()
     (directory / "held").touch()
     time.sleep(60)
@@ -246,7 +247,7 @@ def hold(directory: Path) -> None:
 
 def test_lock_ends_with_a_killed_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(directory_lock, "_PATIENCE", 0.0)
-    process = FORKS.Process(target=hold, args=(tmp_path,))
+    process = FORKS.Process(target=hold_lock, args=(tmp_path,))
     process.start()
     while not (tmp_path / "held").exists():
         assert process.is_alive()
