@@ -1,4 +1,4 @@
-"""The command line: results, clear errors, exit codes."""
+"""Test the results, the error messages and the exit codes of the command line."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def test_user_error_is_one_message_and_code_2(
 ) -> None:
     result = run("train", "--config", experiment, *arguments)
     assert result.exit_code == 2
-    line = result.stderr.splitlines()[-1]  # after the lines of the epochs
+    # The lines of the epochs come first.
+    line = result.stderr.splitlines()[-1]
     assert line.startswith("error: ")
     assert message in line
     assert "Traceback" not in result.output

@@ -1,4 +1,4 @@
-"""Experiment files: overrides, ranges, readable errors, shipped examples."""
+"""Test experiment files: overrides, ranges, readable errors and the shipped examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``cjepa data``, and the same lines at the beginning of a run."""
+"""Test the command ``cjepa data``, and that a run begins with the same summary."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_every_damaged_image_is_reported(tmp_path: Path) -> None:
     assert "error: 60 of 160 images cannot be decoded" in result.stderr
     content = json.loads(invoke(*options, "--verify", "--json").stdout)
     assert len(content["damaged"]) == 60
-    # Without --verify the first one ends the command.
+    # Without --verify the command ends at the first damaged image.
     first = invoke(*options)
     assert first.exit_code == 2
     assert first.stderr.count("\n") == 1
@@ -121,10 +121,10 @@ def test_classes_without_images_and_subsets_are_said(tmp_path: Path) -> None:
 
 def test_a_run_begins_with_the_same_lines(tmp_path: Path) -> None:
     config = tiny()
-    told: list[Any] = []
-    runner.train(config, tmp_path / "run", on_summary=told.append, progress_bar=False)
+    summaries: list[Any] = []
+    runner.train(config, tmp_path / "run", on_summary=summaries.append, progress_bar=False)
     lines = summarize(config, load_dataset(config.data)).lines()
-    assert [summary.lines() for summary in told] == [lines]
+    assert [summary.lines() for summary in summaries] == [lines]
     log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8").splitlines()
     assert log[: len(lines)] == lines
     assert log[len(lines)].startswith("epoch 1: ")
@@ -142,7 +142,7 @@ def test_reading_twice_gives_the_same_summary(tmp_path: Path) -> None:
     assert content["notes"] == ["10 images of another size (4 x 4) are resized to 8 x 8 pixels."]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="names of other systems have no such bytes")
+@pytest.mark.skipif(os.name != "posix", reason="needs file names of arbitrary bytes")
 def test_names_that_cannot_be_printed(tmp_path: Path) -> None:
     root = tmp_path / "set"
     names = (b"a\nb", b"caf\xe9", "cafe\u0301".encode(), b"[bold]c\x1b[31m")

@@ -1,4 +1,4 @@
-"""What the data summary says before anything is trained."""
+"""Test the summary of the data that a run shows before it trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images of every kind: what their pixels become, what is said about it, and what is damaged."""
+"""Test how images of every mode and bit depth are decoded, and how damaged images are reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AS_EIGHT_BITS = [0, 1, 62, 128, 249, 255]
 
 
 def write(tmp_path: Path, *files: bytes, suffix: str = "png") -> str:
-    """A folder of two classes, with the same images in both splits."""
+    """Write a folder of two classes with the same images in both splits, and return its source."""
     for split in ("train", "test"):
         for name in ("a", "b"):
             folder = tmp_path / "set" / split / name
@@ -34,13 +34,13 @@ def write(tmp_path: Path, *files: bytes, suffix: str = "png") -> str:
 
 
 def read(source: str, **options: Any) -> tuple[np.ndarray[Any, Any], str]:
-    """The first class's training images, (N, H, W, C), and the notes on them."""
+    """Return the training images of the first class, (N, H, W, C), and the notes on them."""
     dataset = load_dataset(DataConfig(source=source, **options))
     images = dataset.train.images[dataset.train.labels == 0]
     return images.permute(0, 2, 3, 1).numpy(), "\n".join(dataset.reading.notes)
 
 
-def refusal(source: str, **options: Any) -> str:
+def error_message(source: str, **options: Any) -> str:
     with pytest.raises(ValueError, match=r"^data\.") as raised:
         load_dataset(DataConfig(source=source, **options))
     assert "\n" not in str(raised.value)
@@ -64,7 +64,7 @@ def test_twelve_bits_in_sixteen_keep_their_range(tmp_path: Path, kind: str, dtyp
 
 
 def test_one_scale_for_all_images(tmp_path: Path) -> None:
-    # A dark image stays dark beside one that needs all twelve bits.
+    # A dark image stays dark next to an image that uses all twelve bits.
     dark = np.full((4, 6), 16, np.uint16)
     images, _ = read(write(tmp_path, encode(dark), encode(TWELVE_BITS)))
     assert np.unique(images[0]).tolist() == [1]
@@ -75,7 +75,7 @@ def test_bit_depth_can_be_said(tmp_path: Path) -> None:
     images, notes = read(source, bit_depth=16)
     assert images[0, 0, :, 0].tolist() == [0, 0, 4, 8, 16, 16]
     assert "16 bits" in notes
-    message = refusal(source, bit_depth=10)
+    message = error_message(source, bit_depth=10)
     assert message.startswith("data.bit_depth: expected values of at most 1023")
     assert "train/a/0.png has 4095" in message
     with pytest.raises(ValueError, match=r"data\.bit_depth"):
@@ -114,7 +114,7 @@ def test_sixteen_bit_colours(tmp_path: Path, channels: int, colour_type: int) ->
     assert np.unique(images).tolist() == [40000 >> 8]
     assert "4 images of 16 bits per colour" in notes
     source = write(tmp_path, file(4000))
-    message = refusal(source)
+    message = error_message(source)
     assert message.startswith("data.bit_depth: of colour images with 16 bits")
     assert "12 bits are in use" in message
     assert np.unique(read(source, bit_depth=16)[0]).tolist() == [4000 >> 8]
@@ -124,7 +124,7 @@ def test_sixteen_bit_colours(tmp_path: Path, channels: int, colour_type: int) ->
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_exif_orientation_is_applied(tmp_path: Path, kind: str, orientation: int) -> None:
     upright = np.arange(4 * 6, dtype=np.uint8).reshape(4, 6) * 10
-    # How a camera that was held so stores the picture: the transformation that undoes the display.
+    # A camera held in one of these orientations stores the image rotated or mirrored.
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -200,7 +200,7 @@ def test_other_sizes_are_resized_and_said(tmp_path: Path) -> None:
         "8 images of another size (6 x 4 to 8 x 8) are resized to 4 x 4 pixels, 4 of them after "
         "cutting out their central square."
     )
-    assert "3 different sizes (4 x 4, 6 x 4, 8 x 8)" in refusal(source)
+    assert "3 different sizes (4 x 4, 6 x 4, 8 x 8)" in error_message(source)
 
 
 NOISE = np.random.RandomState(0).randint(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -230,29 +230,30 @@ def test_damage_names_the_file(tmp_path: Path, kind: str) -> None:
     source = write(tmp_path, GOOD)
     bad = tmp_path / "set" / "test" / "b" / "bad.png"
     bad.write_bytes(content)
-    message = refusal(source, image_size=8)
+    message = error_message(source, image_size=8)
     assert message.startswith(f"data.source: {bad} ")
     assert words in message
 
 
 @pytest.mark.filterwarnings("error")
 def test_large_images_give_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)  # up to twice as many are a warning
+    # Pillow warns about images that have more pixels than the limit, up to twice as many.
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
     assert read(write(tmp_path, GOOD), image_size=4)[0].shape == (1, 4, 4, 3)
 
 
 def test_unreadable_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write(tmp_path, GOOD)
     bad = tmp_path / "set" / "train" / "b" / "0.png"
-    usual = Image.open
+    image_open = Image.open
 
     def refuse(file: Any) -> Image.Image:
         if file == bad:
             raise PermissionError(13, "Permission denied", str(file))
-        return usual(file)
+        return image_open(file)
 
     monkeypatch.setattr(Image, "open", refuse)
-    assert refusal(source) == f"data.source: {bad} cannot be read: Permission denied"
+    assert error_message(source) == f"data.source: {bad} cannot be read: Permission denied"
 
 
 def test_verification_finds_every_damaged_image(tmp_path: Path) -> None:
@@ -263,12 +264,12 @@ def test_verification_finds_every_damaged_image(tmp_path: Path) -> None:
         file.write_bytes(content)
         expected.add((str(file), words))
     config = config_from_dict({"data": {"source": source, "image_size": 8}})
-    told: list[str] = []
-    inspected = inspect_data(config, verify=True, on_damage=told.append)
-    assert inspected.damage == tuple(told)
-    assert len(told) == len(DAMAGED)
+    messages: list[str] = []
+    inspected = inspect_data(config, verify=True, on_damage=messages.append)
+    assert inspected.damage == tuple(messages)
+    assert len(messages) == len(DAMAGED)
     for file, words in expected:
-        assert sum(file in message and words in message for message in told) == 1
+        assert sum(file in message and words in message for message in messages) == 1
     assert (
         inspect_data(
             config_from_dict({"data": {"source": write(tmp_path / "good", GOOD)}}), verify=True

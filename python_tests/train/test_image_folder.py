@@ -1,4 +1,4 @@
-"""Image folders: which images are trained on and which ones are tested on, whatever their names."""
+"""Test how image folders are divided into training and test images, whatever their names are."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from cjepa_kernels.train.data.dataset import load_dataset
 
 
 def read(source: Path | str, kind: str = "imagefolder:", **options: Any) -> tuple[Any, Any]:
-    """The grey values by class of the training and of the test set."""
+    """Return the grey values by class, for the training set and for the test set."""
     dataset = load_dataset(DataConfig(source=f"{kind}{source}", **options))
     return tuple(grey_values(p, dataset.class_names) for p in (dataset.train, dataset.test))
 
 
-def refusal(root: Path | str) -> str:
+def error_message(root: Path | str) -> str:
     with pytest.raises((ValueError, FileNotFoundError)) as raised:
         read(root)
     message = str(raised.value)
@@ -31,7 +31,7 @@ def refusal(root: Path | str) -> str:
     return message
 
 
-# By plain path, too: the same folder must be read in the same way.
+# A folder that is given by its plain path must be read in the same way.
 @pytest.mark.parametrize("kind", ["imagefolder:", ""])
 def test_classes_called_as_splits_stay_in_their_split(tmp_path: Path, kind: str) -> None:
     root = write_folder(
@@ -144,14 +144,14 @@ UNCLEAR: dict[str, tuple[dict[str, list[int]], tuple[str, ...]]] = {
 @pytest.mark.parametrize("kind", UNCLEAR)
 def test_what_is_unclear_is_shown(tmp_path: Path, kind: str) -> None:
     images, words = UNCLEAR[kind]
-    message = refusal(write_folder(tmp_path, images))
+    message = error_message(write_folder(tmp_path, images))
     for word in words:
         assert word in message
 
 
 def test_two_spellings_of_one_split(tmp_path: Path) -> None:
     root = write_folder(tmp_path, {f"{s}/{c}": [1] for s in ("train", "training") for c in "ab"})
-    assert "both 'train' and 'training'" in refusal(root)
+    assert "both 'train' and 'training'" in error_message(root)
 
 
 def test_links_are_followed(tmp_path: Path) -> None:
@@ -185,17 +185,17 @@ def test_links_are_followed(tmp_path: Path) -> None:
 def test_links_that_cannot_be_meant(tmp_path: Path, link: str, to: str, words: str) -> None:
     root = write_folder(tmp_path / "set", {"a": range(5), "b": range(5)})
     (root / link).symlink_to((root / to).resolve())
-    assert words in refusal(root)
+    assert words in error_message(root)
 
 
 def test_a_test_image_that_is_a_link_to_a_training_image(tmp_path: Path) -> None:
     root = write_folder(tmp_path, {"train/a": [1], "train/b": [2], "test/a": [3], "test/b": []})
     (root / "test" / "b" / "x.png").symlink_to(root / "train" / "b" / "0.png")
-    message = refusal(root)
+    message = error_message(root)
     assert "test/b/x.png' is the same file as the training image" in message
     (root / "test" / "b" / "x.png").unlink()
     os.link(root / "train" / "b" / "0.png", root / "test" / "b" / "x.png")
-    assert "is the same file" in refusal(root)
+    assert "is the same file" in error_message(root)
 
 
 def test_hidden_and_system_files_are_left_out(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_suffixes_in_any_case_and_files_that_are_none(tmp_path: Path) -> None:
     (root / "a" / "0.png").rename(root / "a" / "0.PNG")
     assert sum(len(values) for part in read(root) for values in part.values()) == 10
     os.mkfifo(root / "a" / "pipe.png")
-    assert "pipe.png' is neither a file nor a folder" in refusal(root)
+    assert "pipe.png' is neither a file nor a folder" in error_message(root)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(grey(1))
-    assert "a file, expected a directory" in refusal(tmp_path / "x.png")
+    assert "a file, expected a directory" in error_message(tmp_path / "x.png")
 
 
 def test_a_folder_has_no_columns(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and progress: how a run ends early, and what it shows meanwhile."""
+"""Test how a run ends after Ctrl-C or SIGTERM, and how it shows its progress."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def test_interrupted_run_says_how_to_go_on(signum: int, code: int, tmp_path: Pat
         f"interrupted; {run_dir} keeps everything up to the end of the last complete epoch, and "
         "the same command goes on from there"
     )
-    # Without a terminal, a line per epoch; the lines before them are about the data.
+    # Without a terminal the run prints the lines about the data and then one line per epoch.
     epochs = [line for line in lines[:-1] if line.startswith("epoch")]
     for number, line in enumerate(epochs, start=1):
         assert re.fullmatch(
             rf"epoch {number}/1000: loss \d\.\d{{4}}, accuracy [01]\.\d{{3}}, \d+\.\d s", line
         )
     assert epochs
-    kept = (run_dir / "metrics.csv").read_text().splitlines()
-    assert len(kept) - 1 in (len(epochs), len(epochs) + 1)
+    rows = (run_dir / "metrics.csv").read_text().splitlines()
+    assert len(rows) - 1 in (len(epochs), len(epochs) + 1)
     assert not list(run_dir.glob(".lock"))
 
 
@@ -88,10 +88,10 @@ def test_ctrl_c_reaches_the_caller_and_resumes_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny()
-    whole = runner.train(config, tmp_path / "whole", progress_bar=False)
+    uninterrupted = runner.train(config, tmp_path / "whole", progress_bar=False)
     start = CJEPAModule.on_train_batch_start
 
-    def press(module: CJEPAModule, batch: Any, batch_idx: int) -> None:
+    def press_ctrl_c(module: CJEPAModule, batch: Any, batch_idx: int) -> None:
         if module.global_step == 6:
             assert signal.getsignal(signal.SIGTERM) == terminate
             signal.raise_signal(signal.SIGINT)
@@ -100,14 +100,20 @@ def test_ctrl_c_reaches_the_caller_and_resumes_to_the_bit(
     terminate = signal.getsignal(signal.SIGTERM)
     interrupt = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        patch.setattr(CJEPAModule, "on_train_batch_start", press)
+        patch.setattr(CJEPAModule, "on_train_batch_start", press_ctrl_c)
         with pytest.raises(KeyboardInterrupt):
             runner.train(config, tmp_path / "run", progress_bar=False)
-    assert signal.getsignal(signal.SIGINT) == interrupt  # Lightning had it ignored
+    # Lightning sets SIGINT to be ignored, and the runner restores the handler.
+    assert signal.getsignal(signal.SIGINT) == interrupt
     resumed = runner.train(config, tmp_path / "run", progress_bar=False)
-    assert (resumed.history, resumed.evaluation) == (whole.history, whole.evaluation)
-    found = weights(tmp_path / "run")
-    assert all(value.equal(found[name]) for name, value in weights(tmp_path / "whole").items())
+    assert (resumed.history, resumed.evaluation) == (
+        uninterrupted.history,
+        uninterrupted.evaluation,
+    )
+    resumed_weights = weights(tmp_path / "run")
+    assert all(
+        value.equal(resumed_weights[name]) for name, value in weights(tmp_path / "whole").items()
+    )
 
 
 def test_workers_end_with_an_interrupted_comparison(tmp_path: Path) -> None:
@@ -116,7 +122,8 @@ def test_workers_end_with_an_interrupted_comparison(tmp_path: Path) -> None:
     def on_event(event: Event) -> None:
         if event.job == "b":
             wait_for(lambda: all(m.exists() and m.read_text() for m in markers))
-            for marker in markers:  # a terminal sends it to the workers too, which leave it to us
+            # A terminal sends Ctrl-C to the workers too. They ignore it, and the parent ends them.
+            for marker in markers:
                 os.kill(int(marker.read_text()), signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 

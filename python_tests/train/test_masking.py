@@ -1,4 +1,4 @@
-"""Multi-block masks: counts, disjointness, independence, block structure."""
+"""Test the counts, disjointness, independence and block structure of multi-block masks."""
 
 from __future__ import annotations
 
@@ -65,16 +65,17 @@ def test_mask_depends_on_its_sample_alone() -> None:
 def test_views_epochs_and_seeds_are_independent(change: dict[str, int]) -> None:
     samples = torch.arange(4000)
     first, second = draw(samples).predicted, draw(samples, **change).predicted
-    one = torch.zeros(4000, 16).scatter_(1, first, 1.0)
-    two = torch.zeros(4000, 16).scatter_(1, second, 1.0)
-    shared = (one * two).sum(1).mean().item()
-    # Of independent masks, patch p is predicted by both with the product of its two frequencies.
-    expected = (one.mean(0) * two.mean(0)).sum().item()
+    in_first = torch.zeros(4000, 16).scatter_(1, first, 1.0)
+    in_second = torch.zeros(4000, 16).scatter_(1, second, 1.0)
+    shared = (in_first * in_second).sum(1).mean().item()
+    # If the masks are independent, both predict a patch with a probability that is the product of
+    # the two frequencies of this patch.
+    expected = (in_first.mean(0) * in_second.mean(0)).sum().item()
     assert shared == pytest.approx(expected, abs=5 / 4000**0.5)
 
 
 def test_predicted_patches_come_from_one_block() -> None:
-    # One block as large as the number of predicted patches: they must form a rectangle.
+    # The only block has as many patches as are predicted, so they must form a rectangle.
     config = MaskingConfig(
         visible=20, predicted=6, blocks=1, block_scale=(6 / 36, 6 / 36), block_ratio=(1.5, 1.5)
     )
@@ -97,8 +98,9 @@ def test_more_patches_than_there_are() -> None:
         (0.625, 16, 10),
         (0.25, 16, 4),
         (0.625, 256, 160),
-        (0.625, 196, 123),  # 122.5
-        (0.25, 10, 3),  # 2.5
+        # The exact products are 122.5 and 2.5; halves are rounded up.
+        (0.625, 196, 123),
+        (0.25, 10, 3),
         (0.001, 16, 1),
         (0.999, 16, 16),
         (10, 256, 10),
@@ -147,7 +149,7 @@ def test_shipped_masks_are_those_of_the_counts(name: str) -> None:
     assert torch.equal(by_fraction.visible, by_count.visible)
     assert torch.equal(by_fraction.predicted, by_count.predicted)
     content = by_fraction.visible.numpy().tobytes() + by_fraction.predicted.numpy().tobytes()
-    # The masks with which the recorded results were made.
+    # The recorded results were made with these masks.
     assert hashlib.sha256(content).hexdigest()[:16] == RECORDED_MASKS
 
 

@@ -1,4 +1,4 @@
-"""Counter-based random numbers, and the views that they draw."""
+"""Test the counter-based random numbers and the views that are drawn with them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cjepa_kernels.train.config import ViewsConfig
 from cjepa_kernels.train.data.randomness import normal, permutation, stream_key, uniform
 from cjepa_kernels.train.data.views import one_view, two_views
 
-STILL = ViewsConfig(rotation=0, scale=(1, 1), shift=0, brightness=0, noise=0)
+NO_AUGMENTATION = ViewsConfig(rotation=0, scale=(1, 1), shift=0, brightness=0, noise=0)
 COLOUR = ViewsConfig(
     crop_area=(0.3, 1), flip=0.5, contrast=0.4, saturation=0.4, grayscale=0.2, noise=0.1
 )
@@ -45,7 +45,8 @@ def test_uniform_and_normal_have_their_moments() -> None:
     u = uniform(stream_key(0, 7), samples, 100).double()
     assert u.min() >= 0
     assert u.max() < 1
-    # Five standard errors of each statistic, for 200,000 numbers.
+    # Each tolerance is five standard errors of its statistic. There are 200,000 numbers, and the
+    # square root of 200,000 is 447.
     assert abs(u.mean() - 0.5) < 5 * 0.2887 / 447
     assert abs(u.var() - 1 / 12) < 5 * 0.0745 / 447
     counts = torch.histc(u, 64, 0, 1)
@@ -111,13 +112,13 @@ def test_views_epochs_seeds_and_samples_differ() -> None:
 
 def test_zero_strength_is_the_image() -> None:
     batch = images(4, 3)
-    views = two_views(batch, torch.arange(4), STILL, seed=0, epoch=0)
+    views = two_views(batch, torch.arange(4), NO_AUGMENTATION, seed=0, epoch=0)
     torch.testing.assert_close(views[:4], batch / 255.0, atol=1e-5, rtol=0)
 
 
 def test_certain_flip_mirrors() -> None:
     batch = images(4)
-    config = STILL.model_copy(update={"flip": 1.0})
+    config = NO_AUGMENTATION.model_copy(update={"flip": 1.0})
     views = two_views(batch, torch.arange(4), config, seed=0, epoch=0)
     torch.testing.assert_close(views[4:], batch.flip(-1) / 255.0, atol=1e-5, rtol=0)
 
@@ -125,16 +126,16 @@ def test_certain_flip_mirrors() -> None:
 def test_rotation_keeps_shape_on_a_wide_image() -> None:
     wide = torch.zeros(1, 1, 9, 17)
     wide[..., 4, :] = 1.0
-    config = STILL.model_copy(update={"rotation": 180.0})
-    turned = torch.stack(
+    config = NO_AUGMENTATION.model_copy(update={"rotation": 180.0})
+    rotated = torch.stack(
         [
             one_view(wide, torch.tensor([sample]), config, seed=0, epoch=0, view=0)[0, 0]
             for sample in range(40)
         ]
     )
-    # A line through the centre stays a line of the same width at any angle, in pixels.
-    assert (turned[:, 4, 8] > 0.8).all()
-    vertical = turned.sum(1).amax(1) > 7
+    # The rotation works in pixels, so a line through the centre keeps its width at every angle.
+    assert (rotated[:, 4, 8] > 0.8).all()
+    vertical = rotated.sum(1).amax(1) > 7
     assert vertical.any()
 
 
@@ -142,7 +143,7 @@ def test_rotation_keeps_shape_on_a_wide_image() -> None:
 def test_geometry_stays_within_its_range(kind: str) -> None:
     ramp = torch.linspace(0, 1, 64).expand(1, 1, 64, 64)
     changes = {"shift": {"shift": 0.1}, "zoom": {"scale": (0.5, 0.5)}}[kind]
-    config = STILL.model_copy(update=changes)
+    config = NO_AUGMENTATION.model_copy(update=changes)
     samples = torch.arange(200)
     views = one_view(ramp.expand(200, -1, -1, -1), samples, config, seed=0, epoch=0, view=0)
     centre = views[:, 0, 32, 32]
@@ -160,7 +161,12 @@ def test_brightness_contrast_and_grey() -> None:
     batch = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.2
     samples = torch.arange(64)
     bright = one_view(
-        batch, samples, STILL.model_copy(update={"brightness": 0.2}), seed=0, epoch=0, view=0
+        batch,
+        samples,
+        NO_AUGMENTATION.model_copy(update={"brightness": 0.2}),
+        seed=0,
+        epoch=0,
+        view=0,
     )
     ratio = (bright / batch).flatten(1)
     torch.testing.assert_close(ratio.std(1), torch.zeros(64), atol=1e-4, rtol=0)
@@ -168,11 +174,21 @@ def test_brightness_contrast_and_grey() -> None:
     assert ratio.max() <= 1.201
     assert ratio.std() > 0.08
     flat = one_view(
-        batch, samples, STILL.model_copy(update={"contrast": 0.5}), seed=0, epoch=0, view=0
+        batch,
+        samples,
+        NO_AUGMENTATION.model_copy(update={"contrast": 0.5}),
+        seed=0,
+        epoch=0,
+        view=0,
     )
     torch.testing.assert_close(flat.mean((1, 2, 3)), batch.mean((1, 2, 3)))
     grey = one_view(
-        batch, samples, STILL.model_copy(update={"grayscale": 1.0}), seed=0, epoch=0, view=0
+        batch,
+        samples,
+        NO_AUGMENTATION.model_copy(update={"grayscale": 1.0}),
+        seed=0,
+        epoch=0,
+        view=0,
     )
     torch.testing.assert_close(grey, batch.mean(1, keepdim=True).expand_as(batch))
 
@@ -180,6 +196,11 @@ def test_brightness_contrast_and_grey() -> None:
 def test_noise_has_its_deviation() -> None:
     batch = torch.full((50, 1, 16, 16), 0.5)
     noisy = one_view(
-        batch, torch.arange(50), STILL.model_copy(update={"noise": 0.1}), seed=0, epoch=0, view=0
+        batch,
+        torch.arange(50),
+        NO_AUGMENTATION.model_copy(update={"noise": 0.1}),
+        seed=0,
+        epoch=0,
+        view=0,
     )
     assert noisy.std().item() == pytest.approx(0.1, rel=0.05)

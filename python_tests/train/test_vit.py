@@ -1,4 +1,4 @@
-"""Encoder, predictor, schedules and the training step."""
+"""Test the encoder, the predictor, the schedules and the training step."""
 
 from __future__ import annotations
 
@@ -48,12 +48,14 @@ def test_visible_patches_alone_decide(encoder: VisionTransformer, images: torch.
     features = encoder(images, visible)
     assert features.shape == (5, 4, 16)
     changed = images.clone()
-    changed[:, :, :2, 2:4] = 0.0  # patch 1, which is hidden
+    # Patch 1 is hidden, so its pixels have no effect.
+    changed[:, :, :2, 2:4] = 0.0
     assert torch.equal(encoder(changed, visible), features)
-    changed[:, :, 2:4, 2:4] = 0.0  # patch 5
+    # Patch 5 is visible, so its pixels have an effect.
+    changed[:, :, 2:4, 2:4] = 0.0
     assert not torch.allclose(encoder(changed, visible), features)
-    everything = torch.arange(12).expand(5, -1)
-    torch.testing.assert_close(encoder(images, everything), encoder(images))
+    all_patches = torch.arange(12).expand(5, -1)
+    torch.testing.assert_close(encoder(images, all_patches), encoder(images))
 
 
 def test_wanted_patches_equal_those_of_the_full_output(
@@ -210,11 +212,13 @@ def test_vectors_and_tokens_do_not_decay() -> None:
     model = module()
     optimizer = model.configure_optimizers()
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, kept = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    decayed, not_decayed = (
+        {names[id(p)] for p in group["params"]} for group in optimizer.param_groups
+    )
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
-    assert {"encoder.cls_token", "predictor.mask_token", "encoder.norm.weight"} <= kept
+    assert {"encoder.cls_token", "predictor.mask_token", "encoder.norm.weight"} <= not_decayed
     assert all(name.endswith("weight") and "norm" not in name for name in decayed)
-    assert not any(name.startswith("target_encoder") for name in decayed | kept)
+    assert not any(name.startswith("target_encoder") for name in decayed | not_decayed)
 
 
 def test_same_seed_gives_the_same_weights_and_leaves_the_generator_alone() -> None:

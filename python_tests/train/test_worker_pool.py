@@ -1,4 +1,4 @@
-"""Parallel jobs: results, progress, failures and what remains of them."""
+"""Test parallel jobs: results, progress, failures, and that no process remains."""
 
 from __future__ import annotations
 
