@@ -154,21 +154,27 @@ def describe_module_class(cls: type[nn.Module]) -> dict[str, Any]:
 
 
 def _make_module(cls: type[nn.Module]) -> nn.Module:
+    """A module of the class, with the options that give it all of its parameters."""
     if cls.__name__ == "NTXentLoss":
         return cls(learnable_temperature=True, return_logits=True)
     if cls.__name__ == "HJEPALoss":
         return cls(num_hierarchies=2)
-    return cls(_make_module(_import("cjepa_kernels.HJEPALoss")))
+    if cls.__name__ == "ContrastiveJEPALoss":
+        return cls(_make_module(_import("cjepa_kernels.HJEPALoss")))
+    return cls()
 
 
 def _results(module: nn.Module) -> Sequence[str]:
+    """The keys of the result. A module that is not named here takes the two views of a batch."""
     levels = [torch.ones(3, 4, 5), torch.ones(3, 2, 5)]
     features = torch.ones(3, 5, 5, requires_grad=True)
-    if type(module).__name__ == "NTXentLoss":
-        return list(module(features[:, 0], features[:, 1]))
     if type(module).__name__ == "HJEPALoss":
         return list(module(levels, levels))
-    return list(module(levels, levels, context_features_i=features, context_features_j=features))
+    if type(module).__name__ == "ContrastiveJEPALoss":
+        return list(
+            module(levels, levels, context_features_i=features, context_features_j=features)
+        )
+    return list(module(features[:, 0], features[:, 1]))
 
 
 def describe_operators() -> dict[str, str]:
