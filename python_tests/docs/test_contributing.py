@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,8 +18,17 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Extension:
-    """A copy of the package with the operator of the walk-through."""
+    """A copy of the package with the operator of the walk-through, which has no kernels."""
     target = tmp_path_factory.mktemp("walkthrough")
+    copy_package(ROOT, target)
+    operator, _, _ = section_of(CONTRIBUTING, "Adding an operator").partition("### A kernel")
+    return apply_walkthrough(operator, target)
+
+
+@pytest.fixture(scope="module")
+def with_kernels(tmp_path_factory: pytest.TempPathFactory) -> Extension:
+    """A copy in which the lines that make kernels known are added as well."""
+    target = tmp_path_factory.mktemp("kernels")
     copy_package(ROOT, target)
     return apply_walkthrough(section_of(CONTRIBUTING, "Adding an operator"), target)
 
@@ -31,11 +41,11 @@ def with_toy(tmp_path_factory: pytest.TempPathFactory) -> Extension:
     return apply_walkthrough(section_of(CONTRIBUTING, "Adding a back end"), target)
 
 
-def run_tests(directory: Path, tests: list[str]) -> None:
-    """Run tests in a copy of the package; all have to pass and none may be skipped."""
+def run_python(directory: Path, *arguments: str) -> str:
+    """What Python prints in a copy of the package. It has to end without an error."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
+        [sys.executable, *arguments],
         cwd=directory,
         env={**environment, "PYTHONPATH": str(directory)},
         capture_output=True,
@@ -44,8 +54,14 @@ def run_tests(directory: Path, tests: list[str]) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout
-    assert "skipped" not in result.stdout
+    return result.stdout
+
+
+def run_tests(directory: Path, tests: list[str]) -> None:
+    """Run tests in a copy of the package; all have to pass and none may be skipped."""
+    said = run_python(directory, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+    assert " passed" in said
+    assert "skipped" not in said
 
 
 def test_the_operator_passes_its_tests(extended: Extension) -> None:
@@ -59,15 +75,7 @@ def test_the_package_with_the_operator_is_imported(
 ) -> None:
     target = extended.directory
     code = "import cjepa_kernels; print(cjepa_kernels.__file__, cjepa_kernels.alignment.__name__)"
-    said = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=target,
-        env={**os.environ, "PYTHONPATH": str(target)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
+    said = run_python(target, "-c", code)
     assert said.split() == [str(target / "cjepa_kernels" / "__init__.py"), "alignment"]
 
 
@@ -79,8 +87,71 @@ def test_an_operator_is_one_file_a_layer_and_one_entry_a_register(
     assert set(Counter(Path(name).parent for name in added).values()) == {1}
     assert sum(name.startswith("python_tests/") for name in added) == 1
     registers = [name for name in changed if Path(name).name == "__init__.py"]
-    assert set(changed) - set(registers) == {"cjepa_kernels/definitions.py"}
+    assert set(changed) - set(registers) == {
+        "CHANGELOG.md",
+        "cjepa_kernels/definitions.py",
+        "docs/api/functional.md",
+        "docs/api/modules.md",
+        "docs/definitions.md",
+        "python_tests/support/result_cases.py",
+    }
     assert len(registers) == len(set(registers))
+
+
+DOCTESTS = """
+import doctest, importlib, torch
+for layer in ("functional", "modules"):
+    module = importlib.import_module(f"cjepa_kernels.{layer}.alignment")
+    assert doctest.testmod(module, extraglobs={"torch": torch}) == (0, 1)
+"""
+
+
+def test_the_examples_of_its_docstrings_run(extended: Extension) -> None:
+    run_python(extended.directory, "-c", DOCTESTS)
+
+
+CASES = """
+from result_cases import alignment_cases, cases_of, run_cases
+ours = run_cases(alignment_cases("chunked"))
+assert ours.keys() <= dict(cases_of("functions", quick=True)).keys()
+expected = {"loss", "gradient of x", "gradient of y"}
+assert all(results.keys() == expected for results in ours.values())
+"""
+
+
+def test_its_cases_are_compared_between_revisions(extended: Extension) -> None:
+    path = str(extended.directory / "python_tests" / "support")
+    run_python(extended.directory, "-c", f"import sys; sys.path.insert(0, {path!r})\n{CASES}")
+
+
+def test_the_operator_is_recorded(extended: Extension) -> None:
+    target = extended.directory
+    script = "python_tests/support/public_interface.py"
+    assert "holds all that is recorded" in run_python(target, script)
+    run_python(target, script, "--write")
+    record = json.loads(
+        (target / "python_tests/package/public_interface.json").read_text(encoding="utf-8")
+    )
+    assert {"cjepa_kernels.alignment", "cjepa_kernels.AlignmentLoss"} <= set(record["names"])
+    assert record["modules"]["cjepa_kernels.AlignmentLoss"]["results"] == ["loss"]
+    assert {"cjepa_kernels::alignment", "cjepa_kernels::alignment_backward.chunked"} <= set(
+        record["operators"]
+    )
+    run_tests(target, ["python_tests/package/test_public_interface.py"])
+
+
+def test_the_lines_of_kernels_have_their_places(with_kernels: Extension) -> None:
+    code = "from cjepa_kernels import triton; print(*triton.OPERATORS)"
+    assert "alignment" in run_python(with_kernels.directory, "-c", code).split()
+    assert {
+        "CMakeLists.txt",
+        "Makefile",
+        "bench/gpu_check.py",
+        "cjepa_kernels/triton/__init__.py",
+        "csrc/cpu/operators.cpp",
+        "csrc/tests/tests.cmake",
+        "python_tests/ops/test_alignment.py",
+    } <= set(with_kernels.changed)
 
 
 TEST_OF_TOY = """

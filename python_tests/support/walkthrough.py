@@ -7,7 +7,24 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-BLOCK = re.compile(r"^```(py|diff)\n# (\S+\.py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(py|diff)\n# (\S+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Parts of the repository that the copy has, beside the package and the helpers of the tests.
+COPIED = (
+    "CHANGELOG.md",
+    "CMakeLists.txt",
+    "CONTRIBUTING.md",
+    "Makefile",
+    "README.md",
+    "bench/gpu_check.py",
+    "csrc",
+    "docs",
+    "examples",
+    "pyproject.toml",
+    "python_tests/conftest.py",
+    "python_tests/package",
+    "python_tests/support",
+    "setup.py",
+)
 
 
 class Extension(NamedTuple):
@@ -25,15 +42,10 @@ def section_of(document: str, heading: str) -> str:
 
 
 def copy_package(source: Path, target: Path) -> None:
-    """Copy the package with its compiled module and the helpers of the tests."""
-    ignored = shutil.ignore_patterns("__pycache__", "train", "bench")
+    """Copy the package with its compiled module, and what else the walk-throughs change or run."""
+    ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(source / "cjepa_kernels", target / "cjepa_kernels", ignore=ignored)
-    for name in (
-        "pyproject.toml",
-        "python_tests/conftest.py",
-        "python_tests/package/test_layers.py",
-        "python_tests/support",
-    ):
+    for name in COPIED:
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if (source / name).is_dir():
@@ -61,7 +73,7 @@ def apply_walkthrough(document: str, target: Path) -> Extension:
             (target / name).write_text(content, encoding="utf-8")
             added.append(name)
             continue
-        parts = re.split(r"^# (\S+\.py)\n", f"# {name}\n{content}", flags=re.MULTILINE)[1:]
+        parts = re.split(r"^# (\S+)\n", f"# {name}\n{content}", flags=re.MULTILINE)[1:]
         for path, hunks in zip(parts[::2], parts[1::2], strict=True):
             _change(target / path, hunks)
             changed.append(path)
