@@ -18,8 +18,8 @@ from cjepa_kernels.train.loop.advisor import METRICS, NOTES, Advisor, Finding
 
 MetricsAt = Callable[[int], dict[str, float]]
 
-# Epoch means of a C-JEPA run on digits in which both views shared one mask. The contrastive weight
-# was 0.1 and the batch size 64.
+# These are the epoch means of a C-JEPA run on digits in which both views shared one mask. The
+# contrastive weight was 0.1 and the batch size 64.
 SHARED_EPOCHS = (1, 3, 5, 8, 12, 16, 20, 40)
 SHARED = {
     "contrastive_accuracy": (0.57, 0.85, 0.93, 0.963, 0.986, 0.990, 0.997, 1.0),

@@ -61,20 +61,20 @@ def same(left: Any, right: Any) -> bool:
 def test_flipped_bit_of_a_checkpoint_never_gives_other_contents(tmp_path: Path) -> None:
     file = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(SMALL_CHECKPOINT, file)
-    whole = file.read_bytes()
+    content = file.read_bytes()
     assert same(read_checkpoint(file), SMALL_CHECKPOINT)
     rng = random.Random(0)
-    places = rng.sample(range(len(whole)), len(whole) // 3)
+    places = rng.sample(range(len(content)), len(content) // 3)
     flips = [(place, rng.randrange(8)) for place in places]
     # The file attributes in the archive's central directory have no checksum, so each of their bits
     # is flipped as well.
-    entry = whole.find(b"PK\x01\x02")
+    entry = content.find(b"PK\x01\x02")
     while entry >= 0:
         flips += [(entry + 38 + byte, bit) for byte in range(4) for bit in range(8)]
-        entry = whole.find(b"PK\x01\x02", entry + 1)
+        entry = content.find(b"PK\x01\x02", entry + 1)
     messages = []
     for place, bit in flips:
-        damaged = bytearray(whole)
+        damaged = bytearray(content)
         damaged[place] ^= 1 << bit
         file.write_bytes(damaged)
         try:
@@ -109,14 +109,14 @@ def test_sound_file_that_is_no_checkpoint(content: Any, tmp_path: Path) -> None:
 
 def test_flipped_bit_of_a_result_never_gives_other_numbers(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
-    whole = encode_result(RESULT).encode()
-    file.write_bytes(whole)
+    content = encode_result(RESULT).encode()
+    file.write_bytes(content)
     expected = load_result(tmp_path)
     assert expected.history == RESULT.history
     rng = random.Random(0)
     messages = []
-    for place in range(len(whole)):
-        damaged = bytearray(whole)
+    for place in range(len(content)):
+        damaged = bytearray(content)
         damaged[place] ^= 1 << rng.randrange(8)
         file.write_bytes(damaged)
         try:
@@ -126,7 +126,7 @@ def test_flipped_bit_of_a_result_never_gives_other_numbers(tmp_path: Path) -> No
         else:
             assert loaded == expected, place
     assert all(str(file) in message for message in messages)
-    assert len(messages) > len(whole) / 2
+    assert len(messages) > len(content) / 2
 
 
 def test_result_of_an_earlier_version_is_read_with_a_note(
@@ -236,8 +236,8 @@ def test_damaged_last_checkpoint_offers_the_one_before(tmp_path: Path) -> None:
     message = str(info.value)
     command = message[message.index("mv ") : message.index(" and start the same")]
     subprocess.run(command, shell=True, check=True)
-    again = runner.train(config, run_dir, progress_bar=False)
-    assert (again.history, again.evaluation) == (first.history, first.evaluation)
+    resumed = runner.train(config, run_dir, progress_bar=False)
+    assert (resumed.history, resumed.evaluation) == (first.history, first.evaluation)
     for name, value in weights(run_dir).items():
         assert torch.equal(value, expected[name]), name
 

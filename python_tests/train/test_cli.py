@@ -103,7 +103,7 @@ def test_user_error_is_one_message_and_code_2(
 ) -> None:
     result = run("train", "--config", experiment, *arguments)
     assert result.exit_code == 2
-    # The lines of the epochs come first.
+    # The error comes after the lines of the epochs.
     line = result.stderr.splitlines()[-1]
     assert line.startswith("error: ")
     assert message in line

@@ -200,9 +200,9 @@ def test_second_call_trains_nothing_and_one_worker_agrees(
     monkeypatch.setattr(compare_module, "evaluate", _must_not_run)
     monkeypatch.setattr(compare_module, "evaluate_pixels", _must_not_run)
     monkeypatch.setattr(runner.L.Trainer, "fit", _must_not_run)
-    again = compare(SMALL, seeds=[0, 1], out_dir=out, workers=1, transfer=True, console=quiet())
-    assert again.runs == comparison.runs
-    assert again.baselines == comparison.baselines
+    repeated = compare(SMALL, seeds=[0, 1], out_dir=out, workers=1, transfer=True, console=quiet())
+    assert repeated.runs == comparison.runs
+    assert repeated.baselines == comparison.baselines
 
 
 def _must_not_run(*args: Any, **kwargs: Any) -> None:
@@ -532,8 +532,8 @@ def test_environment_is_that_of_the_first_start(
 ) -> None:
     first, out, _ = compared
     monkeypatch.setattr("sys.argv", ["another", "command"])
-    again = compare(SMALL, seeds=[0, 1], out_dir=out, workers=1, transfer=True, console=quiet())
-    assert again.environment == first.environment
-    assert again.to_json() == first.to_json()
+    repeated = compare(SMALL, seeds=[0, 1], out_dir=out, workers=1, transfer=True, console=quiet())
+    assert repeated.environment == first.environment
+    assert repeated.to_json() == first.to_json()
     fewer = compare(SMALL, seeds=[0], out_dir=out, workers=1, transfer=True, console=quiet())
     assert fewer.environment["command"] == "another command"

@@ -93,8 +93,8 @@ def test_subset_is_fixed_and_balanced() -> None:
     dataset = load("digits", train_size=100, test_size=50)
     assert torch.bincount(dataset.train.labels).tolist() == [10] * 10
     assert torch.bincount(dataset.test.labels).tolist() == [5] * 10
-    again = load("digits", train_size=100, test_size=50)
-    assert torch.equal(dataset.train.images, again.train.images)
+    repeated = load("digits", train_size=100, test_size=50)
+    assert torch.equal(dataset.train.images, repeated.train.images)
     labels = torch.tensor([0] * 50 + [1] * 3)
     assert torch.bincount(labels[balanced_subset(labels, 20, key="size")]).tolist() == [17, 3]
 

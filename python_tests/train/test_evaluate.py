@@ -77,8 +77,8 @@ def test_pixels_of_digits(pixel_scores: dict[str, float], metric: str, expected:
 def test_evaluation_is_deterministic_and_complete(
     digits: Dataset, pixel_scores: dict[str, float]
 ) -> None:
-    again = evaluate_pixels(digits, EvaluationConfig(), pretrain_classes=range(5))
-    assert again == pixel_scores
+    repeated = evaluate_pixels(digits, EvaluationConfig(), pretrain_classes=range(5))
+    assert repeated == pixel_scores
     metrics = {"linear", "few_label", "knn", "std", "effective_rank", "linear_robust"}
     metrics |= {f"linear_{k}_{s}" for k in ("noise", "blur", "shift") for s in (1, 2, 3)}
     metrics |= {"transfer_linear", "transfer_few_label", "transfer_knn"}
@@ -166,8 +166,8 @@ def test_transfer_uses_the_other_classes_alone() -> None:
 def test_few_label_draws_are_fixed_and_balanced() -> None:
     labels = np.array([0] * 5 + [1] * 50 + [2] * 50)
     draws = few_label_draws(labels, 10, 4)
-    for draw, again in zip(draws, few_label_draws(labels, 10, 4), strict=True):
-        assert (draw == again).all()
+    for draw, repeated_draw in zip(draws, few_label_draws(labels, 10, 4), strict=True):
+        assert (draw == repeated_draw).all()
         assert np.bincount(labels[draw]).tolist() == [5, 10, 10]
         assert len(set(draw.tolist())) == 25
     assert not (np.sort(draws[0]) == np.sort(draws[1])).all()
@@ -252,7 +252,7 @@ def test_blur_keeps_the_mean_and_equals_scipy() -> None:
 def test_shift_moves_by_the_documented_distance() -> None:
     images = torch.zeros(40, 1, 16, 16, dtype=torch.uint8)
     images[:, :, 8, 8] = 255
-    # Strength 2 shifts by 12.5 % of the 16 pixels, which are two pixels.
+    # Strength 2 shifts by 12.5 % of 16 pixels, that is by 2 pixels.
     moved = corruptions.corrupt(images, "shift", 2)
     positions = {tuple(position) for position in moved[:, 0].nonzero()[:, 1:].tolist()}
     assert positions == {(8, 10), (8, 6), (10, 8), (6, 8)}

@@ -124,7 +124,7 @@ def test_sixteen_bit_colours(tmp_path: Path, channels: int, colour_type: int) ->
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 def test_exif_orientation_is_applied(tmp_path: Path, kind: str, orientation: int) -> None:
     upright = np.arange(4 * 6, dtype=np.uint8).reshape(4, 6) * 10
-    # A camera held in one of these orientations stores the image rotated or mirrored.
+    # Each entry is how a camera with this EXIF orientation stores the upright image.
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -237,7 +237,7 @@ def test_damage_names_the_file(tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_large_images_give_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Pillow warns about images that have more pixels than the limit, up to twice as many.
+    # The images have 2400 pixels. For more than 1500 Pillow warns, for more than 3000 it refuses.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
     assert read(write(tmp_path, GOOD), image_size=4)[0].shape == (1, 4, 4, 3)
 

@@ -152,7 +152,7 @@ class Recorder(Callback):
 
     rates: list[list[float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    # The parameters of the two encoders, at the start and after each step.
+    # Both lists hold the parameters at the start and after each step.
     encoders: list[dict[str, Tensor]] = field(default_factory=list)
     targets: list[dict[str, Tensor]] = field(default_factory=list)
 
@@ -221,9 +221,9 @@ def test_batch_changes_with_the_epoch_alone(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(CJEPAModule, "current_epoch", epoch)
         return module.on_after_batch_transfer(loaded, 0)
 
-    first, again, second = views_at(0), views_at(0), views_at(1)
-    for name, before, repeated, after in zip(first._fields, first, again, second, strict=True):
-        assert torch.equal(before, repeated), name
+    first, repeated, second = views_at(0), views_at(0), views_at(1)
+    for name, before, same, after in zip(first._fields, first, repeated, second, strict=True):
+        assert torch.equal(before, same), name
         assert not torch.equal(before, after), name
 
 
@@ -252,10 +252,10 @@ NO_AUGMENTATION = {
 def test_every_augmentation_follows_epoch_and_view(change: dict[str, Any]) -> None:
     config = ViewsConfig(**{**NO_AUGMENTATION, **change})
     images, samples = loaded_batch()
-    first, again, second = (
+    first, repeated, second = (
         two_views(images, samples, config, seed=0, epoch=epoch) for epoch in (4, 4, 5)
     )
-    assert torch.equal(first, again)
+    assert torch.equal(first, repeated)
     for before, after in zip(first, second, strict=True):
         assert not torch.equal(before, after)
     for view, other_view in zip(first[:6], first[6:], strict=True):

@@ -255,13 +255,13 @@ def test_rows_of_many_pieces_and_groups(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     file = write_table(tmp_path / "t.parquet", range(10), label=TWO_CLASSES)
-    whole = file.read_bytes()
-    damaged = bytearray(whole)
+    sound = file.read_bytes()
+    damaged = bytearray(sound)
     damaged[60:300] = b"\xff" * 240
     for content, words in (
         (b"", "the file is empty"),
         (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
-        (whole[: len(whole) // 2], "cannot read"),
+        (sound[: len(sound) // 2], "cannot read"),
         (bytes(damaged), "cannot read"),
     ):
         file.write_bytes(content)
@@ -294,7 +294,10 @@ def test_saved_data_sets(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict(records)
     table.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": table, "Test": table}).save_to_disk(tmp_path / "two")
-    one = load_dataset(DataConfig(source=str(tmp_path / "one")))
-    assert (len(one.train.labels), len(one.test.labels)) == (8, 2)
-    two = load_dataset(DataConfig(source=str(tmp_path / "two")))
-    assert grey_values(two.test, two.class_names) == {"x": [0, 2, 4, 6, 8], "y": [1, 3, 5, 7, 9]}
+    undivided = load_dataset(DataConfig(source=str(tmp_path / "one")))
+    assert (len(undivided.train.labels), len(undivided.test.labels)) == (8, 2)
+    divided = load_dataset(DataConfig(source=str(tmp_path / "two")))
+    assert grey_values(divided.test, divided.class_names) == {
+        "x": [0, 2, 4, 6, 8],
+        "y": [1, 3, 5, 7, 9],
+    }

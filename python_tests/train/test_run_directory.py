@@ -112,8 +112,8 @@ def test_other_data_are_refused_when_a_run_is_finished_and_when_it_resumes(
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after == {path: data for path, data in before.items() if path.name != "result.json"}
 
-    again = runner.train(config, tmp_path, progress_bar=False)
-    assert again.evaluation == first.evaluation
+    resumed = runner.train(config, tmp_path, progress_bar=False)
+    assert resumed.evaluation == first.evaluation
 
 
 def test_checkpoint_without_a_fingerprint_resumes_with_a_note(
@@ -189,25 +189,25 @@ def test_comparison_checks_its_finished_runs_and_says_so(
 
     # A damaged baseline is computed again. A damaged run is an error before any job starts.
     baseline = tmp_path / "baselines" / "pixels.json"
-    whole = baseline.read_text()
-    baseline.write_text(whole.replace('pixels/knn": ', 'pixels/knn": 1'))
+    sound_baseline = baseline.read_text()
+    baseline.write_text(sound_baseline.replace('pixels/knn": ', 'pixels/knn": 1'))
     assert run_comparison().to_json() == first.to_json()
-    assert baseline.read_text() == whole
+    assert baseline.read_text() == sound_baseline
     result = tmp_path / "runs" / "jepa-seed0" / "result.json"
-    whole = result.read_text()
-    result.write_text(whole.replace('"mean/knn": ', '"mean/knn": 1'))
+    sound_result = result.read_text()
+    result.write_text(sound_result.replace('"mean/knn": ', '"mean/knn": 1'))
     with pytest.raises(ValueError, match=r"jepa-seed0/result\.json is damaged.*checksum"):
         run_comparison()
     result.unlink()
     checkpoint = result.parent / "checkpoints" / "last.ckpt"
-    sound = checkpoint.read_bytes()
-    checkpoint.write_bytes(sound[:-1])
+    sound_checkpoint = checkpoint.read_bytes()
+    checkpoint.write_bytes(sound_checkpoint[:-1])
     with monkeypatch.context() as patch:
         patch.setattr(compare_module, "run_jobs", lambda *args: pytest.fail("a job was started"))
         with pytest.raises(ValueError, match=r"jepa-seed0/checkpoints/last\.ckpt is damaged"):
             run_comparison()
-    checkpoint.write_bytes(sound)
-    result.write_text(whole)
+    checkpoint.write_bytes(sound_checkpoint)
+    result.write_text(sound_result)
     with monkeypatch.context() as patch:
         other = changed("train", other_label)
         patch.setattr(compare_module, "load_dataset", lambda *args, **options: other)

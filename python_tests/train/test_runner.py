@@ -232,8 +232,8 @@ def test_collapse_monitor_looks_at_every_class(tmp_path: Path) -> None:
     history = MetricHistory(tmp_path / "metrics.csv", dataset, by_class)
     assert len(history.collapse_monitor.samples) == 512
     assert len(dataset.train.labels[history.collapse_monitor.samples].unique()) == 10
-    again = MetricHistory(tmp_path / "metrics.csv", dataset, by_class)
-    assert torch.equal(history.collapse_monitor.samples, again.collapse_monitor.samples)
+    repeated = MetricHistory(tmp_path / "metrics.csv", dataset, by_class)
+    assert torch.equal(history.collapse_monitor.samples, repeated.collapse_monitor.samples)
 
 
 def test_metrics_are_summed_without_fp64_on_mps(tmp_path: Path) -> None:
@@ -376,12 +376,12 @@ def test_ranks_share_out_each_batch(ranks: int) -> None:
         assert len(sampler) == 3
         return list(sampler)
 
-    whole = batches(0, 1, 5)
-    assert len({index for batch in whole for index in batch}) == 48
-    for position, batch in enumerate(whole):
+    whole_batches = batches(0, 1, 5)
+    assert len({index for batch in whole_batches for index in batch}) == 48
+    for position, batch in enumerate(whole_batches):
         parts = [batches(rank, ranks, 5)[position] for rank in range(ranks)]
         assert sorted(index for part in parts for index in part) == sorted(batch)
-    assert batches(0, 1, 6) != whole
+    assert batches(0, 1, 6) != whole_batches
 
 
 def test_csv_leaves_absent_metrics_empty() -> None:
@@ -405,9 +405,9 @@ def train_on_two_ranks(config: ExperimentConfig, directory: Path) -> RunResult:
 
 
 def test_two_ranks_train_as_one_with_the_whole_batch(tmp_path: Path) -> None:
-    two = train_on_two_ranks(tiny("trainer.devices=2"), tmp_path)
-    one = runner.train(tiny(), tmp_path / "one", progress_bar=False)
-    for row, expected in zip(two.history, one.history, strict=True):
+    two_ranks = train_on_two_ranks(tiny("trainer.devices=2"), tmp_path)
+    one_rank = runner.train(tiny(), tmp_path / "one", progress_bar=False)
+    for row, expected in zip(two_ranks.history, one_rank.history, strict=True):
         assert row.keys() == expected.keys()
         for name, value in row.items():
             assert value == pytest.approx(expected[name], rel=1e-4, abs=1e-4), name
