@@ -1,4 +1,4 @@
-"""If a rank has other arguments, is missing or dies, the others get an error soon."""
+"""If the arguments of a rank differ, or a rank is missing or dies, the others soon get an error."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from cjepa_kernels.distributed import resolve_group
 from cjepa_kernels.distributed.blocks import Blocks
 
 Pool = Callable[[int], Ranks]
-TIMEOUT = 3.0  # seconds that a group waits for a rank that has died
+TIMEOUT = 3.0  # Seconds that a group waits for a rank that has died.
 STRATEGIES = pytest.mark.parametrize("strategy", ["all_gather", "ring"])
 
 
 def message_of(
-    options: list[dict[str, Any]], made: list[tuple[tuple[int, ...], torch.dtype]]
+    options: list[dict[str, Any]], inputs: list[tuple[tuple[int, ...], torch.dtype]]
 ) -> str:
     """Run on each rank: the error of nt_xent when each rank has its own arguments."""
     rank = dist.get_rank()
-    shape, dtype = made[rank]
+    shape, dtype = inputs[rank]
     z_i, z_j = torch.zeros(2, *shape, dtype=dtype)
-    own = dict(options[rank])
-    if own.pop("requires_grad", False):
+    own_options = dict(options[rank])
+    if own_options.pop("requires_grad", False):
         z_i.requires_grad_()
     try:
-        nt_xent(z_i, z_j, group=dist.group.WORLD, **own)
+        nt_xent(z_i, z_j, group=dist.group.WORLD, **own_options)
     except ValueError as error:
         return str(error)
     return "no error"
@@ -77,8 +77,8 @@ def message_of(
 def test_ranks_that_differ_are_named_on_every_rank(
     ranks: Pool, change: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype, expected: str
 ) -> None:
-    made = [((3, 4), torch.float32), (shape, dtype), ((3, 4), torch.float32)]
-    messages = ranks(3).run(message_of, [{}, change, {}], made)
+    inputs = [((3, 4), torch.float32), (shape, dtype), ((3, 4), torch.float32)]
+    messages = ranks(3).run(message_of, [{}, change, {}], inputs)
     assert len(set(messages)) == 1
     assert re.search(expected, messages[0]), messages[0]
 
@@ -101,7 +101,7 @@ def test_learnable_temperatures_that_drifted_apart(ranks: Pool) -> None:
 
 
 @pytest.fixture
-def mortal() -> Iterator[Ranks]:
+def ranks_that_may_die() -> Iterator[Ranks]:
     processes = Ranks(3, timeout=TIMEOUT)
     yield processes
     processes.close()
@@ -110,32 +110,34 @@ def mortal() -> Iterator[Ranks]:
 def step_with_a_death(strategy: str, when: str, ends: bool) -> None:
     """Run on each rank. Rank 1 dies before or during the forward, or before the backward.
 
-    Its process ends, or the function raises KeyboardInterrupt.
+    If ``ends`` is true, its process ends. Otherwise the function raises KeyboardInterrupt.
     """
-    doomed = dist.get_rank() == 1
+    dies = dist.get_rank() == 1
 
     def leave(*_: Any, **__: Any) -> Any:
         if ends:
             os._exit(1)
-        raise KeyboardInterrupt  # the package does not catch this exception
+        raise KeyboardInterrupt  # The package does not catch this exception.
 
     z = torch.randn(2, 4, 8, requires_grad=True)
-    if doomed and when == "before":
+    if dies and when == "before":
         leave()
-    if doomed and when == "forward":
+    if dies and when == "forward":
         Blocks.rectangle = leave  # type: ignore[method-assign]
     out = nt_xent(z[0], z[1], group=dist.group.WORLD, strategy=strategy)  # type: ignore[arg-type]
-    if doomed and when == "between":
+    if dies and when == "between":
         leave()
     out.loss.backward()
 
 
 @STRATEGIES
 @pytest.mark.parametrize("when", ["before", "forward", "between"])
-def test_a_rank_that_dies_fails_the_others(mortal: Ranks, strategy: str, when: str) -> None:
+def test_a_rank_that_dies_fails_the_others(
+    ranks_that_may_die: Ranks, strategy: str, when: str
+) -> None:
     started = time.monotonic()
-    results = mortal.attempt(step_with_a_death, strategy, when, True)
-    # Each of the others waits for a few exchanges at most.
+    results = ranks_that_may_die.attempt(step_with_a_death, strategy, when, True)
+    # Each of the other ranks waits for the timeouts of a few exchanges at most.
     assert time.monotonic() - started < 15 * TIMEOUT
     direction = "backward" if when == "between" else "forward"
     for rank in (0, 2):
@@ -155,8 +157,10 @@ def step_without_a_backward(strategy: str) -> None:
 
 
 @STRATEGIES
-def test_a_rank_without_a_backward_fails_the_others(mortal: Ranks, strategy: str) -> None:
-    results = mortal.attempt(step_without_a_backward, strategy)
+def test_a_rank_without_a_backward_fails_the_others(
+    ranks_that_may_die: Ranks, strategy: str
+) -> None:
+    results = ranks_that_may_die.attempt(step_without_a_backward, strategy)
     for rank in (0, 2):
         assert "cannot reach the others in the backward" in str(results[rank])
 

@@ -41,7 +41,8 @@ def own_views() -> Tensor:
 
 def ddp_step() -> tuple[Tensor, dict[str, Tensor]]:
     model = Model()
-    parallel = DistributedDataParallel(model)  # needed until the end, because it owns the hooks
+    # The wrapper must exist until the end, because it owns the hooks.
+    parallel = DistributedDataParallel(model)
     loss = parallel(own_views())
     loss.backward()
     return loss.detach(), gradients_of(model)
@@ -58,14 +59,16 @@ def fully_sharded_step() -> Result:
     with torch.device("meta"):
         model = Model()
     fully_shard(model)
-    result["repr"] = repr(model.loss_fn)  # repr must not wait for other ranks
+    result["repr"] = repr(model.loss_fn)  # This must not wait for other ranks.
     model.to_empty(device="cpu")
     model.loss_fn.reset_parameters()
     result["start"] = temperature_of(model)
-    same = Model().encoder.state_dict()
+    encoder_state = Model().encoder.state_dict()
     for name, parameter in model.encoder.named_parameters():
         sharded: Any = parameter.data
-        sharded.copy_(distribute_tensor(same[name], sharded.device_mesh, sharded.placements))
+        sharded.copy_(
+            distribute_tensor(encoder_state[name], sharded.device_mesh, sharded.placements)
+        )
     loss = model(own_views())
     loss.backward()
     result["loss"] = loss.detach()

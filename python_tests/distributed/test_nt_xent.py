@@ -1,4 +1,4 @@
-"""With negatives from every rank, gloo processes give the results of one with the whole batch."""
+"""Ranks with negatives from every rank get the results of one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cjepa_kernels.reference import reduce
 Pool = Callable[[int], Ranks]
 FEATURES = 24
 KERNELS = [name for name in BACKENDS if name != "reference"]
-NOT_SLOW = [name for name in KERNELS if name != "triton"]  # Triton's interpreter is slow
+NOT_SLOW = [name for name in KERNELS if name != "triton"]  # Triton's interpreter is slow.
 METRICS = ("accuracy", "positive_similarity", "negative_similarity")
 
 # The shards are equal or of different sizes. A rank with one pair has no negative of its own.
@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.encoder = nn.Linear(FEATURES, FEATURES).to(dtype)
-        # The temperature has at least fp32, as the loss itself.
+        # The temperature is in fp32 or fp64, like the loss.
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.loss_fn = NTXentLoss(temperature, **options).to(wide)
 
@@ -172,15 +172,15 @@ def check_group(
 ) -> None:
     """Compare values and the views' gradients with the float64 reference of the whole batch."""
     whole = torch.cat(shards(batches, dtype, features), dim=1)
-    alone = {name: value for name, value in options.items() if name != "strategy"}
+    without_strategy = {name: value for name, value in options.items() if name != "strategy"}
     z = whole.double().requires_grad_()
-    truth = nt_xent(z[0], z[1], backend="reference", **alone)
+    truth = nt_xent(z[0], z[1], backend="reference", **without_strategy)
     truth.loss.sum().backward()
-    reduction = alone.pop("reduction", "mean")
-    rounded = (z if "eps" in alone else whole).detach().clone().requires_grad_()
+    reduction = without_strategy.pop("reduction", "mean")
+    rounded = (z if "eps" in without_strategy else whole).detach().clone().requires_grad_()
     # The textbook formula has no eps, so only the floor bounds the error with another eps.
-    alone.pop("eps", None)
-    eager = reduce(textbook_nt_xent(rounded[0], rounded[1], **alone), reduction)
+    without_strategy.pop("eps", None)
+    eager = reduce(textbook_nt_xent(rounded[0], rounded[1], **without_strategy), reduction)
     eager.sum().backward()
     assert z.grad is not None
     assert rounded.grad is not None
@@ -206,7 +206,7 @@ def check_group(
 
 
 @pytest.mark.parametrize(
-    ("kernels", "batches"),
+    ("backend", "batches"),
     [
         (name, batches)
         for batches in ([3, 8], [2, 5, 1])
@@ -219,7 +219,7 @@ def check_group(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_back_end(
     ranks: Pool,
-    kernels: Backend,
+    backend: Backend,
     strategy: str,
     temperature: float,
     dtype: torch.dtype,
@@ -227,10 +227,10 @@ def test_every_back_end(
 ) -> None:
     options = {"temperature": temperature, "strategy": strategy}
     results = ranks(len(batches)).run(
-        group_step, batches, dtype=dtype, backend=kernels, options=options
+        group_step, batches, dtype=dtype, backend=backend, options=options
     )
     check_group(results, batches, dtype, options)
-    assert all((launches > 0) == (kernels == "triton") for *_, launches in results)
+    assert all((launches > 0) == (backend == "triton") for *_, launches in results)
 
 
 @STRATEGIES
@@ -290,36 +290,36 @@ def test_a_loss_scale_changes_no_bit_of_the_gradient(ranks: Pool, strategy: str)
 
 
 @STRATEGIES
-@pytest.mark.parametrize("kernels", NOT_SLOW)
-def test_the_same_bits_on_every_run(ranks: Pool, strategy: str, kernels: Backend) -> None:
-    args = ([2, 5, 1], torch.float32, kernels, {"strategy": strategy})
+@pytest.mark.parametrize("backend", NOT_SLOW)
+def test_the_same_bits_on_every_run(ranks: Pool, strategy: str, backend: Backend) -> None:
+    args = ([2, 5, 1], torch.float32, backend, {"strategy": strategy})
     first, second = (ranks(3).run(group_step, *args) for _ in range(2))
-    for (out, gradient, _), (again, gradient_again, _) in zip(first, second, strict=True):
-        assert all(map(torch.equal, out, again))
-        assert torch.equal(gradient, gradient_again)
+    for (out, gradient, _), (second_out, second_gradient, _) in zip(first, second, strict=True):
+        assert all(map(torch.equal, out, second_out))
+        assert torch.equal(gradient, second_gradient)
 
 
-def collapsed_step(strategy: str, kernels: Backend, features: int) -> tuple[Tensor, Tensor]:
+def collapsed_step(strategy: str, backend: Backend, features: int) -> tuple[Tensor, Tensor]:
     row = torch.randn(features, generator=torch.Generator().manual_seed(3))
     z = row.expand(2, 1 + 2 * dist.get_rank(), features)
-    out = nt_xent(z[0], z[1], group=dist.group.WORLD, strategy=strategy, backend=kernels)
+    out = nt_xent(z[0], z[1], group=dist.group.WORLD, strategy=strategy, backend=backend)
     return out.accuracy, out.loss
 
 
 @STRATEGIES
 @pytest.mark.parametrize(
-    ("kernels", "features"),
+    ("backend", "features"),
     [(name, 64) for name in KERNELS] + [(name, f) for name in NOT_SLOW for f in (3, 515)],
 )
 def test_a_collapsed_encoder_reports_no_hit(
-    ranks: Pool, strategy: str, kernels: Backend, features: int
+    ranks: Pool, strategy: str, backend: Backend, features: int
 ) -> None:
     """A tie with a row of another rank is a miss too."""
-    results = ranks(3).run(collapsed_step, strategy, kernels, features)
+    results = ranks(3).run(collapsed_step, strategy, backend, features)
     for accuracy, _ in results:
         assert accuracy == 0
     mean = torch.stack([loss for _, loss in results]).mean()
-    torch.testing.assert_close(mean, torch.tensor(17.0).log())  # 17 = M - 1, for M = 18 rows
+    torch.testing.assert_close(mean, torch.tensor(17.0).log())  # 17 is M - 1.
 
 
 def step_with_a_nan(strategy: str, temperature: float) -> tuple[Tensor, Tensor]:
@@ -343,7 +343,7 @@ def test_a_nan_reaches_the_loss_of_every_rank(
 
 
 def accumulated_steps(strategy: str) -> dict[str, Tensor]:
-    """Run on each rank: two batches, of which the first one exchanges no gradients."""
+    """Run on each rank: a step on two batches. The ranks exchange no gradients after the first."""
     model = Encoder(torch.float64, 0.2, strategy=strategy, distributed=True)
     parallel = DistributedDataParallel(model)
     for batches in ([4, 2, 3], [1, 5, 2]):
@@ -433,7 +433,7 @@ def test_without_gradients(ranks: Pool, strategy: str) -> None:
 
 
 def step_of_a_subgroup() -> tuple[Tensor, Tensor] | None:
-    group = dist.new_group([1, 3])  # every rank has to make this call
+    group = dist.new_group([1, 3])  # Every rank has to make this call.
     if dist.get_rank() not in (1, 3):
         return None
     z = shards([4, 2], torch.float64)[dist.get_rank(group)].requires_grad_()

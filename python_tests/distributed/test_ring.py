@@ -41,7 +41,7 @@ Pool = Callable[[int], Ranks]
 def test_each_pair_of_rows_meets_once(batches: list[int]) -> None:
     ranks = len(batches)
     starts = [2 * sum(batches[:rank]) for rank in range(ranks + 1)]
-    met = torch.zeros(starts[-1], starts[-1], dtype=torch.int64)
+    products = torch.zeros(starts[-1], starts[-1], dtype=torch.int64)
     for rank in range(ranks):
         ring = Ring(GlobalBatch(rank, tuple(batches)))
         for step in range(1, ring.steps + 1):
@@ -51,11 +51,12 @@ def test_each_pair_of_rows_meets_once(batches: list[int]) -> None:
             columns = torch.arange(starts[visitor], starts[visitor + 1])[rectangle.visiting]
             assert len(rows) > 0
             assert len(columns) > 0
-            met[rows[:, None], columns] += 1
-            met[columns[:, None], rows] += 1
+            products[rows[:, None], columns] += 1
+            products[columns[:, None], rows] += 1
         own = slice(starts[rank], starts[rank + 1])
-        met[own, own] += 1
-        # The part that a shard collects results for covers all rectangles on its way.
+        products[own, own] += 1
+        # A shard collects results for a part of its rows. The part must cover the shard's rows in
+        # every rectangle that it visits.
         collected = ring.collected(rank) if ranks > 1 else None
         for step in range(1, ring.steps + 1):
             host = (rank + step) % ranks
@@ -63,7 +64,7 @@ def test_each_pair_of_rows_meets_once(batches: list[int]) -> None:
             assert collected is not None
             assert collected.start <= visiting.start
             assert visiting.stop <= collected.stop
-    assert torch.equal(met, torch.ones_like(met))
+    assert torch.equal(products, torch.ones_like(products))
 
 
 @given(
@@ -79,11 +80,13 @@ def test_parts_of_a_sum_come_together(sizes: list[int], tau: float, seed: int) -
     ]
 
     def part(s: Tensor, constant: bool) -> Tensor:
-        none = torch.tensor([-torch.inf], dtype=torch.float64)
-        largest = s.amax(dim=1) if s.numel() else none
+        minus_infinity = torch.tensor([-torch.inf], dtype=torch.float64)
+        largest = s.amax(dim=1) if s.numel() else minus_infinity
         shift = torch.ones_like(largest) if constant and s.numel() else largest.clamp(min=-1)
         shift = shift if s.numel() else torch.zeros_like(shift)
-        log_sum = torch.logsumexp((s - shift[:, None]) / tau, dim=1) if s.numel() else none
+        log_sum = (
+            torch.logsumexp((s - shift[:, None]) / tau, dim=1) if s.numel() else minus_infinity
+        )
         return torch.stack([shift, log_sum, largest], dim=1)
 
     total = part(parts[0], constant=False)
@@ -136,20 +139,20 @@ def counted_step(
     largest = 0
     start = Exchange.start
 
-    def watched(self: Exchange, sent: Any, received: Any) -> Any:
+    def recording_start(self: Exchange, sent: Any, received: Any) -> Any:
         nonlocal largest
         largest = max([largest, *(message.tensor.nbytes for message in (*sent, *received))])
         return start(self, sent, received)
 
     z = torch.randn(2, pairs, features).to(dtype).requires_grad_()
-    Exchange.start = watched  # type: ignore[method-assign]
+    Exchange.start = recording_start  # type: ignore[method-assign]
     try:
         with counting() as counts:
             out = nt_xent(z[0], z[1], group=dist.group.WORLD, strategy=strategy, backend=backend)
             out.loss.backward()
     finally:
         Exchange.start = start  # type: ignore[method-assign]
-    nt_xent(z[0], z[1], group=dist.group.WORLD)  # outside of ``counting`` this call is not counted
+    nt_xent(z[0], z[1], group=dist.group.WORLD)  # This call is not counted.
     return {**vars(counts), "largest": largest}
 
 
@@ -177,7 +180,8 @@ def test_counted_costs_follow_the_formulas(
 def recorded_step(strategy: str) -> tuple[list[str], list[int], list[int]]:
     """Run on each rank: its actions in order, and the number of received tensors at each visit.
 
-    The forward and the backward have a list of numbers each. A tensor counts while it is alive.
+    Only tensors that are still alive count. The first list of numbers is that of the forward, the
+    second that of the backward.
     """
     events: list[str] = []
     received: list[weakref.ref[Tensor]] = []
@@ -222,11 +226,11 @@ def test_the_ring_overlaps_and_holds_few_shards(ranks: Pool) -> None:
     backward += ["start", "own_backward", "finish"]
     for events, in_forward, in_backward in ranks(6).run(recorded_step, "ring"):
         assert events == agree + forward + backward
-        # Alive are the visitor, the next visitor and their collected results. The first visitor's
-        # features stay for the backward.
+        # The visiting shard, the next one and their collected results are alive. The features of
+        # the first visiting shard stay alive for the backward.
         assert in_forward == [2, 4, 4]
-        # Alive are the features and weights of two visitors and the collected gradients. The
-        # first visitor's features are those of the forward.
+        # The features and weights of two visiting shards and the collected gradients are alive.
+        # The features of the first visiting shard are those of the forward.
         assert in_backward == [3, 5, 4]
 
 
@@ -254,12 +258,12 @@ def test_auto_is_one_of_both(ranks: Pool, pairs: int) -> None:
 def test_costs_of_the_schemes_compare_as_they_should() -> None:
     for ranks in distributed_cost.RANKS:
         problem = distributed_cost.Problem(ranks, 1 << 14, 256, 2)
-        of = {name: distributed_cost.cost(name, problem) for name in distributed_cost.SCHEMES}
+        costs = {name: distributed_cost.cost(name, problem) for name in distributed_cost.SCHEMES}
         rows = problem.ranks * problem.rows
-        assert of["ring"].flops == 4 * problem.rows * rows * problem.features
-        assert of["ring"].flops < of["all_gather"].flops < of["lightly"].flops
-        assert of["inf_cl"].flops == 2 * of["ring"].flops
-        sent = {name: cost.forward_bytes + cost.backward_bytes for name, cost in of.items()}
+        assert costs["ring"].flops == 4 * problem.rows * rows * problem.features
+        assert costs["ring"].flops < costs["all_gather"].flops < costs["lightly"].flops
+        assert costs["inf_cl"].flops == 2 * costs["ring"].flops
+        sent = {name: cost.forward_bytes + cost.backward_bytes for name, cost in costs.items()}
         assert sent["all_gather"] < sent["ring"] < sent["lightly"] < sent["inf_cl"]
 
 
@@ -274,30 +278,30 @@ def test_the_simulation_adds_up(ranks: int) -> None:
     slow = distributed_cost.Link("slow", 1e6, 0.0)
     simulated = distributed_cost.simulate(problem, slow, rate=1e18)
     sent = distributed_cost.cost("ring", problem)
-    # This bound leaves out the exchange of settings and of metrics, and that the last visit may be
-    # half as long.
+    # This bound leaves out the exchanges of settings and of metrics. It also assumes that the last
+    # visit is as long as the others, although it may be half as long.
     least = (sent.forward_bytes + sent.backward_bytes) / 1e6
     assert simulated["total"] == pytest.approx(least, rel=0.34 if ranks == 2 else 0.08)
 
 
 @pytest.mark.parametrize(
-    ("script", "said"),
+    ("script", "expected"),
     [
         (["distributed.py", "--quick", "--seconds", "0.1"], "work of the ring / strips"),
         (["distributed_cost.py"], "whole batch"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_the_benchmarks_run(script: list[str], said: str) -> None:
-    done = subprocess.run(
+def test_the_benchmarks_run(script: list[str], expected: str) -> None:
+    result = subprocess.run(
         [sys.executable, str(BENCH / script[0]), *script[1:], "--no-save"],
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert said in done.stdout
+    assert result.returncode == 0, result.stderr
+    assert expected in result.stdout
 
 
 def lightly_step(pairs: int, features: int) -> dict[str, tuple[Tensor, Tensor]]:

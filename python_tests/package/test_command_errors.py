@@ -1,4 +1,4 @@
-"""The command line reports each error in one line, ends with status 2 and leaves nothing behind."""
+"""The command line reports each error in one line, ends with status 2 and leaves no files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EXPERIMENT = "data: {source: digits, train_size: 64, test_size: 40}\n"
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in a directory with an experiment and with a file where a directory is needed."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "small.yaml").write_text(EXPERIMENT)
@@ -82,19 +82,19 @@ def error_lines(result: Result) -> list[str]:
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
-    command: str, message: str, here: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, message: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(runner, "load_dataset", lambda *_, **__: pytest.fail("work was begun"))
-    monkeypatch.setattr(bench_cli, "run", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(runner, "load_dataset", lambda *_, **__: pytest.fail("the work began"))
+    monkeypatch.setattr(bench_cli, "run", lambda *_: pytest.fail("the work began"))
     result = run(*command.split())
     (line,) = error_lines(result)
     assert message in line
     assert result.exit_code == 2
-    assert sorted(path.name for path in here.iterdir()) == ["file", "small.yaml"]
+    assert sorted(path.name for path in workspace.iterdir()) == ["file", "small.yaml"]
 
 
-def test_each_mistake_of_a_configuration_has_its_line(here: Path) -> None:
+def test_each_mistake_of_a_configuration_has_its_line(workspace: Path) -> None:
     result = run("train", "--config", "small.yaml", "seed=-1", "trainer.epochs=0", "lo=1")
     assert [line.partition(":")[0] for line in error_lines(result)] == [
         "seed",
@@ -104,7 +104,7 @@ def test_each_mistake_of_a_configuration_has_its_line(here: Path) -> None:
     assert result.exit_code == 2
 
 
-def test_debug_shows_the_traceback_and_keeps_the_status(here: Path) -> None:
+def test_debug_shows_the_traceback_and_keeps_the_status(workspace: Path) -> None:
     result = run("train", "--config", "small.yaml", "seed=-1", "--debug")
     assert "Traceback (most recent call last)" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: seed: ")
@@ -112,18 +112,18 @@ def test_debug_shows_the_traceback_and_keeps_the_status(here: Path) -> None:
 
 
 def test_a_defect_is_one_line_that_keeps_its_traceback(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr("tempfile.tempdir", str(here))
+    monkeypatch.setattr("tempfile.tempdir", str(workspace))
     monkeypatch.setattr(runner, "load_encoder", fail)
     result = run("probe", "x")
     (line,) = error_lines(result)
     assert line.startswith("IndexError: list index out of range: this is a defect")
     assert result.exit_code == 1
-    (saved,) = here.glob("cjepa-error-*.txt")
+    (saved,) = workspace.glob("cjepa-error-*.txt")
     assert str(saved) in line
     assert "in fail" in saved.read_text()
 
@@ -140,7 +140,7 @@ def test_a_defect_is_one_line_that_keeps_its_traceback(
     ids=["depth", "parameters", "large", "channels", "pixels"],
 )
 def test_a_checkpoint_of_an_enormous_model_is_refused_at_once(
-    model: dict[str, int], shape: tuple[int, int, int], message: str, here: Path
+    model: dict[str, int], shape: tuple[int, int, int], message: str, workspace: Path
 ) -> None:
     experiment = {**config_to_dict(ExperimentConfig())}
     experiment["model"] |= model
@@ -153,18 +153,20 @@ def test_a_checkpoint_of_an_enormous_model_is_refused_at_once(
     assert time.monotonic() - begin < 10
 
 
-def test_a_cpu_is_not_flooded_with_processes(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_is_not_flooded_with_processes(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    many = ["trainer.devices=8", "trainer.batch_size=64"]
-    (line,) = error_lines(run("train", "--config", "small.yaml", "--out", "run", *many))
+    overrides = ["trainer.devices=8", "trainer.batch_size=64"]
+    (line,) = error_lines(run("train", "--config", "small.yaml", "--out", "run", *overrides))
     assert line.startswith("trainer.devices: each device of trainer.accelerator='cpu' is a process")
     assert line.endswith("4 CPU cores, got 8")
-    assert not (here / "run").exists()
+    assert not (workspace / "run").exists()
 
 
 @pytest.mark.filterwarnings("default::UserWarning")
 def test_a_warning_is_one_line_without_a_place_in_the_source(
-    here: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load(*_: object, **__: object) -> None:
         raise ValueError("no data")
@@ -221,21 +223,21 @@ def test_other_exceptions_are_defects(error: Exception) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_standard_output_that_takes_nothing() -> None:
-    """A full disk is an error. A reader that has ended, as in ``| head -1``, is not."""
+    """A full disk is an error. A pipe that its reader has closed, as in ``| head -1``, is not."""
     reading, writing = os.pipe()
     os.close(reading)
     code = "from cjepa_kernels.cli import main; main(['info'])"
     command = [sys.executable, "-W", "ignore", "-c", code]
     with open("/dev/full", "wb") as full:
-        to_full, to_nobody = (
+        to_full, to_closed_pipe = (
             subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
             for stdout in (full, writing)
         )
     os.close(writing)
     assert to_full.communicate()[1] == "error: no space left on device\n"
     assert to_full.returncode == 2
-    assert to_nobody.communicate()[1] == ""
-    assert to_nobody.returncode == 1
+    assert to_closed_pipe.communicate()[1] == ""
+    assert to_closed_pipe.returncode == 1
 
 
 @contextmanager
@@ -267,11 +269,11 @@ def test_a_disk_that_gets_full_is_named_and_leaves_the_old_file(kind: str, tmp_p
     assert file.read_text() == "old"
 
 
-def test_a_disk_that_gets_full_in_training_is_one_line(here: Path) -> None:
-    sizes = ["model.dim=16", "model.heads=2", "trainer.epochs=1", "logging.progress_bar=false"]
+def test_a_disk_that_gets_full_in_training_is_one_line(workspace: Path) -> None:
+    overrides = ["model.dim=16", "model.heads=2", "trainer.epochs=1", "logging.progress_bar=false"]
     with full_disk(20_000):
-        result = run("train", "--config", "small.yaml", "--out", "run", *sizes)
-    last = result.stderr.splitlines()[-1]  # the epoch's line comes first
+        result = run("train", "--config", "small.yaml", "--out", "run", *overrides)
+    last = result.stderr.splitlines()[-1]  # The line of the epoch comes before.
     assert last == "error: run/checkpoints/last.ckpt: file too large"
     assert "Traceback" not in result.output
     assert result.exit_code == 2

@@ -73,15 +73,15 @@ for call in calls:
     except ValueError as error:
         print(error)
 """
-    wrong = {"CJEPA_KEPT_MIB": "inf", "CJEPA_CACHE_MIB": "nan", "CJEPA_WORKSPACE_MIB": "-1"}
+    bad_values = {"CJEPA_KEPT_MIB": "inf", "CJEPA_CACHE_MIB": "nan", "CJEPA_WORKSPACE_MIB": "-1"}
     if backends()["native"].available:
-        wrong["CJEPA_INSTRUCTION_SET"] = "avx1024"
-    result = run_python(code, **wrong)
+        bad_values["CJEPA_INSTRUCTION_SET"] = "avx1024"
+    result = run_python(code, **bad_values)
     assert result.stderr == ""
     lines = result.stdout.splitlines()
     assert len(lines) == 4
     assert len(set(lines)) == 1
-    for variable, value in wrong.items():
+    for variable, value in bad_values.items():
         assert f"{variable} must be " in lines[0]
         assert value in lines[0]
 
@@ -103,7 +103,7 @@ def test_the_command_line_reports_them_in_one_line(
 
 @pytest.mark.skipif(not backends()["native"].available, reason="cjepa_kernels._C was not built")
 def test_the_compiled_module_reads_the_same_text() -> None:
-    """The module reads the variable at its first large call, so a program may set it before."""
+    """The module reads the variable at its first large call, so a program may set it until then."""
     code = f"""
 import json, os, torch
 from cjepa_kernels import cross_logsumexp

@@ -45,8 +45,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
-# The layers inside train/, the lowest first.
-ROOMS: tuple[tuple[str, ...], ...] = (
+# The layers inside train/. The lowest layer comes first.
+TRAIN_LAYERS: tuple[tuple[str, ...], ...] = (
     ("config", "checksummed_json", "reported_error"),
     ("model",),
     ("data",),
@@ -56,7 +56,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("runner",),
     ("compare",),
 )
-ROOM_LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
+TRAIN_LEVEL = {name: level for level, names in enumerate(TRAIN_LAYERS) for name in names}
 
 
 class Import(NamedTuple):
@@ -135,10 +135,10 @@ def test_every_part_of_the_package_has_a_layer() -> None:
 
 def test_no_import_runs_upward() -> None:
     upward = [
-        str(found)
+        str(one)
         for path in MODULES
-        for found in imports_of(path, (PACKAGE / path).read_text(encoding="utf-8"))
-        if found.is_upward
+        for one in imports_of(path, (PACKAGE / path).read_text(encoding="utf-8"))
+        if one.is_upward
     ]
     assert not upward, "\n".join(upward)
 
@@ -147,8 +147,8 @@ def test_no_room_of_the_training_program_imports_upward() -> None:
     upward = []
     for path in sorted((PACKAGE / "train").rglob("*.py")):
         inside = path.relative_to(PACKAGE)
-        room = inside.parts[1].removesuffix(".py")
-        if room == "__init__":
+        layer = inside.parts[1].removesuffix(".py")
+        if layer == "__init__":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Import, ast.ImportFrom, ast.Call)):
@@ -156,7 +156,7 @@ def test_no_room_of_the_training_program_imports_upward() -> None:
                     f"{inside}:{node.lineno} imports {name}"
                     for name in imported_names(node, inside)
                     if name.startswith(f"{NAME}.train.")
-                    and ROOM_LEVEL[name.split(".")[2]] > ROOM_LEVEL[room]
+                    and TRAIN_LEVEL[name.split(".")[2]] > TRAIN_LEVEL[layer]
                 ]
     assert not upward, "\n".join(upward)
 
@@ -187,6 +187,6 @@ def test_no_room_of_the_training_program_imports_upward() -> None:
     ],
 )
 def test_an_upward_import_is_found(source: str, imported: str) -> None:
-    (found,) = imports_of(Path("reference/example.py"), source)
-    assert found.imported == imported
-    assert found.is_upward
+    (one,) = imports_of(Path("reference/example.py"), source)
+    assert one.imported == imported
+    assert one.is_upward

@@ -160,7 +160,7 @@ def test_the_compiled_module_holds_no_path_of_this_machine() -> None:
     if module is None:
         pytest.skip("cjepa_kernels._C was not built: no compiler here")
     content = Path(module.__file__ or "").read_bytes()
-    assert b"csrc/cpu/operators.cpp" in content, "a check of ours, with the path inside the project"
+    assert b"csrc/cpu/operators.cpp" in content, "checks of the project have a relative path"
     torch_folder = str(Path(torch.__file__).parent)
     for path in (str(ROOT), torch_folder, sys.prefix, sys.base_prefix, str(Path.home())):
         if len(path) > len("/usr"):
@@ -225,14 +225,14 @@ def test_every_place_says_the_same_version() -> None:
 
 def test_metadata_of_the_installation() -> None:
     metadata = importlib.metadata.metadata("cjepa_kernels")
-    extras_of_the_page = {"bench", "bench-gpu", "docs", "lint", "test", "train", "triton", "yaml"}
-    assert set(metadata.get_all("Provides-Extra") or ()) == extras_of_the_page
+    documented_extras = {"bench", "bench-gpu", "docs", "lint", "test", "train", "triton", "yaml"}
+    assert set(metadata.get_all("Provides-Extra") or ()) == documented_extras
     assert "Typing :: Typed" in (metadata.get_all("Classifier") or ())
-    needed = [
+    required = [
         line for line in importlib.metadata.requires("cjepa_kernels") or () if ";" not in line
     ]
-    assert len(needed) == 1
-    assert needed[0].startswith("torch>=")
+    assert len(required) == 1
+    assert required[0].startswith("torch>=")
 
 
 LIBRARY = [
@@ -268,8 +268,8 @@ def test_examples_run(script: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
     # If coverage is measured, a process that an example starts writes its data here.
-    left = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".coverage")]
-    assert not left, "an example leaves nothing behind"
+    leftovers = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".coverage")]
+    assert not leftovers, "the example left files behind"
 
 
 NAMED_DEFAULTS = [

@@ -1,4 +1,4 @@
-"""The warning of an installation without the compiled kernels."""
+"""Without the compiled kernels, the first call on the CPU gives a warning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cjepa_kernels import NTXentLoss, cross_logsumexp, nt_xent, prediction_loss
 from cjepa_kernels.functional import dispatch
 from cjepa_kernels.ops import registry
 
-# The package binds a function to the name of this module, so it is imported by its path.
+# In the package, ``backends`` is the name of a function, so the module is imported by its path.
 module: Any = importlib.import_module("cjepa_kernels.backends")
 CALLS: dict[str, Callable[..., Any]] = {
     "nt_xent": lambda **options: nt_xent(torch.eye(3), torch.eye(3), **options),
@@ -47,7 +47,7 @@ def test_the_first_use_warns_once(name: str, caught: list[warnings.WarningMessag
             call()
     assert len(caught) == 1
     assert caught[0].category is UserWarning
-    assert caught[0].filename == __file__, "the caller's line, in neither package nor PyTorch"
+    assert caught[0].filename == __file__, "the warning must point to the line of the caller"
     message = str(caught[0].message)
     assert message.startswith('backend="auto" takes the slower back end "chunked" on the CPU')
     assert "the reason that backends() gives" in message

@@ -1,4 +1,4 @@
-"""The comparison of two revisions: fingerprints of different values differ, and cases run."""
+"""The comparison of two revisions: different values get different fingerprints, and cases run."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def test_cases_of_a_revision_are_the_same_twice_and_a_changed_one_is_found() -> 
         next(name for name, _ in chosen if name.startswith(stem))
         for stem in ("nt_xent", "cross_logsumexp", "prediction_loss", "HJEPALoss", "operator")
     ]
-    once, twice = (run_cases(case for case in chosen if case[0] in names) for _ in range(2))
-    assert len(once) == len(names)
-    assert not [case for case, results in once.items() if "error" in results]
-    assert differences(once, twice) == []
+    first, second = (run_cases(case for case in chosen if case[0] in names) for _ in range(2))
+    assert len(first) == len(names)
+    assert not [case for case, results in first.items() if "error" in results]
+    assert differences(first, second) == []
     for case, result in itertools.product(names, ["loss", "row_lse"]):
-        if result in once[case]:
-            changed = copy.deepcopy(once)
+        if result in first[case]:
+            changed = copy.deepcopy(first)
             changed[case][result] += "1"
-            (line,) = differences(once, changed)
+            (line,) = differences(first, changed)
             assert line.startswith(f"{case}, {result}: ")
-    del twice[names[0]]
-    assert differences(once, twice) == [f"{names[0]}: only in BASE"]
-    assert differences(twice, once) == [f"{names[0]}: only in this tree"]
+    del second[names[0]]
+    assert differences(first, second) == [f"{names[0]}: only in BASE"]
+    assert differences(second, first) == [f"{names[0]}: only in this tree"]
 
 
 @pytest.mark.parametrize("group", [group for group in GROUPS if group not in ("training", "ranks")])

@@ -23,7 +23,7 @@ VARIABLES = ("CXX", "CJEPA_NO_NATIVE", "CJEPA_REQUIRE_NATIVE", "CJEPA_BUILD_DIR"
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Import setup.py as a module, without any variables that change what it does."""
+    """Import setup.py as a module, without the environment variables that change what it does."""
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
     assert spec is not None
@@ -50,7 +50,7 @@ def programs(tmp_path: Path, script: ModuleType, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def build(script: ModuleType, programs: Path) -> Callable[[], list[str]]:
-    """A function that asks setup.py for the extension and returns the names of what it built."""
+    """A function that runs setup.py and returns the names of the extensions that it built."""
     built: list[str] = []
 
     def build_extension() -> list[str]:
@@ -127,7 +127,7 @@ def test_a_compiler_of_the_users_choice_counts(
     monkeypatch.setenv("CXX", "/nowhere/c++ -v")
     assert build() == ["cjepa_kernels._C"]
     monkeypatch.setenv("CXX", " ")
-    assert build() == ["cjepa_kernels._C"], "nothing more"
+    assert build() == ["cjepa_kernels._C"], "an empty CXX names no compiler, so nothing is built"
 
 
 @pytest.mark.parametrize("required", ["", "1"])
@@ -175,7 +175,7 @@ def test_a_failed_step_ends_with_its_errors(
     ]
     assert len(lines) <= script.LINES_OF_ERROR + 2
     assert lines[-1].startswith("CJEPA_NO_NATIVE=1 in the environment installs without it")
-    assert capfd.readouterr().out.count("before") == 50, "all of the output is shown as it comes"
+    assert capfd.readouterr().out.count("before") == 50, "the whole output of the program is shown"
 
 
 def test_a_program_that_cannot_be_started_is_an_error_too(script: ModuleType) -> None:
@@ -188,7 +188,9 @@ def test_an_error_without_the_word_shows_the_end(script: ModuleType) -> None:
     assert script.errors_in(output) == output[-script.LINES_OF_ERROR :]
 
 
-@pytest.mark.skipif(shutil.which("cmake", path=Path(sys.executable).parent) is None, reason="cmake")
+@pytest.mark.skipif(
+    shutil.which("cmake", path=Path(sys.executable).parent) is None, reason="no CMake"
+)
 def test_a_compiler_that_fails_fails_the_installation(tmp_path: Path) -> None:
     """The real script and the real CMake run with a compiler that refuses every file."""
     compiler = tmp_path / "c++"

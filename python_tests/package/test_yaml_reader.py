@@ -32,7 +32,7 @@ LETTERS = "abcdefghi"
 def nested_aliases(levels: int, merged: bool = False) -> str:
     """YAML in which each level holds the level before it nine times.
 
-    A few hundred bytes stand for 9 ** levels values.
+    A few hundred bytes of text then stand for 9 ** levels values.
     """
     lines = ["a: &a {x: 1}"]
     for before, name in itertools.pairwise(LETTERS[: levels + 1]):
@@ -56,7 +56,9 @@ def nested_aliases(levels: int, merged: bool = False) -> str:
 def test_merge_keys(text: str, expected: dict[str, Any]) -> None:
     read = parse_yaml(f"base: &base {{x: 1, y: 2}}\nhere: {text}\nlast: *base")
     assert read["here"] == expected
-    assert read["base"] == read["last"] == {"x": 1, "y": 2}, "merging changes what it takes from"
+    assert read["base"] == read["last"] == {"x": 1, "y": 2}, (
+        "merging must not change the mapping that it reads"
+    )
 
 
 def test_merge_keys_in_a_configuration_file(tmp_path: Path) -> None:
@@ -119,10 +121,10 @@ def test_merge_keys_in_a_configuration_file(tmp_path: Path) -> None:
 def test_mistakes_are_one_line_with_the_place(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         parse_yaml(text)
-    line = str(caught.value)
-    assert len(line.splitlines()) == 1
-    assert len(line) <= 400
-    assert line.startswith("line ") or "Unicode" in text or "\\U" in text
+    error = str(caught.value)
+    assert len(error.splitlines()) == 1
+    assert len(error) <= 400
+    assert error.startswith("line ") or "Unicode" in text or "\\U" in text
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_bombs_take_no_memory(name: str) -> None:
 
 def test_bounds_are_reached() -> None:
     """The reader accepts a document at each bound and refuses one that is larger by 1."""
-    items = MAX_NODES - 1  # the list itself counts as one
+    items = MAX_NODES - 1  # The list itself counts as one node.
     assert len(parse_yaml("[" + "1," * items + "]")) == items
     assert parse_yaml("[" * MAX_DEPTH + "]" * MAX_DEPTH) is not None
     assert len(parse_yaml("x" * MAX_BYTES)) == MAX_BYTES

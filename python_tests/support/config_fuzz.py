@@ -25,7 +25,7 @@ from repository import ROOT
 from typer.testing import CliRunner
 
 from cjepa_kernels.cli.application import app
-from cjepa_kernels.train import compare  # noqa: F401  (a command imports it: not in its time)
+from cjepa_kernels.train import compare  # noqa: F401  (keeps its import out of the timed command)
 from cjepa_kernels.train.config import ConfigurationError, ExperimentConfig, config_from_dict
 from cjepa_kernels.train.data.masking import multi_block_masks
 from cjepa_kernels.train.data.views import two_views
@@ -33,7 +33,7 @@ from cjepa_kernels.train.loop.module import CJEPAModule, MaskedViews
 
 DOCUMENTED = ROOT / "configs" / "cjepa.yaml"
 MOST_SECONDS = 2.0
-IMAGES = (4, 1, 8, 8)  # like the documented experiment, with 16 patches of 2 x 2
+IMAGES = (4, 1, 8, 8)  # These have 16 patches of 2 x 2, like the documented experiment.
 # With a large value of these keys a step would be slow, so no model is built with it.
 SLOW = {"model.dim", "model.depth", "model.predictor_dim", "model.predictor_depth"}
 # These keys take an integer within the bounds, or a float between 0 and 1.
@@ -41,7 +41,7 @@ COUNTS_OR_FRACTIONS = {"masking.visible", "masking.predicted"}
 # These keys take integers, although their default is not an integer.
 WHOLE = {"data.image_size", "data.train_size", "data.test_size", "data.bit_depth"}
 WHOLE |= COUNTS_OR_FRACTIONS
-TEXTS = {"data.source", "data.image_column", "data.label_column"}  # these keys take any text
+TEXTS = {"data.source", "data.image_column", "data.label_column"}  # These keys take any text.
 KINDS: dict[str, Any] = {
     "text": "abc",
     "empty text": "",
@@ -167,10 +167,10 @@ def at_the_bounds(key: str) -> dict[str, Any]:
 
 def is_documented(key: str, value: Any) -> bool:
     """Whether the comment beside a key, or the kind of its value, allows a value."""
-    given, comments = documented()
-    if key not in given:
-        return value == {}  # a section without keys has its defaults
-    default, comment = given[key], comments[key]
+    defaults, comments = documented()
+    if key not in defaults:
+        return value == {}  # A section without keys has its defaults.
+    default, comment = defaults[key], comments[key]
     if value is None:
         return default is None or "null" in comment
     if isinstance(value, bool) or isinstance(default, bool):
@@ -218,7 +218,7 @@ def run(key: str, kind: str, *, build: bool) -> Outcome:
         accepted, fault = False, one_line(key, error.problems)
         if kind in ("lowest", "highest") and error.problems[0].startswith(f"{key}: "):
             fault = f"refused within the documented bounds: {error.problems[0]}"
-    except ValueError as error:  # the loss, the masks and the images do not fit together
+    except ValueError as error:  # The loss, the masks and the images do not fit together.
         accepted, fault = False, one_line(key, [str(error)])
     except Exception as error:
         fault = f"{type(error).__name__}: {error}"[:200]

@@ -41,13 +41,13 @@ def brute_force_metrics(
     for a in range(rows):
         positive = float(z[a] @ z[(a + batch) % rows])
         positives.append(positive)
-        own = []
+        similarities = []
         for b in range(rows):
             m, n = a % batch, b % batch
             if m == n or (mask is not None and bool(mask[m, n] | mask[n, m])):
                 continue
-            own.append(float(z[a] @ z[b]))
-        hits += all(positive > other for other in own)
-        negatives += own
+            similarities.append(float(z[a] @ z[b]))
+        hits += all(positive > other for other in similarities)
+        negatives += similarities
     negative = sum(negatives) / len(negatives) if negatives else float("nan")
     return hits / rows, sum(positives) / rows, negative

@@ -65,17 +65,17 @@ class Trial:
 def kill_and_resume(
     config: ExperimentConfig, directory: Path, *, kills: int, seed: int, damage: float = 0.7
 ) -> Trial:
-    """Start, kill and damage runs until they have recovered from all kills and from a damage.
+    """Start, kill and damage runs until they have recovered from all kills and a damaged file.
 
     Args:
         config: The experiment.
         directory: An empty directory.
         kills: Number of kills.
-        seed: Seed of the moments of kills and of the damages.
+        seed: Seed for the times of the kills and for the damage.
         damage: Probability of a damaged file after a kill.
 
     Raises:
-        AssertionError: If a run ends with other numbers, or with an error that does not help.
+        AssertionError: If a run ends with other numbers, or with an error that names no remedy.
     """
     chance = random.Random(seed)
     file, log = directory / "experiment.json", directory / "log"

@@ -8,7 +8,8 @@ import pytest
 
 from cjepa_kernels import backends, ops
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # such tests are slow
+# Tests that run in Triton's interpreter are slow.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 RUNNABLE = [o for o in ops.OVERLOADS if o != ".triton" or backends()["triton"].available]
 OVERLOADS = pytest.mark.parametrize(
     "overload", RUNNABLE, ids=[overload.lstrip(".") or "dispatched" for overload in RUNNABLE]

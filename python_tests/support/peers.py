@@ -110,7 +110,7 @@ STAND_INS: dict[str, dict[str, type[nn.Module]]] = {
 
 
 def stand_ins() -> dict[str, ModuleType]:
-    """Modules by name, for ``sys.modules``, of the projects that are not installed here."""
+    """Modules by name, for ``sys.modules``, of the projects that are not installed."""
     modules = {}
     for name, classes in STAND_INS.items():
         package = name.partition(".")[0]

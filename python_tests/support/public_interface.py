@@ -1,4 +1,4 @@
-"""The public interface of the package as plain data, and a list of what a revision breaks.
+"""The public interface of the package as plain data, and the changes that break its callers.
 
 ``python python_tests/support/public_interface.py --write`` records the interface of this tree in
 ``python_tests/package/public_interface.json``. A revision may add to the interface and must not
@@ -48,7 +48,7 @@ IMPORT_PATHS: dict[str, Sequence[str] | None] = {
 # ``cjepa_kernels.distributed`` also lists names that the package itself uses. They can be imported,
 # but no document describes them.
 INTERNAL = frozenset({"Options", "STRATEGIES", "SharedGroup", "Strategy", "resolve_group"})
-COMPLETION = {"--install-completion", "--show-completion"}  # Typer adds these options
+COMPLETION = {"--install-completion", "--show-completion"}  # Typer adds these options.
 RUN_AS_MODULES = ("cjepa_kernels.bench",)
 
 
@@ -68,7 +68,7 @@ def describe() -> dict[str, Any]:
             for path, value in objects.items()
             if inspect.isclass(value)
             and issubclass(value, nn.Module)
-            and path.count(".") == 1  # a class is described once, not for each of its import paths
+            and path.count(".") == 1  # This leaves out its other import paths.
         },
         "operators": describe_operators(),
         "loss_keys": describe_loss_keys(),
@@ -277,7 +277,7 @@ def describe_distribution() -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
-        import tomli as tomllib  # pytest depends on it
+        import tomli as tomllib  # pytest depends on it.
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
@@ -458,7 +458,7 @@ def main() -> None:
         RECORD.write_text(json.dumps(present, indent=1) + "\n", encoding="utf-8")
         return
     lines = differences(json.loads(RECORD.read_text(encoding="utf-8")), present)
-    print("\n".join(lines) or "The public interface holds all that is recorded.")
+    print("\n".join(lines) or "The public interface contains everything that is recorded.")
     sys.exit(bool(lines))
 
 

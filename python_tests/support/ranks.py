@@ -30,8 +30,8 @@ class Ranks:
 
     def __init__(self, count: int, timeout: float = 60) -> None:
         self._directory = tempfile.TemporaryDirectory()
-        # They are forked from a process that has only imported the package. To start each one
-        # from nothing would take seconds.
+        # The ranks are forked from a process that has only imported the package, because each new
+        # process would take seconds to import it.
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "cjepa_kernels"])
         pairs = [context.Pipe() for _ in range(count)]
@@ -103,7 +103,7 @@ def _serve(rank: int, count: int, directory: str, timeout: float, end: Connectio
     while True:
         try:
             function, args, options = end.recv()
-        except EOFError:  # the other end is closed after the last test
+        except EOFError:  # The other end is closed after the last test.
             dist.destroy_process_group()
             return
         torch.manual_seed(0)

@@ -85,10 +85,10 @@ def with_gradients(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> Res
         if isinstance(output, Tensor) and output.requires_grad:
             weights = torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype)
             total = total + (output * weights.view(output.shape)).sum().double()
-    wanted = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
-    if isinstance(total, Tensor) and wanted:
-        gradients = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
-        results |= {f"gradient of {n}": g for n, g in zip(wanted, gradients, strict=True)}
+    leaves = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
+    if isinstance(total, Tensor) and leaves:
+        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        results |= {f"gradient of {n}": g for n, g in zip(leaves, gradients, strict=True)}
     return results
 
 
@@ -103,7 +103,7 @@ def nt_xent_cases(backend: str, step: int, large: bool) -> Iterator[Case]:
         DTYPES, ROWS, (True, False), REDUCTIONS, (False, True), TEMPERATURES, LAYOUTS
     )
     chosen = choose(combinations, step)
-    if large:  # more rows, for which the native kernel uses larger blocks
+    if large:  # With more rows the native kernel uses larger blocks.
         chosen += [
             (torch.float32, (800, 24), True, "mean", False, "float", "contiguous"),
             (torch.bfloat16, (773, 33), False, "none", True, "tensor", "strided"),
@@ -162,7 +162,7 @@ def cross_logsumexp_cases(backend: str, step: int, large: bool) -> Iterator[Case
     chosen = choose(combinations, step)
     if large:
         chosen.append((torch.float32, (700, 901, 24), True, "tensor", "xy", "contiguous"))
-    for number, (dtype, (m, n, d), cosine, kind, wanted, layout) in enumerate(chosen):
+    for number, (dtype, (m, n, d), cosine, kind, sides, layout) in enumerate(chosen):
         value = (0.1, 0.5, 0.02)[number % 3]
 
         def run(
@@ -171,15 +171,15 @@ def cross_logsumexp_cases(backend: str, step: int, large: bool) -> Iterator[Case
             cosine: bool = cosine,
             kind: str = kind,
             value: float = value,
-            wanted: str = wanted,
+            sides: str = sides,
             layout: str = layout,
         ) -> Results:
             x = make("x", *shapes[0], dtype=dtype, layout=layout)
             y = make("y", *shapes[1], dtype=dtype)
             temperature = make_temperature(kind, value, dtype)
             out = cross_logsumexp(
-                x if "x" in wanted else x.detach(),
-                y if "y" in wanted else y.detach(),
+                x if "x" in sides else x.detach(),
+                y if "y" in sides else y.detach(),
                 temperature=temperature,
                 use_cosine_similarity=cosine,
                 backend=backend,
@@ -188,7 +188,7 @@ def cross_logsumexp_cases(backend: str, step: int, large: bool) -> Iterator[Case
 
         yield (
             f"cross_logsumexp[{backend}] {(m, n, d)} {dtype} {layout} cosine={cosine} "
-            f"temperature={value} ({kind}) gradient of {wanted}",
+            f"temperature={value} ({kind}) gradient of {sides}",
             run,
         )
     for dtype, shape, cosine in itertools.product(DTYPES, ROWS, (True, False)):
@@ -356,7 +356,8 @@ def operator_cases(overload: str) -> Iterator[Case]:
                 "eps": 1e-8,
                 "reduction": "mean",
                 "product_dtype": None,
-                "keep": overload == "default",  # other overloads do not save exponentials
+                # Only the default overload saves exponentials.
+                "keep": overload == "default",
                 "of_x": True,
                 "of_y": True,
             }
@@ -434,7 +435,7 @@ def rank_cases() -> Iterator[Case]:
         ("mean", "none"),
     ):
         if backend == "reference" and strategy == "ring":
-            continue  # the reference refuses the ring
+            continue  # The reference refuses the ring.
         options = {"backend": backend, "strategy": strategy, "reduction": reduction}
 
         def run(
@@ -485,7 +486,7 @@ def cases_of(group: str, quick: bool) -> Iterator[Case]:
 def fingerprint(value: Any) -> str:
     """A hash of a tensor's bytes, shape and dtype, with its sum, or the text of another value."""
     if isinstance(value, Tensor):
-        # A clone, because contiguous() leaves a tensor of one element with the stride that it has.
+        # contiguous() does not change the stride of a tensor with one element, but clone() does.
         copied = value.detach().clone(memory_format=torch.contiguous_format)
         content = copied.flatten().view(torch.uint8).numpy().tobytes()
         described = f"{value.dtype} {tuple(value.shape)}".encode()
@@ -539,7 +540,7 @@ def main() -> None:
     expected, imported = os.environ["PYTHONPATH"], Path(cjepa_kernels.__file__).parents[1]
     if imported != Path(expected):
         raise RuntimeError(f"expected the package in {expected}, found it in {imported}")
-    torch.set_num_threads(2)  # with more than one thread, kernels divide their loops
+    torch.set_num_threads(2)  # With two threads, kernels divide their loops.
     if arguments.group == "ranks":
         results = run_ranks()
     else:

@@ -90,7 +90,8 @@ def run_cases(checkout: Path, group: str, quick: bool) -> dict[str, dict[str, st
             command,
             cwd=directory,
             env=variables(checkout, GROUPS[group]),
-            stderr=subprocess.DEVNULL if group == "triton" else None,  # NumPy warns of inf and NaN
+            # In Triton's interpreter NumPy warns of inf and NaN.
+            stderr=subprocess.DEVNULL if group == "triton" else None,
             check=True,
         )
         results: dict[str, dict[str, str]] = json.loads(out.read_text(encoding="utf-8"))
@@ -98,7 +99,7 @@ def run_cases(checkout: Path, group: str, quick: bool) -> dict[str, dict[str, st
 
 
 def run_trainings(checkout: Path, quick: bool) -> dict[str, dict[str, str]]:
-    """Train the three arms on digits and a run on colour images.
+    """Train the three arms on digits, and one run on colour images.
 
     Returns the fingerprints of weights, metrics and results.
     """
@@ -117,8 +118,8 @@ def run_trainings(checkout: Path, quick: bool) -> dict[str, dict[str, str]]:
             ]
         for call in calls:
             run_cjepa(checkout, directory, call)
-        shown = run_cjepa(checkout, directory, ["data", "--config", "colour.yaml", "--json"])
-        results["cjepa data"] = dict(fingerprints_of(json.loads(shown)))
+        printed = run_cjepa(checkout, directory, ["data", "--config", "colour.yaml", "--json"])
+        results["cjepa data"] = dict(fingerprints_of(json.loads(printed)))
         for path in sorted(directory.rglob("*")):
             if fingerprints := dict(fingerprints_of_file(path)):
                 results[f"training {path.relative_to(directory)}"] = fingerprints
@@ -148,8 +149,8 @@ def run_cjepa(checkout: Path, directory: Path, arguments: list[str]) -> str:
     Raises:
         RuntimeError: The command failed. The message is its output.
     """
-    # The program is a file, because with two devices Lightning starts it a second time. That does
-    # not work with python -c.
+    # With two devices Lightning starts the program a second time. That works with a file, but not
+    # with python -c.
     program = directory / "start_cjepa.py"
     program.write_text(
         "from cjepa_kernels.cli import main\n\nif __name__ == '__main__':\n    main()\n",
@@ -194,14 +195,14 @@ def fingerprints_of(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def differences(
-    base: Mapping[str, Mapping[str, str]], here: Mapping[str, Mapping[str, str]]
+    base: Mapping[str, Mapping[str, str]], present: Mapping[str, Mapping[str, str]]
 ) -> list[str]:
     """A line for each result that is not the same on both sides."""
-    lines = [f"{case}: only in BASE" for case in base.keys() - here.keys()]
-    lines += [f"{case}: only in this tree" for case in here.keys() - base.keys()]
-    for case in base.keys() & here.keys():
-        for name in base[case].keys() | here[case].keys():
-            before, now = base[case].get(name, "nothing"), here[case].get(name, "nothing")
+    lines = [f"{case}: only in BASE" for case in base.keys() - present.keys()]
+    lines += [f"{case}: only in this tree" for case in present.keys() - base.keys()]
+    for case in base.keys() & present.keys():
+        for name in base[case].keys() | present[case].keys():
+            before, now = base[case].get(name, "nothing"), present[case].get(name, "nothing")
             if before != now:
                 lines.append(f"{case}, {name}: {before} -> {now}")
     return sorted(lines)

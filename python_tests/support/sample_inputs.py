@@ -14,7 +14,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def nt_xent_inputs(z_i: Tensor, z_j: Tensor, **changed: Any) -> dict[str, Any]:
-    """All arguments of the operator ``nt_xent``, with a value for each that is not given."""
+    """All arguments of the operator ``nt_xent``, with defaults for those not given."""
     defaults: dict[str, Any] = {
         "mask": None,
         "temperature_tensor": None,
@@ -41,7 +41,7 @@ def nt_xent_backward_inputs(inputs: dict[str, Any], out: NTXentForward) -> dict[
 
 
 def cross_logsumexp_inputs(x: Tensor, y: Tensor, **changed: Any) -> dict[str, Any]:
-    """All arguments of the operator ``cross_logsumexp``, with a value for each not given."""
+    """All arguments of the operator ``cross_logsumexp``, with defaults for those not given."""
     defaults: dict[str, Any] = {
         "temperature_tensor": None,
         "temperature": 0.1,
@@ -77,7 +77,7 @@ def in_order(name: str, inputs: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def detached(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same arguments, in which no tensor wants a gradient."""
+    """The same arguments with detached tensors."""
     return {
         name: value.detach() if isinstance(value, Tensor) else value
         for name, value in inputs.items()
@@ -85,7 +85,7 @@ def detached(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def sample_inputs(dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
-    """Arguments of the operator ``nt_xent``: one list feeds opcheck and gradcheck."""
+    """Arguments of the operator ``nt_xent``, for opcheck and gradcheck."""
 
     def z(batch: int, features: int) -> Tensor:
         return torch.randn(batch, features, dtype=dtype, requires_grad=True)
@@ -103,7 +103,7 @@ def sample_inputs(dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
 
 
 def cross_inputs(dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
-    """Arguments of the operator ``cross_logsumexp``, for opcheck and gradcheck too."""
+    """Arguments of the operator ``cross_logsumexp``, for opcheck and gradcheck."""
 
     def z(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=dtype).requires_grad_()
@@ -123,7 +123,7 @@ def cross_inputs(dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
 def sides(
     rows: int, columns: int, features: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Random x, and y whose rows lie near rows of x, as leaves that want a gradient."""
+    """Random x, and y whose rows lie near rows of x. Both are leaves that require a gradient."""
     x = torch.randn(rows, features, dtype=torch.float64)
     y = x[torch.arange(columns) % rows] + torch.randn(columns, features, dtype=torch.float64)
     return x.to(dtype).requires_grad_(), y.to(dtype).requires_grad_()
