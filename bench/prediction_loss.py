@@ -12,7 +12,7 @@ takes the CLS rows of features (B, N+1, D), whose gradients are computed too. Ea
     whole        ``ContrastiveJEPALoss`` with the gradients of all inputs
 
 The script reports a target that is missed and goes on. It writes
-bench/results/cjepa_loss_cpu.json.
+bench/results/prediction_loss_cpu.json.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def main() -> None:
         print_targets(judged, ["name"])
         rows += of_case
         targets += [target.record() for target in judged]
-    save(options, "cjepa_loss_cpu", rows, targets=targets)
+    save(options, "prediction_loss_cpu", rows, targets=targets)
 
 
 if __name__ == "__main__":

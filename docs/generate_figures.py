@@ -142,7 +142,7 @@ def measured_cpu(name: str) -> str:
     return measured(record(f"bench/results/{name}_cpu.json"))
 
 
-for name in ("nt_xent", "nt_xent_memory", "cjepa_loss", "temperature_error", "distributed"):
+for name in ("nt_xent", "nt_xent_memory", "prediction_loss", "temperature_error", "distributed"):
     TEMPLATES[f"measured_{name}"] = partial(measured_cpu, name)
 
 
@@ -286,14 +286,14 @@ def targets_cpu() -> str:
 
 def whole_loss_times(**size: object) -> dict[str, float]:
     """Milliseconds of each part of the whole loss at a size."""
-    rows = select(record("bench/results/cjepa_loss_cpu.json"), "rows", **size)
+    rows = select(record("bench/results/prediction_loss_cpu.json"), "rows", **size)
     return {r["name"]: 1e3 * r["median"] for r in rows}
 
 
 @template
 def whole_loss() -> str:
     names = ("eager prediction", "prediction", "limit, fresh gradient", "eager whole", "whole")
-    content = record("bench/results/cjepa_loss_cpu.json")
+    content = record("bench/results/prediction_loss_cpu.json")
     rows = []
     for pairs, features, *patches in sorted({(r["B"], r["D"], *r["N"]) for r in content["rows"]}):
         times = whole_loss_times(B=pairs, D=features, N=patches)

@@ -36,8 +36,6 @@ def prose(document: Path) -> str:
 def commands(document: Path) -> Iterator[str]:
     """The code of a document that is not Python: lines of code blocks, and code in the text."""
     text = document.read_text(encoding="utf-8")
-    # A command after "Measured by" belongs to the recorded commit, so it may no longer exist.
-    text = re.sub(r"^Measured by `[^`]+`", "", text, flags=re.MULTILINE)
     for match in FENCED.finditer(text):
         if match[2] != "python":
             yield from match[3].splitlines()

@@ -219,7 +219,7 @@ def test_thresholds_of_the_advisor_lie_between_the_recorded_groups() -> None:
 
 
 def test_the_whole_loss_misses_no_target() -> None:
-    targets = record("bench/results/cjepa_loss_cpu.json")["targets"]
+    targets = record("bench/results/prediction_loss_cpu.json")["targets"]
     assert not [entry for entry in targets if entry["verdict"] == "missed"]
 
 
