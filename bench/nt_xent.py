@@ -46,6 +46,7 @@ from cjepa_kernels.bench.targets import AT_LEAST, AT_MOST, Target, print_targets
 from cjepa_kernels.bench.timing import Run, first_line, interleaved
 
 BF16, NO_GRAD = "native-bf16", "native-no-grad"  # NATIVE in bf16 and under torch.no_grad
+VARIANTS = {BF16: f"{TITLES[NATIVE]} in bf16", NO_GRAD: f"{TITLES[NATIVE]} without gradients"}
 HEADINGS = {
     "targets": "Targets: native over the bare matrix product",
     "speedups": "Speed-ups: other formulas over native",
@@ -200,7 +201,8 @@ def measure(cell: Cell, seconds: float) -> list[Record]:
         try:
             calls[name] = make_call(cell, name)
         except (ImportError, RuntimeError) as error:
-            print(f"{TITLES[name]} is left out: {first_line(error)}", flush=True)
+            title = VARIANTS.get(name) or TITLES[name]
+            print(f"{title} is left out: {first_line(error)}", flush=True)
     times = interleaved(calls, seconds=seconds * cell.share, least=cell.least)
     rows = []
     for name, row in times.items():

@@ -162,6 +162,24 @@ def test_a_missing_library_is_left_out_by_name(
     assert "the extra [bench] of cjepa_kernels" in printed
 
 
+@pytest.mark.parametrize("name", [bench.BF16, bench.NO_GRAD])
+def test_a_variant_of_native_that_fails_is_left_out_by_name(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_call = bench.make_call
+
+    def fail_for_the_variant(cell: Any, candidate: str) -> Any:
+        if candidate == name:
+            raise RuntimeError("no such instruction")
+        return make_call(cell, candidate)
+
+    monkeypatch.setattr(bench, "make_call", fail_for_the_variant)
+    cell = bench.Cell("bf16", Size(8, 4), "forward", ("eager", name))
+    assert [row["name"] for row in bench.measure(cell, 0.0)] == ["eager"]
+    printed = capsys.readouterr().out
+    assert printed == f"{bench.VARIANTS[name]} is left out: RuntimeError: no such instruction\n"
+
+
 @needs_native
 def test_quick_run_prints_every_table_and_writes_nothing() -> None:
     before = {path: path.read_bytes() for path in records.RESULTS.iterdir()}
