@@ -243,6 +243,28 @@ def test_memory_verdict() -> None:
     assert memory.target_of({**record, "M": 4096, "over_input": 1.0}).verdict == "no target"
 
 
+@pytest.mark.parametrize("rows", [None, "8", "8,16"], ids=["default", "fewer", "as_the_default"])
+def test_memory_is_recorded_for_the_default_rows_alone(
+    rows: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    memory = load("nt_xent_memory")
+
+    def measure(rows: int, backend: str) -> dict[str, Any]:
+        return {"backend": backend, "M": rows, "D": 4, "extra_bytes": 32, "over_input": 1.0}
+
+    monkeypatch.setattr(memory, "measure", measure)
+    monkeypatch.setattr(memory, "ROWS", "8,16")
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script.py", *([] if rows is None else ["--rows", rows])])
+    memory.main()
+    is_whole = rows != "8"
+    assert (tmp_path / "nt_xent_memory_cpu.json").exists() == is_whole
+    assert ("not written" in capsys.readouterr().out) == (not is_whole)
+
+
 @pytest.mark.parametrize(
     ("arguments", "seconds", "message"),
     [(["--quick"], 0.1, "not written"), (["--no-save"], 3.0, ""), ([], 3.0, "written: ")],
