@@ -74,7 +74,7 @@ def judge(results: Results, sizes: Sizes) -> list[Target]:
     found: list[Target] = []
 
     def add(
-        name: str, part: str, size: Size, value: float | None, bound: str, limit: float
+        name: str, *, part: str, size: Size, value: float | None, bound: str, limit: float
     ) -> None:
         cell = {"target": name, "part": part, "M": size.rows, "D": size.features}
         found.append(Target(cell, value, limit, bound, unmeasured=_why(cell, results)))
@@ -89,7 +89,14 @@ def judge(results: Results, sizes: Sizes) -> list[Target]:
     ):
         for size in sizes.targets:
             value = ratio("targets", size, direction, (OURS, products))
-            add(f"{direction} / {count}", "targets", size, value, AT_MOST, limit)
+            add(
+                f"{direction} / {count}",
+                part="targets",
+                size=size,
+                value=value,
+                bound=AT_MOST,
+                limit=limit,
+            )
     for part, other, limit, measured_at in (
         ("targets", AUTOCAST, 8, sizes.targets),
         ("compiled", COMPILED, 4, sizes.compiled),
@@ -97,31 +104,59 @@ def judge(results: Results, sizes: Sizes) -> list[Target]:
     ):
         for size in measured_at:
             value = ratio(part, size, BOTH, (other, OURS))
-            add(f"{other} / {BOTH}", part, size, value, AT_LEAST, limit)
+            add(f"{other} / {BOTH}", part=part, size=size, value=value, bound=AT_LEAST, limit=limit)
     seconds = medians.get(("targets", *UTILISATION, FORWARD, OURS))
     rates = [record["flops"] for record in results["matmul"] if record["size"] == sizes.product]
     flops = 2 * UTILISATION.rows**2 * UTILISATION.features
     value = flops / seconds / rates[0] if seconds and rates else None
     name = f"FLOP/s of the forward, all M² counted / those of a product of {sizes.product}³"
-    add(name, "targets", UTILISATION, value, AT_LEAST, 1.1)
+    add(name, part="targets", size=UTILISATION, value=value, bound=AT_LEAST, limit=1.1)
     for part, how, limit in (
         ("latency", "as called", 0.5),
         ("latency_graphed", "CUDA graphs", 0.8),
     ):
         for size in sizes.latency:
             value = ratio(part, size, BOTH, (OURS, EAGER))
-            add(f"latency of {BOTH} / {EAGER}, {how}", part, size, value, AT_MOST, limit)
+            add(
+                f"latency of {BOTH} / {EAGER}, {how}",
+                part=part,
+                size=size,
+                value=value,
+                bound=AT_MOST,
+                limit=limit,
+            )
     size = sizes.prediction
     value = ratio("prediction", size, BOTH, (OURS, BYTES))
-    add("prediction loss / its bytes", "prediction", size, value, AT_MOST, 1.3)
+    add(
+        "prediction loss / its bytes",
+        part="prediction",
+        size=size,
+        value=value,
+        bound=AT_MOST,
+        limit=1.3,
+    )
     over_input = {record["M"]: record["over_input"] for record in results["memory"]}
     largest = max(over_input, default=None) if LARGEST in sizes.memory else None
-    add(f"largest M of {BOTH}", "memory", LARGEST, largest, AT_LEAST, LARGEST.rows)
+    add(
+        f"largest M of {BOTH}",
+        part="memory",
+        size=LARGEST,
+        value=largest,
+        bound=AT_LEAST,
+        limit=LARGEST.rows,
+    )
     extra = over_input.get(LARGEST.rows)
-    add("memory beyond the gradients / input", "memory", LARGEST, extra, AT_MOST, 4)
+    add(
+        "memory beyond the gradients / input",
+        part="memory",
+        size=LARGEST,
+        value=extra,
+        bound=AT_MOST,
+        limit=4,
+    )
     first = next((record["seconds"] for record in results["first_use"]), None)
     name = "seconds of the first use, compiling"
-    add(name, "first_use", sizes.first_use, first, AT_MOST, 20)
+    add(name, part="first_use", size=sizes.first_use, value=first, bound=AT_MOST, limit=20)
     return found
 
 

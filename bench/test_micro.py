@@ -69,7 +69,8 @@ def nt_xent_outputs(z_i: Tensor, z_j: Tensor, backend: Any) -> tuple[Tensor, ...
 
 def cross_logsumexp_outputs(x: Tensor, y: Tensor, backend: Any) -> tuple[Tensor, ...]:
     """Both outputs that have a gradient, of the rectangle (B, B) of the two views."""
-    return cross_logsumexp(x, y, backend=backend)[:2]
+    outputs = cross_logsumexp(x, y, backend=backend)
+    return outputs.row_lse, outputs.column_lse
 
 
 OUTPUTS = {"nt_xent": nt_xent_outputs, "cross_logsumexp": cross_logsumexp_outputs}

@@ -228,13 +228,21 @@ def draw_roofline(results: Results) -> Figure:
     labels = []
     largest = max(point.rows for point in points.values())
     for name in (name for name in STYLES if name in points):
-        rows, intensity, rate, slow, quick = points[name]
-        colour, _, marker, _ = STYLES[name]
+        point = points[name]
+        style = STYLES[name]
         size = 9 if name == OURS else 6
-        axes.plot([intensity], [rate / unit], marker, color=colour, markersize=size)
-        draw_spread(axes, intensity, low=slow / unit, high=quick / unit, colour=colour)
-        text = TITLES[name] if rows == largest else f"{TITLES[name]}, M = {rows}"
-        labels.append(Label(intensity, rate / unit, text, colour))
+        axes.plot(
+            [point.intensity],
+            [point.rate / unit],
+            style.marker,
+            color=style.colour,
+            markersize=size,
+        )
+        draw_spread(
+            axes, point.intensity, low=point.low / unit, high=point.high / unit, colour=style.colour
+        )
+        text = TITLES[name] if point.rows == largest else f"{TITLES[name]}, M = {point.rows}"
+        labels.append(Label(point.intensity, point.rate / unit, text, style.colour))
     labels.append(Label(ridge, peak / unit, "", "none"))  # It keeps the others off the roof.
     label_curves(axes, labels, column=1.0, always_right=True)
     ours = points.get(OURS)
