@@ -28,8 +28,8 @@ import multiprocessing
 import resource
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,12 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from cjepa_kernels import cross_logsumexp, nt_xent, pair_similarity
+from cjepa_kernels.bench.candidates import BOTH, one_pass
 from cjepa_kernels.bench.command_line import read_options, save
 from cjepa_kernels.bench.formulas import TEMPERATURE, gather_with_gradient, lightly_of_group
 from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.targets import Target, print_targets
-from cjepa_kernels.bench.timing import summarise
+from cjepa_kernels.bench.timing import RankClock, Run, now_on_rank_0, summarise, timed_rounds
 from cjepa_kernels.functional import dispatch
 from cjepa_kernels.tables import print_table
 
@@ -117,24 +118,27 @@ def on_ranks(ranks: int, task: Callable[..., Any], **arguments: Any) -> list[Any
 
 def time_losses(rows: int, features: int, seconds: float) -> dict[str, list[Round]]:
     """The rounds of each candidate on this rank."""
-    z_i, z_j = views(rows, features)
-    rounds: dict[str, list[Round]] = {name: [] for name in candidates()}
-
-    def run(loss: Callable[[Tensor, Tensor], Tensor]) -> Round:
-        dist.barrier()
-        work, start = time.process_time(), time.perf_counter()
-        torch.autograd.grad(loss(z_i, z_j), (z_i, z_j))
-        return {"work": time.process_time() - work, "time": time.perf_counter() - start}
-
-    for loss in candidates().values():
-        run(loss)
-    started, going = time.perf_counter(), torch.ones(())
-    while len(rounds["ring"]) < 5 or going > 0:
-        for name, loss in candidates().items():
-            rounds[name].append(run(loss))
-        going.fill_(time.perf_counter() - started < seconds)
-        dist.broadcast(going, src=0)  # Every rank must make as many rounds.
-    return rounds
+    inputs = views(rows, features)
+    clocks = {name: RankClock() for name in candidates()}
+    timed_calls: dict[str, Run] = {}
+    for name, loss in candidates().items():
+        run = one_pass(loss, inputs, BOTH)
+        run()
+        timed_calls[name] = partial(clocks[name], run)
+    times = timed_rounds(
+        timed_calls,
+        seconds=seconds,
+        clock=lambda timed: timed(),  # type: ignore[arg-type,return-value]
+        warm=True,
+        now=now_on_rank_0,
+    )
+    return {
+        name: [
+            {"work": work, "time": time}
+            for work, time in zip(clocks[name].work, times[name], strict=True)
+        ]
+        for name in times
+    }
 
 
 def peak_bytes() -> int:
@@ -214,7 +218,7 @@ def measure_memory(cases: tuple[tuple[int, int, int, bool], ...]) -> list[Record
                     "ranks": ranks,
                     "M_r": rows,
                     "D": features,
-                    "kept": saved,
+                    "saved": saved,
                     "extra_bytes": extra,
                     "over_input": extra / (4 * rows * features),
                 }
@@ -243,7 +247,7 @@ def main() -> None:
         ["strategy", "R", "M_r", "D", "saved", "extra MiB", "/ own rows"],
         [
             [
-                *(str(m[key]) for key in ("strategy", "ranks", "M_r", "D", "kept")),
+                *(str(m[key]) for key in ("strategy", "ranks", "M_r", "D", "saved")),
                 f"{m['extra_bytes'] / 2**20:.0f}",
                 f"{m['over_input']:.1f}",
             ]

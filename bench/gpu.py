@@ -18,7 +18,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -51,6 +50,7 @@ from cjepa_kernels.bench import sizes as bench_sizes
 from cjepa_kernels.bench.candidates import BOTH, FORWARD, one_pass, products
 from cjepa_kernels.bench.errors import exact, of_formula
 from cjepa_kernels.bench.formulas import TEMPERATURE, Formula, eager
+from cjepa_kernels.bench.memory import peak_allocated
 from cjepa_kernels.bench.records import Record, write_results
 from cjepa_kernels.bench.sizes import Size
 from cjepa_kernels.bench.targets import print_targets, summary
@@ -292,14 +292,13 @@ class Benchmark:
         """Peak memory of forward + backward beyond the inputs and the gradients."""
         inputs = views(size)
         bytes_in = sum(x.numel() * x.element_size() for x in inputs)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        start = time.perf_counter()
-        torch.autograd.grad(ours(*inputs), inputs)
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        extra = (torch.cuda.max_memory_allocated() - before) / bytes_in - 1
+        times: list[float] = []
+
+        def run() -> None:
+            times.append(IdleDevice()(lambda: torch.autograd.grad(ours(*inputs), inputs)))
+
+        extra = peak_allocated(run, DEVICE) / bytes_in - 1
+        (seconds,) = times
         record = {"M": size.rows, "D": size.features, "over_input": extra, "seconds": seconds}
         self.results["memory"].append(record)
         print(f"memory M={size.rows}: extra {extra:.2f} x the input, {seconds:.1f} s", flush=True)
@@ -347,11 +346,7 @@ def time_first_use(size: Size) -> float:
     inputs = views(size)
     # The plain formula starts CUDA's libraries, whose start is not timed.
     torch.autograd.grad(eager(*(z[:4] for z in inputs)), inputs)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    torch.autograd.grad(ours(*inputs), inputs)
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return IdleDevice()(lambda: torch.autograd.grad(ours(*inputs), inputs))
 
 
 def save(name: str, results: Results, sizes: Sizes) -> None:

@@ -408,7 +408,7 @@ independent passes over row strips with the same kernels, {gather} of that of ou
 def ranks_memory() -> str:
     rows: dict[tuple[int, ...], list[str]] = {}
     for strategy in ("ring", "all_gather"):
-        for r in select(record(RANKS), "memory", strategy=strategy, kept=False):
+        for r in select(record(RANKS), "memory", strategy=strategy, saved=False):
             cells = rows.setdefault((r["ranks"], r["M_r"], r["D"]), [])
             cells += [f"{r['extra_bytes'] / MIB:.0f}", f"{r['over_input']:.1f}"]
     heads = "R | M_r | D | ring, MiB | / own rows | all-gather, MiB | / own rows"

@@ -19,7 +19,7 @@ import torch
 
 from cjepa_kernels.bench import candidates
 from cjepa_kernels.bench.sizes import DTYPES, Size, views
-from cjepa_kernels.bench.timing import first_line
+from cjepa_kernels.bench.timing import Run, first_line
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 WARM_UP = Size(128, 16)
@@ -92,9 +92,14 @@ def _on_cuda(name: str, size: Size, *, device: str, dtype: str, temperature: flo
     inputs = views(size, device=device, dtype=DTYPES[dtype])
     torch.autograd.grad(formula(*inputs), inputs)
     gc.collect()
+    return peak_allocated(lambda: torch.autograd.grad(formula(*inputs), inputs), device)
+
+
+def peak_allocated(run: Run, device: str) -> int:
+    """Bytes that a call allocates on a CUDA device at its peak."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     start = torch.cuda.memory_allocated(device)
-    torch.autograd.grad(formula(*inputs), inputs)
+    run()
     torch.cuda.synchronize(device)
     return int(torch.cuda.max_memory_allocated(device)) - start

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 Run = Callable[[], object]
 Build = Callable[[], Run]
@@ -27,6 +28,31 @@ def host_clock(run: Run) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+class RankClock:
+    """Times a call that every rank makes, and keeps the CPU time of each call beside it.
+
+    The ranks wait for each other before the call. The CPU time of this process, in seconds, does
+    not count the time for which the process waits within the call.
+    """
+
+    def __init__(self) -> None:
+        self.work: list[float] = []
+
+    def __call__(self, run: Run) -> float:
+        dist.barrier()
+        start = time.process_time()
+        seconds = host_clock(run)
+        self.work.append(time.process_time() - start)
+        return seconds
+
+
+def now_on_rank_0() -> float:
+    """Seconds on the clock of rank 0, so that all ranks make as many rounds. All must call it."""
+    seconds = torch.tensor(time.perf_counter(), dtype=torch.float64)
+    dist.broadcast(seconds, src=0)
+    return float(seconds)
 
 
 class DeviceClock(Protocol):

@@ -71,11 +71,11 @@ def fake_device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     for name, value in {
         "Event": device.event,
         "_sleep": lambda cycles: device.launch(0.0, cycles / 2e9),
-        "synchronize": lambda: None,
+        "synchronize": lambda *_: None,
         "empty_cache": lambda: None,
-        "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 0,
-        "max_memory_allocated": lambda: 8 * 64 * 16,
+        "reset_peak_memory_stats": lambda *_: None,
+        "memory_allocated": lambda *_: 0,
+        "max_memory_allocated": lambda *_: 8 * 64 * 16,
         "get_device_name": lambda: "Fake GPU",
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
