@@ -153,7 +153,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Any:
 def compare_losses(base: Path, head: Path, options: Any) -> bool:
     """Compare NT-Xent at every size, and return whether HEAD is slower anywhere."""
     cases = [Case(size, direction) for size in options.sizes for direction in DIRECTIONS]
-    found = revisions.measure_in_turn(
+    times = revisions.measure_in_turn(
         base,
         head,
         [
@@ -169,7 +169,7 @@ def compare_losses(base: Path, head: Path, options: Any) -> bool:
         processes=options.processes,
         rounds=options.rounds,
     )
-    changes = {case: summarise(turns) for case, turns in zip(cases, found, strict=True)}
+    changes = {case: summarise(turns) for case, turns in zip(cases, times, strict=True)}
     print_table(HEADER, table(changes))
     print(statement(changes))
     return any(change.verdict == "slower" for change in changes.values())
@@ -180,9 +180,9 @@ def compare_training_steps(base: Path, head: Path, options: Any) -> None:
     requests = [
         {"task": "training_step", "configuration": name, "seconds": STEP_SECONDS} for name in IMAGES
     ]
-    found = revisions.measure_in_turn(base, head, requests, processes=options.processes, rounds=1)
+    times = revisions.measure_in_turn(base, head, requests, processes=options.processes, rounds=1)
     rows: list[Record] = []
-    for name, turns in zip(IMAGES, found, strict=True):
+    for name, turns in zip(IMAGES, times, strict=True):
         row: Record = {"configuration": name, "base": revisions.resolve(options.base)[:7]}
         for key in ("step", "loss"):
             for side, when in enumerate(("before", "after")):

@@ -189,7 +189,7 @@ def measure_times(sizes: tuple[tuple[int, int], ...], seconds: float) -> list[Re
 def ratios(rows: list[Record]) -> list[Target]:
     """The ratios of the ring's work to that of each other candidate, with their targets."""
     rings = {(row["M_r"], row["D"]): row for row in rows if row["name"] == "ring"}
-    found = []
+    targets = []
     for row in rows:
         if row["name"] != "ring":
             ring = rings[row["M_r"], row["D"]]
@@ -197,8 +197,8 @@ def ratios(rows: list[Record]) -> list[Target]:
             cell: Record = {"M_r": row["M_r"], "D": row["D"], "name": name}
             cell["time_ratio"] = ring["time"] / row["time"]
             limit = WORK_TARGET if row["name"] == "strips" else None
-            found.append(Target(cell, ring["work"] / row["work"], limit))
-    return found
+            targets.append(Target(cell, ring["work"] / row["work"], limit))
+    return targets
 
 
 def measure_memory(cases: tuple[tuple[int, int, int, bool], ...]) -> list[Record]:

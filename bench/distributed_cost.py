@@ -178,9 +178,9 @@ def cost_rows() -> list[Record]:
     rows = []
     for ranks in RANKS:
         for scheme in SCHEMES:
-            found = cost(scheme, replace(SHOWN, ranks=ranks))
-            sent = found.forward_bytes + found.backward_bytes
-            rows.append({"ranks": ranks, "scheme": scheme, "bytes": sent, "flops": found.flops})
+            of_scheme = cost(scheme, replace(SHOWN, ranks=ranks))
+            sent = of_scheme.forward_bytes + of_scheme.backward_bytes
+            rows.append({"ranks": ranks, "scheme": scheme, "bytes": sent, "flops": of_scheme.flops})
     return rows
 
 

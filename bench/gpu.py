@@ -91,7 +91,7 @@ class Cell(NamedTuple):
 
 
 def views(size: Size, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
-    """Two correlated views (B, D) that want gradients, drawn on the device."""
+    """Two correlated views (B, D) that require gradients, drawn on the device."""
     return bench_sizes.views(size, device=DEVICE, dtype=dtype, drawn_on=DEVICE)
 
 

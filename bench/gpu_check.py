@@ -69,7 +69,7 @@ def installed(module: str) -> bool:
 
 
 def pytest(*arguments: str) -> list[str]:
-    """The command of pytest, on several processes if xdist is there, as compiling takes longest.
+    """The command of pytest, on several processes if xdist is installed, because compiling is slow.
 
     It leaves out the project's own options, which ask for plugins that may be missing.
     """
@@ -81,7 +81,7 @@ def pytest(*arguments: str) -> list[str]:
 
 
 def pip_install() -> list[str]:
-    """The command that installs the checkout in place, with the build tools that are here."""
+    """The command that installs the checkout in place, with the build tools of this machine."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     command += ["--no-build-isolation", "--editable", str(ROOT)]
     managed = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists()
@@ -92,8 +92,8 @@ def pip_install() -> list[str]:
 
 def sanitizer() -> str | None:
     """Path of compute-sanitizer, which CUDA's toolkit often does not put on PATH."""
-    found = shutil.which("compute-sanitizer")
-    return found or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    on_path = shutil.which("compute-sanitizer")
+    return on_path or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
 
 
 def steps() -> list[Step]:
@@ -122,10 +122,10 @@ def steps() -> list[Step]:
         needs=("pytest", "hypothesis"),
         environment={**repeatable, "CJEPA_TEST_DEVICE": "cuda"},
     )
-    # One process compiles for minutes. Then the tests of what users call come first.
+    # One process alone compiles for minutes, so the tests of what users call come first.
     tested = (kernels, parity) if installed("xdist") else (parity, kernels)
     small = [sys.executable, __file__, "--small"]
-    found = [
+    all_steps = [
         Step("build", pip_install(), 120, needs=("pip", "setuptools", "pybind11")),
         device,
         *tested,
@@ -135,12 +135,12 @@ def steps() -> list[Step]:
     if checker is not None:
         checked = [checker, "--error-exitcode", "1"]
         uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # Every tensor has its own bounds.
-        found += [
+        all_steps += [
             Step("small", small, 90),  # Compiles the kernels that the next steps check.
             Step("memcheck", [*checked, *small], 120, reserved=30, environment=uncached),
             Step("racecheck", [*checked, "--tool", "racecheck", *small], 90),
         ]
-    return found
+    return all_steps
 
 
 def allowance(step: Step, later: list[Step], left: float) -> float:

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for a GPU that is not there, and count their instructions.
+"""Compile the Triton kernels for a GPU that this machine need not have, and count instructions.
 
     python bench/gpu_machine_code.py [--architecture 90] [--no-save]
 
@@ -121,7 +121,7 @@ def launches(architecture: int, call: Callable[[], Any]) -> list[Launch]:
                 function=kernel,
                 signature=tuple(signature.items()),
                 constants=tuple((names[index], value) for (index,), value in constants.items()),
-                aligned=tuple(names[index] for (index,), found in attributes.items() if found),
+                aligned=tuple(names[index] for (index,), value in attributes.items() if value),
                 options=tuple(options.items()),
             )
         )
@@ -149,12 +149,12 @@ def compile_launch(launch: Launch, architecture: int) -> Binary:
     kernel = triton.compile(source, target=target, options=dict(launch.options))
     machine_code = kernel.asm["cubin"]
     usage = run_tool("cuobjdump", "-res-usage", machine_code=machine_code)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if match is None:
         raise RuntimeError(f"no resource usage in {usage!r}")
     return Binary(
-        registers=int(found[1]),
-        stack=int(found[2]),
+        registers=int(match[1]),
+        stack=int(match[2]),
         shared=kernel.metadata.shared,
         intermediate=kernel.asm["ttgir"],
         machine_code=machine_code,
@@ -242,14 +242,14 @@ def loops(assembly: str) -> Iterator[list[str]]:
 
 def per_element(assembly: str) -> float:
     """Instructions for each exponential in the shortest loop that contains exponentials."""
-    found = []
+    lengths_and_ratios = []
     for body in loops(assembly):
         exponentials = sum("MUFU.EX2" in instruction for instruction in body)
         if exponentials:
-            found.append((len(body), len(body) / exponentials))
-    if not found:
+            lengths_and_ratios.append((len(body), len(body) / exponentials))
+    if not lengths_and_ratios:
         raise ValueError("the kernel takes no exponentials")
-    return min(found)[1]
+    return min(lengths_and_ratios)[1]
 
 
 def count(features: int, architecture: int) -> list[Record]:

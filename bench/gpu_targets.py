@@ -71,13 +71,13 @@ def judge(results: Results, sizes: Sizes) -> list[Target]:
         (row["part"], row["M"], row["D"], row["pass"], row["name"]): row["median"]
         for row in results["rows"]
     }
-    found: list[Target] = []
+    targets: list[Target] = []
 
     def add(
         name: str, *, part: str, size: Size, value: float | None, bound: str, limit: float
     ) -> None:
         cell = {"target": name, "part": part, "M": size.rows, "D": size.features}
-        found.append(Target(cell, value, limit, bound, unmeasured=_why(cell, results)))
+        targets.append(Target(cell, value, limit, bound, unmeasured=_why(cell, results)))
 
     def ratio(part: str, size: Size, direction: str, names: tuple[str, str]) -> float | None:
         above, below = (medians.get((part, *size, direction, name)) for name in names)
@@ -157,7 +157,7 @@ def judge(results: Results, sizes: Sizes) -> list[Target]:
     first = next((record["seconds"] for record in results["first_use"]), None)
     name = "seconds of the first use, compiling"
     add(name, part="first_use", size=sizes.first_use, value=first, bound=AT_MOST, limit=20)
-    return found
+    return targets
 
 
 def _why(cell: Record, results: Results) -> str:

@@ -229,7 +229,7 @@ def compare(part: str, rows: list[Record], *, bf16_instructions: bool) -> list[T
         if row["part"] == part:
             cell = cells.setdefault((Size(row["M"], row["D"]), row["pass"]), {})
             cell[row["name"]] = row["median"]
-    found = []
+    comparisons = []
     for (size, direction), medians in cells.items():
         others = [name for name in medians if name not in (MM, NATIVE)]
         for names, limit, bound in {
@@ -246,8 +246,8 @@ def compare(part: str, rows: list[Record], *, bf16_instructions: bool) -> list[T
                 above, below = (medians[name] for name in names)
                 cell = {"part": part, "M": size.rows, "D": size.features, "pass": direction}
                 cell |= {"numerator": names[0], "denominator": names[1], "seconds": [above, below]}
-                found.append(Target(cell, above / below, limit, bound))
-    return found
+                comparisons.append(Target(cell, above / below, limit, bound))
+    return comparisons
 
 
 def run(

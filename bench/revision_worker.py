@@ -86,7 +86,7 @@ def time_training_step(configuration: str, seconds: float) -> dict[str, float]:
     losses: list[float] = []
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        """The loss with its gradients, on copies of its inputs that end there."""
+        """The loss with its gradients, on detached copies of its inputs."""
         targets = kwargs.get("targets")
         detached = {key: _detach(value) for key, value in kwargs.items() if key != "targets"}
         start = time.perf_counter()
@@ -119,8 +119,8 @@ def _list(value: Any) -> list[Any]:
 
 
 def _detach(value: Any) -> Any:
-    found = [x.detach().requires_grad_() for x in _list(value)]
-    return found if isinstance(value, (list, tuple)) else found[0]
+    leaves = [x.detach().requires_grad_() for x in _list(value)]
+    return leaves if isinstance(value, (list, tuple)) else leaves[0]
 
 
 TASKS: dict[str, Callable[..., Any]] = {

@@ -99,9 +99,9 @@ def check_package(expected: Path) -> None:
     """Raise unless the package that this process imports is that of the folder, and compiled."""
     import cjepa_kernels
 
-    found = Path(cjepa_kernels.__file__).parents[1]
-    if found != expected or not cjepa_kernels.backends()["native"].available:
-        raise RuntimeError(f"{found} is not {expected} with its compiled module")
+    imported = Path(cjepa_kernels.__file__).parents[1]
+    if imported != expected or not cjepa_kernels.backends()["native"].available:
+        raise RuntimeError(f"{imported} is not {expected} with its compiled module")
 
 
 class Worker:
@@ -156,12 +156,12 @@ def measure_in_turn(
     Returns:
         For each request and each pair of processes, the answers (base, head) of every turn.
     """
-    found: list[list[list[tuple[Any, Any]]]] = [[] for _ in requests]
+    answers_of_requests: list[list[list[tuple[Any, Any]]]] = [[] for _ in requests]
     for number in range(processes):
         print(f"processes {number + 1} of {processes}", flush=True)
         workers = [Worker(base), Worker(head)]
         try:
-            for request, of_request in zip(requests, found, strict=True):
+            for request, of_request in zip(requests, answers_of_requests, strict=True):
                 turns = []
                 for turn in range(rounds):
                     order = (0, 1) if turn % 2 == 0 else (1, 0)
@@ -171,4 +171,4 @@ def measure_in_turn(
         finally:
             for worker in workers:
                 worker.close()
-    return found
+    return answers_of_requests

@@ -148,10 +148,10 @@ def is_peer(name: str) -> bool:
 def on_device(device: str) -> dict[str, Candidate]:
     """The candidates of a device. The chunked back end is one only beside a faster one."""
     kind = torch.device(device).type
-    found = {name: one for name, one in CANDIDATES.items() if kind in one.devices}
+    usable = {name: one for name, one in CANDIDATES.items() if kind in one.devices}
     if backend_of(device) == CHUNKED:
-        found.pop(CHUNKED, None)
-    return found
+        usable.pop(CHUNKED, None)
+    return usable
 
 
 def backend_of(device: str) -> str:

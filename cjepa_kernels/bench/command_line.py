@@ -38,11 +38,11 @@ def read_options(
     if quick_seconds is not None:
         parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
-    found = parser.parse_args()
-    found.quick = getattr(found, "quick", False)
-    if seconds is not None and found.seconds is None:
-        found.seconds = quick_seconds if found.quick else seconds
-    return found
+    parsed = parser.parse_args()
+    parsed.quick = getattr(parsed, "quick", False)
+    if seconds is not None and parsed.seconds is None:
+        parsed.seconds = quick_seconds if parsed.quick else seconds
+    return parsed
 
 
 def require_native() -> None:

@@ -115,39 +115,39 @@ class Comparison:
         self.results["roofs"] = machine.roofs(
             one.device, DTYPES[one.dtype], seconds=one.seconds, shrink=one.shrink_roofs
         )
-        found = self._find()
+        available = self._find()
         for size in one.sizes:
             self.progress(f"M={size.rows} D={size.features}")
-            self.measure(size, found)
+            self.measure(size, available)
             save(self.results)
         self.progress("errors against the temperature")
-        self.sweep_temperatures(found)
+        self.sweep_temperatures(available)
         self.results["complete"] = True
         save(self.results)
         return self.results
 
     def _find(self) -> dict[str, Candidate]:
-        """The candidates that work here. The results say how to get the others."""
+        """The candidates that work on this machine. The results say how to get the others."""
         one = self.settings
-        found = candidates.on_device(one.device)
+        available = candidates.on_device(one.device)
         if not one.compiled:
-            found.pop(COMPILED)
-        for name, candidate in list(found.items()):
+            available.pop(COMPILED)
+        for name, candidate in list(available.items()):
             try:
                 candidates.try_out(candidate, one.device, DTYPES[one.dtype], one.temperature)
             except Exception as error:
                 how = first_line(error)
                 self.results["missing"].append({"name": name, "how": how})
                 self.say(f"{candidate.title} is left out: {how}")
-                del found[name]
-        return found
+                del available[name]
+        return available
 
-    def measure(self, size: Size, found: dict[str, Candidate]) -> None:
+    def measure(self, size: Size, available: dict[str, Candidate]) -> None:
         """Time, memory and errors at one size."""
         one = self.settings
         inputs = views(size, device=one.device, dtype=DTYPES[one.dtype])
-        names = [name for name in (MM, *found) if self._fits(name, size)]
-        formulas = {name: found[name].make(one.temperature) for name in names if name != MM}
+        names = [name for name in (MM, *available) if self._fits(name, size)]
+        formulas = {name: available[name].make(one.temperature) for name in names if name != MM}
         runs: Runs = {
             name: partial(candidates.one_pass, formula, inputs)
             for name, formula in formulas.items()
@@ -157,7 +157,7 @@ class Comparison:
         timed = self._time(size, runs)
         formulas = {name: formula for name, formula in formulas.items() if name in timed}
         self._measure_memory(size, list(formulas))
-        self._check(size, formulas, found)
+        self._check(size, formulas, available)
 
     def _fits(self, name: str, size: Size) -> bool:
         """Whether memory and time allow it. If not, the results say what it needs."""
@@ -287,12 +287,14 @@ class Comparison:
                 continue
             self.results["memory"].append({**_cell(size), "name": name, "extra_bytes": extra})
 
-    def _check(self, size: Size, formulas: dict[str, Formula], found: dict[str, Candidate]) -> None:
+    def _check(
+        self, size: Size, formulas: dict[str, Formula], available: dict[str, Candidate]
+    ) -> None:
         """Errors of loss and gradient against float64."""
         one = self.settings
         if torch.device(one.device).type == "cpu" and size.rows > LARGEST_CHECKED:
             return
-        same = {name: formula for name, formula in formulas.items() if found[name].same_loss}
+        same = {name: formula for name, formula in formulas.items() if available[name].same_loss}
         records = self._errors(size, one.dtype, one.temperature, same)
         self.results["errors"] += records
 
@@ -306,19 +308,19 @@ class Comparison:
         records = []
         for name, formula in formulas.items():
             try:
-                found = errors.of_formula(formula, inputs, truth, anchors)
+                measured = errors.of_formula(formula, inputs, truth, anchors)
             except Exception as error:
                 self._fail(size, name, f"{dtype} at temperature {temperature:g}", error)
                 continue
-            records.append({**cell, "name": name, **found})
+            records.append({**cell, "name": name, **measured})
         return records
 
-    def sweep_temperatures(self, found: dict[str, Candidate]) -> None:
+    def sweep_temperatures(self, available: dict[str, Candidate]) -> None:
         """Errors at every temperature and dtype, without the candidates that are slow to make."""
         size = self.settings.temperatures_at
         same = {
             name: candidate
-            for name, candidate in found.items()
+            for name, candidate in available.items()
             if candidate.same_loss and candidate.degree <= 2 and name != COMPILED
         }
         for dtype in DTYPES:

@@ -90,8 +90,8 @@ def total_memory(device: str = "cpu") -> int | None:
     """Bytes of memory of the device, or None if that is not known."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    found = [_meminfo("MemTotal"), _cgroup("memory.max")]
-    return min((size for size in found if size is not None), default=None)
+    limits = [_meminfo("MemTotal"), _cgroup("memory.max")]
+    return min((size for size in limits if size is not None), default=None)
 
 
 def free_memory(device: str = "cpu") -> int | None:
@@ -101,8 +101,8 @@ def free_memory(device: str = "cpu") -> int | None:
         return int(torch.cuda.mem_get_info(device)[0]) + cached
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     in_group = None if limit is None or used is None else limit - used
-    found = [_meminfo("MemAvailable"), in_group]
-    return min((size for size in found if size is not None), default=None)
+    limits = [_meminfo("MemAvailable"), in_group]
+    return min((size for size in limits if size is not None), default=None)
 
 
 def _meminfo(field: str) -> int | None:

@@ -81,10 +81,10 @@ def _on_cpu(name: str, size: Size, dtype: str, temperature: float) -> int:
 
 
 def _status(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
-    if found is None:
+    match = re.search(rf"^{field}:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
+    if match is None:
         raise RuntimeError(f"{STATUS} has no {field}")
-    return 1024 * int(found[1])
+    return 1024 * int(match[1])
 
 
 def _on_cuda(name: str, size: Size, *, device: str, dtype: str, temperature: float) -> int:

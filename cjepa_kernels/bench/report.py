@@ -194,30 +194,30 @@ Place = tuple[Size, Record]
 
 def _verdicts(results: Results, sizes: list[Size]) -> Iterator[str]:
     """Which candidates of the same loss are slower, faster, or too noisy to tell, and where."""
-    found: dict[Verdict | None, dict[str, list[Place]]] = {}
+    places_of: dict[Verdict | None, dict[str, list[Place]]] = {}
     for size in sizes:
         for name, row in by_name(results, "rows", size, **{"pass": BOTH}).items():
             if is_peer(name):
                 paired = ratio_in(row)
                 verdict = None if paired is None else paired.verdict()
-                found.setdefault(verdict, {}).setdefault(name, []).append((size, row))
-    if None in found:
-        yield from _unpaired(results, found.pop(None))
-    for name, places in found.get("slower", {}).items():
+                places_of.setdefault(verdict, {}).setdefault(name, []).append((size, row))
+    if None in places_of:
+        yield from _unpaired(results, places_of.pop(None))
+    for name, places in places_of.get("slower", {}).items():
         where = ", ".join(map(_times_as_long, places))
         yield f"cjepa_kernels is slower than {in_sentence(name)} at {where}."
-    for name, places in found.get("equal", {}).items():
+    for name, places in places_of.get("equal", {}).items():
         where = ", ".join(f"M = {size.rows}" for size, _ in places)
         within = f"within {100 * (MARGIN - 1):.0f} %"
         yield f"cjepa_kernels is as fast as {in_sentence(name)}, {within}, at {where}."
-    for name, places in found.get("unclear", {}).items():
+    for name, places in places_of.get("unclear", {}).items():
         where = ", ".join(map(_unclear, places))
         yield (
             f"Too noisy to tell whether cjepa_kernels is faster or slower than {in_sentence(name)} "
             f"at {where}."
         )
-    if faster := sum(map(len, found.get("faster", {}).values())):
-        others = sum(len(places) for of in found.values() for places in of.values()) - faster
+    if faster := sum(map(len, places_of.get("faster", {}).values())):
+        others = sum(len(places) for of in places_of.values() for places in of.values()) - faster
         which = "the other" if others else "all" if faster > 1 else "the only"
         count = f" {faster} comparisons" if faster > 1 else " comparison"
         yield (
@@ -242,14 +242,14 @@ def _unclear(place: Place) -> str:
     return f"M = {size.rows} (our time is {interval(paired)} x its time, {LEVEL} interval)"
 
 
-def _unpaired(results: Results, found: dict[str, list[Place]]) -> Iterator[str]:
+def _unpaired(results: Results, places_of: dict[str, list[Place]]) -> Iterator[str]:
     """The medians of a record made without ratios of rounds, which has no verdict."""
     yield (
         "This record keeps no ratios of single rounds, so it cannot say which differences between "
         "the medians are more than noise."
     )
     any_faster = False
-    for name, places in found.items():
+    for name, places in places_of.items():
         where = []
         for size, row in places:
             ours = by_name(results, "rows", size, **{"pass": BOTH})[OURS]["median"]

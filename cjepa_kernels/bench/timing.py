@@ -79,7 +79,7 @@ class IdleDevice:
 
 
 class BusyDevice:
-    """Times the device alone: the call is launched while the device still waits.
+    """Times only the device: the call is launched while the device still waits.
 
     The L2 cache is emptied before. If the host needs longer to launch than the device waits, the
     wait is doubled and the call repeated; ``of`` says when even the longest wait was too short.

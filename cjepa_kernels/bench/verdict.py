@@ -121,8 +121,8 @@ def settle(
         calls: Calls by name, which have run before.
         times: Seconds of the rounds so far; further ones are appended.
         ours: Name of what the others are compared with.
-        others: Names whose verdicts are wanted.
-        seconds: Longest time. A round that was begun is finished.
+        others: Names of the calls that need a verdict.
+        seconds: Longest time. A round that has begun is finished.
         clock: Seconds of a call.
         now: Seconds since some moment.
 
