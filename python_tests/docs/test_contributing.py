@@ -1,4 +1,4 @@
-"""The walk-throughs of CONTRIBUTING: what they add works and touches as few files as they say."""
+"""The walk-throughs of CONTRIBUTING: their code works and changes only the files that they name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Extension:
 
 @pytest.fixture(scope="module")
 def with_kernels(tmp_path_factory: pytest.TempPathFactory) -> Extension:
-    """A copy in which the lines that make kernels known are added as well."""
+    """A copy that also has the lines that register the kernels."""
     target = tmp_path_factory.mktemp("kernels")
     copy_package(ROOT, target)
     return apply_walkthrough(section_of(CONTRIBUTING, "Adding an operator"), target)
@@ -43,7 +43,7 @@ def with_toy(tmp_path_factory: pytest.TempPathFactory) -> Extension:
 
 
 def run_python(directory: Path, *arguments: str) -> str:
-    """What Python prints in a copy of the package. It has to end without an error."""
+    """Run Python in a copy of the package, check that it succeeds, and return its output."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     result = subprocess.run(
         [sys.executable, *arguments],
@@ -59,10 +59,10 @@ def run_python(directory: Path, *arguments: str) -> str:
 
 
 def run_tests(directory: Path, tests: list[str]) -> None:
-    """Run tests in a copy of the package; all have to pass and none may be skipped."""
-    said = run_python(directory, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
-    assert " passed" in said
-    assert "skipped" not in said
+    """Run tests in a copy of the package. All must pass, and none may be skipped."""
+    output = run_python(directory, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+    assert " passed" in output
+    assert "skipped" not in output
 
 
 def test_the_operator_passes_its_tests(extended: Extension) -> None:
@@ -76,8 +76,8 @@ def test_the_package_with_the_operator_is_imported(
 ) -> None:
     target = extended.directory
     code = "import cjepa_kernels; print(cjepa_kernels.__file__, cjepa_kernels.alignment.__name__)"
-    said = run_python(target, "-c", code)
-    assert said.split() == [str(target / "cjepa_kernels" / "__init__.py"), "alignment"]
+    output = run_python(target, "-c", code)
+    assert output.split() == [str(target / "cjepa_kernels" / "__init__.py"), "alignment"]
 
 
 def test_an_operator_is_one_file_a_layer_and_one_entry_a_register(
@@ -121,8 +121,8 @@ assert all(results.keys() == expected for results in ours.values())
 
 
 def test_its_cases_are_compared_between_revisions(extended: Extension) -> None:
-    path = str(extended.directory / "python_tests" / "support")
-    run_python(extended.directory, "-c", f"import sys; sys.path.insert(0, {path!r})\n{CASES}")
+    support = str(extended.directory / "python_tests" / "support")
+    run_python(extended.directory, "-c", f"import sys; sys.path.insert(0, {support!r})\n{CASES}")
 
 
 def test_the_operator_is_recorded(extended: Extension) -> None:

@@ -62,9 +62,9 @@ TRAIN_LEVEL = {name: level for level, names in enumerate(TRAIN_LAYERS) for name 
 class Import(NamedTuple):
     """An import of the package by one of its modules."""
 
-    path: Path  # path of the module, relative to the package
+    path: Path  # Path of the module, relative to the package.
     line: int
-    imported: str  # the imported part of the package, as in LAYERS
+    imported: str  # The imported part of the package, as in LAYERS.
 
     @property
     def is_upward(self) -> bool:

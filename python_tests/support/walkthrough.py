@@ -31,8 +31,8 @@ class Extension(NamedTuple):
     """A copy of the package with the additions of the walk-through."""
 
     directory: Path
-    added: list[str]  # paths of new files
-    changed: list[str]  # paths of files in which lines were added
+    added: list[str]  # Paths of new files.
+    changed: list[str]  # Paths of files with new or changed lines.
 
 
 def section_of(document: str, heading: str) -> str:
@@ -42,7 +42,7 @@ def section_of(document: str, heading: str) -> str:
 
 
 def copy_package(source: Path, target: Path) -> None:
-    """Copy the package with its compiled module, and what else the walk-throughs change or run."""
+    """Copy the package with its compiled module, and other files that the walk-throughs use."""
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(source / "cjepa_kernels", target / "cjepa_kernels", ignore=ignored)
     for name in COPIED:
@@ -68,7 +68,7 @@ def apply_walkthrough(document: str, target: Path) -> Extension:
     for kind, name, content in BLOCK.findall(document):
         if kind == "py":
             if (target / name).exists():
-                raise ValueError(f"{name} is there already")
+                raise ValueError(f"{name} exists already")
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_text(content, encoding="utf-8")
             added.append(name)
