@@ -60,10 +60,10 @@ from cjepa_kernels.bench.timing import (
     DeviceClock,
     IdleDevice,
     Run,
-    first_line,
     graphed,
     interleaved_on_gpu,
 )
+from cjepa_kernels.error_lines import kind_and_first_line
 from cjepa_kernels.extras import require
 from cjepa_kernels.provenance import installed_version
 
@@ -373,7 +373,7 @@ def run(sizes: Sizes, name: str | None) -> int:
         try:
             cell.measure()
         except Exception as error:
-            benchmark.fail(cell.part, cell.size, "", first_line(error))
+            benchmark.fail(cell.part, cell.size, "", kind_and_first_line(error))
         except KeyboardInterrupt:
             stopped = True
             benchmark.fail(cell.part, cell.size, "", "stopped here, the rest did not run")

@@ -43,7 +43,8 @@ from cjepa_kernels.bench.machine import instruction_set
 from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.sizes import Size, parse_sizes, views
 from cjepa_kernels.bench.targets import AT_LEAST, AT_MOST, Target, print_targets, summary
-from cjepa_kernels.bench.timing import Run, first_line, interleaved
+from cjepa_kernels.bench.timing import Run, interleaved
+from cjepa_kernels.error_lines import kind_and_first_line
 
 BF16, NO_GRAD = "native-bf16", "native-no-grad"  # NATIVE in bf16 and under torch.no_grad
 VARIANTS = {BF16: f"{TITLES[NATIVE]} in bf16", NO_GRAD: f"{TITLES[NATIVE]} without gradients"}
@@ -202,7 +203,7 @@ def measure(cell: Cell, seconds: float) -> list[Record]:
             calls[name] = make_call(cell, name)
         except (ImportError, RuntimeError) as error:
             title = VARIANTS.get(name) or TITLES[name]
-            print(f"{title} is left out: {first_line(error)}", flush=True)
+            print(f"{title} is left out: {kind_and_first_line(error)}", flush=True)
     times = interleaved(calls, seconds=seconds * cell.share, least=cell.least)
     rows = []
     for name, row in times.items():

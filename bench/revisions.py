@@ -18,6 +18,8 @@ WORKER = Path(__file__).with_name("revision_worker.py")
 NATIVE_SOURCES = ("csrc", "CMakeLists.txt", "setup.py")
 
 
+# This module also runs beside old revisions of the package, so it imports nothing from it that they
+# may lack. That is why it has a function of its own that calls git.
 def git(*arguments: str) -> str:
     """What git prints in this repository.
 

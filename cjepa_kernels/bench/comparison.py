@@ -21,11 +21,11 @@ from cjepa_kernels.bench.timing import (
     Run,
     Times,
     clock_of,
-    first_line,
     summarise,
     timed_rounds,
 )
 from cjepa_kernels.bench.verdict import CONFIDENCE, MARGIN, ratio_of, settle
+from cjepa_kernels.error_lines import kind_and_first_line
 
 Results = dict[str, Any]
 Runs = dict[str, Callable[[str], Run]]  # By name, what makes the call of a direction.
@@ -136,7 +136,7 @@ class Comparison:
             try:
                 candidates.try_out(candidate, one.device, DTYPES[one.dtype], one.temperature)
             except Exception as error:
-                how = first_line(error)
+                how = kind_and_first_line(error)
                 self.results["missing"].append({"name": name, "how": how})
                 self.say(f"{candidate.title} is left out: {how}")
                 del available[name]
@@ -189,7 +189,7 @@ class Comparison:
         self.say(f"  {candidates.TITLES[name]} is left out: {reason}")
 
     def _fail(self, size: Size, name: str, what: str, error: BaseException) -> None:
-        message = first_line(error)
+        message = kind_and_first_line(error)
         self.results["failed"].append({**_cell(size), "name": name, "what": what, "error": message})
         self.say(f"  {candidates.TITLES[name]} failed ({what}): {message}")
 

@@ -19,7 +19,8 @@ import torch
 
 from cjepa_kernels.bench import candidates
 from cjepa_kernels.bench.sizes import DTYPES, Size, views
-from cjepa_kernels.bench.timing import Run, first_line
+from cjepa_kernels.bench.timing import Run
+from cjepa_kernels.error_lines import kind_and_first_line
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 WARM_UP = Size(128, 16)
@@ -56,7 +57,7 @@ def peak_bytes(name: str, size: Size, *, device: str, dtype: str, temperature: f
             process.kill()
         raise RuntimeError(f"no result within {SECONDS:.0f} s") from None
     except Exception as error:
-        raise RuntimeError(first_line(error)) from error
+        raise RuntimeError(kind_and_first_line(error)) from error
     finally:
         pool.shutdown()
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from cjepa_kernels.bench.machine import ROOT, environment
 from cjepa_kernels.files import atomic_write
+from cjepa_kernels.json_values import finite
 
 RESULTS = ROOT / "bench" / "results"  # In a clone.
 
@@ -31,15 +31,4 @@ def write_results(name: str, rows: list[Record], **sections: Any) -> Path:
 
 def as_json(content: dict[str, Any]) -> str:
     """The text of a results file."""
-    return json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """The value with None, which JSON has, for NaN and infinity, which it lacks."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    return json.dumps(finite(content), indent=1, allow_nan=False) + "\n"

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from cjepa_kernels.error_lines import kind_and_first_line
+
 Run = Callable[[], object]
 Build = Callable[[], Run]
 Clock = Callable[[Run], float]
@@ -146,7 +148,7 @@ def add_rounds(
         except Exception as error:
             if errors is None:
                 raise
-            errors[name] = first_line(error)
+            errors[name] = kind_and_first_line(error)
             del candidates[name], times[name]
 
 
@@ -250,7 +252,7 @@ def interleaved_on_gpu(
             clocks[name] = clock()
             timed_calls[name] = partial(clocks[name], run)
         except Exception as error:
-            errors[name] = first_line(error)
+            errors[name] = kind_and_first_line(error)
         if name in errors:  # An error holds on to tensors until its block has ended.
             torch.cuda.empty_cache()
     times = timed_rounds(
@@ -293,9 +295,3 @@ def summarise(values: list[float]) -> dict[str, float]:
         "p80": deciles[7],
         "rounds": len(values),
     }
-
-
-def first_line(error: BaseException) -> str:
-    """The kind and the first line of an error. An ImportError's line speaks for itself."""
-    lines = str(error).strip().splitlines() or [""]
-    return lines[0] if isinstance(error, ImportError) else f"{type(error).__name__}: {lines[0]}"

@@ -38,11 +38,11 @@ from cjepa_kernels.train.evaluation.probes import (
 from cjepa_kernels.train.loop.comparison_progress import progress_display
 from cjepa_kernels.train.loop.directory_lock import DirectoryLock
 from cjepa_kernels.train.loop.run_directory import (
-    RESULT,
     RunResult,
     check_run_directory,
     load_result,
 )
+from cjepa_kernels.train.loop.run_files import RESULT
 from cjepa_kernels.train.loop.worker_pool import Job, ReportProgress, run_jobs
 from cjepa_kernels.train.report.page import write_report
 from cjepa_kernels.train.report.tables import (

@@ -46,7 +46,6 @@ from cjepa_kernels.train.evaluation.probes import (
 from cjepa_kernels.train.loop.advisor import Advisor
 from cjepa_kernels.train.loop.advisor_hook import AdvisorHook
 from cjepa_kernels.train.loop.checkpoints import (
-    LAST_CHECKPOINT,
     AtomicCheckpointIO,
     DamagedCheckpointError,
     EpochCheckpoint,
@@ -62,7 +61,6 @@ from cjepa_kernels.train.loop.module import (
 )
 from cjepa_kernels.train.loop.progress_reports import Progress, ProgressHook
 from cjepa_kernels.train.loop.run_directory import (
-    RESULT,
     RunResult,
     check_checkpoint,
     check_last_checkpoint,
@@ -71,6 +69,7 @@ from cjepa_kernels.train.loop.run_directory import (
     load_result,
     now,
 )
+from cjepa_kernels.train.loop.run_files import LAST_CHECKPOINT, RESULT
 from cjepa_kernels.train.loop.signal_handlers import SignalHandlers, preserve_ctrl_c
 from cjepa_kernels.train.loop.stopwatch import Stopwatch
 from cjepa_kernels.train.loop.training_progress import EpochLines, RunProgressBar

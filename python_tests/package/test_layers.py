@@ -21,8 +21,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_C", "_version"),
     (
         "environment",
+        "error_lines",
         "extras",
         "files",
+        "json_values",
         "plot_style",
         "provenance",
         "suggestions",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cjepa_kernels.files import atomic_write
+from cjepa_kernels.json_values import finite
 from cjepa_kernels.train import checksummed_json
 from cjepa_kernels.train.data.summary import DataSummary
 from cjepa_kernels.train.evaluation.probes import ProbeSizes
@@ -163,7 +164,7 @@ class Comparison:
         """Everything as JSON; numbers that are not finite become null."""
         content = {"format": FORMAT} | asdict(self)
         content["data"] = None if self.data is None else self.data.to_dict()
-        return checksummed_json.encode(_finite(content))
+        return checksummed_json.encode(finite(content))
 
     @staticmethod
     def from_json(text: str) -> Comparison:
@@ -230,16 +231,6 @@ def _number(value: float | None) -> float:
 
 def _numbers(row: Mapping[str, float | None]) -> dict[str, float]:
     return {key: _number(value) for key, value in row.items()}
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
 
 
 def paired_differences(

@@ -14,10 +14,9 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from cjepa_kernels.error_lines import first_line
 from cjepa_kernels.files import atomic_path
-
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
-PREVIOUS_CHECKPOINT = Path("checkpoints") / "previous.ckpt"
+from cjepa_kernels.train.loop.run_files import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, RESULT
 
 
 class EpochCheckpoint(Checkpoint):
@@ -109,7 +108,7 @@ def read_checkpoint(file: Path, *, map_location: Any = "cpu") -> dict[str, Any]:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         raise DamagedCheckpointError(
-            f"{file} is damaged, or is not a checkpoint ({_first_line(error)})"
+            f"{file} is damaged, or is not a checkpoint ({first_line(error)})"
         ) from error
     if damaged or altered:
         raise DamagedCheckpointError(
@@ -142,7 +141,7 @@ def remedy(run_dir: Path) -> str:
         Sentences for the end of an error message.
     """
     last, previous = run_dir / LAST_CHECKPOINT, run_dir / PREVIOUS_CHECKPOINT
-    result = run_dir / "result.json"
+    result = run_dir / RESULT
     finished = [str(result)] if result.is_file() else []
     restart = (
         f"remove it to start the run again: {shlex.join(['rm', '-r', str(last.parent), *finished])}"
@@ -158,7 +157,3 @@ def remedy(run_dir: Path) -> str:
         f"the checkpoint before it is sound; to go on from the end of epoch {epoch}, run "
         f"{' && '.join(map(shlex.join, commands))} and start the same command again; or {restart}"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from cjepa_kernels.train.loop.run_files import LAST_CHECKPOINT
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM ends the program like Ctrl-C, but with another exit status."""
@@ -51,7 +53,7 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def _how_to_go_on(directory: Path) -> str:
-    if not any(directory.rglob("last.ckpt")):
+    if not any(directory.rglob(LAST_CHECKPOINT.name)):
         return (
             "interrupted before the end of the first epoch, so nothing is kept; the same command "
             "starts again"

@@ -17,10 +17,9 @@ from cjepa_kernels.train.config import (
     config_to_dict,
     differing_keys,
 )
-from cjepa_kernels.train.loop.checkpoints import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, remedy
+from cjepa_kernels.train.loop.checkpoints import remedy
+from cjepa_kernels.train.loop.run_files import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, RESULT
 from cjepa_kernels.yaml_reader import read_yaml
-
-RESULT = "result.json"
 
 _LOG = logging.getLogger(__name__)
 # Earlier versions wrote results with these keys and without a checksum.
