@@ -31,6 +31,7 @@ from cjepa_kernels.bench.command_line import read_options, save
 from cjepa_kernels.bench.records import Record
 from cjepa_kernels.tables import print_table
 from cjepa_kernels.triton import configs, nt_xent
+from cjepa_kernels.triton.configs import TILE
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # What is counted: the kernels of NT-Xent that take exponentials, at these sizes.
@@ -42,7 +43,6 @@ HEADER = ["D", "kernel", "registers", "instructions", "product", "exponentials",
 # (989 TFLOP/s of 132 multiprocessors at 1.83 GHz, by NVIDIA's data sheet of the H100),
 # exponentials, and instructions of a warp.
 OPERATIONS, EXPONENTIALS, WARP_INSTRUCTIONS = 4096, 16, 4
-TILE = 128
 
 
 @dataclass(frozen=True)

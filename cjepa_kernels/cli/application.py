@@ -23,6 +23,7 @@ from rich.table import Table
 
 import cjepa_kernels
 from cjepa_kernels.bench.cli import bench
+from cjepa_kernels.bench.sizes import DTYPES
 from cjepa_kernels.cli.command_errors import Program
 from cjepa_kernels.extras import require
 from cjepa_kernels.files import check_directory, check_file, write_file
@@ -164,9 +165,8 @@ def tune(
     debug: Debug = False,
 ) -> None:
     """Choose how the Triton kernels are compiled for one size by timing them on this GPU."""
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    if dtype not in dtypes:
-        raise ValueError(f"--dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: expected one of {', '.join(sorted(DTYPES))}, got {dtype!r}")
     if not torch.cuda.is_available():
         raise ValueError("tune needs an NVIDIA GPU, and PyTorch finds no CUDA device here")
     from cjepa_kernels import tune as tuning
@@ -174,8 +174,8 @@ def tune(
 
     check_file("the file of tuned choices", configs.cache_file())
     console = Console()
-    entries = tuning.entries_for(features, dtypes[dtype])
-    measure = tuning.measure_step(rows, features, dtypes[dtype])
+    entries = tuning.entries_for(features, DTYPES[dtype])
+    measure = tuning.measure_step(rows, features, DTYPES[dtype])
     chosen = tuning.tune(entries, measure, console.print)
     others = [e for e in configs.read(configs.cache_file()) if not tuning.replaces(chosen, e)]
     configs.write(configs.cache_file(), [*chosen, *others])
