@@ -110,13 +110,16 @@ class Comparison:
         Args:
             save: Called with the results after each size.
         """
-        one = self.settings
+        settings = self.settings
         self.progress("products and copies, for the roofs of the roofline")
         self.results["roofs"] = machine.roofs(
-            one.device, DTYPES[one.dtype], seconds=one.seconds, shrink=one.shrink_roofs
+            settings.device,
+            DTYPES[settings.dtype],
+            seconds=settings.seconds,
+            shrink=settings.shrink_roofs,
         )
         available = self._find()
-        for size in one.sizes:
+        for size in settings.sizes:
             self.progress(f"M={size.rows} D={size.features}")
             self.measure(size, available)
             save(self.results)
@@ -128,13 +131,15 @@ class Comparison:
 
     def _find(self) -> dict[str, Candidate]:
         """The candidates that work on this machine. The results say how to get the others."""
-        one = self.settings
-        available = candidates.on_device(one.device)
-        if not one.compiled:
+        settings = self.settings
+        available = candidates.on_device(settings.device)
+        if not settings.compiled:
             available.pop(COMPILED)
         for name, candidate in list(available.items()):
             try:
-                candidates.try_out(candidate, one.device, DTYPES[one.dtype], one.temperature)
+                candidates.try_out(
+                    candidate, settings.device, DTYPES[settings.dtype], settings.temperature
+                )
             except Exception as error:
                 how = kind_and_first_line(error)
                 self.results["missing"].append({"name": name, "how": how})
@@ -144,10 +149,12 @@ class Comparison:
 
     def measure(self, size: Size, available: dict[str, Candidate]) -> None:
         """Time, memory and errors at one size."""
-        one = self.settings
-        inputs = views(size, device=one.device, dtype=DTYPES[one.dtype])
+        settings = self.settings
+        inputs = views(size, device=settings.device, dtype=DTYPES[settings.dtype])
         names = [name for name in (MM, *available) if self._fits(name, size)]
-        formulas = {name: available[name].make(one.temperature) for name in names if name != MM}
+        formulas = {
+            name: available[name].make(settings.temperature) for name in names if name != MM
+        }
         runs: Runs = {
             name: partial(candidates.one_pass, formula, inputs)
             for name, formula in formulas.items()
@@ -161,10 +168,10 @@ class Comparison:
 
     def _fits(self, name: str, size: Size) -> bool:
         """Whether memory and time allow it. If not, the results say what it needs."""
-        one = self.settings
-        needed = candidates.bytes_of(name, size, one.dtype).peak
-        beside = 0.0 if name == MM else candidates.bytes_of(MM, size, one.dtype).peak
-        free = machine.free_memory(one.device)
+        settings = self.settings
+        needed = candidates.bytes_of(name, size, settings.dtype).peak
+        beside = 0.0 if name == MM else candidates.bytes_of(MM, size, settings.dtype).peak
+        free = machine.free_memory(settings.device)
         bounded = name != MM and candidates.CANDIDATES[name].degree == 1
         reason = None
         if free is not None and not bounded and needed + beside > MEMORY_SHARE * free:
@@ -176,7 +183,7 @@ class Comparison:
             rows, seconds = self.seconds[name]
             degree = max(2, candidates.CANDIDATES[name].degree) if name != MM else 2
             expected = seconds * (size.rows / rows) ** degree
-            if expected > HOPELESS * one.longest:
+            if expected > HOPELESS * settings.longest:
                 reason = f"would take about {expected:.0f} s a call"
         if reason is None:
             return True
@@ -195,15 +202,15 @@ class Comparison:
 
     def _time(self, size: Size, runs: Runs) -> list[str]:
         """Time both passes; returns the names that were timed."""
-        one = self.settings
-        clock = clock_of(one.device)
+        settings = self.settings
+        clock = clock_of(settings.device)
         for direction in (BOTH, FORWARD):  # The pass that needs more comes first.
             calls = {name: run(direction) for name, run in runs.items()}
             for name in list(calls):
                 if not self._try(size, name, direction, calls[name]):
                     del calls[name], runs[name]
             times = timed_rounds(
-                calls, seconds=one.seconds, least=one.least, clock=clock, warm=True
+                calls, seconds=settings.seconds, least=settings.least, clock=clock, warm=True
             )
             if direction == BOTH and OURS in calls:
                 self._settle(calls, times)
@@ -225,15 +232,15 @@ class Comparison:
 
     def _settle(self, calls: dict[str, Run], times: Times) -> None:
         """Time candidates of the same loss further while it is unclear which one is faster."""
-        one = self.settings
+        settings = self.settings
         before = {name: len(values) for name, values in times.items()}
         unclear = settle(
             calls,
             times,
             ours=OURS,
             others=[name for name in calls if candidates.is_peer(name)],
-            seconds=one.patience * one.seconds,
-            clock=clock_of(one.device),
+            seconds=settings.patience * settings.seconds,
+            clock=clock_of(settings.device),
         )
         more = [name for name in times if name != OURS and len(times[name]) > before[name]]
         if more:
@@ -245,42 +252,48 @@ class Comparison:
 
     def _try(self, size: Size, name: str, direction: str, call: Run) -> bool:
         """Whether a call works and is quick enough. If not, the results say why."""
-        one = self.settings
+        settings = self.settings
         try:
             start = time.perf_counter()
             call()  # A compiled candidate is compiled in this call.
             seconds = time.perf_counter() - start
-            compiles = name == COMPILED or torch.device(one.device).type == "cuda"
-            if compiles or seconds <= 1.5 * one.longest:  # Otherwise the first call says enough.
-                seconds = clock_of(one.device)(call) if direction == BOTH else 0.0
+            compiles = name == COMPILED or torch.device(settings.device).type == "cuda"
+            if (
+                compiles or seconds <= 1.5 * settings.longest
+            ):  # Otherwise the first call says enough.
+                seconds = clock_of(settings.device)(call) if direction == BOTH else 0.0
         except Exception as error:
             self._fail(size, name, direction, error)
             return False
         if direction == BOTH:
             self.seconds[name] = (size.rows, seconds)
-        if seconds > one.longest:
-            needed = candidates.bytes_of(name, size, one.dtype).peak
+        if seconds > settings.longest:
+            needed = candidates.bytes_of(name, size, settings.dtype).peak
             self._leave_out(size, name, f"takes {seconds:.1f} s a call", needed)
             return False
         return True
 
     def _moved(self, name: str, size: Size) -> float | None:
         """Bytes that forward + backward move; None where that is not known."""
-        one = self.settings
+        settings = self.settings
         if name in (COMPILED, CHUNKED):
             return None
-        if name == OURS and torch.device(one.device).type == "cpu":
-            return candidates.count_on_cpu(name, size, one.dtype).moved
-        return candidates.bytes_of(name, size, one.dtype).moved
+        if name == OURS and torch.device(settings.device).type == "cpu":
+            return candidates.count_on_cpu(name, size, settings.dtype).moved
+        return candidates.bytes_of(name, size, settings.dtype).moved
 
     def _measure_memory(self, size: Size, names: list[str]) -> None:
-        one = self.settings
-        if not memory.supported(one.device):
+        settings = self.settings
+        if not memory.supported(settings.device):
             return
         for name in names:
             try:
                 extra = memory.peak_bytes(
-                    name, size, device=one.device, dtype=one.dtype, temperature=one.temperature
+                    name,
+                    size,
+                    device=settings.device,
+                    dtype=settings.dtype,
+                    temperature=settings.temperature,
                 )
             except RuntimeError as error:
                 self._fail(size, name, "memory", error)
@@ -291,11 +304,11 @@ class Comparison:
         self, size: Size, formulas: dict[str, Formula], available: dict[str, Candidate]
     ) -> None:
         """Errors of loss and gradient against float64."""
-        one = self.settings
-        if torch.device(one.device).type == "cpu" and size.rows > LARGEST_CHECKED:
+        settings = self.settings
+        if torch.device(settings.device).type == "cpu" and size.rows > LARGEST_CHECKED:
             return
         same = {name: formula for name, formula in formulas.items() if available[name].same_loss}
-        records = self._errors(size, one.dtype, one.temperature, same)
+        records = self._errors(size, settings.dtype, settings.temperature, same)
         self.results["errors"] += records
 
     def _errors(
