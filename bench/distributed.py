@@ -40,9 +40,9 @@ from torch import Tensor
 
 from cjepa_kernels import cross_logsumexp, nt_xent, pair_similarity
 from cjepa_kernels.bench.candidates import BOTH, one_pass
-from cjepa_kernels.bench.command_line import read_options, save
 from cjepa_kernels.bench.formulas import TEMPERATURE, gather_with_gradient, lightly_of_group
 from cjepa_kernels.bench.records import Record
+from cjepa_kernels.bench.script_options import read_options, save
 from cjepa_kernels.bench.targets import Target, print_targets
 from cjepa_kernels.bench.timing import RankClock, Run, now_on_rank_0, summarise, timed_rounds
 from cjepa_kernels.functional import dispatch

@@ -22,8 +22,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from cjepa_kernels.bench.command_line import read_options, save
 from cjepa_kernels.bench.records import Record
+from cjepa_kernels.bench.script_options import read_options, save
 from cjepa_kernels.tables import print_table
 
 RANKS = (2, 4, 8, 16, 64, 256, 1024)

@@ -27,8 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from cjepa_kernels.bench.command_line import read_options, save
 from cjepa_kernels.bench.records import Record
+from cjepa_kernels.bench.script_options import read_options, save
 from cjepa_kernels.tables import print_table
 from cjepa_kernels.triton import configs, nt_xent
 from cjepa_kernels.triton.configs import TILE

@@ -37,10 +37,10 @@ from cjepa_kernels.bench.candidates import (
     NATIVE,
     TITLES,
 )
-from cjepa_kernels.bench.command_line import Progress, read_options, require_native, save
 from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.machine import instruction_set
 from cjepa_kernels.bench.records import Record
+from cjepa_kernels.bench.script_options import Progress, read_options, require_native, save
 from cjepa_kernels.bench.sizes import Size, parse_sizes, views
 from cjepa_kernels.bench.targets import AT_LEAST, AT_MOST, Target, print_targets, summary
 from cjepa_kernels.bench.timing import Run, interleaved

@@ -13,9 +13,9 @@ from __future__ import annotations
 from cjepa_kernels import backends
 from cjepa_kernels.bench import memory
 from cjepa_kernels.bench.candidates import CHUNKED, NATIVE, REFERENCE
-from cjepa_kernels.bench.command_line import read_options, save
 from cjepa_kernels.bench.formulas import TEMPERATURE
 from cjepa_kernels.bench.records import Record
+from cjepa_kernels.bench.script_options import read_options, save
 from cjepa_kernels.bench.sizes import DTYPES, Size
 from cjepa_kernels.bench.targets import Target, print_targets
 from cjepa_kernels.tables import mebibytes

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss
 from cjepa_kernels.bench import formulas
-from cjepa_kernels.bench.command_line import read_options, require_native, save
 from cjepa_kernels.bench.records import Record
+from cjepa_kernels.bench.script_options import read_options, require_native, save
 from cjepa_kernels.bench.targets import AT_LEAST, AT_MOST, Target, print_targets
 from cjepa_kernels.bench.timing import interleaved
 from cjepa_kernels.tables import print_table

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from cjepa_kernels.bench import candidates, errors
-from cjepa_kernels.bench.command_line import read_options, save
 from cjepa_kernels.bench.records import Record
+from cjepa_kernels.bench.script_options import read_options, save
 from cjepa_kernels.tables import print_table
 
 TEMPERATURES = (0.5, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01)

@@ -13,9 +13,9 @@ import torch
 from cjepa_kernels.backends import backends
 from cjepa_kernels.bench import candidates, errors, machine, memory
 from cjepa_kernels.bench.candidates import BOTH, CHUNKED, COMPILED, FORWARD, MM, OURS, Candidate
-from cjepa_kernels.bench.command_line import Progress
 from cjepa_kernels.bench.formulas import TEMPERATURE, Formula
 from cjepa_kernels.bench.records import Record
+from cjepa_kernels.bench.script_options import Progress
 from cjepa_kernels.bench.sizes import DTYPES, Size, views
 from cjepa_kernels.bench.timing import (
     Run,

@@ -14,7 +14,7 @@ from bench_scripts import ROOT, leaves, load, run_script
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 
 from cjepa_kernels import backends, nt_xent, plot_style
-from cjepa_kernels.bench import candidates, command_line, errors, formulas, records, targets
+from cjepa_kernels.bench import candidates, errors, formulas, records, script_options, targets
 from cjepa_kernels.bench.candidates import DIRECTIONS
 from cjepa_kernels.bench.sizes import Size, views
 from docs import draw_results
@@ -280,9 +280,9 @@ def test_only_a_whole_run_is_recorded(
 ) -> None:
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
-    options = command_line.read_options(None, seconds=3.0, quick_seconds=0.1)
+    options = script_options.read_options(None, seconds=3.0, quick_seconds=0.1)
     assert options.seconds == seconds
-    command_line.save(options, "name", [{"M": 4}])
+    script_options.save(options, "name", [{"M": 4}])
     assert (tmp_path / "name.json").exists() == (not arguments)
     printed = capsys.readouterr().out
     assert printed.startswith(message)
