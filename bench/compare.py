@@ -30,8 +30,9 @@ import revisions
 from revision_worker import IMAGES
 
 from cjepa_kernels.bench.candidates import DIRECTIONS
-from cjepa_kernels.bench.records import Record, write_results
+from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.report import LEVEL
+from cjepa_kernels.bench.script_options import read_options, save
 from cjepa_kernels.bench.sizes import Size, parse_sizes
 from cjepa_kernels.bench.verdict import MARGIN, MIN_ROUNDS, Ratio, Verdict, ratio_of_blocks
 from cjepa_kernels.tables import print_table
@@ -122,32 +123,55 @@ def table(changes: dict[Case, Change]) -> list[list[str]]:
     ]
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> Any:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("base", nargs="?", help="revision to compare with")
-    parser.add_argument("--head", default="HEAD", help="revision that is judged")
-    parser.add_argument("--sizes", type=parse_sizes, default=SIZES, help="MxD, separated by commas")
-    parser.add_argument(
-        "--processes", type=int, default=MIN_ROUNDS, help="number of processes of each revision"
-    )
-    parser.add_argument("--rounds", type=int, default=6, help="turns of each process")
-    parser.add_argument("--seconds", type=float, default=TURN_SECONDS, help="time of a turn")
-    parser.add_argument("--training-step", action="store_true", help="time training steps instead")
-    parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
-    options = parser.parse_args(arguments)
-    if options.base is None:
-        parser.error("a revision is needed: make bench-compare BASE=main")
-    for name in ("processes", "rounds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: expected 1 or more, got {getattr(options, name)}")
+def parse_revision(text: str) -> str:
+    """The name of a revision that exists."""
+    if not text:
+        raise argparse.ArgumentTypeError("a revision is needed: make bench-compare BASE=main")
     try:
-        for revision in (options.base, options.head):
-            revisions.resolve(revision)
+        revisions.resolve(text)
     except ValueError as error:
-        parser.error(str(error))
-    return options
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def parse_count(text: str) -> int:
+    """A number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return int(text)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Any:
+    return read_options(
+        __doc__,
+        {
+            "base": {
+                "nargs": "?",
+                "default": "",
+                "type": parse_revision,
+                "help": "revision to compare with",
+            },
+            "--head": {
+                "default": "HEAD",
+                "type": parse_revision,
+                "help": "revision that is judged",
+            },
+            "--sizes": {
+                "default": SIZES,
+                "type": parse_sizes,
+                "help": "MxD, separated by commas",
+            },
+            "--processes": {
+                "default": MIN_ROUNDS,
+                "type": parse_count,
+                "help": "number of processes of each revision",
+            },
+            "--rounds": {"default": 6, "type": parse_count, "help": "turns of each process"},
+            "--seconds": {"default": TURN_SECONDS, "type": float, "help": "time of a turn"},
+            "--training-step": {"action": "store_true", "help": "time training steps instead"},
+        },
+        command_line=arguments,
+    )
 
 
 def compare_losses(base: Path, head: Path, options: Any) -> bool:
@@ -193,8 +217,7 @@ def compare_training_steps(base: Path, head: Path, options: Any) -> None:
         ["configuration", *(f"{key}, ms" for key in keys)],
         [[row["configuration"], *(f"{1e3 * row[key]:.2f}" for key in keys)] for row in rows],
     )
-    if not options.no_save:
-        print(f"written: {write_results('training_step_cpu', rows)}")
+    save(options, "training_step_cpu", rows)
 
 
 def main() -> int:

@@ -52,6 +52,7 @@ from cjepa_kernels.bench.errors import exact, of_formula
 from cjepa_kernels.bench.formulas import TEMPERATURE, Formula, eager
 from cjepa_kernels.bench.memory import peak_allocated
 from cjepa_kernels.bench.records import Record, write_results
+from cjepa_kernels.bench.script_options import read_options
 from cjepa_kernels.bench.sizes import Size
 from cjepa_kernels.bench.targets import print_targets, summary
 from cjepa_kernels.bench.timing import (
@@ -395,11 +396,13 @@ def run(sizes: Sizes, name: str | None) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one small size of each part")
-    parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
-    parser.add_argument("--first-use", nargs=2, type=int, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = read_options(
+        __doc__,
+        {
+            "--quick": {"action": "store_true", "help": "one small size of each part"},
+            "--first-use": {"nargs": 2, "type": int, "help": argparse.SUPPRESS},
+        },
+    )
     if not torch.cuda.is_available():
         print("there is no CUDA device: nothing was measured")
         return 0

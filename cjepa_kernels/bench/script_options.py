@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cjepa_kernels.backends import backends
@@ -17,6 +17,7 @@ def read_options(
     *,
     seconds: float | None = None,
     quick_seconds: float | None = None,
+    command_line: Sequence[str] | None = None,
 ) -> Any:
     """Read a script's own options and those that all scripts share.
 
@@ -25,6 +26,7 @@ def read_options(
         options: Its own options, by flag, with the arguments of ``add_argument``.
         seconds: Default of ``--seconds``, which exists only with a default.
         quick_seconds: Its default with ``--quick``, which exists only with this default.
+        command_line: What is read. Default: the arguments of this process.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -38,7 +40,7 @@ def read_options(
     if quick_seconds is not None:
         parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--no-save", action="store_true", help="do not write bench/results")
-    parsed = parser.parse_args()
+    parsed = parser.parse_args(command_line)
     parsed.quick = getattr(parsed, "quick", False)
     if seconds is not None and parsed.seconds is None:
         parsed.seconds = quick_seconds if parsed.quick else seconds
