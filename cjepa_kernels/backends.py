@@ -74,10 +74,14 @@ OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
 
 
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
 def _find_triton_package() -> tuple[bool, str]:
     """Whether the Triton kernels can be defined, and Triton's version or what is wrong."""
     if importlib.util.find_spec("triton") is None:
-        return False, "Triton is not installed: pip install triton>=3.6"
+        return False, f"Triton is not installed: pip install 'triton>={_dotted(OLDEST_TRITON)}'"
     if torch.version.hip is not None:
         return False, "the Triton kernels are made for NVIDIA GPUs, this PyTorch is built for ROCm"
     try:
@@ -85,8 +89,13 @@ def _find_triton_package() -> tuple[bool, str]:
     except importlib.metadata.PackageNotFoundError:  # some distributions have another name
         version = str(importlib.import_module("triton").__version__)
     if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
-        return False, f"Triton {version} is older than 3.6"
+        return False, f"Triton {version} is older than {_dotted(OLDEST_TRITON)}"
     return True, version
+
+
+def triton_is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _find_triton() -> BackendStatus:
@@ -94,16 +103,17 @@ def _find_triton() -> BackendStatus:
     usable, version = _find_triton_package()
     if not usable:
         return BackendStatus(False, ("cuda",), version)
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    if triton_is_interpreted():
         return BackendStatus(True, ("cpu", "cuda"), "Triton kernels in Triton's interpreter: slow")
     if not torch.cuda.is_available():
         reason = "there is no CUDA device (TRITON_INTERPRET=1 runs the kernels on CPU tensors)"
         return BackendStatus(False, ("cuda",), reason)
     major, minor = torch.cuda.get_device_capability()
     if (major, minor) < OLDEST_CAPABILITY:
-        reason = f"the GPU has compute capability {major}.{minor}, the kernels need 8.0"
+        needed = _dotted(OLDEST_CAPABILITY)
+        reason = f"the GPU has compute capability {major}.{minor}, the kernels need {needed}"
         return BackendStatus(False, ("cuda",), reason)
-    return BackendStatus(True, ("cuda",), f"Triton kernels, Triton {version}")
+    return BackendStatus(True, ("cuda",), f"Triton kernels, Triton {version}; fp64 runs in chunked")
 
 
 _compiled, _NATIVE_REASON = _find_compiled()
@@ -228,7 +238,7 @@ def check_backend(backend: str) -> None:
         RuntimeError: A known back end that is missing on this machine.
     """
     check_environment()
-    if backend in ("auto", "chunked", "reference"):
+    if backend == "auto":
         return
     if backend not in names():
         raise ValueError(f"backend must be one of {list(names())}, got {backend!r}")
@@ -250,7 +260,7 @@ def check_device(backend: str, device_type: str) -> None:
     Raises:
         ValueError: The back end serves other devices.
     """
-    if backend in ("chunked", "reference") or device_type == "meta":
+    if device_type == "meta":
         return
     devices = _devices(backend)
     if "any" not in devices and device_type not in devices:

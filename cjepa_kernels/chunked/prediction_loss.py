@@ -6,6 +6,7 @@ It serves devices without a kernel of their own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +41,8 @@ def forward(
         total = prediction.new_zeros((), dtype=dtype)
         for p, t, included in _chunks(prediction, target, mask):
             of_rows = _statistics(p, t, normalization, included)
-            u, v, _, _ = _normalize(p, t, statistics=of_rows, normalization=normalization, eps=eps)
-            error = _penalty(u - v, loss_type, threshold)
+            sides = _normalize(p, t, statistics=of_rows, normalization=normalization, eps=eps)
+            error = _penalty(sides.prediction - sides.target, loss_type, threshold)
             if included is not None:
                 error = error.where(included, 0.0)
             total = total + error.sum()
@@ -104,21 +105,22 @@ def backward(
         for p, t, included in _chunks(prediction, target, mask):
             rows = slice(row, row + len(p))
             of_rows = statistics[first_row + row : first_row + row + len(p)]
-            u, v, scale_p, scale_t = _normalize(
-                p, t, statistics=of_rows, normalization=normalization, eps=eps
-            )
+            sides = _normalize(p, t, statistics=of_rows, normalization=normalization, eps=eps)
+            u, v = sides.prediction, sides.target
             g = _slope(u - v, loss_type, threshold)
             if grad_levels is not None and reduction == "none":
                 elements = grad_levels[first_element + row * features :][: g.numel()]
                 g = g * (elements.view(g.shape) + factor)
             else:
                 g = g * factor
-            grads = [_through_normalization(g, u, scale_p, normalization == "l2")]
+            grads = [_through_normalization(g, u, sides.prediction_scale, normalization == "l2")]
             if of_target is not None:
                 inner = g
                 if normalization == "layer":
                     inner = g - g.mean(1, keepdim=True) - v * (g * v).mean(1, keepdim=True)
-                grads.append(-_through_normalization(inner, v, scale_t, normalization == "l2"))
+                grads.append(
+                    -_through_normalization(inner, v, sides.target_scale, normalization == "l2")
+                )
             for to, grad in zip((of_prediction, of_target), grads, strict=False):
                 if to is not None:
                     to[rows] = (grad if included is None else grad.where(included, 0.0)).to(
@@ -186,25 +188,34 @@ def _statistics(p: Tensor, t: Tensor, normalization: str, included: Tensor | Non
     return statistics if included is None else statistics.where(included, 0.0)
 
 
+class _Normalized(NamedTuple):
+    """Both sides normalised, and the factor of each row.
+
+    The factor of a row with a norm <= eps is 0. That of a row with an infinite norm is 0 as well,
+    but the row is NaN.
+    """
+
+    prediction: Tensor
+    target: Tensor
+    prediction_scale: Tensor
+    target_scale: Tensor
+
+
 def _normalize(
     p: Tensor, t: Tensor, *, statistics: Tensor, normalization: str, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both sides normalised, and the factor of each row, which is 0 for a row with a norm <= eps.
-
-    An infinite norm gives a factor of 0 as well, but its row is NaN.
-    """
+) -> _Normalized:
     first, second = statistics[:, :1], statistics[:, 1:]
     one = torch.ones_like(first)
     if normalization == "layer":
-        return p, (t - first) * second, one, second
+        return _Normalized(p, (t - first) * second, prediction_scale=one, target_scale=second)
     if normalization == "none":
-        return p, t, one, one
+        return _Normalized(p, t, prediction_scale=one, target_scale=one)
     sides, scales = [], []
     for x, norm in ((p, first), (t, second)):
         regular = norm > eps
         sides.append(x / norm.where(regular, eps))
         scales.append((1 / norm).where(~(norm <= eps), 0.0))
-    return sides[0], sides[1], scales[0], scales[1]
+    return _Normalized(*sides, *scales)
 
 
 def _through_normalization(g: Tensor, unit: Tensor, scale: Tensor, project: bool) -> Tensor:

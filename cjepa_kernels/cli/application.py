@@ -173,11 +173,12 @@ def tune(
     from cjepa_kernels.triton import configs
 
     check_file("the file of tuned choices", configs.cache_file())
+    earlier = configs.read(configs.cache_file())  # an unusable file is an error before any work
     console = Console()
     entries = tuning.entries_for(features, DTYPES[dtype])
     measure = tuning.measure_step(rows, features, DTYPES[dtype])
     chosen = tuning.tune(entries, measure, console.print)
-    others = [e for e in configs.read(configs.cache_file()) if not tuning.replaces(chosen, e)]
+    others = [entry for entry in earlier if not tuning.replaces(chosen, entry)]
     configs.write(configs.cache_file(), [*chosen, *others])
     console.print(f"written to {configs.cache_file()}", soft_wrap=True)
 

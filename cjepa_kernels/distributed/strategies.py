@@ -90,7 +90,7 @@ class Backward:
 
     def add_own_block(self, blocks: Blocks, grad: Tensor) -> Tensor:
         """Add the own block's gradient to ``grad`` (M_r, D); returns that of the temperature."""
-        shift, log_sum = (self.weights[:, column].contiguous() for column in (1, 2))
+        _, shift, log_sum = (weight.contiguous() for weight in self.weights.unbind(1))
         own = blocks.own_backward(
             self.upstream,
             self.z_i,

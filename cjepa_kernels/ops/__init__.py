@@ -36,11 +36,9 @@ register_backend(
 )
 if HAS_NATIVE:
     register_compiled("native", device_type="cpu")
-OVERLOADS = overloads()
 
 __all__ = [
     "NAMESPACE",
-    "OVERLOADS",
     "call",
     "is_transformed",
     "operator",

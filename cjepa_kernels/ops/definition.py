@@ -154,7 +154,7 @@ def bind(definition: Definition) -> Binding:
 
 
 def take(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function that takes the elements at these positions of a sequence, as a tuple."""
+    """A function that takes the elements at these positions: of a tuple as a tuple."""
     if len(positions) < 2:  # itemgetter takes at least one position, and of one gives no tuple
         start = positions[0] if positions else 0
         return itemgetter(slice(start, start + len(positions)))

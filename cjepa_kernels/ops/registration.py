@@ -24,7 +24,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -266,13 +265,18 @@ def _make_gradients(
         with _below_autograd():
             return backward(*args)
 
-    @cache
-    def arrangement(needs: tuple[bool, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-        """What each input gets of (None, *gradients): None if it needs no gradient."""
-        places = [0] * count
-        for place, k in enumerate(inputs, start=1):
-            places[k] = place if needs[k] else 0
-        return take(places)
+    # By the inputs that need a gradient. It is no functools.cache, of which Dynamo warns.
+    arrangements: dict[tuple[bool, ...], Callable[[Sequence[Any]], tuple[Any, ...]]] = {}
+
+    def arrange(needs: tuple[bool, ...], grads: Sequence[Any]) -> tuple[Any, ...]:
+        """The gradient of each input that needs one, None for the others."""
+        arrangement = arrangements.get(needs)
+        if arrangement is None:
+            places = [0] * count
+            for place, k in enumerate(inputs, start=1):
+                places[k] = place if needs[k] else 0
+            arrangement = arrangements[needs] = take(places)
+        return arrangement((None, *grads))
 
     def gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         given = take_upstream(upstream)
@@ -285,7 +289,7 @@ def _make_gradients(
         if complete is not None:
             given = complete(binding.saved(*saved), *given)
         grads = run_backward(*given, *saved, *ctx.options, *take_flags(needs))
-        return arrangement(needs)((None, *grads))
+        return arrange(needs, grads)
 
     def gradients_of_lists(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         # vmap has no way to run an operator with lists for one gradient at a time.

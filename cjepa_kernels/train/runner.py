@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from cjepa_kernels.backends import check_device
 from cjepa_kernels.files import atomic_write, remove_partial_files
 from cjepa_kernels.train.config import (
     ExperimentConfig,
@@ -37,8 +38,8 @@ from cjepa_kernels.train.data.dataset import (
 )
 from cjepa_kernels.train.data.fingerprint import check_fingerprint, fingerprint
 from cjepa_kernels.train.data.summary import DataSummary, summarize
+from cjepa_kernels.train.evaluation.features import FeatureExtractor, Features
 from cjepa_kernels.train.evaluation.probes import (
-    FeatureExtractor,
     check_dataset,
     check_probe_images,
     evaluate,
@@ -274,7 +275,7 @@ def untrained_encoder(config: ExperimentConfig, dataset: Dataset | None = None) 
 
 
 def _checked(extract: FeatureExtractor, image_shape: Sequence[int]) -> FeatureExtractor:
-    def checked(images: Tensor) -> tuple[Tensor, Tensor]:
+    def checked(images: Tensor) -> Features:
         if isinstance(images, Tensor) and tuple(images.shape[1:]) != tuple(image_shape):
             raise ValueError(
                 f"images: the encoder was trained on shape {tuple(image_shape)}, "
@@ -327,7 +328,7 @@ def _check_loss(config: ExperimentConfig, image_shape: tuple[int, int, int] | No
 
 
 def _check_devices(config: ExperimentConfig) -> None:
-    """Let Lightning look for the devices while no file is written yet."""
+    """Let Lightning look for the devices while no file is written yet, and check the back end."""
     wanted = config.trainer
     cores = os.cpu_count() or 1
     if wanted.accelerator == "cpu" and wanted.devices > max(2, cores):
@@ -348,6 +349,14 @@ def _check_devices(config: ExperimentConfig) -> None:
             "trainer.precision: the CPU takes '32-true' or 'bf16-mixed', got '16-mixed' with "
             f"trainer.accelerator={wanted.accelerator!r}"
         )
+    backend = config.loss.get("backend", "auto")
+    if backend != "auto":
+        try:
+            check_device(backend, trainer.strategy.root_device.type)
+        except ValueError as error:
+            raise ValueError(
+                f"loss.backend: {error}, with trainer.accelerator={wanted.accelerator!r}"
+            ) from error
 
 
 def completed_steps(run_dir: Path, config: ExperimentConfig, data: str) -> int:

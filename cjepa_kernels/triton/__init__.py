@@ -13,7 +13,6 @@ missing.
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
@@ -23,14 +22,9 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels import chunked
-from cjepa_kernels.backends import OLDEST_CAPABILITY
+from cjepa_kernels.backends import OLDEST_CAPABILITY, triton_is_interpreted
 
 Implementation = Callable[..., tuple[Any, ...]]
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _first_tensor(args: tuple[Any, ...]) -> Tensor:
@@ -41,7 +35,7 @@ def _first_tensor(args: tuple[Any, ...]) -> Tensor:
 
 def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Call a function of a module of this package, with the device of its tensors as current."""
-    if interpreted():
+    if triton_is_interpreted():
         importlib.import_module("cjepa_kernels.triton.interpreter").repair()
     function = getattr(importlib.import_module(f"cjepa_kernels.triton.{module}"), name)
     device = _first_tensor(args).device

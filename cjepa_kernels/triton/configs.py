@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -131,7 +132,7 @@ def _device() -> int:
 @lru_cache
 def _table(device: int) -> tuple[Config, ...]:
     own = json.loads(Path(__file__).with_name("configs.json").read_text())
-    return (*read(cache_file()), *(Config(**entry) for entry in own))
+    return (*_read_or_warn(cache_file()), *(Config(**entry) for entry in own))
 
 
 def forget() -> None:
@@ -160,11 +161,29 @@ def cache_file() -> Path:
 
 
 def read(path: Path) -> list[Config]:
-    """Tuned choices; none if the file is missing, damaged or of another version."""
+    """Tuned choices; none if there is no file.
+
+    Raises:
+        ValueError: The file cannot be read, is damaged, or is of another version.
+    """
     try:
         choices: list[dict[str, Any]] = json.loads(path.read_text())
         return [Config(**entry) for entry in choices]
-    except (OSError, ValueError, TypeError):
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"the file of tuned choices {str(path)!r} cannot be used ({error}); delete it, "
+            "and run cjepa tune again for the sizes that you need"
+        ) from error
+
+
+def _read_or_warn(path: Path) -> list[Config]:
+    """The same, without tuned choices and with a warning where the file cannot be used."""
+    try:
+        return read(path)
+    except ValueError as error:
+        warnings.warn(f"{error}; until then the package's own choices are used", stacklevel=2)
         return []
 
 

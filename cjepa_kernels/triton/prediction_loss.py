@@ -114,7 +114,7 @@ def forward(
     levels = _levels(predictions, targets, masks)
     like = predictions[0]
     none = reduction == "none"
-    slope, limit, half_width = _penalty(loss_type, threshold)
+    penalty = _penalty(loss_type, threshold)
 
     def floats(*shape: int) -> Tensor:
         return like.new_empty(shape, dtype=torch.float32)
@@ -138,7 +138,8 @@ def forward(
             errors=out.levels[element:] if none else out.levels, statistics=out.statistics[row:],
             partial=partial, included_rows=included_rows, counter=counter, loss=out.loss,
             unweighted=out.unweighted, levels=out.levels, scales=out.scales,
-            slope=slope, limit=limit, half_width=half_width, eps=eps, level=index,
+            slope=penalty.slope, limit=penalty.limit, half_width=penalty.half_width, eps=eps,
+            level=index,
             weight=weights[index], level_share=1 / len(levels),
             NONE=none, MEAN=reduction != "sum", FIRST=index == 0, LAYER_EPS=LAYER_EPS,
         )  # fmt: skip
@@ -167,7 +168,7 @@ def backward(
     """The operator ``prediction_loss_backward``."""
     grad_predictions = [p.new_empty(p.shape) for p in predictions]
     grad_targets = [t.new_empty(t.shape) for t in targets] if targets_too else []
-    slope, limit, _ = _penalty(loss_type, threshold)
+    penalty = _penalty(loss_type, threshold)
     # The gradient of ``levels`` has one number for each element, or one for each level.
     grad_errors = grad_levels if reduction == "none" else None
     grad_scalars = None if reduction == "none" else grad_levels
@@ -182,7 +183,7 @@ def backward(
             grad_levels=unused if grad_scalars is None else grad_scalars, scales=scales,
             grad_prediction=grad_predictions[index],
             grad_target=(grad_targets if targets_too else grad_predictions)[index],
-            slope=slope, limit=limit, eps=eps, level=index, weight=weights[index],
+            slope=penalty.slope, limit=penalty.limit, eps=eps, level=index, weight=weights[index],
             level_share=1 / len(predictions),
             EACH=grad_errors is not None, LOSS=grad_loss is not None,
             UNWEIGHTED=grad_unweighted is not None, LEVELS=grad_scalars is not None,

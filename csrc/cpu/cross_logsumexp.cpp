@@ -161,12 +161,12 @@ CrossLogSumExpBackward backward(const CrossLogSumExpOptions& o,
   double largest_grad =
       std::max(largest_magnitude<T>(upstream.grad_row), largest_magnitude<T>(upstream.grad_column));
   if (largest_grad == 0) largest_grad = 1;
-  const Weights<T> row_weights =
-      make_weights<T>({upstream.grad_row, saved.row_shift, saved.row_log_sum}, largest_grad,
-                      r.shift.error, rows.padded_rows());
-  const Weights<T> column_weights =
-      make_weights<T>({upstream.grad_column, saved.column_shift, saved.column_log_sum},
-                      largest_grad, r.shift.error, columns.padded_rows());
+  const Weights<T> row_weights = make_weights<T>(
+      {.grad = upstream.grad_row, .shift = saved.row_shift, .log_sum = saved.row_log_sum},
+      largest_grad, r.shift.error, rows.padded_rows());
+  const Weights<T> column_weights = make_weights<T>(
+      {.grad = upstream.grad_column, .shift = saved.column_shift, .log_sum = saved.column_log_sum},
+      largest_grad, r.shift.error, columns.padded_rows());
 
   const int64_t blocks = std::max(rows.blocks, columns.blocks);
   const int64_t square_blocks = std::min(blocks, blocks_of_square<T>(rows.block));

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -30,6 +31,12 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
         env={**os.environ, **environment},
         timeout=120,
     )
+
+
+def test_annotation_of_back_ends_has_every_name() -> None:
+    """Editors read the values of ``backend=`` from ``Backend``."""
+    module = sys.modules["cjepa_kernels.backends"]  # a function has the same name
+    assert set(get_args(module.Backend)) == {"auto", *backends()}
 
 
 def test_importing_needs_torch_alone() -> None:

@@ -10,7 +10,7 @@ from cjepa_kernels import backends, ops
 
 # Tests that run in Triton's interpreter are slow.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
-RUNNABLE = [o for o in ops.OVERLOADS if o != ".triton" or backends()["triton"].available]
+RUNNABLE = [o for o in ops.overloads() if o != ".triton" or backends()["triton"].available]
 OVERLOADS = pytest.mark.parametrize(
     "overload", RUNNABLE, ids=[overload.lstrip(".") or "dispatched" for overload in RUNNABLE]
 )

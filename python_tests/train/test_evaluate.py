@@ -17,8 +17,8 @@ from cjepa_kernels.train.config import DataConfig, EvaluationConfig
 from cjepa_kernels.train.data.dataset import Dataset, LabeledImages, load_dataset
 from cjepa_kernels.train.evaluation import corruptions
 from cjepa_kernels.train.evaluation.collapse_measures import effective_rank, standard_deviation
+from cjepa_kernels.train.evaluation.features import FeatureExtractor
 from cjepa_kernels.train.evaluation.probes import (
-    FeatureExtractor,
     evaluate,
     evaluate_pixels,
     few_label_draws,

@@ -196,6 +196,16 @@ def test_missing_back_end_is_a_value_error(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "run").exists()
 
 
+def test_back_end_of_another_device_stops_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_gpus = BackendStatus(True, ("cuda",), "on GPUs only")
+    monkeypatch.setitem(sys.modules["cjepa_kernels.backends"]._statuses, "native", of_gpus)
+    with pytest.raises(ValueError, match=r"loss\.backend: .*cuda, got tensors on cpu.*accelerator"):
+        runner.train(tiny("loss.backend=native"), tmp_path / "run", progress_bar=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_failed_start_does_not_block_the_corrected_run(tmp_path: Path) -> None:
     config = tiny("trainer.epochs=1")
     with pytest.raises(ValueError, match=r"trainer\.precision"):

@@ -327,7 +327,10 @@ def test_a_tuned_choice_goes_before_the_packages(
     assert configs.choose("tiles", 90, torch.bfloat16, 256) == tuned
     configs.cache_file().write_text("[{")  # The file is incomplete.
     configs.forget()
-    assert configs.choose("tiles", 90, torch.bfloat16, 256) == before
+    with pytest.warns(UserWarning, match="the file of tuned choices .* cannot be used"):
+        assert configs.choose("tiles", 90, torch.bfloat16, 256) == before
+    with pytest.raises(ValueError, match="delete it, and run cjepa tune again"):
+        configs.read(configs.cache_file())
     monkeypatch.undo()
     configs.forget()
 

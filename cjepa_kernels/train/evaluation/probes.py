@@ -20,14 +20,11 @@ from torch.nn import functional as F
 
 from cjepa_kernels.train.evaluation import corruptions
 from cjepa_kernels.train.evaluation.collapse_measures import effective_rank, standard_deviation
+from cjepa_kernels.train.evaluation.features import FeatureExtractor, Features
 
 if TYPE_CHECKING:
     from cjepa_kernels.train.config import EvaluationConfig
     from cjepa_kernels.train.data.dataset import Dataset, LabeledImages
-
-FeatureExtractor: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Takes uint8 images (n, C, H, W); returns the CLS token and the mean of the patch tokens,
-both (n, D), fp32, on the CPU, from the encoder in eval mode, without augmentation or mask."""
 
 Array: TypeAlias = npt.NDArray[np.float32]
 Labels: TypeAlias = npt.NDArray[np.int64]
@@ -154,8 +151,8 @@ def _probe_labels(dataset: Dataset, config: EvaluationConfig) -> Labels:
 
 
 def _features(extract: FeatureExtractor, images: Tensor) -> dict[str, Array]:
-    cls, mean = extract(images)
-    for name, tensor in (("CLS", cls), ("mean of patch", mean)):
+    features = Features(*extract(images))
+    for name, tensor in (("CLS", features.cls), ("mean of patch", features.mean)):
         if tensor.ndim != 2 or len(tensor) != len(images):
             raise ValueError(
                 f"extract must return {name} features of shape ({len(images)}, D), "
@@ -164,8 +161,8 @@ def _features(extract: FeatureExtractor, images: Tensor) -> dict[str, Array]:
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"extract returned {name} features that are not finite")
     return {
-        "mean": mean.detach().float().cpu().numpy(),
-        "cls": cls.detach().float().cpu().numpy(),
+        "mean": features.mean.detach().float().cpu().numpy(),
+        "cls": features.cls.detach().float().cpu().numpy(),
     }
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cjepa_kernels.train.data.dataset import Dataset
 from cjepa_kernels.train.evaluation.collapse_measures import effective_rank, standard_deviation
-from cjepa_kernels.train.evaluation.probes import FeatureExtractor
+from cjepa_kernels.train.evaluation.features import FeatureExtractor
 
 _IMAGES = 512
 

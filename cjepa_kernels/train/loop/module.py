@@ -5,27 +5,25 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
 from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, create_loss_from_config
-from cjepa_kernels.tokens import cls_tokens
+from cjepa_kernels.functional import cls_tokens
 from cjepa_kernels.train.config import ExperimentConfig, config_to_dict
 from cjepa_kernels.train.data.batches import IndexedImages
 from cjepa_kernels.train.data.masking import PatchMasks, multi_block_masks, patch_counts
 from cjepa_kernels.train.data.views import two_views
+from cjepa_kernels.train.evaluation.features import FeatureExtractor, Features
 from cjepa_kernels.train.model.vit import (
     Predictor,
     VisionTransformer,
     patch_grid,
     pool_tokens,
 )
-
-if TYPE_CHECKING:
-    from cjepa_kernels.train.evaluation.probes import FeatureExtractor
 
 _CONTRASTIVE_METRICS = (
     "contrastive_loss",
@@ -293,7 +291,7 @@ def feature_extractor(
     encoder = encoder.to(device)
 
     @torch.inference_mode()
-    def extract(images: Tensor) -> tuple[Tensor, Tensor]:
+    def extract(images: Tensor) -> Features:
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:
             raise TypeError(
                 "images: expected a uint8 tensor (N, C, H, W) with pixels of 0 to 255, got "
@@ -308,7 +306,7 @@ def feature_extractor(
             cls.append(tokens[:, 0].cpu())
             mean.append(tokens[:, 1:].mean(dim=1).cpu())
         encoder.train(was_training)
-        return torch.cat(cls), torch.cat(mean)
+        return Features(cls=torch.cat(cls), mean=torch.cat(mean))
 
     return extract
 

@@ -29,7 +29,7 @@ from cjepa_kernels.train.evaluation.comparison import (
     METRIC_TITLES,
     Comparison,
 )
-from cjepa_kernels.train.evaluation.probes import FeatureExtractor
+from cjepa_kernels.train.evaluation.features import FeatureExtractor, Features
 from cjepa_kernels.train.report import figures
 from cjepa_kernels.train.report.tables import (
     labels_per_class,
@@ -150,8 +150,11 @@ def _probes(comparison: Comparison) -> _Probes:
 
 
 def _both_features(extract: FeatureExtractor, images: Tensor) -> dict[str, Array]:
-    cls, mean = extract(images)
-    return {"mean": mean.float().cpu().numpy(), "cls": cls.float().cpu().numpy()}
+    features = Features(*extract(images))
+    return {
+        "mean": features.mean.float().cpu().numpy(),
+        "cls": features.cls.float().cpu().numpy(),
+    }
 
 
 class _Projection(NamedTuple):
