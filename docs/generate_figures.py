@@ -255,12 +255,20 @@ def memory_cpu() -> str:
 
 STAGES = "bench/results/cpu_kernel_stages.json"
 TILE_CORE = "tile core alone, GFLOP/s of one core"
+# Wording of that record, and the words of the pages for it.
+WORDS = {
+    "exponentials kept": "exponentials saved",
+    "kept exponentials": "saved exponentials",
+}
 
 
 def stages(name: str, text_columns: int) -> str:
     """A table of the CPU kernel's stages, which is recorded as text."""
     of = record(STAGES)["tables"][name]
-    return table(" | ".join(of["columns"]), of["rows"], text_columns=text_columns)
+    text = table(" | ".join(of["columns"]), of["rows"], text_columns=text_columns)
+    for recorded, shown in WORDS.items():
+        text = text.replace(recorded, shown)
+    return text
 
 
 TEMPLATES["tile_core"] = partial(stages, TILE_CORE, 0)
