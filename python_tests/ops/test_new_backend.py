@@ -26,13 +26,17 @@ def backward(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return chunked.nt_xent.backward(3 * grad_loss, *args)
 
 
+def registered(name: str, status: BackendStatus) -> Iterator[str]:
+    """Register a back end that has one operator, yield its name, and make it unknown again."""
+    ops.register_backend(name, {"nt_xent": (forward, backward)})
+    module.add_backend(name, lambda: status)
+    yield name
+    module.remove_backend(name)
+
+
 @pytest.fixture(scope="module")
 def toy() -> Iterator[Any]:
-    """Register a back end that has one operator, and return its name."""
-    ops.register_backend("toy", {"nt_xent": (forward, backward)})
-    module.add_backend("toy", lambda: BackendStatus(True, ("any",), "three times the loss"))
-    yield "toy"
-    module.remove_backend("toy")
+    yield from registered("toy", BackendStatus(True, ("any",), "three times the loss"))
 
 
 def test_values_and_gradients_come_from_it(toy: Any) -> None:
@@ -66,11 +70,7 @@ def test_it_is_listed_and_errors_name_it(toy: Any) -> None:
 
 @pytest.fixture(scope="module")
 def of_gpus() -> Iterator[Any]:
-    """Register a back end that serves only GPUs, and return its name."""
-    ops.register_backend("of_gpus", {"nt_xent": (forward, backward)})
-    module.add_backend("of_gpus", lambda: BackendStatus(True, ("cuda",), "on GPUs only"))
-    yield "of_gpus"
-    module.remove_backend("of_gpus")
+    yield from registered("of_gpus", BackendStatus(True, ("cuda",), "on GPUs only"))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
