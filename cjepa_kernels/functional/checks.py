@@ -51,6 +51,8 @@ def check_positive(name: str, value: float) -> None:
 
 def check_in_range(name: str, value: float) -> None:
     """Raise unless ``value`` is a positive number that fp32 has, and its inverse too."""
+    if type(value) is float and SMALLEST <= value <= LARGEST:  # the usual case, at little cost
+        return
     check_positive(name, value)
     if not SMALLEST <= as_float(value) <= LARGEST:
         raise ValueError(f"{name} must lie between {SMALLEST} and {LARGEST}, got {value}")
@@ -64,6 +66,8 @@ def check_bool(name: str, value: bool) -> None:
 
 def check_temperature(temperature: float | Tensor) -> None:
     """Raise unless ``temperature`` is a positive finite float, or a () or (1,) floating tensor."""
+    if type(temperature) is float and SMALLEST <= temperature <= LARGEST:  # the usual case
+        return
     if isinstance(temperature, Tensor):
         if temperature.shape not in ((), (1,)) or temperature.dtype not in FLOATING:
             raise ValueError(
@@ -108,15 +112,16 @@ def check_views(z_i: Tensor, z_j: Tensor, *, allow_empty: bool) -> None:
             "a pair, and labels are not needed (docs/migrate/pytorch-metric-learning.md)"
         )
     check_floating_tensor("z_j", z_j)
-    if z_i.shape != z_j.shape:
+    shape = z_i.shape
+    if shape != z_j.shape:
         raise ValueError(
-            f"z_i and z_j must have the same shape, got {tuple(z_i.shape)} and {tuple(z_j.shape)}"
+            f"z_i and z_j must have the same shape, got {tuple(shape)} and {tuple(z_j.shape)}"
         )
-    if z_i.ndim not in (2, 3):
-        raise ValueError(f"z_i and z_j must be (B, D) or (B, N, D), got {tuple(z_i.shape)}")
-    if 0 in (z_i.shape[-1:] if allow_empty else z_i.shape):
+    if len(shape) not in (2, 3):
+        raise ValueError(f"z_i and z_j must be (B, D) or (B, N, D), got {tuple(shape)}")
+    if 0 in (shape[-1:] if allow_empty else shape):
         raise ValueError(
-            f"z_i and z_j must hold at least one pair and one feature, got {tuple(z_i.shape)}"
+            f"z_i and z_j must hold at least one pair and one feature, got {tuple(shape)}"
         )
     check_same_device("z_i and z_j", z_i, z_j)
 

@@ -65,10 +65,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def product_dtype(z: Tensor) -> torch.dtype | None:
     """The dtype to which autocast rounds the operands of a product; None without autocast."""
-    if z.dtype == torch.float64 or z.device.type in WITHOUT_AUTOCAST:
+    device_type = z.device.type
+    if z.dtype == torch.float64 or device_type in WITHOUT_AUTOCAST:
         return None
-    if torch.is_autocast_enabled(z.device.type):
-        return torch.get_autocast_dtype(z.device.type)
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
     return None
 
 
@@ -83,7 +84,8 @@ def saves_exponentials(overload: str, z_i: Tensor, z_j: Tensor, temperature: Ten
         return False
     if torch.compiler.is_exporting():  # the size would tie the exported program to this batch
         return False
-    if not any(z is not None and z.requires_grad for z in (z_i, z_j, temperature)):
+    learns_temperature = temperature is not None and temperature.requires_grad
+    if not (z_i.requires_grad or z_j.requires_grad or learns_temperature):
         return False
     size = 8 if z_i.dtype == torch.float64 else 4
     return ops.saved_exponentials_size(2 * z_i.shape[0]) * size <= SAVED_EXPONENTIALS_BYTES

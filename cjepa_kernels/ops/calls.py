@@ -52,11 +52,12 @@ def call(name: str, overload: str, *args: Any, **named: Any) -> Any:
     elif not torch.is_grad_enabled():
         outputs = operator(name, overload)(*args)
     else:
-        function = differentiable(name, overload)
-        # Only tensors and lists can need a copy. A call for every argument would cost time.
-        outputs = function(
-            *[_saveable_eagerly(x) if isinstance(x, (Tensor, list)) else x for x in args]
-        )
+        for k in registry.tensors[name]:
+            arg = args[k]
+            if arg is not None and _is_of_inference(arg):
+                args = tuple(_saveable_eagerly(x) for x in args)
+                break
+        outputs = differentiable(name, overload)(*args)
     return registry.results[name](*outputs)
 
 
@@ -99,6 +100,13 @@ def saveable(arg: Any) -> Any:
         is_constant = isinstance(arg, Tensor) and not arg.requires_grad
         return operator("copy")(arg) if is_constant else arg
     return _saveable_eagerly(arg)
+
+
+def _is_of_inference(arg: Tensor | Sequence[Tensor]) -> bool:
+    """Whether a tensor, or any tensor of a list, was made under inference_mode."""
+    if isinstance(arg, Tensor):
+        return arg.is_inference()
+    return any(tensor.is_inference() for tensor in arg)
 
 
 def _saveable_eagerly(arg: Any) -> Any:

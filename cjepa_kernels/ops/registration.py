@@ -68,6 +68,7 @@ def define(definition: Definition) -> None:
         registry.arguments[name] = named_arguments(name, operator(name)._schema)
         registry.results[name] = result
     registry.numbers[definition.name] = _number_positions(operator(definition.name))
+    registry.tensors[definition.name] = _tensor_positions(operator(definition.name))
     _bindings[definition.name] = bind(definition)
     _define_overload(definition, "")
 
@@ -171,6 +172,12 @@ def _number_positions(operator: Any) -> tuple[int, ...]:
     """Which arguments are floats or lists of floats."""
     types = [str(argument.type) for argument in operator._schema.arguments]
     return tuple(k for k, of in enumerate(types) if of in ("float", "List[float]"))
+
+
+def _tensor_positions(operator: Any) -> tuple[int, ...]:
+    """Which arguments are tensors, or None in place of one, or lists of tensors."""
+    arguments = operator._schema.arguments
+    return tuple(k for k, argument in enumerate(arguments) if "Tensor" in str(argument.type))
 
 
 def _read_numbers(operator: Any) -> Implementation:

@@ -10,6 +10,7 @@ from torch import Tensor
 arguments: dict[str, Any] = {}  # by operator: a named tuple class of its arguments
 results: dict[str, Callable[..., Any]] = {}  # by operator: a named tuple class of its results
 numbers: dict[str, tuple[int, ...]] = {}  # by operator: the positions of its numbers
+tensors: dict[str, tuple[int, ...]] = {}  # by operator: those of its tensors and lists of tensors
 operators: dict[tuple[str, str], Any] = {}  # by operator and overload: what torch.ops holds
 # The same operators, with autograd that costs less per call.
 functions: dict[tuple[str, str], Callable[..., Any]] = {}
