@@ -9,7 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Literal
 
@@ -91,6 +91,12 @@ def _find_triton_package() -> tuple[bool, str]:
     if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
         return False, f"Triton {version} is older than {_dotted(OLDEST_TRITON)}"
     return True, version
+
+
+def triton_minor() -> str:
+    """The minor version of Triton, such as "3.6"; blank where Triton cannot be used."""
+    usable, version = _find_triton_package()
+    return ".".join(version.split(".")[:2]) if usable else ""
 
 
 def triton_is_interpreted() -> bool:
@@ -186,6 +192,24 @@ def remove_backend(name: str) -> None:
     _statuses.pop(name, None)
 
 
+_notes: dict[str, Callable[[], str]] = {}
+
+
+def add_note(name: str, note: Callable[[], str]) -> None:
+    """Have ``backends()`` say more about a back end where it is available.
+
+    Args:
+        name: Name of the back end.
+        note: Gives the text that is added to the reason, or an empty string.
+    """
+    _notes[name] = note
+
+
+def _with_note(name: str, status: BackendStatus) -> BackendStatus:
+    note = _notes[name]() if status.available and name in _notes else ""
+    return replace(status, reason=f"{status.reason}; {note}") if note else status
+
+
 def backends() -> dict[str, BackendStatus]:
     """Back ends by name, in the order in which ``backend="auto"`` prefers them.
 
@@ -197,7 +221,7 @@ def backends() -> dict[str, BackendStatus]:
         >>> backends()["chunked"].available
         True
     """
-    return {name: _find(name) for name in _FINDERS}
+    return {name: _with_note(name, _find(name)) for name in _FINDERS}
 
 
 _warned = False

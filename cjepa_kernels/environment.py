@@ -9,6 +9,7 @@ DEFAULT_MEBIBYTES = 256.0  # of every variable; kDefaultMebibytes in csrc/cpu/co
 
 _problems: list[str] = []
 
+_SWITCH = {"": None, "0": False, "1": True}
 _MOST = 2**40  # MiB: more than any address space, and in bytes no more than C++'s size_t holds
 # It is decimal, because csrc/cpu/memory.cpp reads the same text: no underscores, no inf, and no
 # digits of other scripts.
@@ -38,8 +39,27 @@ def read_mebibytes(variable: str, default: float = DEFAULT_MEBIBYTES) -> float:
     return number
 
 
+def read_switch(variable: str) -> bool | None:
+    """What an environment variable that switches something on or off says.
+
+    Args:
+        variable: Its name.
+
+    Returns:
+        True for 1, False for 0, None where it is unset or blank.
+
+    Raises:
+        ValueError: The variable is something else.
+    """
+    value = os.environ.get(variable, "")
+    text = value.strip(" \t\n\v\f\r")
+    if text not in _SWITCH:
+        raise ValueError(f"{variable} must be 0, 1 or unset, got {value[:80]!r}")
+    return _SWITCH[text]
+
+
 def read_when_imported(variable: str, default: float = DEFAULT_MEBIBYTES) -> float:
-    """The same, but a mistake is kept for :func:`check_environment`.
+    """:func:`read_mebibytes`, but a mistake is kept for :func:`check_environment`.
 
     An exception here would leave the command line with a traceback, since its entry point imports
     the package before anything of ours can catch it.
@@ -49,6 +69,14 @@ def read_when_imported(variable: str, default: float = DEFAULT_MEBIBYTES) -> flo
     except ValueError as error:
         note_problem(str(error))
         return default
+
+
+def check_switch_when_imported(variable: str) -> None:
+    """Read a switch, and keep a mistake for :func:`check_environment`."""
+    try:
+        read_switch(variable)
+    except ValueError as error:
+        note_problem(str(error))
 
 
 def note_problem(message: str) -> None:

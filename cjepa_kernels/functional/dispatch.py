@@ -9,8 +9,9 @@ from torch import Tensor
 
 from cjepa_kernels import ops
 from cjepa_kernels.backends import Backend, check_device, warn_without_native
-from cjepa_kernels.environment import read_when_imported
+from cjepa_kernels.environment import check_switch_when_imported, read_when_imported
 from cjepa_kernels.ops import registry
+from cjepa_kernels.triton.proved import SWITCHES
 
 # torch.amp.is_autocast_available says so too, but PyTorch 2.11 cannot compile a function that calls
 # it.
@@ -18,6 +19,8 @@ WITHOUT_AUTOCAST = ("meta",)
 SAVED_EXPONENTIALS_BYTES = int(read_when_imported("CJEPA_KEPT_MIB") * 2**20)
 for _variable in ("CJEPA_CACHE_MIB", "CJEPA_WORKSPACE_MIB"):  # kernels read them, much later
     read_when_imported(_variable)
+for _variable in SWITCHES.values():
+    check_switch_when_imported(_variable)
 
 
 def choose_overload(backend: Backend, device: torch.device) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels import chunked, triton
-from cjepa_kernels.backends import HAS_NATIVE, HAS_TRITON
+from cjepa_kernels.backends import HAS_NATIVE, HAS_TRITON, add_note
 from cjepa_kernels.ops import cross_logsumexp, nt_xent, pad_tokens, prediction_loss
 from cjepa_kernels.ops.calls import call, is_transformed, refuse_transforms, run, saveable
 from cjepa_kernels.ops.nt_xent import saved_exponentials_size
@@ -20,6 +20,7 @@ from cjepa_kernels.ops.registration import (
     register_plain,
 )
 from cjepa_kernels.ops.registry import operator, overloads
+from cjepa_kernels.triton import proved
 
 define(nt_xent.DEFINITION)
 define(cross_logsumexp.DEFINITION)
@@ -34,6 +35,7 @@ register_backend(
     dispatch_key="CUDA" if HAS_TRITON else None,
     rounds_to_tf32=triton.rounds_to_tf32,
 )
+add_note("triton", proved.note)
 if HAS_NATIVE:
     register_compiled("native", device_type="cpu")
 

@@ -3,6 +3,7 @@
 nt_xent.py, cross_logsumexp.py, prediction_loss.py    each operator, both directions
 tiles.py, gradients.py                                the tiles of S = X Y^T, and their backward
 pack.py, launch.py, configs.py                        operands, sizes of launches, compilation
+proved.py                                             what has passed parity on a device
 kernels/                                              the functions that run on the GPU
 interpreter.py                                        repairs of Triton's interpreter
 
