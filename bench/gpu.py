@@ -358,7 +358,8 @@ def save(name: str, results: Results, sizes: Sizes) -> None:
         "triton": installed_version("triton"),
         "inf_cl": installed_version("inf-cl"),
     }
-    write_results(name, **results, targets=as_records(judge(results, sizes)), gpu=[gpu])
+    targets = as_records(judge(results, sizes))
+    write_results(name, **results, of_kernels=True, targets=targets, gpu=[gpu])
 
 
 def run(sizes: Sizes, name: str | None) -> int:

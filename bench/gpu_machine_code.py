@@ -290,7 +290,7 @@ def main() -> None:
         for r in records
     ]
     print_table(HEADER, rows)
-    save(options, f"gpu_instructions_sm{options.architecture}", records)
+    save(options, f"gpu_instructions_sm{options.architecture}", records, of_kernels=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from rich.console import Console
 from cjepa_kernels.bench import cli, plots, report
 from cjepa_kernels.bench.comparison import Results
 from cjepa_kernels.bench.records import as_json
+from cjepa_kernels.bench.sources import since
 from cjepa_kernels.files import atomic_write
 
 ROOT = Path(__file__).parent.parent
@@ -45,15 +46,19 @@ def record(results: Results, documents: Path) -> list[Path]:
 
 
 def page_of(results: Results) -> str:
-    """The page, with its plots."""
+    """The page, with its plots, and for a GPU whether the kernels have changed since."""
     name = device_name(results)
-    return report.markdown(
+    page = report.markdown(
         results,
         {
             title: f"../images/bench_{name}_{plot}.svg"
             for plot, (title, _) in plots.drawable(results).items()
         },
     )
+    if "sources" not in results["environment"]:
+        return page
+    title, first_line, rest = page.split("\n\n", 2)
+    return "\n\n".join([title, f"{first_line} {since(results['environment']['sources'])}", rest])
 
 
 def main() -> None:

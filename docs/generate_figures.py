@@ -26,6 +26,7 @@ from typing import Any
 
 from cjepa_kernels.bench.candidates import BOTH, COMPILED, EAGER, FORWARD, MM, OURS
 from cjepa_kernels.bench.records import RESULTS
+from cjepa_kernels.bench.sources import since
 from cjepa_kernels.environment import DEFAULT_MEBIBYTES
 from cjepa_kernels.tables import markdown_table, mebibytes, milliseconds, two_digits
 from cjepa_kernels.train.evaluation.comparison import HEADLINE_TITLES, load_comparison
@@ -150,7 +151,14 @@ for name in ("nt_xent", "nt_xent_memory", "prediction_loss", "temperature_error"
 @template
 def measured_gpu() -> str:
     path = gpu_record().path
-    return f"{measured(gpu_record())} [All results](../../{path}) include p20 and p80."
+    now = since(gpu_record()["environment"]["sources"])
+    return f"{measured(gpu_record())} [All results](../../{path}) include p20 and p80. {now}"
+
+
+@template
+def gpu_since() -> str:
+    at = gpu_record()["environment"]
+    return f"The figures are those of commit {at['commit']}. {since(at['sources'])}"
 
 
 def median(path: str, rows: int, name: str, direction: str = BOTH) -> float:
@@ -519,12 +527,15 @@ def gpu_instructions() -> str:
     }
     units = ("product", "exponential", "issue")
     rows = []
-    for r in record("bench/results/gpu_instructions_sm90.json")["rows"]:
+    content = record("bench/results/gpu_instructions_sm90.json")
+    for r in content["rows"]:
         cycles = [r[f"{unit}_cycles"] for unit in units]
         kernel = names[r["kernel"]] + (", edge" if r["place"] == "edge" else "")
         rows.append([r["D"], kernel, f"{r['instructions']:.1f}", *(f"{x:.0f}" for x in cycles)])
     heads = "D | kernel | instructions an element | product | exponentials | all instructions"
-    return table(heads, rows, text_columns=2)
+    at = content["environment"]
+    made = f"Counted at commit {at['commit']}. {since(at['sources'])}"
+    return f"{table(heads, rows, text_columns=2)}\n\n{made}"
 
 
 def comparison(name: str) -> str:

@@ -15,6 +15,7 @@ import torch
 import cjepa_kernels
 from cjepa_kernels import provenance
 from cjepa_kernels.backends import compiled_module
+from cjepa_kernels.bench import sources
 from cjepa_kernels.bench.timing import clock_of, interleaved
 from cjepa_kernels.provenance import cpu_name, installed_version
 
@@ -49,11 +50,13 @@ def commit() -> str | None:
     )
 
 
-def environment(device: str = "cpu") -> dict[str, Any]:
+def environment(device: str = "cpu", *, of_kernels: bool = False) -> dict[str, Any]:
     """The machine and the versions, for a results file.
 
     Args:
         device: ``"cpu"`` or a CUDA device.
+        of_kernels: Whether the results are those of the kernels for GPUs although the device is
+            the CPU. Results of these kernels name the hashes of their files.
     """
     on_cuda = torch.device(device).type == "cuda"
     return {
@@ -70,6 +73,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": command(),
+        **({"sources": sources.of_files()} if on_cuda or of_kernels else {}),
     }
 
 

@@ -15,17 +15,21 @@ RESULTS = ROOT / "bench" / "results"  # In a clone.
 Record = dict[str, Any]  # One measurement: names, sizes and figures.
 
 
-def write_results(name: str, rows: list[Record], **sections: Any) -> Path:
+def write_results(
+    name: str, rows: list[Record], *, of_kernels: bool = False, **sections: Any
+) -> Path:
     """Write ``bench/results/<name>.json`` and return its path.
 
     Args:
         name: Stem of the file.
         rows: What was measured.
+        of_kernels: As for ``environment``.
         **sections: Further lists, each under its own name.
     """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    atomic_write(path, as_json({"environment": environment(), "rows": rows, **sections}))
+    made_on = environment(of_kernels=of_kernels)
+    atomic_write(path, as_json({"environment": made_on, "rows": rows, **sections}))
     return path
 
 

@@ -61,7 +61,7 @@ def save(options: Any, name: str, rows: list[Record], **sections: Any) -> None:
         options: Of ``read_options``.
         name: As for ``write_results``.
         rows: As for ``write_results``.
-        **sections: As for ``write_results``.
+        **sections: As for ``write_results``, and its options.
     """
     if options.quick:
         print("not written: bench/results holds whole runs, not those of --quick")
