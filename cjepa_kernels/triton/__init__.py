@@ -4,6 +4,7 @@ nt_xent.py, cross_logsumexp.py, prediction_loss.py    each operator, both direct
 tiles.py, gradients.py                                the tiles of S = X Y^T, and their backward
 pack.py, launch.py, configs.py                        operands, sizes of launches, compilation
 proved.py                                             what has passed parity on a device
+hopper.py, schedules.py                               Gluon kernels for Hopper, and their schedules
 kernels/                                              the functions that run on the GPU
 interpreter.py                                        repairs of Triton's interpreter
 
