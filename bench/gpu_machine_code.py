@@ -25,7 +25,6 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cjepa_kernels.bench.records import Record
@@ -75,7 +74,6 @@ class Binary:
     stack: int
     shared: int
     intermediate: str = field(repr=False)
-    ptx: str = field(repr=False)
     machine_code: bytes = field(repr=False)
 
     @cached_property
@@ -88,6 +86,13 @@ class Binary:
         """The operation codes of all instructions, in order."""
         instruction = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)"
         return re.findall(instruction, self.assembly, re.M)
+
+    @cached_property
+    def parameter_sizes(self) -> list[int]:
+        """Bytes of each parameter, as the driver reads them from the machine code."""
+        text = run_tool("cuobjdump", "-elf", machine_code=self.machine_code)
+        found = re.findall(r"Ordinal : (0x\w+)\s+Offset  : 0x\w+\s+Size    : (0x\w+)", text)
+        return [int(size, 16) for _, size in sorted(found, key=lambda x: int(x[0], 16))]
 
     @property
     def spills(self) -> int:
@@ -108,8 +113,6 @@ def launches(architecture: int, call: Callable[[], Any]) -> list[Launch]:
     def record(
         kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any
     ) -> None:
-        if warmup:  # The launch comes after it.
-            return
         if not all(1 <= size < 2**31 for size in grid):
             raise ValueError(f"{kernel.__name__} would be launched on a grid of {grid}")
         # Triton's own rules say which arguments become constants and which are aligned.
@@ -143,7 +146,7 @@ def launches(architecture: int, call: Callable[[], Any]) -> list[Launch]:
 def compile_launch(launch: Launch, architecture: int) -> Binary:
     """Compile a kernel to machine code."""
     names = launch.function.arg_names
-    source = (GluonASTSource if launch.function.is_gluon() else ASTSource)(
+    source = ASTSource(
         launch.function,
         dict(launch.signature),
         {(names.index(name),): value for name, value in launch.constants},
@@ -161,7 +164,6 @@ def compile_launch(launch: Launch, architecture: int) -> Binary:
         stack=int(match[2]),
         shared=kernel.metadata.shared,
         intermediate=kernel.asm["ttgir"],
-        ptx=kernel.asm["ptx"],
         machine_code=machine_code,
     )
 

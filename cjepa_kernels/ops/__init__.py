@@ -20,7 +20,7 @@ from cjepa_kernels.ops.registration import (
     register_plain,
 )
 from cjepa_kernels.ops.registry import operator, overloads
-from cjepa_kernels.triton import proved
+from cjepa_kernels.triton import planned, proved
 
 define(nt_xent.DEFINITION)
 define(cross_logsumexp.DEFINITION)
@@ -33,6 +33,7 @@ register_backend(
     "triton",
     triton.OPERATORS,
     dispatch_key="CUDA" if HAS_TRITON else None,
+    register_dispatched=planned.register if planned.is_enabled() else None,
     rounds_to_tf32=triton.rounds_to_tf32,
 )
 add_note("triton", proved.note)

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from cjepa_kernels.ops import registry
 from cjepa_kernels.ops.registry import differentiable, flatten, operator
+from cjepa_kernels.triton.planned import raise_original
 
 
 def run(name: str, overload: str, **arguments: Any) -> Any:
@@ -50,7 +51,10 @@ def call(name: str, overload: str, *args: Any, **named: Any) -> Any:
     if torch.compiler.is_compiling():
         outputs = _call_compiled(name, overload, tuple(saveable(arg) for arg in args))
     elif not torch.is_grad_enabled():
-        outputs = operator(name, overload)(*args)
+        try:
+            outputs = operator(name, overload)(*args)
+        except RuntimeError as error:
+            raise_original(error)
     else:
         for k in registry.tensors[name]:
             arg = args[k]

@@ -40,6 +40,7 @@ from cjepa_kernels.ops.definition import (
     take,
 )
 from cjepa_kernels.ops.registry import flatten, operator, unflatten
+from cjepa_kernels.triton.planned import raise_original
 
 NAMESPACE = "cjepa_kernels"
 # This guard skips the registered autograd, which is Python code under every call. torch._library
@@ -78,6 +79,7 @@ def register_backend(
     operators: Mapping[str, Implementations],
     *,
     dispatch_key: str | None = None,
+    register_dispatched: Callable[[str, str, Implementation, str], None] | None = None,
     rounds_to_tf32: Callable[[Tensor], bool] | None = None,
 ) -> None:
     """Make a back end's implementations the overload ``.<back end>`` of the operators.
@@ -89,6 +91,8 @@ def register_backend(
         dispatch_key: PyTorch's dispatcher runs this back end for tensors of this key, so
             ``backend="auto"`` takes it there. ``"CUDA"`` stands for GPUs, and
             ``"CompositeExplicitAutograd"`` for every device without a key of its own.
+        register_dispatched: Registers what the dispatcher runs, from the name and the schema of one
+            direction, its implementation and the key. By default it is the implementation itself.
         rounds_to_tf32: Whether the back end rounds operands like its argument to tf32. By default
             it never does.
     """
@@ -102,12 +106,19 @@ def register_backend(
         definition.implementations[backend] = implementations
         overload = f".{backend}"
         _define_schemas(definition, overload)
-        for direction, implementation in zip(
-            (name, f"{name}_backward"), implementations, strict=True
+        for direction, schema, implementation in zip(
+            (name, f"{name}_backward"),
+            (definition.schema, definition.schema_backward),
+            implementations,
+            strict=True,
         ):
             _library.impl(direction + overload, implementation, "CompositeExplicitAutograd")
-            if dispatch_key is not None:
+            if dispatch_key is None:
+                continue
+            if register_dispatched is None:
                 _library.impl(direction, implementation, dispatch_key)
+            else:
+                register_dispatched(direction, schema, implementation, dispatch_key)
         _define_overload(definition, overload)
 
 
@@ -255,48 +266,61 @@ def _requires_grad(tensors: Tensor | Sequence[Tensor]) -> bool:
     return any(tensor.requires_grad for tensor in tensors)
 
 
-def _make_gradients(
+def _make_backward(
     definition: Definition, overload: str, binding: Binding
-) -> Callable[..., tuple[Any, ...]]:
-    """The function that runs the backward and gives each input its gradient."""
-    backward = operator(f"{definition.name}_backward", overload)
-    take_upstream, complete = take(binding.upstream), definition.complete
-    take_flags, inputs, lists = take(binding.flags), binding.inputs, binding.lists
-    count = len(binding.arguments._fields)
-    nothing = (None,) * count
+) -> Callable[..., tuple[Any, ...] | None]:
+    """The function that runs the backward: of a context, the upstream gradients and the flags.
 
-    def run_backward(*args: Any) -> Any:
+    It returns None if there is no upstream gradient.
+    """
+    backward = operator(f"{definition.name}_backward", overload)
+    complete = definition.complete
+
+    def run(*args: Any) -> Any:
         # A second derivative meets the registered autograd, which says that there is none.
         if torch.is_grad_enabled():
             return backward(*args)
-        with _below_autograd():
-            return backward(*args)
+        try:
+            with _below_autograd():
+                return backward(*args)
+        except RuntimeError as error:
+            raise_original(error)
 
-    # By the inputs that need a gradient. It is no functools.cache, of which Dynamo warns.
-    arrangements: dict[tuple[bool, ...], Callable[[Sequence[Any]], tuple[Any, ...]]] = {}
-
-    def arrange(needs: tuple[bool, ...], grads: Sequence[Any]) -> tuple[Any, ...]:
-        """The gradient of each input that needs one, None for the others."""
-        arrangement = arrangements.get(needs)
-        if arrangement is None:
-            places = [0] * count
-            for place, k in enumerate(inputs, start=1):
-                places[k] = place if needs[k] else 0
-            arrangement = arrangements[needs] = take(places)
-        return arrangement((None, *grads))
-
-    def gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        given = take_upstream(upstream)
-        for x in given:
+    def run_backward(ctx: Any, upstream: Sequence[Tensor | None], flags: Sequence[bool]) -> Any:
+        for x in upstream:
             if x is not None:
                 break
         else:
-            return nothing
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+            return None
+        saved = ctx.saved_tensors
+        if binding.lists:
+            saved = unflatten(ctx.saved_lengths, saved)
         if complete is not None:
-            given = complete(binding.saved(*saved), *given)
-        grads = run_backward(*given, *saved, *ctx.options, *take_flags(needs))
-        return arrange(needs, grads)
+            upstream = complete(binding.saved(*saved), *upstream)
+        return run(*upstream, *saved, *ctx.options, *flags)
+
+    return run_backward
+
+
+def _make_gradients(
+    definition: Definition, overload: str, binding: Binding
+) -> Callable[..., tuple[Any, ...]]:
+    """The function that gives each input its gradient, for the registered autograd."""
+    run_backward = _make_backward(definition, overload, binding)
+    take_upstream, take_flags = take(binding.upstream), take(binding.flags)
+    inputs, lists = binding.inputs, binding.lists
+    nothing = (None,) * len(binding.arguments._fields)
+
+    def gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        grads = run_backward(ctx, take_upstream(upstream), take_flags(needs))
+        if grads is None:
+            return nothing
+        of_inputs: list[Any] = list(nothing)
+        for k, grad in zip(inputs, grads, strict=True):
+            if needs[k]:
+                of_inputs[k] = grad
+        return tuple(of_inputs)
 
     def gradients_of_lists(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         # vmap has no way to run an operator with lists for one gradient at a time.
@@ -308,12 +332,8 @@ def _make_gradients(
         of_inputs: list[Any] = list(nothing)
         for k, length in zip(lists, ctx.lengths, strict=True):
             of_inputs[k] = [None] * length
-        given = take_upstream(upstream)
-        if any(x is not None for x in given):
-            saved = unflatten(ctx.saved_lengths, ctx.saved_tensors)
-            if complete is not None:
-                given = complete(binding.saved(*saved), *given)
-            grads = run_backward(*given, *saved, *ctx.options, *take_flags(ctx.needs))
+        grads = run_backward(ctx, take_upstream(upstream), take_flags(ctx.needs))
+        if grads is not None:
             for k, grad in zip(inputs, grads, strict=True):
                 if ctx.needs[k]:
                     of_inputs[k] = grad
@@ -361,26 +381,73 @@ def _make_function(
 ) -> Callable[..., Any]:
     """The operator with its autograd, in the way that costs the least time per call."""
     operator_forward = operator(definition.name, overload)
+
+    def run_forward(args: Sequence[Any]) -> Any:
+        try:
+            with _below_autograd():
+                return operator_forward(*args)
+        except RuntimeError as error:
+            raise_original(error)
+
+    if binding.lists:
+        return _make_function_of_lists(definition.name, run_forward, binding, gradients)
+    run_backward = _make_backward(definition, overload, binding)
+    inputs, upstream = binding.inputs, binding.upstream
+    take_inputs, take_differentiable = take(inputs), take(upstream)
+    take_saved, take_options = take(binding.saved_positions), take(binding.options)
+    take_flags = take([inputs.index(k) for k in binding.flags])
+
+    class Function(torch.autograd.Function):
+        """Autograd sees the inputs and results that can have a gradient, because each costs time.
+
+        ``args`` are all arguments. ``results`` is an empty list, which gets all results.
+        """
+
+        @staticmethod
+        def forward(ctx: Any, args: Sequence[Any], results: list[Tensor], *_: Any) -> Any:
+            output = run_forward(args)
+            ctx.save_for_backward(*take_saved((*args, *output)))
+            ctx.options = take_options(args)
+            ctx.set_materialize_grads(False)
+            results += output
+            return take_differentiable(output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads_of_results: Tensor | None) -> Any:
+            needs = ctx.needs_input_grad[2:]
+            grads = run_backward(ctx, grads_of_results, take_flags(needs))
+            if grads is None:
+                return (None,) * (2 + len(inputs))
+            return None, None, *[g if need else None for g, need in zip(grads, needs, strict=True)]
+
+    def call(*args: Any) -> list[Tensor]:
+        results: list[Tensor] = []
+        differentiable = Function.apply(args, results, *take_inputs(args))  # type: ignore[no-untyped-call]
+        for k, result in zip(upstream, differentiable, strict=True):
+            results[k] = result
+        return results
+
+    Function.__name__ = definition.name
+    return call
+
+
+def _make_function_of_lists(
+    name: str,
+    run_forward: Callable[[Sequence[Any]], Any],
+    binding: Binding,
+    gradients: Callable[..., tuple[Any, ...]],
+) -> Callable[..., Any]:
+    """The same for an operator that takes lists of tensors.
+
+    Autograd sees no tensor inside a list, so lists are taken apart on the way in and out.
+    """
     setup_context = _make_setup_context(binding)
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            with _below_autograd():
-                output = operator_forward(*args)
-            setup_context(ctx, args, output)
-            return output
-
-        backward = staticmethod(gradients)
-
-    class FunctionOfLists(torch.autograd.Function):
-        """Autograd sees no tensor inside a list, so lists are taken apart on the way in and out."""
-
-        @staticmethod
         def forward(ctx: Any, lengths: list[int], *flat: Any) -> Any:
             args = unflatten(lengths, flat)
-            with _below_autograd():
-                output = operator_forward(*args)
+            output = run_forward(args)
             setup_context(ctx, args, output)
             return output
 
@@ -388,9 +455,9 @@ def _make_function(
         def backward(ctx: Any, *upstream: Tensor | None) -> Any:
             return None, *flatten(gradients(ctx, *upstream))[1]
 
-    def call_with_lists(*args: Any) -> Any:
+    def call(*args: Any) -> Any:
         lengths, flat = flatten(args)
-        return FunctionOfLists.apply(lengths, *flat)  # type: ignore[no-untyped-call]
+        return Function.apply(lengths, *flat)  # type: ignore[no-untyped-call]
 
-    Function.__name__ = FunctionOfLists.__name__ = definition.name
-    return call_with_lists if binding.lists else Function.apply
+    Function.__name__ = name
+    return call

@@ -3,8 +3,9 @@
 nt_xent.py, cross_logsumexp.py, prediction_loss.py    each operator, both directions
 tiles.py, gradients.py                                the tiles of S = X Y^T, and their backward
 pack.py, launch.py, configs.py                        operands, sizes of launches, compilation
+prepare.py                                            what is computed of the arguments first
+recording.py, plans.py, planned.py                    launch plans, which csrc/cuda repeats
 proved.py                                             what has passed parity on a device
-hopper.py, schedules.py                               Gluon kernels for Hopper, and their schedules
 kernels/                                              the functions that run on the GPU
 interpreter.py                                        repairs of Triton's interpreter
 

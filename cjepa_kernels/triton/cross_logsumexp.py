@@ -15,7 +15,10 @@ from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.gradients import Gradients
 from cjepa_kernels.triton.kernels.reduction import logsumexp_kernel
 from cjepa_kernels.triton.launch import Operands
-from cjepa_kernels.triton.pack import Packed, Temperature, Upstream
+from cjepa_kernels.triton.pack import Packed, Upstream
+from cjepa_kernels.triton.prepare import largest_magnitude
+from cjepa_kernels.triton.recording import run_kernel
+from cjepa_kernels.triton.temperature import Temperature
 from cjepa_kernels.triton.tiles import Tiles
 
 
@@ -52,7 +55,8 @@ def forward(
     running_sum, running_max = (floats(packed_x.padded_rows if several else 0) for _ in range(2))
     for panel in tiles:
         for of_columns in (False, True):
-            logsumexp_kernel[(panel.blocks if of_columns else tiles.row_blocks,)](
+            run_kernel(
+                logsumexp_kernel, panel.blocks if of_columns else tiles.row_blocks,
                 sums=tiles.column_sum if of_columns else tiles.row_sum,
                 maxima=tiles.column_max if of_columns else tiles.row_max,
                 running_sum=running_sum, running_max=running_max,
@@ -64,10 +68,10 @@ def forward(
                 stride=panel.blocks * TILE if of_columns else packed_x.padded_rows,
                 first=panel.first, slots=panel.blocks, row_blocks=tiles.row_blocks,
                 whole_rows=rows // TILE, whole_columns=columns // TILE,
-                run_length=tiles.run_length, slot_counts=tiles.slot_counts(panel),
+                run_length=tiles.run_length,
                 COLUMNS=of_columns, CONSTANT=constant, TAU_TENSOR=tau.is_tensor,
-                COUNTED=tiles.hopper is not None, FIRST=of_columns or panel.is_first,
-                LAST=of_columns or panel.is_last, BM=TILE, SLOTS=launch.SLOTS, num_warps=4,
+                FIRST=of_columns or panel.is_first, LAST=of_columns or panel.is_last, BM=TILE,
+                SLOTS=launch.SLOTS, num_warps=4,
             )  # fmt: skip
     return out
 
@@ -92,7 +96,7 @@ def backward(
     """The operator ``cross_logsumexp_backward``."""
     tau = Temperature(temperature, temperature_tensor)
     operands = Operands.of(x.dtype, product_dtype)
-    largest_grad = torch.maximum(grad_row_lse.abs().amax(), grad_column_lse.abs().amax())
+    largest_grad = largest_magnitude(grad_row_lse, grad_column_lse)
     constant = tau.constant_shift(use_cosine_similarity)
     packed_x, packed_y = (
         operands.pack(

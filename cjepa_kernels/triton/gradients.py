@@ -20,13 +20,15 @@ from cjepa_kernels.triton.kernels.finish import finish_kernel
 from cjepa_kernels.triton.launch import Operands
 from cjepa_kernels.triton.pack import (
     Packed,
-    Temperature,
     Weights,
     cdiv,
     next_power_of_2,
     row_block,
     view_arguments,
 )
+from cjepa_kernels.triton.prepare import symmetric
+from cjepa_kernels.triton.recording import run_kernel
+from cjepa_kernels.triton.temperature import Temperature
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Gradients:
         self.x, self.y, self.operands, self.temperature = x, y, operands, temperature
         self.of_x, self.of_y = of_x, of_y
         self.cosine, self.eps, self.self_contrast = cosine, eps, x is y
-        self.mask = None if mask is None else mask | mask.T
+        self.mask = None if mask is None else symmetric(mask)
         self.tma = launch.has_tma(x.z.device)
         self.constant = temperature.constant_shift(cosine)
         self.dots = x.z.new_empty(0, dtype=torch.float64)
@@ -104,7 +106,8 @@ class Gradients:
         splits = launch.splits(row_blocks, column_blocks, x.z.device)
         out = x.z.new_empty(splits, x.padded_rows, x.padded_features, dtype=torch.float32)
         width = x.padded_features
-        owned_rows_kernel[(row_blocks * splits,)](
+        run_kernel(
+            owned_rows_kernel, row_blocks * splits,
             x=launch.blocks_of(x.z, config.rows, width),
             y=launch.blocks_of(y.z, config.columns, width),
             out=out, row_weight=_weights(x).weight, column_weight=_weights(y).weight,
@@ -168,7 +171,8 @@ class Gradients:
         x, y = self.x, self.y
         x_weights, y_weights = _weights(x), _weights(y)
         depth, config = self.operands.depth_block(x.features), launch.config("coefficients", x)
-        coefficient_tiles_kernel[(square.tiles,)](
+        run_kernel(
+            coefficient_tiles_kernel, square.tiles,
             x=launch.blocks_of(x.z, TILE, depth), y=launch.blocks_of(y.z, TILE, depth), g_out=g,
             row_weight=x_weights.weight, row_shift=x_weights.shift,
             column_weight=y_weights.weight, column_shift=y_weights.shift,
@@ -197,7 +201,8 @@ class Gradients:
             out_blocks, z_blocks = z_blocks, out_blocks
             g_block = step, TILE
         config, columns = _product_config(z), _product_columns(z)
-        products_kernel[(out_blocks * (z.padded_features // columns),)](
+        run_kernel(
+            products_kernel, out_blocks * (z.padded_features // columns),
             g=launch.blocks_of(g, *g_block), z=launch.blocks_of(z.z, step, columns), out=out,
             first_out=first_out * TILE, first_z=first_z * TILE, depth=z_blocks * TILE,
             plane=z.padded_rows, features=z.padded_features, g_stride=g.stride(0),
@@ -232,7 +237,8 @@ class Gradients:
         width = next_power_of_2(packed.padded_features)
         rows = row_block(width)
         programs = cdiv(packed.rows, rows)
-        finish_kernel[(programs,)](
+        run_kernel(
+            finish_kernel, programs,
             **view_arguments(views), z=packed.z, products=products,
             positive_weight=weights.positive, grad_0=grads[0], grad_1=grads[-1],
             largest_grad=largest_grad, partial=packed.z.new_empty(programs, dtype=torch.float64),

@@ -21,10 +21,27 @@ def repair() -> None:
     if _repaired:
         return
     _repaired = True
+    _repair_numbers()
     _repair_range()
     _repair_products()
     _repair_rounding()
     _repair_speed()
+
+
+def _repair_numbers() -> None:
+    """Take a float as the fp32 number that a GPU's kernel gets; the interpreter keeps the fp64 one.
+
+    It would compute with it in fp64, and 1 / tau would not be the number of the GPU.
+    """
+    convert = interpreter._implicit_cvt
+
+    def convert_in_fp32(argument: Any) -> Any:
+        if isinstance(argument, float):
+            handle = interpreter.TensorHandle(numpy.array([argument], "f4"), tl.float32)
+            return tl.tensor(handle, tl.float32)
+        return convert(argument)
+
+    interpreter._implicit_cvt = convert_in_fp32
 
 
 def _repair_range() -> None:

@@ -15,7 +15,10 @@ from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.gradients import Gradients
 from cjepa_kernels.triton.kernels.reduction import FEATURE_BLOCK, nt_xent_rows_kernel
 from cjepa_kernels.triton.launch import Operands
-from cjepa_kernels.triton.pack import Temperature, Upstream
+from cjepa_kernels.triton.pack import Upstream
+from cjepa_kernels.triton.prepare import largest_magnitude
+from cjepa_kernels.triton.recording import run_kernel
+from cjepa_kernels.triton.temperature import Temperature
 from cjepa_kernels.triton.tiles import Tiles
 
 
@@ -71,7 +74,8 @@ def forward(
     for panel in tiles:
         # The rows below the panel have no tile in it.
         blocks = tiles.row_blocks if panel.is_last else panel.last
-        nt_xent_rows_kernel[(blocks * (TILE // launch.REDUCTION_ROWS),)](
+        run_kernel(
+            nt_xent_rows_kernel, blocks * (TILE // launch.REDUCTION_ROWS),
             row_sum=tiles.row_sum, row_max=tiles.row_max, column_sum=tiles.column_sum,
             column_max=tiles.column_max, running_sum=running_sum, running_max=running_max,
             tile_positive=tiles.positive, row_loss_out=out.loss, lse_out=out.lse,
@@ -84,13 +88,11 @@ def forward(
             negative_similarity_out=out.negative_similarity, temperature=tau.argument,
             rows=z.rows, blocks=tiles.row_blocks, first_column=panel.first,
             last_column=panel.last, run_length=tiles.run_length,
-            slot_counts=tiles.slot_counts(panel),
             feature_sum_count=z.squared_norms.shape[0], negative_slots=tiles.negative_sum.shape[0],
             loss_factor=1 / z.rows if reduction == "mean" else 1.0,
             CONSTANT=tiles.constant, TAU_TENSOR=tau.is_tensor, FIRST=panel.is_first,
-            LAST=panel.is_last, COUNTED=tiles.hopper is not None, NONE=none,
-            MASKED=mask is not None, WIDTH=width, BM=TILE, ROWS=launch.REDUCTION_ROWS,
-            SLOTS=launch.SLOTS, num_warps=4,
+            LAST=panel.is_last, NONE=none, MASKED=mask is not None, WIDTH=width, BM=TILE,
+            ROWS=launch.REDUCTION_ROWS, SLOTS=launch.SLOTS, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -114,7 +116,7 @@ def backward(
     """The operator ``nt_xent_backward``."""
     tau = Temperature(temperature, temperature_tensor)
     operands = Operands.of(z_i.dtype, product_dtype)
-    largest_grad = grad_loss if grad_loss.ndim == 0 else grad_loss.abs().amax()
+    largest_grad = largest_magnitude(grad_loss)
     upstream = Upstream(
         shift=shift,
         log_sum=log_sum,

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,12 @@ from torch import Tensor
 
 from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.kernels.pack import pack_kernel
+from cjepa_kernels.triton.recording import run_kernel
+from cjepa_kernels.triton.temperature import Temperature
 
 PROGRAMS = 1024  # The kernel runs at most this many programs. Each leaves one row of sums.
 BLOCK_ELEMENTS = 4096  # elements of whole rows that a program takes at a time
 WEIGHT_SCALE = 2.0**13  # of fp16 weights, which have too few exponents for a large batch
-LARGEST_EXPONENT = 111  # of 2 in fp32, which leaves room for sums and for the scale of the weights
-LARGEST_LOGITS = 2.05  # tau times the largest exponent in base e, with a constant shift
 PLANES = 3  # bf16 numbers that together hold the 24 bits of an fp32 number
 
 _ELEMENT_TYPES = {
@@ -28,38 +27,6 @@ _ELEMENT_TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-
-
-@dataclass(frozen=True)
-class Temperature:
-    """A number, or a tensor on the device that the host must not read.
-
-    Attributes:
-        number: The temperature, unless ``tensor`` holds it.
-        tensor: () on the device, or None.
-    """
-
-    number: float
-    tensor: Tensor | None
-
-    @property
-    def argument(self) -> Tensor | float:
-        """The argument of a kernel: the pointer or the number."""
-        return self.number if self.tensor is None else self.tensor
-
-    @property
-    def is_tensor(self) -> bool:
-        """Whether that argument is a pointer."""
-        return self.tensor is not None
-
-    def constant_shift(self, cosine: bool) -> bool:
-        """Whether all exponents may be relative to 1 / tau instead of a row's maximum.
-
-        They may if |s| <= 1.02 (rounded cosines) and fp32 holds the exponentials. The host does not
-        know the number of a tensor, so that case uses running maxima, which serve every number.
-        """
-        exponent = LARGEST_LOGITS * math.log2(math.e) / self.number
-        return self.tensor is None and cosine and exponent < LARGEST_EXPONENT
 
 
 @dataclass(frozen=True)
@@ -263,7 +230,8 @@ def pack(
         planes=planes,
         weights=weights,
     )
-    pack_kernel[(programs,)](
+    run_kernel(
+        pack_kernel, programs,
         **view_arguments(views), z=packed.z, feature_sums=packed.feature_sums,
         squared_norms=packed.squared_norms, counter=packed.counter, rows=rows, features=features,
         padded_rows=padded_rows, eps=eps, **_weigh_arguments(upstream, weights, packed.z),

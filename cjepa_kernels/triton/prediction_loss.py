@@ -22,6 +22,7 @@ from cjepa_kernels.triton.kernels.prediction_rows import (
     prediction_loss_kernel,
 )
 from cjepa_kernels.triton.pack import BLOCK_ELEMENTS, cdiv, next_power_of_2
+from cjepa_kernels.triton.recording import new_zeros, run_kernel
 
 NORMALIZATIONS = {"none": 0, "l2": L2.value, "layer": LAYER.value}
 SQUARE = {"mse": True, "smoothl1": False, "huber": False}
@@ -130,10 +131,11 @@ def forward(
     most_programs = max(level.programs for level in levels)
     partial = like.new_empty(most_programs, dtype=torch.float64)
     included_rows = like.new_empty(most_programs, dtype=torch.int32)
-    counter = like.new_zeros(len(levels), dtype=torch.int32)
+    counter = new_zeros(like, len(levels), dtype=torch.int32)
     row = element = 0
     for index, level in enumerate(levels):
-        prediction_loss_kernel[(level.programs,)](
+        run_kernel(
+            prediction_loss_kernel, level.programs,
             **level.arguments(normalization, loss_type),
             errors=out.levels[element:] if none else out.levels, statistics=out.statistics[row:],
             partial=partial, included_rows=included_rows, counter=counter, loss=out.loss,
@@ -175,7 +177,8 @@ def backward(
     unused = scales
     row = element = 0
     for index, level in enumerate(_levels(predictions, targets, masks)):
-        prediction_gradient_kernel[(level.programs,)](
+        run_kernel(
+            prediction_gradient_kernel, level.programs,
             **level.arguments(normalization, loss_type), statistics=statistics[row:],
             grad_errors=unused if grad_errors is None else grad_errors[element:],
             grad_loss=unused if grad_loss is None else grad_loss,

@@ -118,6 +118,18 @@ def is_allowed(
     )
 
 
+def may_be_allowed(feature: Feature) -> bool:
+    """Whether :func:`is_allowed` can be true for any call, on any GPU.
+
+    Raises:
+        ValueError: The feature's variable is neither 0 nor 1.
+    """
+    switch = read_switch(SWITCHES[feature])
+    if switch is not None:
+        return switch
+    return any(x.feature == feature and x.triton == _triton_minor() for x in proofs())
+
+
 def sentence(feature: Feature, architecture: int) -> str:
     """Where a feature is in use on GPUs of an architecture, and why not elsewhere.
 

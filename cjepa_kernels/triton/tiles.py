@@ -8,11 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cjepa_kernels.triton import hopper, launch
+from cjepa_kernels.triton import launch
 from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.kernels.similarity import strips_kernel, tiles_kernel
 from cjepa_kernels.triton.launch import Operands, Panel
-from cjepa_kernels.triton.pack import Packed, Temperature, cdiv, round_up
+from cjepa_kernels.triton.pack import Packed, cdiv, round_up
+from cjepa_kernels.triton.prepare import symmetric
+from cjepa_kernels.triton.recording import new_zeros, run_kernel
+from cjepa_kernels.triton.temperature import Temperature
 
 Place = Literal["all", "inner", "edge"]  # as ``tiles_kernel`` defines them
 
@@ -28,8 +31,7 @@ class Tiles:
         positive: (padded rows,) fp32, the similarity of each row and its positive, where X is Y.
         negative_sum: Parts of the sum of the similarities that a user's mask leaves, fp32.
         negative_count: How many these are, in as many parts, int32.
-        run_length: Row blocks of a slot of the columns, unless ``hopper`` counts the slots.
-        hopper: Launches of a Gluon kernel, which takes the inner tiles if it serves them.
+        run_length: Row blocks of a slot of the columns.
     """
 
     def __init__(
@@ -44,28 +46,26 @@ class Tiles:
     ) -> None:
         self.x, self.y, self.operands, self.temperature = x, y, operands, temperature
         self.constant, self.self_contrast = constant, x is y
-        self.mask = None if mask is None else mask | mask.T
+        self.mask = None if mask is None else symmetric(mask)
         self.row_blocks = x.padded_rows // TILE
         self.column_blocks = y.padded_rows // TILE
         self.panels, self.group = launch.column_panels(self.row_blocks, self.column_blocks)
         self.one_launch = self.row_blocks * self.column_blocks <= launch.ONE_LAUNCH_BLOCKS**2
-        size = max(panel.blocks for panel in self.panels) * self.row_blocks * TILE
-        self.row_sum, self.row_max = self.new_floats(size), self.new_floats(size)
-        self.column_sum, self.column_max = self.new_floats(size), self.new_floats(size)
-        self.positive = self.new_floats(x.padded_rows if self.self_contrast else 0)
-        parts = sum(map(self._programs, self.panels)) if mask is not None else 0
-        self.negative_sum = x.z.new_zeros(parts, dtype=torch.float32)
-        self.negative_count = x.z.new_zeros(parts, dtype=torch.int32)
-        self.hopper = None if self.one_launch else hopper.select(self)
         self.strips = (
-            self.hopper is None
-            and constant
+            constant
             and mask is None
             and not self.one_launch
             and launch.fits_a_strip(x)
             and launch.has("strips", x)
         )
         self.run_length = launch.run_length(self.row_blocks) if self.strips else 1
+        size = max(panel.blocks for panel in self.panels) * self.row_blocks * TILE
+        self.row_sum, self.row_max = self.new_floats(size), self.new_floats(size)
+        self.column_sum, self.column_max = self.new_floats(size), self.new_floats(size)
+        self.positive = self.new_floats(x.padded_rows if self.self_contrast else 0)
+        parts = sum(map(self._programs, self.panels)) if mask is not None else 0
+        self.negative_sum = new_zeros(x.z, parts, dtype=torch.float32)
+        self.negative_count = new_zeros(x.z, parts, dtype=torch.int32)
 
     def new_floats(self, size: int) -> Tensor:
         """A (size,) tensor of fp32 on the device of the rows, not yet written."""
@@ -82,8 +82,6 @@ class Tiles:
             else:
                 if self.x.rows < TILE or self.y.rows < TILE:
                     pass  # There is no whole tile.
-                elif self.hopper is not None:
-                    self.hopper.launch(panel)
                 elif self.strips:
                     self._launch_strips(panel)
                 else:
@@ -92,15 +90,6 @@ class Tiles:
                 if programs > 0:
                     self._launch_tiles(panel, "edge", programs)
             yield panel
-
-    def slot_counts(self, panel: Panel) -> Tensor:
-        """(column blocks,) int32 slots of each block of the panel's columns.
-
-        Without ``hopper`` slots are not counted, and no kernel reads the tensor.
-        """
-        if self.hopper is None:
-            return self.negative_count
-        return self.hopper.tables[panel].slots
 
     def _programs(self, panel: Panel) -> int:
         """Programs that take all tiles of a panel, square by square (see ``tile_of``)."""
@@ -129,7 +118,8 @@ class Tiles:
         plain = place == "inner" and x.planes == 1 and launch.has("inner_tiles", x)
         config = launch.config("inner_tiles" if plain else "tiles", x)
         depth = self.operands.depth_block(x.features)
-        tiles_kernel[(programs,)](
+        run_kernel(
+            tiles_kernel, programs,
             x=launch.blocks_of(x.z, TILE, depth), y=launch.blocks_of(y.z, TILE, depth),
             row_sum=self.row_sum, row_max=self.row_max, column_sum=self.column_sum,
             column_max=self.column_max, positive=self.positive,
@@ -151,7 +141,8 @@ class Tiles:
         x, y, config = self.x, self.y, launch.config("strips", self.x)
         whole_rows, whole_columns = x.rows // TILE, y.rows // TILE
         runs = cdiv(whole_rows, self.run_length)
-        strips_kernel[(panel.blocks * runs,)](
+        run_kernel(
+            strips_kernel, panel.blocks * runs,
             x=launch.blocks_of(x.z, config.rows, x.padded_features),
             y=launch.blocks_of(y.z, TILE, y.padded_features),
             row_sum=self.row_sum, row_max=self.row_max, column_sum=self.column_sum,

@@ -47,7 +47,7 @@ endif()
 # Every header includes what it uses: a file that includes nothing else compiles. A header of the core
 # is compiled as the baseline compiles it.
 if(NOT CJEPA_SANITIZE)
-  file(GLOB headers CONFIGURE_DEPENDS csrc/*.h csrc/cpu/*.h csrc/cpu/core/*.h)
+  file(GLOB headers CONFIGURE_DEPENDS csrc/*.h csrc/cpu/*.h csrc/cpu/core/*.h csrc/cuda/*.h)
   foreach(header ${headers})
     get_filename_component(name ${header} NAME_WE)
     file(GENERATE OUTPUT ${CMAKE_BINARY_DIR}/headers/${name}.cpp CONTENT "#include \"${header}\"\n")
@@ -86,7 +86,17 @@ foreach(name ${operators} memory)
 endforeach()
 target_sources(prediction_loss_test PRIVATE ${tests}/tensor_memory_test.cpp)
 
+add_library(fake_cuda MODULE ${tests}/fake_cuda.cpp)
+cjepa_configure_tests(fake_cuda)
+add_executable(plan_test ${tests}/plan_test.cpp)
+cjepa_configure_tests(plan_test test_main plans core)
+cjepa_link_torch(plan_test)
+target_compile_definitions(plan_test PRIVATE CJEPA_FAKE_CUDA="$<TARGET_FILE:fake_cuda>")
+add_dependencies(plan_test fake_cuda)
+add_dependencies(cpp_tests plan_test)
+
 cjepa_add_test(memory memory_test)
+cjepa_add_test(plan plan_test)
 set(poisoned CJEPA_POISON_MEMORY=1)
 if(CJEPA_SANITIZE STREQUAL "thread")
   # One instruction set is enough, because the cores know nothing of threads.

@@ -397,12 +397,12 @@ def test_python_and_the_module_hold_the_same_numbers() -> None:
 def test_triton_and_the_module_hold_the_same_numbers() -> None:
     pytest.importorskip("triton")
     launch = importlib.import_module("cjepa_kernels.triton.launch")
-    pack = importlib.import_module("cjepa_kernels.triton.pack")
+    temperature = importlib.import_module("cjepa_kernels.triton.temperature")
     module = compiled_module()
     assert module is not None
     constants = module.constants()
     assert constants["few_rows"] == launch.FEW_ROWS
-    assert constants["largest_logits"] == pack.LARGEST_LOGITS
+    assert constants["largest_logits"] == temperature.LARGEST_LOGITS
 
 
 def test_exponentials_are_kept_for_a_gradient_within_the_budget(

@@ -23,6 +23,7 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
 from cjepa_kernels.triton import cross_logsumexp, prediction_loss
+from cjepa_kernels.triton.plans import parameter_sizes
 
 sys.path.insert(0, str(ROOT / "bench"))
 # The scripts of bench/ are not part of the package, so they are imported by name.
@@ -208,6 +209,8 @@ def check(launches: list[Any], architecture: int) -> None:
         assert binary.shared <= SHARED_MEMORY[architecture], text
         # A kernel that the compiler found to be undefined would be empty.
         assert binary.registers > 8, text
+        # What a launch plan takes for the parameters of the kernel is what the driver will say.
+        assert binary.parameter_sizes == parameter_sizes(dict(launch.signature)), text
         if not product:
             continue
         assert (binary.stack, binary.spills) == (0, 0), text

@@ -51,6 +51,17 @@ def test_products_are_exact_up_to_the_last_rounding(dtype: torch.dtype) -> None:
 
 
 @triton.jit
+def divide_kernel(x, out):  # type: ignore[no-untyped-def]
+    tl.store(out, 1.0 / x)
+
+
+def test_floats_are_numbers_of_fp32() -> None:
+    out = torch.empty((), dtype=torch.float64)
+    divide_kernel[(1,)](0.1, out)
+    assert out.item() == (1 / torch.tensor(0.1)).item()
+
+
+@triton.jit
 def round_kernel(x, out):  # type: ignore[no-untyped-def]
     i = tl.arange(0, 1024)
     tl.store(out + i, tl.load(x + i).to(tl.bfloat16))

@@ -21,6 +21,7 @@ if not backends()["triton"].available:
     pytest.skip(backends()["triton"].reason, allow_module_level=True)
 
 from cjepa_kernels.triton import allows_tf32, configs, launch
+from cjepa_kernels.triton.prepare import largest_magnitude, symmetric
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET", "0") == "1" else "cuda"
 HALF = [torch.bfloat16, torch.float16]
@@ -372,3 +373,25 @@ def test_tuning_takes_the_fastest_and_leaves_out_what_fails(tmp_path: Any) -> No
         tuned,
         configs.Config(architecture=80, kernel="tiles", bits=16, features=256, warps=4, stages=2),
     )
+
+
+@pytest.mark.parametrize("numbers", [[0.0, -3.0, 2.0], [-0.0], [1.0, torch.nan, -torch.inf]])
+def test_the_largest_gradient_is_that_of_pytorch(numbers: list[float]) -> None:
+    grad = torch.tensor(numbers, device=DEVICE)
+    for given in (grad, grad.repeat(5000)[::2], grad[:1].expand(7), grad[:1].expand(7)[:1]):
+        expected = given.abs().amax()
+        torch.testing.assert_close(
+            largest_magnitude(given), expected, rtol=0, atol=0, equal_nan=True
+        )
+    other = torch.full((9000,), 2.5, device=DEVICE)
+    expected = torch.maximum(grad.abs().amax(), other.amax())
+    torch.testing.assert_close(
+        largest_magnitude(grad, other), expected, rtol=0, atol=0, equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 130])
+def test_a_mask_is_made_symmetric(size: int) -> None:
+    mask = torch.rand(size, 2 * size, device=DEVICE) < 0.3
+    for given in (mask[:, :size], mask[:, ::2], mask[:, :size].T, mask[:1, :1].expand(size, size)):
+        assert torch.equal(symmetric(given), given | given.T)

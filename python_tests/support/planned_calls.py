@@ -1,0 +1,129 @@
+"""Calls of operators for the tests of launch plans.
+
+The calls of one kind, of which ``call`` is the number, differ in values only: in the numbers of
+their tensors, in the temperature and in eps. Their tensors are made on the default device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cjepa_kernels.triton import OPERATORS
+
+
+def same(a: Any, b: Any) -> None:
+    """Assert the same bits, shapes and strides."""
+    if isinstance(a, (tuple, list)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            same(x, y)
+        return
+    assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def randn(call: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random numbers that depend on the number of the call, whatever the default device."""
+    generator = torch.Generator().manual_seed(call)
+    numbers = torch.randn(shape, generator=generator, device="cpu")
+    return numbers.to(dtype).to(torch.get_default_device())
+
+
+def views(call: int, batch: int, features: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two views as projection heads give them: interleaved in one tensor, or each for itself."""
+    z = randn(call, batch, 2, features, dtype=dtype)
+    return z[:, 0], z[:, 1]
+
+
+def temperature(call: int, constant: bool = True) -> float:
+    """A schedule; without a constant shift all are below the lowest temperature that has one."""
+    return (0.1 + 0.01 * call) if constant else 0.01 + 0.001 * call
+
+
+NT_XENT = {
+    "plain": {},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp16": {"dtype": torch.float16},
+    "rounded": {"product_dtype": torch.bfloat16},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "dot": {"cosine": False},
+    "low": {"constant": False},
+    "mask": {"mask": True},
+    "tensor": {"tensor": True},
+    "large": {"batch": 200, "dtype": torch.bfloat16},
+    "odd": {"batch": 70, "features": 33},
+}
+
+
+def nt_xent_forward(
+    call: int,
+    *,
+    batch: int = 20,
+    features: int = 16,
+    dtype: torch.dtype = torch.float32,
+    product_dtype: torch.dtype | None = None,
+    reduction: str = "mean",
+    cosine: bool = True,
+    constant: bool = True,
+    mask: bool = False,
+    tensor: bool = False,
+) -> tuple[Any, ...]:
+    z_i, z_j = views(call, batch, features, dtype)
+    pairs = randn(call, batch, batch) < -1 if mask else None
+    tau = temperature(call, constant)
+    eps = 1e-8 * (call + 1)
+    tau_tensor = torch.tensor(tau) if tensor else None
+    number = 1.0 if tensor else tau
+    return z_i, z_j, pairs, tau_tensor, number, cosine, eps, reduction, product_dtype, False
+
+
+def nt_xent_backward(call: int, **options: Any) -> tuple[Any, ...]:
+    args = nt_xent_forward(call, **options)
+    out = OPERATORS["nt_xent"][0](*args)
+    rows = 2 * args[0].shape[0]
+    grad = randn(call, *((rows,) if options.get("reduction") == "none" else ()))
+    return grad, *args[:4], out.shift, out.log_sum, out.positive, out.saved_exponentials, *args[4:9]
+
+
+def rectangle(call: int, *, dtype: torch.dtype, tensor: bool) -> tuple[Any, ...]:
+    x = randn(call, 30, 24, dtype=dtype)
+    y = randn(call + 100, 17, 24, dtype=dtype)
+    tau = torch.tensor(temperature(call)) if tensor else None
+    number = 1.0 if tensor else temperature(call)
+    return x, y, tau, number, True, 1e-8 * (call + 1), None
+
+
+def rectangle_backward(call: int, *, of_x: bool, of_y: bool, **options: Any) -> tuple[Any, ...]:
+    args = rectangle(call, **options)
+    out = OPERATORS["cross_logsumexp"][0](*args)
+    grad_rows, grad_columns = randn(call, 30), randn(call + 1, 17)
+    return grad_rows, grad_columns, *args[:3], *out[4:], *args[3:], of_x, of_y
+
+
+def hierarchy(
+    call: int, *, dtype: torch.dtype, loss_type: str, normalization: str, reduction: str, mask: bool
+) -> tuple[Any, ...]:
+    """Levels of several widths, of which the second has a mask."""
+    shapes = ((3, 5, 24), (3, 4, 40), (6, 8))
+    sides = [[randn(10 * call + side, *shape, dtype=dtype) for shape in shapes] for side in (0, 1)]
+    masks = []
+    if mask:
+        masks = [torch.empty(0, dtype=torch.bool) for _ in shapes]
+        masks[1] = randn(call, 3, 4) < 0
+    weights = [1.0, 0.5, 2.0]
+    eps = 1e-6 * (call + 1)
+    return *sides, masks, weights, loss_type, normalization, 0.7, eps, reduction
+
+
+def hierarchy_backward(call: int, **options: Any) -> tuple[Any, ...]:
+    args = hierarchy(call, **options)
+    out = OPERATORS["prediction_loss"][0](*args)
+    grad = randn(call)
+    grad_levels = None
+    if options["reduction"] == "none":
+        grad_levels = randn(call, *out.levels.shape)
+    return grad, None, grad_levels, *args[:3], out.statistics, out.scales, *args[3:], True
