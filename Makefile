@@ -125,8 +125,9 @@ bench-compare: $(VENV)/.dev ## say whether HEAD is slower than a revision (BASE=
 	$(BIN)/python bench/compare.py $(BASE) $(if $(SIZES),--sizes $(SIZES))
 
 # On a machine with a GPU, PyTorch and Triton, and no network: python3 is the one that has them.
-gpu-check: ## test and time the Triton kernels on a machine with a GPU
-	$(PYTHON) bench/gpu_check.py
+GPU_CHECK_OUT ?= runs/gpu-check
+gpu-check: ## test and time the GPU kernels on a machine with a GPU, in at most 6 minutes
+	$(PYTHON) bench/gpu_check.py --out $(GPU_CHECK_OUT)
 
 config-check: $(VENV)/.train ## give every key of the configuration every kind of bad value: a minute
 	$(BIN)/python python_tests/support/config_fuzz.py

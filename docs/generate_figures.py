@@ -35,6 +35,8 @@ from cjepa_kernels.train.report.tables import comparison_markdown, text_tables
 
 sys.path.insert(0, str(RESULTS.parent))  # The scripts of bench/ are no package.
 
+import gpu_check_page
+from gpu_check_record import NAME as GPU_CHECK
 from gpu_targets import AUTOCAST, MM3
 from gpu_targets import COMPILED as COMPILED_AUTOCAST
 from gpu_targets import EAGER as EAGER_BF16
@@ -492,6 +494,22 @@ def gpu_small() -> str:
         times = (gpu_median(part, size, name) for part in parts for name in (TRITON, EAGER_BF16))
         rows.append([*size, *(f"{1e6 * seconds:.0f}" for seconds in times)])
     return table("M | D | as called | eager | CUDA graph | eager", sorted(rows))
+
+
+def checked() -> Fields | None:
+    """The record of ``make gpu-check``, if one has been taken over."""
+    path = f"bench/results/{GPU_CHECK}"
+    return record(path) if (ROOT / path).is_file() else None
+
+
+@template
+def gpu_check() -> str:
+    return gpu_check_page.body(checked())
+
+
+@template
+def latency_as_called() -> str:
+    return gpu_check_page.latency(checked(), earlier=record(GPU))
 
 
 @template

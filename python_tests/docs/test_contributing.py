@@ -146,7 +146,7 @@ def test_the_lines_of_kernels_have_their_places(with_kernels: Extension) -> None
     assert {
         "CMakeLists.txt",
         "Makefile",
-        "bench/gpu_check.py",
+        "bench/gpu_check_steps.py",
         "cjepa_kernels/triton/__init__.py",
         "csrc/cpu/operators.cpp",
         "csrc/tests/tests.cmake",

@@ -14,7 +14,7 @@ RUNNABLE = [o for o in ops.overloads() if o != ".triton" or backends()["triton"]
 OVERLOADS = pytest.mark.parametrize(
     "overload", RUNNABLE, ids=[overload.lstrip(".") or "dispatched" for overload in RUNNABLE]
 )
-# bench/gpu_check.py sets "cuda", and the suite's tensors are then made on the GPU.
+# bench/gpu_check_steps.py sets "cuda", and the suite's tensors are then made on the GPU.
 DEVICE = os.environ.get("CJEPA_TEST_DEVICE", "cpu")
 BACKENDS = [
     name

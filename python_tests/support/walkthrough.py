@@ -15,7 +15,7 @@ COPIED = (
     "CONTRIBUTING.md",
     "Makefile",
     "README.md",
-    "bench/gpu_check.py",
+    "bench/gpu_check_steps.py",
     "csrc",
     "docs",
     "examples",

@@ -1,0 +1,284 @@
+"""One measurement of ``make gpu-check``, in a process of its own.
+
+    python bench/gpu_measure.py latency --rows 1024 --features 256
+
+It writes what it finds line by line to the file that ``CJEPA_LINES`` names, and prints it. Without
+a CUDA device it measures on the CPU, to try the check: times are real and say so, and what needs a
+GPU is left out by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import step_lines
+import torch
+from gpu_check_targets import GRAPH, REDUCE_OVERHEAD
+from gpu_targets import BYTES, MM, MM3
+from torch import Tensor
+
+from cjepa_kernels import nt_xent, prediction_loss
+from cjepa_kernels.backends import Backend
+from cjepa_kernels.bench import candidates, memory, sizes
+from cjepa_kernels.bench.candidates import BOTH, DIRECTIONS, FORWARD, one_pass, products
+from cjepa_kernels.bench.formulas import TEMPERATURE, Formula, eager
+from cjepa_kernels.bench.latency import latencies, waiting_for
+from cjepa_kernels.bench.sizes import Size
+from cjepa_kernels.bench.timing import (
+    Build,
+    IdleDevice,
+    Run,
+    graphed,
+    interleaved,
+    interleaved_on_gpu,
+)
+from cjepa_kernels.error_lines import kind_and_first_line
+
+PLAIN, COMPILED, OURS = candidates.EAGER, candidates.COMPILED, candidates.OURS
+TRIED_COMPILER = "aot_eager"  # Without a GPU, where only the course of the check is tried.
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+BACKEND: Backend = "triton" if ON_GPU else "auto"
+TIMED = "device" if ON_GPU else "host"
+LATENCY_SECONDS = 4.0 if ON_GPU else 0.2  # For all candidates of a size.
+DEVICE_SECONDS = 0.6 if ON_GPU else 0.05  # For the candidates of one size and direction.
+
+
+def write(section: str, **fields: Any) -> None:
+    """Write a line and print it."""
+    step_lines.write(section, **fields)
+    print(section, *(f"{name} {value}" for name, value in fields.items()), flush=True)
+
+
+def fail(part: str, size: Size, name: str, error: str) -> None:
+    """Write that a candidate has failed."""
+    write("errors", part=part, M=size.rows, D=size.features, name=name, error=error)
+
+
+def leave_out(part: str, size: Size, name: str, reason: str) -> None:
+    """Write that a candidate cannot be measured here."""
+    write("left_out", part=part, M=size.rows, D=size.features, name=name, reason=reason)
+
+
+def views(size: Size) -> tuple[Tensor, Tensor]:
+    """Two correlated views (B, D) in bf16 that require gradients, drawn on the device."""
+    return sizes.views(size, device=DEVICE, dtype=torch.bfloat16, drawn_on=DEVICE)
+
+
+def ours(z_i: Tensor, z_j: Tensor) -> Tensor:
+    """The loss, as it is called by default on this device, with its metrics."""
+    return nt_xent(z_i, z_j, temperature=TEMPERATURE, backend=BACKEND).loss
+
+
+def compiled(formula: Formula, mode: str | None = None) -> Formula:
+    """A formula under ``torch.compile``, for one size."""
+    if not ON_GPU:
+        tried: Formula = torch.compile(formula, dynamic=False, backend=TRIED_COMPILER)
+        return tried
+    result: Formula = torch.compile(formula, dynamic=False, mode=mode)
+    return result
+
+
+def reduced_overhead(inputs: tuple[Tensor, Tensor]) -> Run:
+    """The call of the loss under ``torch.compile(mode="reduce-overhead")``, as in a training loop.
+
+    The mark tells CUDA graph trees that a new step begins, so that they may reuse the memory of the
+    results of the step before.
+    """
+    call = one_pass(compiled(ours, "reduce-overhead"), inputs, BOTH)
+
+    def run() -> object:
+        torch.compiler.cudagraph_mark_step_begin()
+        return call()
+
+    return run
+
+
+def calls(size: Size) -> dict[str, Build]:
+    """The candidates of the latency as called: forward and backward of each."""
+    inputs = views(size)
+    builds: dict[str, Build] = {
+        PLAIN: lambda: one_pass(eager, inputs, BOTH),
+        COMPILED: lambda: one_pass(compiled(eager), inputs, BOTH),
+        OURS: lambda: one_pass(ours, inputs, BOTH),
+        REDUCE_OVERHEAD: lambda: reduced_overhead(inputs),
+    }
+    if ON_GPU:
+        builds[GRAPH] = graphed(builds[OURS])
+    return builds
+
+
+def skipped_graphs() -> int:
+    """How many CUDA graphs ``torch.compile`` has left out in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["inductor"]["cudagraph_skips"])
+
+
+def compile_first(size: Size, name: str) -> None:
+    """Call a candidate twice, so that its kernels are in the caches on disk."""
+    start = time.perf_counter()
+    run = prediction_call(size) if name == "prediction" else calls(size)[name]()
+    for _ in range(2):
+        run()
+    waiting_for(DEVICE)()
+    seconds = round(time.perf_counter() - start, 2)
+    write("compile", name=name, M=size.rows, D=size.features, seconds=seconds)
+
+
+def latency(size: Size) -> None:
+    """The latency as called, in a row and of the host, of every candidate of a size."""
+    if not ON_GPU:
+        leave_out("latency", size, GRAPH, "needs a GPU")
+    rows, errors = latencies(calls(size), wait=waiting_for(DEVICE), seconds=LATENCY_SECONDS)
+    for name, row in rows.items():
+        skips = skipped_graphs() if name == REDUCE_OVERHEAD else None
+        write("latency", M=size.rows, D=size.features, name=name, **row, skipped_graphs=skips)
+    for name, error in errors.items():
+        fail("latency", size, name, error)
+
+
+def device_times(part: str, size: Size, direction: str, builds: dict[str, Build]) -> None:
+    """The time of each candidate on the device alone; without a GPU that of the whole call."""
+    times: dict[str, dict[str, Any]]
+    if ON_GPU:
+        times, errors = interleaved_on_gpu(builds, seconds=DEVICE_SECONDS)
+    else:
+        runs = {name: build() for name, build in builds.items()}
+        errors = {}
+        times = {
+            name: {"of": TIMED, **row}
+            for name, row in interleaved(runs, seconds=DEVICE_SECONDS).items()
+        }
+    cell = {"part": part, "M": size.rows, "D": size.features, "pass": direction}
+    for name, row in times.items():
+        write("device", **cell, name=name, **row)
+    for name, error in errors.items():
+        fail(part, size, name, error)
+
+
+def loss(size: Size) -> None:
+    """Both directions of the loss beside the matrix products that they contain."""
+    inputs = views(size)
+    for direction in DIRECTIONS:
+        builds: dict[str, Build] = {
+            OURS: partial(one_pass, ours, inputs, direction),
+            MM if direction == FORWARD else MM3: partial(products, inputs, direction),
+        }
+        device_times("loss", size, direction, builds)
+
+
+def prediction_call(size: Size) -> Run:
+    """Forward and backward of the prediction loss of (rows, features)."""
+    target = torch.randn(size.rows, size.features, device=DEVICE).bfloat16()
+    prediction = torch.randn_like(target).requires_grad_()
+    return lambda: torch.autograd.grad(
+        prediction_loss(prediction, target, backend=BACKEND), prediction
+    )
+
+
+def prediction(size: Size) -> None:
+    """The prediction loss, which reads four tensors and writes one, beside copies of these."""
+    source = torch.randn(size.rows, size.features, device=DEVICE).bfloat16()
+    buffer = torch.empty_like(source)
+
+    def copies() -> None:
+        for _ in range(2):
+            buffer.copy_(source)
+        buffer.fill_(1.0)
+
+    builds: dict[str, Build] = {OURS: lambda: prediction_call(size), BYTES: lambda: copies}
+    device_times("prediction", size, BOTH, builds)
+
+
+def extra_memory(size: Size) -> None:
+    """Peak memory of forward and backward beyond the inputs and the gradients, over the input."""
+    inputs = views(size)
+    bytes_in = sum(x.numel() * x.element_size() for x in inputs)
+    if ON_GPU:
+        times: list[float] = []
+
+        def run() -> None:
+            times.append(IdleDevice()(lambda: torch.autograd.grad(ours(*inputs), inputs)))
+
+        peak = memory.peak_allocated(run, DEVICE)
+        (seconds,) = times
+    else:
+        start = time.perf_counter()
+        torch.autograd.grad(ours(*inputs), inputs)
+        seconds = time.perf_counter() - start
+        peak = memory.peak_bytes(OURS, size, device=DEVICE, dtype="bf16", temperature=TEMPERATURE)
+    write(
+        "memory",
+        M=size.rows,
+        D=size.features,
+        over_input=peak / bytes_in - 1,
+        seconds=seconds,
+    )
+
+
+def small() -> None:
+    """Call every kernel of the contrastive losses on small inputs, for compute-sanitizer."""
+    from cjepa_kernels import cross_logsumexp
+
+    torch.manual_seed(0)
+    for batch, features, dtype in (
+        (3, 5, torch.float32),
+        (70, 64, torch.bfloat16),
+        (201, 300, torch.float16),
+        (2200, 128, torch.bfloat16),
+    ):
+        z = [torch.randn(batch, features, device=DEVICE).to(dtype) for _ in range(2)]
+        z = [x.requires_grad_() for x in z]
+        mask = torch.rand(batch, batch, device=DEVICE) < 0.1 if batch < 300 else None
+        options: dict[str, Any]
+        for options in ({}, {"temperature": 0.01}, {"mask": mask}):
+            torch.autograd.grad(nt_xent(z[0], z[1], backend=BACKEND, **options).loss, z)
+        out = cross_logsumexp(z[0], z[1][: batch // 2 + 1], backend=BACKEND)
+        torch.autograd.grad(out.row_lse.sum() + out.column_lse.sum(), z)
+    waiting_for(DEVICE)()
+
+
+PARTS: dict[str, Callable[[Size], None]] = {
+    "latency": latency,
+    "loss": loss,
+    "prediction": prediction,
+    "memory": extra_memory,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=[*PARTS, "compile", "small"])
+    parser.add_argument("--rows", default="1024", help="M, or rows of predictions, by commas")
+    parser.add_argument("--features", type=int, default=256, help="D")
+    parser.add_argument("--name", default=OURS, help="the candidate that is compiled")
+    options = parser.parse_args()
+    failed = False
+    for rows in map(int, options.rows.split(",")):
+        size = Size(rows, options.features)
+        try:
+            if options.part == "small":
+                small()
+            elif options.part == "compile":
+                compile_first(size, options.name)
+            else:
+                PARTS[options.part](size)
+        except Exception as error:
+            failed = True
+            traceback.print_exc()
+            fail(options.part, size, options.name, kind_and_first_line(error))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
