@@ -8,7 +8,9 @@ runs that back end.
 ``<name>_dynamic`` is the same operator with each number as a tensor on the CPU. torch.compile
 recompiles for every new value of a number in a schema, but not for a new value of a tensor. The
 operator reads the numbers when it runs and calls ``<name>`` with them. Its results, and the choices
-that a kernel makes by a number, are therefore those of ``<name>``.
+that a kernel makes by a number, are therefore those of ``<name>``. A CUDA graph would record the
+numbers of its first run and repeat them for ever, so this operator has the tag that keeps it out of
+CUDA graphs.
 
 CONTRIBUTING.md adds an operator as an example. It takes one file in ``ops`` with a ``Definition``,
 one file in the folder of each back end, one line in ``ops/__init__.py``, and one line in the
@@ -145,11 +147,11 @@ def register_plain(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
 
 
-def _define_schemas(definition: Definition, overload: str) -> None:
-    """Define the schemas of an overload, in both directions."""
+def _define_schemas(definition: Definition, overload: str, *tags: torch.Tag) -> None:
+    """Define the schemas of an overload, in both directions, with these tags and a usual one."""
     schemas = (definition.schema, definition.schema_backward)
     for name, schema in zip((definition.name, f"{definition.name}_backward"), schemas, strict=True):
-        _library.define(name + overload + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.define(name + overload + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         packet = getattr(torch.ops.cjepa_kernels, name)
         registry.operators[name, overload] = getattr(packet, overload.lstrip(".") or "default")
 
@@ -166,7 +168,7 @@ def _define_overload(definition: Definition, overload: str) -> None:
         schema=_numbers_as_tensors(definition.schema),
         schema_backward=_numbers_as_tensors(definition.schema_backward),
     )
-    _define_schemas(dynamic, overload)
+    _define_schemas(dynamic, overload, torch.Tag.cudagraph_unsafe)
     for suffix in ("", "_backward"):
         implementation = _read_numbers(operator(name + suffix, overload))
         key = "CompositeExplicitAutograd"

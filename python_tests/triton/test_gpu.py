@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
-from cjepa_kernels import backends, nt_xent
+from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, NTXentLoss, backends, nt_xent
 
 if not torch.cuda.is_available():
     pytest.skip("there is no CUDA device", allow_module_level=True)
@@ -53,6 +57,99 @@ def test_a_graph_replays_the_step_on_new_inputs(batch: int, features: int) -> No
     graph.replay()
     for value, expected in zip(recorded, step(z), strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class Predictions(nn.Module):
+    """The loss of H-JEPA between levels that follow from the two views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = HJEPALoss(hierarchy_weights=[1.0, 0.5], num_hierarchies=2)
+
+    def forward(self, z_i: Tensor, z_j: Tensor) -> dict[str, Tensor]:
+        predictions, targets = (
+            [z.unflatten(0, (-1, n)) for n in (4, 2)] for z in (z_i, z_j.detach())
+        )
+        result: dict[str, Tensor] = self.loss(predictions, targets)
+        return result
+
+
+class BothTerms(nn.Module):
+    """The loss of C-JEPA, with the views as CLS tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = ContrastiveJEPALoss(HJEPALoss(num_hierarchies=1))
+        self.contrastive = self.loss.contrastive
+
+    def forward(self, z_i: Tensor, z_j: Tensor) -> dict[str, Tensor]:
+        levels = [z.unflatten(0, (-1, 4)) for z in (z_i, z_j.detach())]
+        result: dict[str, Tensor] = self.loss(levels[:1], levels[1:], z_i[:, None], z_j[:, None])
+        return result
+
+
+RECORDED = {
+    "NT-Xent": NTXentLoss,
+    "NT-Xent, learnable": lambda: NTXentLoss(learnable_temperature=True),
+    "NT-Xent, a schedule on the device": lambda: NTXentLoss(
+        learnable_temperature=True
+    ).requires_grad_(False),
+    "H-JEPA": Predictions,
+    "C-JEPA": BothTerms,
+}
+
+
+def compare_steps(module: Any, temperatures: list[float]) -> int:
+    """Compare compiled and eager steps on new inputs each time; the number of CUDA graphs."""
+    z_i, z_j = (
+        torch.randn(256, 64, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2)
+    )
+    leaves = [z_i, z_j, *(p for p in module.parameters() if p.requires_grad)]
+    compiled = torch.compile(module, mode="reduce-overhead", fullgraph=True)
+    contrastive = getattr(module, "contrastive", module)
+    for temperature in temperatures:
+        with torch.no_grad():
+            for z in (z_i, z_j):
+                z.copy_(torch.randn_like(z))
+        if isinstance(contrastive, NTXentLoss):
+            contrastive.temperature = temperature
+        results = []
+        for function in (compiled, module):
+            loss = function(z_i, z_j)["loss"]
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+            # The next step writes to the memory of this one's results.
+            results.append([None if x is None else x.detach().clone() for x in (loss, *grads)])
+        torch.testing.assert_close(*results)
+    from torch._inductor.cudagraph_trees import get_manager
+
+    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
+    return 0 if manager is None else int(manager.new_graph_id().id)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", RECORDED)
+def test_compiled_steps_are_recorded(name: str) -> None:
+    """No graph is skipped, and what is replayed follows the inputs and a learnable temperature."""
+    module: Any = RECORDED[name]().cuda()
+    on_device = getattr(module, "log_temperature", None) is not None
+    temperatures = [0.1, 0.1, 0.1, 0.2, 0.3] if on_device else [0.1] * 5
+    assert compare_steps(module, temperatures) >= 2  # the forward and the backward
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", ["NT-Xent", "C-JEPA"])
+def test_a_number_that_changes_is_not_replayed(name: str) -> None:
+    module: Any = RECORDED[name]().cuda()
+    compare_steps(module, [0.5 - 0.05 * k for k in range(8)])
 
 
 @pytest.mark.parametrize("temperature", ["number", "tensor"])
