@@ -243,9 +243,10 @@ void run_plan(const Plan& plan, const std::vector<AtenTensorHandle>& tensors,
   Allocations owned(plan.allocations.size());
   for (size_t k = 0; k < plan.allocations.size(); ++k) {
     const int64_t stride = 1;
-    check_torch(aoti_torch_empty_strided(1, &plan.allocations[k].elements, &stride,
-                                         plan.allocations[k].dtype, device_type, device, &owned[k]),
-                "aoti_torch_empty_strided");
+    const PlanAllocation& allocation = plan.allocations[k];
+    if (aoti_torch_empty_strided(1, &allocation.elements, &stride, allocation.dtype, device_type,
+                                 device, &owned[k]) != 0)
+      throw AllocationError("there is no memory for a launch plan");
     slots.push_back(address_of(owned[k]));
   }
   {

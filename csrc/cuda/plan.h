@@ -12,6 +12,7 @@
 
 #include <array>
 #include <cstdint>
+#include <stdexcept>
 #include <string_view>
 #include <vector>
 
@@ -82,9 +83,15 @@ struct Plan {
 // than the plan says.
 Plan read_plan(std::string_view bytes);
 
+// There is no memory for a plan; nothing was launched.
+struct AllocationError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 // Runs a plan. Each result is a new tensor, which the caller owns.
 //
-// Throws std::runtime_error for an error of CUDA or PyTorch; no result is left then.
+// Throws AllocationError, or std::runtime_error for another error of CUDA or PyTorch; no result is
+// left then.
 void run_plan(const Plan& plan, const std::vector<AtenTensorHandle>& tensors,
               const std::vector<float>& numbers, std::vector<AtenTensorHandle>& results);
 

@@ -208,7 +208,12 @@ void run_operator(StableIValue* stack, uint64_t, uint64_t) {
   const PlannedOperator& planned = registered[number].planned;
   const Call call(planned, static_cast<int64_t>(number), stack);
   if (const std::shared_ptr<const Plan> plan = table().find(call.key())) {
-    call.run(*plan, stack);
+    try {
+      call.run(*plan, stack);
+    } catch (const AllocationError&) {
+      // In Python this raises PyTorch's own exception, unless there is memory after all.
+      call.run_without_plan(stack);
+    }
     return;
   }
   // A call inside of another one, for example in a hook, is no part of that one's plan.

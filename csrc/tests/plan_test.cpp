@@ -184,6 +184,22 @@ CJEPA_TEST(damaged_bytes_are_refused) {
   CHECK(!message_of([&] { read_plan(bytes + "x"); }).empty(), "a byte too many");
 }
 
+CJEPA_TEST(a_plan_without_memory_launches_nothing) {
+  use_fake_driver();
+  Example example;
+  bool launched = false;
+  example.add.run = [&launched](void**) { return launched = true, 0; };
+  Plan plan = read_plan(example.bytes());
+  plan.allocations.back().elements = int64_t{1} << 60;
+  bool refused = false;
+  try {
+    run(plan, new_matrix(), 1);
+  } catch (const AllocationError&) {
+    refused = true;
+  }
+  CHECK(refused && !launched, "refused: %d, launched: %d", refused, launched);
+}
+
 CJEPA_TEST(an_error_of_cuda_has_its_words) {
   use_fake_driver();
   Example example;

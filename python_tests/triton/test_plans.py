@@ -8,6 +8,7 @@ and numbers than those that were recorded. Run the tests with TRITON_INTERPRET=1
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -362,6 +363,29 @@ def test_an_error_of_a_launch_is_an_exception(operators: Operators) -> None:
     finally:
         library.fake_fail_launches(0)
     same(operators("nt_xent", *args), OPERATORS["nt_xent"][0](*args))
+
+
+def test_a_plan_without_memory_leaves_the_call_to_python(
+    operators: Operators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_plan = plans.make_plan
+
+    def greedy(*args: Any, **named: Any) -> bytes:
+        """The same plan with a workspace of 2**60 bytes, which is its last allocation."""
+        plan = bytearray(make_plan(*args, **named))
+        (results,) = struct.unpack_from("<I", plan, 8)
+        at = 12 + 4 * results
+        (allocations,) = struct.unpack_from("<I", plan, at)
+        struct.pack_into("<q", plan, at + 4 + 12 * allocations - 8, 2**60)
+        return bytes(plan)
+
+    monkeypatch.setattr(plans, "make_plan", greedy)
+    args = nt_xent_forward(0)
+    repeat(operators, 2, "nt_xent", *args)
+    assert C.plan_count() == 1
+    in_python = operators.python_calls
+    same(operators("nt_xent", *args), OPERATORS["nt_xent"][0](*args))
+    assert operators.python_calls == in_python + 1
 
 
 def test_tuning_forgets_plans(operators: Operators) -> None:
