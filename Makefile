@@ -10,9 +10,9 @@ BENCH_OUT ?= runs/bench
 INTERPRETED := $(addprefix python_tests/,$(addprefix ops/test_,nt_xent.py cross_logsumexp.py \
   cross_logsumexp_calls.py compile_numbers.py limits.py prediction_loss.py registration.py) \
   distributed/test_nt_xent.py modules/test_module_state.py \
-  $(addprefix triton/test_,kernels.py interpreter.py plans.py))
+  $(addprefix triton/test_,kernels.py interpreter.py plans.py hopper.py))
 
-.PHONY: help demo test coverage config-check gpu-check ctest ctest-aarch64 headers-check sanitize lint format \
+.PHONY: help demo test coverage config-check gpu-check gluon-check ctest ctest-aarch64 headers-check sanitize lint format \
   bench bench-quick bench-record bench-compare docs examples kill-test release-check clean
 .DELETE_ON_ERROR:
 
@@ -128,6 +128,14 @@ bench-compare: $(VENV)/.dev ## say whether HEAD is slower than a revision (BASE=
 GPU_CHECK_OUT ?= runs/gpu-check
 gpu-check: ## test and time the GPU kernels on a machine with a GPU, in at most 6 minutes
 	$(PYTHON) bench/gpu_check.py --out $(GPU_CHECK_OUT)
+
+# The newest Triton lies in a folder of its own, and Python finds it before the installed one. Its warning is about a
+# default of the release after it.
+gluon-check: export CJEPA_TEST_EVERY_GLUON_KERNEL := 1
+gluon-check: $(VENV)/.dev ## compile every Gluon kernel with the oldest and the newest Triton, without a GPU: two minutes
+	$(BIN)/python -m pytest python_tests/triton/test_hopper_compile.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/newest_triton triton
+	TRITON_DEFAULT_FP_FUSION=1 PYTHONPATH=build/newest_triton $(BIN)/python -m pytest python_tests/triton/test_hopper_compile.py
 
 config-check: $(VENV)/.train ## give every key of the configuration every kind of bad value: a minute
 	$(BIN)/python python_tests/support/config_fuzz.py

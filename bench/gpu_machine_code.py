@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from cjepa_kernels.bench.records import Record
@@ -74,6 +75,7 @@ class Binary:
     stack: int
     shared: int
     intermediate: str = field(repr=False)
+    ptx: str = field(repr=False)
     machine_code: bytes = field(repr=False)
 
     @cached_property
@@ -113,6 +115,8 @@ def launches(architecture: int, call: Callable[[], Any]) -> list[Launch]:
     def record(
         kernel: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any
     ) -> None:
+        if warmup:  # The launch comes after it.
+            return
         if not all(1 <= size < 2**31 for size in grid):
             raise ValueError(f"{kernel.__name__} would be launched on a grid of {grid}")
         # Triton's own rules say which arguments become constants and which are aligned.
@@ -146,7 +150,7 @@ def launches(architecture: int, call: Callable[[], Any]) -> list[Launch]:
 def compile_launch(launch: Launch, architecture: int) -> Binary:
     """Compile a kernel to machine code."""
     names = launch.function.arg_names
-    source = ASTSource(
+    source = (GluonASTSource if launch.function.is_gluon() else ASTSource)(
         launch.function,
         dict(launch.signature),
         {(names.index(name),): value for name, value in launch.constants},
@@ -164,6 +168,7 @@ def compile_launch(launch: Launch, architecture: int) -> Binary:
         stack=int(match[2]),
         shared=kernel.metadata.shared,
         intermediate=kernel.asm["ttgir"],
+        ptx=kernel.asm["ptx"],
         machine_code=machine_code,
     )
 

@@ -6,6 +6,7 @@ pack.py, launch.py, configs.py                        operands, sizes of launche
 prepare.py                                            what is computed of the arguments first
 recording.py, plans.py, planned.py                    launch plans, which csrc/cuda repeats
 proved.py                                             what has passed parity on a device
+hopper.py, schedules.py                               Gluon kernels for Hopper, and their schedules
 kernels/                                              the functions that run on the GPU
 interpreter.py                                        repairs of Triton's interpreter
 

@@ -22,8 +22,17 @@ from cjepa_kernels.files import atomic_write
 from cjepa_kernels.triton import planned
 
 # "inner_tiles" are tiles of one plane without a mask, where the table has an entry for them.
+# "wide" and "pairs" are the Gluon kernels for Hopper.
 Kernel = Literal[
-    "tiles", "inner_tiles", "strips", "owned", "coefficients", "products", "products_split"
+    "tiles",
+    "inner_tiles",
+    "strips",
+    "wide",
+    "pairs",
+    "owned",
+    "coefficients",
+    "products",
+    "products_split",
 ]
 TILE = 128  # rows and columns of a square tile; padded rows are a multiple of it
 INTERPRETED = 90  # architecture that the interpreter imitates
@@ -39,11 +48,12 @@ class Config:
         bits: Bits of an operand's number.
         features: Largest number of padded features that it serves.
         warps: ``num_warps`` of Triton; 0 if the kernel must not be used.
-        stages: ``num_stages`` of Triton.
+        stages: ``num_stages`` of Triton; for Gluon kernels the slots of the ring of rows.
         rows: Rows of a tile, for strips and owned rows.
         columns: Columns of a tile, for owned rows and products.
         pipelined: For strips: overlap the exponentials of a tile with the product of the next.
         fold: For strips: keep half as many column sums (see ``fold`` in ``kernels/similarity.py``).
+        step: For pairs: features that pass through the ring at a time.
     """
 
     architecture: int
@@ -56,6 +66,7 @@ class Config:
     columns: int = 64
     pipelined: bool = False
     fold: bool = True
+    step: int = 0
 
 
 def architecture(device: torch.device) -> int:

@@ -68,10 +68,10 @@ def forward(
                 stride=panel.blocks * TILE if of_columns else packed_x.padded_rows,
                 first=panel.first, slots=panel.blocks, row_blocks=tiles.row_blocks,
                 whole_rows=rows // TILE, whole_columns=columns // TILE,
-                run_length=tiles.run_length,
+                run_length=tiles.run_length, slot_counts=tiles.slot_counts(panel),
                 COLUMNS=of_columns, CONSTANT=constant, TAU_TENSOR=tau.is_tensor,
-                FIRST=of_columns or panel.is_first, LAST=of_columns or panel.is_last, BM=TILE,
-                SLOTS=launch.SLOTS, num_warps=4,
+                COUNTED=tiles.hopper is not None, FIRST=of_columns or panel.is_first,
+                LAST=of_columns or panel.is_last, BM=TILE, SLOTS=launch.SLOTS, num_warps=4,
             )  # fmt: skip
     return out
 

@@ -88,11 +88,13 @@ def forward(
             negative_similarity_out=out.negative_similarity, temperature=tau.argument,
             rows=z.rows, blocks=tiles.row_blocks, first_column=panel.first,
             last_column=panel.last, run_length=tiles.run_length,
+            slot_counts=tiles.slot_counts(panel),
             feature_sum_count=z.squared_norms.shape[0], negative_slots=tiles.negative_sum.shape[0],
             loss_factor=1 / z.rows if reduction == "mean" else 1.0,
             CONSTANT=tiles.constant, TAU_TENSOR=tau.is_tensor, FIRST=panel.is_first,
-            LAST=panel.is_last, NONE=none, MASKED=mask is not None, WIDTH=width, BM=TILE,
-            ROWS=launch.REDUCTION_ROWS, SLOTS=launch.SLOTS, num_warps=4,
+            LAST=panel.is_last, COUNTED=tiles.hopper is not None, NONE=none,
+            MASKED=mask is not None, WIDTH=width, BM=TILE, ROWS=launch.REDUCTION_ROWS,
+            SLOTS=launch.SLOTS, num_warps=4,
         )  # fmt: skip
     return out
 

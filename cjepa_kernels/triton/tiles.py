@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cjepa_kernels.triton import launch
+from cjepa_kernels.triton import hopper, launch
 from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.kernels.similarity import strips_kernel, tiles_kernel
 from cjepa_kernels.triton.launch import Operands, Panel
@@ -31,7 +31,8 @@ class Tiles:
         positive: (padded rows,) fp32, the similarity of each row and its positive, where X is Y.
         negative_sum: Parts of the sum of the similarities that a user's mask leaves, fp32.
         negative_count: How many these are, in as many parts, int32.
-        run_length: Row blocks of a slot of the columns.
+        run_length: Row blocks of a slot of the columns, unless ``hopper`` counts the slots.
+        hopper: Launches of a Gluon kernel, which takes the inner tiles if it serves them.
     """
 
     def __init__(
@@ -51,14 +52,6 @@ class Tiles:
         self.column_blocks = y.padded_rows // TILE
         self.panels, self.group = launch.column_panels(self.row_blocks, self.column_blocks)
         self.one_launch = self.row_blocks * self.column_blocks <= launch.ONE_LAUNCH_BLOCKS**2
-        self.strips = (
-            constant
-            and mask is None
-            and not self.one_launch
-            and launch.fits_a_strip(x)
-            and launch.has("strips", x)
-        )
-        self.run_length = launch.run_length(self.row_blocks) if self.strips else 1
         size = max(panel.blocks for panel in self.panels) * self.row_blocks * TILE
         self.row_sum, self.row_max = self.new_floats(size), self.new_floats(size)
         self.column_sum, self.column_max = self.new_floats(size), self.new_floats(size)
@@ -66,6 +59,16 @@ class Tiles:
         parts = sum(map(self._programs, self.panels)) if mask is not None else 0
         self.negative_sum = new_zeros(x.z, parts, dtype=torch.float32)
         self.negative_count = new_zeros(x.z, parts, dtype=torch.int32)
+        self.hopper = None if self.one_launch else hopper.select(self)
+        self.strips = (
+            self.hopper is None
+            and constant
+            and mask is None
+            and not self.one_launch
+            and launch.fits_a_strip(x)
+            and launch.has("strips", x)
+        )
+        self.run_length = launch.run_length(self.row_blocks) if self.strips else 1
 
     def new_floats(self, size: int) -> Tensor:
         """A (size,) tensor of fp32 on the device of the rows, not yet written."""
@@ -82,6 +85,8 @@ class Tiles:
             else:
                 if self.x.rows < TILE or self.y.rows < TILE:
                     pass  # There is no whole tile.
+                elif self.hopper is not None:
+                    self.hopper.launch(panel)
                 elif self.strips:
                     self._launch_strips(panel)
                 else:
@@ -90,6 +95,15 @@ class Tiles:
                 if programs > 0:
                     self._launch_tiles(panel, "edge", programs)
             yield panel
+
+    def slot_counts(self, panel: Panel) -> Tensor:
+        """(column blocks,) int32 slots of each block of the panel's columns.
+
+        Without ``hopper`` slots are not counted, and no kernel reads the tensor.
+        """
+        if self.hopper is None:
+            return self.negative_count
+        return self.hopper.tables[panel].slots
 
     def _programs(self, panel: Panel) -> int:
         """Programs that take all tiles of a panel, square by square (see ``tile_of``)."""

@@ -48,19 +48,24 @@ def add_slots(
 @triton.jit
 def add_column_slots(
     total, maximum, sums, maxima, offsets, stride, block, whole_columns, row_blocks, whole_rows,
-    run_length, scale, SELF: tl.constexpr, CONSTANT: tl.constexpr, SLOTS: tl.constexpr,
+    run_length, slot_counts, scale,
+    SELF: tl.constexpr, CONSTANT: tl.constexpr, COUNTED: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Add the slots of one block of columns.
 
     A whole block of columns has one slot for each run of whole row blocks (with SELF, of those
     above it). A last row block that is not whole has the slot of its own number. A last block of
-    columns that is not whole has one slot for each row block.
+    columns that is not whole has one slot for each row block. With COUNTED, ``slot_counts`` says
+    how many slots a whole block of columns has in place of those for runs.
     """
     row_slots = row_blocks
     if SELF:
         row_slots = block
     whole = tl.minimum(row_slots, whole_rows)
-    runs = tl.where(block < whole_columns, tl.cdiv(whole, run_length), row_slots)
+    if COUNTED:
+        runs = tl.where(block < whole_columns, tl.load(slot_counts + block), row_slots)
+    else:
+        runs = tl.where(block < whole_columns, tl.cdiv(whole, run_length), row_slots)
     total, maximum = add_slots(
         total=total, maximum=maximum, sums=sums, maxima=maxima, offsets=offsets, stride=stride,
         first=0, last=runs, scale=scale, CONSTANT=CONSTANT, SLOTS=SLOTS,
@@ -140,11 +145,11 @@ def nt_xent_rows_kernel(
     row_loss_out, lse_out, largest_negative_out, shift_out, log_sum_out, positive_out,
     partial, feature_sums, squared_norms, negative_sum, negative_count, counter,
     loss_out, accuracy_out, positive_similarity_out, negative_similarity_out, temperature,
-    rows, blocks, first_column, last_column, run_length, feature_sum_count, negative_slots,
-    loss_factor,
+    rows, blocks, first_column, last_column, run_length, slot_counts, feature_sum_count,
+    negative_slots, loss_factor,
     CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    NONE: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    COUNTED: tl.constexpr, NONE: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr,
+    BM: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Add one panel of tiles to ROWS rows and, after the LAST panel, compute their loss.
 
@@ -171,7 +176,8 @@ def nt_xent_rows_kernel(
             total=total, maximum=maximum, sums=column_sum, maxima=column_max,
             stride=(last_column - first_column) * BM, offsets=a - first_column * BM, block=block,
             whole_columns=rows // BM, row_blocks=blocks, whole_rows=rows // BM,
-            run_length=run_length, scale=scale, SELF=True, CONSTANT=CONSTANT, SLOTS=SLOTS,
+            run_length=run_length, slot_counts=slot_counts, scale=scale, SELF=True,
+            CONSTANT=CONSTANT, COUNTED=COUNTED, SLOTS=SLOTS,
         )  # fmt: skip
     total, maximum = add_slots(
         total=total, maximum=maximum, sums=row_sum, maxima=row_max, offsets=a, stride=blocks * BM,
@@ -236,9 +242,9 @@ def nt_xent_rows_kernel(
 )  # fmt: skip
 def logsumexp_kernel(
     sums, maxima, running_sum, running_max, lse_out, max_out, shift_out, log_sum_out, temperature,
-    rows, stride, first, slots, row_blocks, whole_rows, whole_columns, run_length,
-    COLUMNS: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, FIRST: tl.constexpr,
-    LAST: tl.constexpr, BM: tl.constexpr, SLOTS: tl.constexpr,
+    rows, stride, first, slots, row_blocks, whole_rows, whole_columns, run_length, slot_counts,
+    COLUMNS: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, COUNTED: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exps of one block of rows or, with COLUMNS, of one block of the panel's columns.
 
@@ -254,8 +260,8 @@ def logsumexp_kernel(
         total, maximum = add_column_slots(
             total=total, maximum=maximum, sums=sums, maxima=maxima, offsets=a, stride=stride,
             block=first + block, whole_columns=whole_columns, row_blocks=row_blocks,
-            whole_rows=whole_rows, run_length=run_length, scale=scale,
-            SELF=False, CONSTANT=CONSTANT, SLOTS=SLOTS,
+            whole_rows=whole_rows, run_length=run_length, slot_counts=slot_counts, scale=scale,
+            SELF=False, CONSTANT=CONSTANT, COUNTED=COUNTED, SLOTS=SLOTS,
         )  # fmt: skip
         a += first * BM
     else:

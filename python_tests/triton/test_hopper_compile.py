@@ -1,0 +1,119 @@
+"""The machine code of the Gluon kernels for Hopper, compiled without a GPU.
+
+The assembler decides whether the exponentials of a tile fall into the product of the next one. It
+does not if it waits for each instruction of a product (its warning C7514), if a loop spills, or if
+it waits more than the kernel does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from repository import ROOT
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET", "0") == "1":
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+
+from triton.backends.nvidia.compiler import get_ptxas
+
+sys.path.insert(0, str(ROOT / "bench"))
+# The scripts of bench/ are not part of the package, so they are imported by name.
+gpu_machine_code = importlib.import_module("gpu_machine_code")
+
+ARCHITECTURE = 90
+SHARED_MEMORY = 227 << 10  # bytes of one program
+EXPONENTIALS = 64  # of one thread in a tile of 64 x 128 by 128 threads
+DEPTH = 16  # features of one HGMMA instruction
+# What a loop spills, as loads and stores of one thread beside 660 and more instructions. These are
+# addresses, and the results are the same. Registers of the two groups differ, so the larger counts.
+SPILLS = {
+    "3.6": {("pairs", 640): 2, ("pairs", 768): 8},
+    "3.8": {("pairs", 512): 6, ("pairs", 640): 12, ("pairs", 768): 20},
+    "3.9": {("wide", 256): 150, ("pairs", 640): 20, ("pairs", 768): 28},
+}
+CASES = [
+    ("wide", 256, torch.bfloat16),
+    ("pairs", 512, torch.bfloat16),
+]
+# These take long, so only `make gluon-check` runs them.
+MORE_CASES = [
+    ("wide", 64, torch.bfloat16),
+    ("wide", 128, torch.float16),
+    ("pairs", 640, torch.float16),
+    ("pairs", 768, torch.bfloat16),
+]
+if os.environ.get("CJEPA_TEST_EVERY_GLUON_KERNEL", "0") == "1":
+    CASES += MORE_CASES
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    """The launch of the kernel for a case."""
+    kernel, features, dtype = request.param
+    monkeypatch.setenv("CJEPA_GLUON", "1")
+    call = gpu_machine_code.nt_xent_call(65536, features, dtype)
+    launches = gpu_machine_code.launches(ARCHITECTURE, call)
+    return next(one for one in launches if one.name == f"{kernel}_kernel")
+
+
+def loops_of_tiles(assembly: str, products: int, exponentials: int) -> list[list[str]]:
+    """The loop of each group of warps: the two shortest that hold so many instructions.
+
+    Longer loops are those of segments, and jumps back from the waits behind the kernel's end.
+    """
+    bodies = [
+        body
+        for body in gpu_machine_code.loops(assembly)
+        if count(body, "HGMMA") == products and count(body, "MUFU.EX2") == exponentials
+    ]
+    assert len(bodies) >= 2, "a loop for each group"
+    return sorted(bodies, key=len)[:2]
+
+
+def count(body: list[str], opcode: str) -> int:
+    return sum(opcode in one for one in body)
+
+
+@pytest.mark.parametrize("launch", CASES, indirect=True, ids=lambda case: f"{case[0]}_{case[1]}")
+def test_the_loop_overlaps_products_and_exponentials(
+    launch: Any, request: pytest.FixtureRequest
+) -> None:
+    kernel, features, _ = request.node.callspec.params["launch"]
+    binary = gpu_machine_code.compile_launch(launch, ARCHITECTURE)
+    assert binary.shared <= SHARED_MEMORY
+    minor = ".".join(triton.__version__.split(".")[:2])
+    tiles = 2 if kernel == "wide" else 1
+    steps = features // dict(launch.constants).get("STEP", features)
+    for body in loops_of_tiles(binary.assembly, tiles * features // DEPTH, tiles * EXPONENTIALS):
+        # One wait a tile, and one for each step that gives its slot back before the tile ends.
+        assert count(body, "WARPGROUP.DEPBAR") <= tiles * steps
+        spills = count(body, "LDL") + count(body, "STL")
+        assert spills <= SPILLS.get(minor, {}).get((kernel, features), 0)
+
+
+@pytest.mark.parametrize("launch", CASES, indirect=True, ids=lambda case: f"{case[0]}_{case[1]}")
+def test_the_assembler_does_not_serialize_the_products(launch: Any, tmp_path: Path) -> None:
+    binary = gpu_machine_code.compile_launch(launch, ARCHITECTURE)
+    assert "setmaxnreg" in binary.ptx
+    assert not re.findall(r"C75\d\d.*", assembler_says(binary.ptx, tmp_path))
+
+
+def assembler_says(ptx: str, folder: Path) -> str:
+    """What the assembler says of a kernel."""
+    file = folder / "kernel.ptx"
+    file.write_text(ptx)
+    command = [
+        get_ptxas(ARCHITECTURE).path, "-v", f"-arch=sm_{ARCHITECTURE}a", str(file),
+        "-o", str(folder / "kernel.cubin"),
+    ]  # fmt: skip
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return result.stdout + result.stderr
