@@ -21,6 +21,7 @@ from cjepa_kernels.triton import configs, launch, proved, schedules
 from cjepa_kernels.triton.configs import TILE, Config
 from cjepa_kernels.triton.launch import Panel
 from cjepa_kernels.triton.pack import Packed
+from cjepa_kernels.triton.recording import keep_forever, run_kernel
 
 if TYPE_CHECKING:
     from cjepa_kernels.triton.tiles import Tiles
@@ -88,7 +89,7 @@ class HopperTiles:
     def launch(self, panel: Panel) -> None:
         """Compute the inner tiles of a panel."""
         kernel = _kernel(self.config.kernel)
-        kernel[(self.tables[panel].programs,)](**self.arguments(panel))
+        run_kernel(kernel, self.tables[panel].programs, **self.arguments(panel))
 
     def compile(self) -> None:
         """Compile the kernel; nothing happens if it is compiled already."""
@@ -206,7 +207,7 @@ def _on_device(device: torch.device, schedule: schedules.Schedule, slots: list[i
     """
 
     def copy(numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=device)
+        return keep_forever(torch.tensor(numbers, dtype=torch.int32, device=device))
 
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     with torch.cuda.stream(stream):

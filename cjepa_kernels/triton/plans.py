@@ -8,7 +8,7 @@ workspace: all memory that is neither a tensor of the call nor a result.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cjepa_kernels.triton.recording import Launch, Recording
+from cjepa_kernels.triton.recording import Launch, Recording, is_permanent
 
 ALIGNMENT = 512  # bytes: that of a piece of memory in the workspace, as of PyTorch's allocator
 SCALAR_ALIGNMENT = 16  # bytes, of a result: kernels are compiled for pointers with this alignment
@@ -135,26 +135,26 @@ class Memory:
 
     Attributes:
         tensors: Number of slots that are tensors of the call.
+        allocated: What the call allocated, by address.
         allocations: dtype and number of elements of each allocation.
         spans: Which addresses belong to which slot.
         workspace_bytes: Size of the workspace so far.
     """
 
     tensors: int
+    allocated: Mapping[int, Tensor]
     allocations: list[tuple[torch.dtype, int]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     workspace_bytes: int = 0
 
-    def find(self, x: Tensor) -> Place | None:
-        """Where a tensor begins; None of one without elements, which no kernel reads.
+    def find(self, x: Tensor) -> Place:
+        """Where a tensor that is not empty begins.
 
-        Memory that is in no slot becomes a part of the workspace.
+        Memory of the call that is in no slot becomes a part of the workspace.
 
         Raises:
-            NoPlanError: It lies in two slots, or partly outside of its slot.
+            NoPlanError: It lies in two slots, partly outside of its slot, or is not of the call.
         """
-        if x.numel() == 0:
-            return None
         address, size = x.data_ptr(), _bytes_spanned(x)
         holding = [s for s in self.spans if s.holds(address)]
         # Views that are interleaved overlap, but do not begin at the same address.
@@ -162,6 +162,8 @@ class Memory:
         found = beginning or holding
         if not found:
             storage = x.untyped_storage()
+            if storage.data_ptr() not in self.allocated:
+                raise NoPlanError("a launch uses memory that the call neither got nor allocated")
             self.add_to_workspace(storage.data_ptr(), storage.nbytes())
             return self.find(x)
         if len(found) > 1:
@@ -216,7 +218,7 @@ def make_plan(
     """
     if recording.refusal:
         raise NoPlanError(recording.refusal)
-    memory = Memory(len(tensors))
+    memory = Memory(len(tensors), recording.allocated)
     for slot, x in enumerate(tensors):
         if x.numel() > 0:
             memory.spans.append(Span(x.data_ptr(), _bytes_spanned(x), Place(slot, 0)))
@@ -306,11 +308,12 @@ class _Launches:
                 continue
             value = launch.arguments[name]
             if kind.startswith("*"):
-                place = self.memory.find(value)
-                if place is None:
+                if value.numel() == 0:  # No kernel reads it.
                     add(CONSTANT, 0, 0)
+                elif is_permanent(value):
+                    add(CONSTANT, 0, value.data_ptr())
                 else:
-                    add(POINTER, *place)
+                    add(POINTER, *self.memory.find(value))
             elif kind.startswith("tensordesc"):
                 add(TENSOR_MAP, self._map(value, next(tensor_maps, None)), 0)
                 for size in value.shape:
@@ -344,8 +347,6 @@ class _Launches:
         if descriptor.padding != "zero":
             raise NoPlanError("a descriptor pads with something else than zeros")
         place = self.memory.find(descriptor.base)
-        if place is None:
-            raise NoPlanError("a descriptor is of an empty matrix")
         packed = b"".join(
             (
                 _pack("Iq", *place),

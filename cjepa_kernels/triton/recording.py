@@ -49,12 +49,14 @@ class Recording:
 
     Attributes:
         launches: The launches.
-        zeroed: Tensors that were filled with zeros before any launch used them.
+        allocated: Tensors that the call allocated, by address. Each lives until the plan is made.
+        zeroed: Those of them that were filled with zeros before any launch used them.
         refusal: Why the call cannot be repeated by its launches alone; empty if it can.
     """
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
+        self.allocated: dict[int, Tensor] = {}
         self.zeroed: list[Tensor] = []
         self.refusal = ""
 
@@ -69,6 +71,7 @@ class Recording:
         """Give up."""
         self.refusal = self.refusal or reason
         self.launches.clear()
+        self.allocated.clear()
         self.zeroed.clear()
 
 
@@ -80,9 +83,13 @@ class _OtherWork(TorchDispatchMode):
         self.recording = recording
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        if function not in ALLOCATING and not function.is_view:
+        result = function(*args, **(kwargs or {}))
+        if function in ALLOCATING:
+            if not self.recording.refusal:
+                self.recording.allocated[result.untyped_storage().data_ptr()] = result
+        elif not function.is_view:
             self.recording.refuse(f"PyTorch runs {function} in it")
-        return function(*args, **(kwargs or {}))
+        return result
 
 
 _current = threading.local()
@@ -126,5 +133,21 @@ def new_zeros(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
     with _disable_current_modes():
         zeros = like.new_zeros(shape, dtype=dtype)
     if not recording.refusal:
+        recording.allocated[zeros.untyped_storage().data_ptr()] = zeros
         recording.zeroed.append(zeros)
     return zeros
+
+
+# By address. They are few and small: the schedules of kernels/hopper.py.
+_permanent: dict[int, Tensor] = {}
+
+
+def keep_forever(x: Tensor) -> Tensor:
+    """Keep a tensor at its address until the process ends, so that plans may hold the address."""
+    _permanent[x.untyped_storage().data_ptr()] = x
+    return x
+
+
+def is_permanent(x: Tensor) -> bool:
+    """Whether :func:`keep_forever` keeps the memory of a tensor."""
+    return x.untyped_storage().data_ptr() in _permanent

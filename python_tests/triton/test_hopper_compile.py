@@ -25,6 +25,8 @@ if os.environ.get("TRITON_INTERPRET", "0") == "1":
 
 from triton.backends.nvidia.compiler import get_ptxas
 
+from cjepa_kernels.triton.plans import parameter_sizes
+
 sys.path.insert(0, str(ROOT / "bench"))
 # The scripts of bench/ are not part of the package, so they are imported by name.
 gpu_machine_code = importlib.import_module("gpu_machine_code")
@@ -90,6 +92,8 @@ def test_the_loop_overlaps_products_and_exponentials(
     kernel, features, _ = request.node.callspec.params["launch"]
     binary = gpu_machine_code.compile_launch(launch, ARCHITECTURE)
     assert binary.shared <= SHARED_MEMORY
+    # What a launch plan takes for the parameters is what the driver will say.
+    assert binary.parameter_sizes == parameter_sizes(dict(launch.signature))
     minor = ".".join(triton.__version__.split(".")[:2])
     tiles = 2 if kernel == "wide" else 1
     steps = features // dict(launch.constants).get("STEP", features)

@@ -24,6 +24,8 @@ if os.environ.get("TRITON_INTERPRET", "0") != "1":
     pytest.skip("TRITON_INTERPRET=1 runs kernels on CPU tensors", allow_module_level=True)
 
 import fake_driver
+import triton
+import triton.language as tl
 from planned_calls import (
     NT_XENT,
     hierarchy,
@@ -38,7 +40,7 @@ from planned_calls import (
 from cjepa_kernels import backends
 from cjepa_kernels.backends import compiled_module
 from cjepa_kernels.ops import cross_logsumexp, nt_xent, prediction_loss
-from cjepa_kernels.triton import OPERATORS, configs, launch, planned, plans
+from cjepa_kernels.triton import OPERATORS, configs, launch, planned, plans, recording
 from cjepa_kernels.triton.temperature import Temperature, lowest_constant_temperature
 
 C: Any = compiled_module()
@@ -277,11 +279,36 @@ def test_no_plan_where_pytorch_computes(operators: Operators) -> None:
     assert "aten.mul" in planned.refusals()["doubled"]
 
 
+@triton.jit
+def add_kernel(x, other, out):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, 4)
+    tl.store(out + at, tl.load(x + at) + tl.load(other + at))
+
+
+def test_memory_from_outside_must_be_permanent(operators: Operators) -> None:
+    """A plan would take a tensor that is not of the call for memory that the call fills."""
+    others = {
+        "outside": torch.arange(4.0),
+        "permanent": recording.keep_forever(torch.arange(4.0)),
+    }
+    for name, other in others.items():
+
+        def add(x: Tensor, other: Tensor = other) -> Tensor:
+            out = x.new_empty(x.shape)
+            recording.run_kernel(add_kernel, 1, x=x, other=other, out=out)
+            return out
+
+        operators.add(name, "(Tensor x) -> Tensor", add)
+        for _ in range(4):
+            x = torch.randn(4)
+            same(operators(name, x), x + other)
+        assert C.plan_count() == (name == "permanent")
+    assert "neither got nor allocated" in planned.refusals()["outside"]
+
+
 def test_no_plan_of_very_many_launches(
     operators: Operators, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cjepa_kernels.triton import recording
-
     monkeypatch.setattr(recording, "MOST_LAUNCHES", 2)
     args = nt_xent_forward(0)
     same(repeat(operators, 3, "nt_xent", *args), OPERATORS["nt_xent"][0](*args))
