@@ -8,7 +8,6 @@ Triton is imported when a plan is first recorded.
 from __future__ import annotations
 
 import importlib
-import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -119,8 +118,9 @@ def _module() -> Any:
 
 
 def _parse(part: str) -> list[tuple[str, str]]:
-    """Type and name of each argument, or of each result, of a schema."""
-    return re.findall(r"([A-Z]?[a-zA-Z]+(?:\[\])?\??) (\w+)", part)
+    """Type and name of each argument, or of each result, of a schema; a result may have no name."""
+    pairs = [text.partition(" ") for text in part.strip(" ()").split(", ")]
+    return [(kind, name) for kind, _, name in pairs]
 
 
 def _fp32_products() -> int:

@@ -94,6 +94,16 @@ class Call {
 
   const PlanKey& key() const { return key_; }
 
+  // Whether a plan takes as many tensors and numbers as this call has, and gives as many results.
+  bool fits(const Plan& plan) const {
+    bool fits = plan.tensors == tensors_.size() && plan.numbers == numbers_.size() &&
+                plan.list_lengths.size() == planned_.results.size();
+    for (size_t k = 0; fits && k < planned_.results.size(); ++k)
+      fits = plan.list_lengths[k] == 1 ||
+             planned_.results[k] == static_cast<char>(ArgumentKind::kTensors);
+    return fits;
+  }
+
   void run(const Plan& plan, StableIValue* stack) const {
     std::vector<AtenTensorHandle> results;
     run_plan(plan, tensors_, numbers_, results);
@@ -224,7 +234,7 @@ void run_operator(StableIValue* stack, uint64_t, uint64_t) {
     std::optional<Plan>* const outer;
   } scope(table().shall_record(call.key()) ? &plan : nullptr);
   call.run_without_plan(stack);
-  if (plan.has_value()) table().add(call.key(), std::move(*plan));
+  if (plan.has_value() && call.fits(*plan)) table().add(call.key(), std::move(*plan));
 }
 
 using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
