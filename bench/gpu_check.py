@@ -10,8 +10,9 @@ The record ``gpu_check.json`` and the page ``gpu_check.md`` are written anew aft
 ``logs/`` holds what each step printed. ``bench/gpu_check_record.py`` takes a record over into the
 documents.
 
-The environment of this process is that of the steps: ``CJEPA_GLUON=1 CJEPA_LAUNCH_PLANS=1`` tests
-and measures what has not passed on this device yet, and the record names such variables.
+Gluon kernels and launch plans are tested and measured also where they have not passed yet, as with
+``CJEPA_GLUON=1 CJEPA_LAUNCH_PLANS=1``. ``--as-chosen`` leaves the choice to the package. Some steps
+switch both off, and the record names the variables of the others.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ def main() -> int:
         action="store_true",
         help="without a GPU: the same course with tiny sizes on the CPU",
     )
+    parser.add_argument(
+        "--as-chosen",
+        action="store_true",
+        help="Gluon kernels and launch plans only where the package chooses them by itself",
+    )
     options = parser.parse_args()
     if importlib.util.find_spec("torch") is None:
         print(f"PyTorch is not installed for {sys.executable}: nothing was checked")
@@ -58,7 +64,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     from gpu_check_run import check_machine
 
-    return int(not check_machine(options.out, processes))
+    return int(not check_machine(options.out, processes, as_chosen=options.as_chosen))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,10 @@ def _latency(content: Record) -> Iterator[str]:
             *(micro(entry["as_called"][key]) for key in ("p20", "median", "p80")),
             micro(entry["in_a_row"]["median"]),
             micro(entry["host"]["median"]),
-            "" if entry["skipped_graphs"] is None else entry["skipped_graphs"],
+            *(
+                "" if entry[count] is None else entry[count]
+                for count in ("skipped_graphs", "launch_plans")
+            ),
         ]
         for entry in sorted(content["latency"], key=lambda entry: (entry["D"], entry["M"]))
     ]
@@ -147,9 +150,9 @@ def _latency(content: Record) -> Iterator[str]:
         yield (
             "*In a row* is the time of a call among others that are launched without waiting, and "
             "*host* the time until a call returns. *Graphs left out* counts the CUDA graphs that "
-            "`torch.compile` did not use."
+            "`torch.compile` did not use, and *plans* the launch plans that the process had."
         )
-        heads = "loss | M | D | p20 | as called | p80 | in a row | host | graphs left out"
+        heads = "loss | M | D | p20 | as called | p80 | in a row | host | graphs left out | plans"
         yield table(heads, rows, left=1)
 
 

@@ -35,6 +35,7 @@ STEP_SECTIONS: dict[str, dict[str, Any]] = {
         "in_a_row": SUMMARY,
         "host": SUMMARY,
         "skipped_graphs": (int, MAYBE),
+        "launch_plans": (int, MAYBE),
     },
     "device": {**CELL, "part": TEXT, "pass": TEXT, "of": TEXT, **SUMMARY},
     "memory": {"M": COUNT, "D": COUNT, "over_input": NUMBER, "seconds": NUMBER},

@@ -18,6 +18,7 @@ from cjepa_kernels.bench.records import RESULTS, as_json
 from cjepa_kernels.bench.sources import PARTS, changed, of_files
 from cjepa_kernels.bench.targets import print_targets, summary
 from cjepa_kernels.files import atomic_write
+from cjepa_kernels.triton.proved import SWITCHES
 
 TOTAL = 345.0  # Seconds of all steps together. The rest of the 6 minutes is for start and end.
 SHOWN_LINES = 12  # Of the output of a step that failed.
@@ -94,13 +95,17 @@ class Check:
         print(f"written: {self.folder.path / NAME} and gpu_check.md beside it")
 
 
-def check_machine(out: Path, processes: int) -> bool:
+def check_machine(out: Path, processes: int, *, as_chosen: bool = False) -> bool:
     """Run the whole check into a folder; whether every step has passed.
 
     Args:
         out: The folder.
         processes: Number of GPUs; without one the course of the check is tried on the CPU.
+        as_chosen: Whether the package chooses Gluon kernels and launch plans by itself. Otherwise
+            they are asked for, unless the environment says something else.
     """
+    for variable in () if as_chosen else SWITCHES.values():
+        os.environ.setdefault(variable, "1")
     if processes > 0:
         now = changed_since(RESULTS / NAME, of_files())
         steps, device = gpu_check_steps.on_gpus(processes, changed=now), "cuda"

@@ -13,9 +13,13 @@ from step_runner import ROOT, Step, installed
 
 from cjepa_kernels.bench.sizes import Size
 from cjepa_kernels.bench.sources import CONFIGURATIONS, HOST, KERNELS, PARTS, PLANS
+from cjepa_kernels.triton.proved import SWITCHES
 
 BY_TORCH_COMPILE = ("compiled", "reduce-overhead")  # Compiled anew for each size.
 TESTS = "python_tests"
+KERNEL_TESTS, DEVICE_TESTS = f"{TESTS}/triton/test_kernels.py", f"{TESTS}/triton/test_gpu.py"
+PLAN_TESTS = f"{TESTS}/triton/test_plans_on_gpu.py"
+SWITCHED_OFF = dict.fromkeys(SWITCHES.values(), "0")
 # The tests of operators that run on every back end.
 PARITY = (
     "nt_xent",
@@ -122,7 +126,7 @@ def step_of_tests(
 def build_module() -> Step:
     """Build the compiled module in place. Nothing is installed, and no other step depends on it."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    return Step("build", command, 75, stage="prepare", needs=("setuptools", "pybind11"))
+    return Step("build", command, 90, stage="prepare", needs=("setuptools", "pybind11"))
 
 
 def compile_steps(sizes: Sizes) -> list[Step]:
@@ -156,14 +160,17 @@ def tests(processes: int) -> list[Step]:
     folder = f"{TESTS}/distributed/test_nccl.py"
     on_cuda = {"CJEPA_TEST_DEVICE": "cuda"}
     parity_files = [f"{TESTS}/ops/test_{name}.py" for name in PARITY]
-    kernels = step_of_tests("kernels", [f"{TESTS}/triton/test_kernels.py"], 70, touches=(KERNELS,))
+    kernels = step_of_tests("kernels", [KERNEL_TESTS], 70, touches=(KERNELS,))
     parity = step_of_tests(
         "parity", ["-k", "triton", *parity_files], 90, needs=("hypothesis",), environment=on_cuda
     )
     # One process alone compiles for minutes, so the tests of what users call come first.
     parity_and_kernels = [kernels, parity] if installed("xdist") else [parity, kernels]
     steps = [
-        step_of_tests("device", [f"{TESTS}/triton/test_gpu.py"], 45),
+        step_of_tests("device", [DEVICE_TESTS], 45),
+        step_of_tests(
+            "plans", [PLAN_TESTS], 40, touches=(HOST, PLANS), environment={SWITCHES["plans"]: "1"}
+        ),
         *parity_and_kernels,
         step_of_tests(
             "nccl",
@@ -195,6 +202,20 @@ def measurements(sizes: Sizes) -> list[Step]:
         ),
         Step("prediction", measure("prediction", [sizes.prediction]), 15, reserved=8),
         Step("memory", measure("memory", [sizes.memory]), 40, reserved=22),
+    ]
+
+
+def usual_code(sizes: Sizes) -> list[Step]:
+    """Tests and times of the kernels and launches that every other GPU takes."""
+    off = SWITCHED_OFF
+    called, timed = sizes.latency[0], [size for size in sizes.loss if size.features == 256]
+    called_command = measure("latency", [called], "--usual")
+    timed_command = measure("loss", timed, "--usual")
+    return [
+        Step(f"latency {called}, usual", called_command, 20, environment=off),
+        Step("loss of 256 features, usual", timed_command, 20, environment=off),
+        step_of_tests("device, usual", [DEVICE_TESTS], 30, environment=off),
+        step_of_tests("kernels, usual", [KERNEL_TESTS], 60, environment=off),
     ]
 
 
@@ -231,7 +252,8 @@ def on_gpus(count: int, changed: Sequence[str] = PARTS) -> list[Step]:
     for step in tests(count):
         (first if set(step.touches) & set(changed) else last).append(step)
     prepare = [build_module(), *compile_steps(FULL)]
-    return [*prepare, *first, *measurements(FULL), *last, *sanitizer_steps()]
+    end = [*usual_code(FULL), *last, *sanitizer_steps()]
+    return [*prepare, *first, *measurements(FULL), *end]
 
 
 def on_cpu() -> list[Step]:

@@ -18,6 +18,7 @@ from cjepa_kernels.bench.sizes import Size
 from cjepa_kernels.bench.targets import AT_LEAST, AT_MOST, Target
 
 REDUCE_OVERHEAD, GRAPH = "reduce-overhead", "CUDA graph"
+USUAL = "cjepa_kernels, usual kernels and launches"  # Without Gluon kernels and launch plans.
 NOT_MEASURED = "not measured"
 AS_CALLED, IN_A_ROW = "as_called", "in_a_row"
 LARGEST = Size(2**21, 256)

@@ -19,12 +19,12 @@ from typing import Any
 
 import step_lines
 import torch
-from gpu_check_targets import GRAPH, REDUCE_OVERHEAD
+from gpu_check_targets import GRAPH, REDUCE_OVERHEAD, USUAL
 from gpu_targets import BYTES, MM, MM3
 from torch import Tensor
 
 from cjepa_kernels import nt_xent, prediction_loss
-from cjepa_kernels.backends import Backend
+from cjepa_kernels.backends import Backend, compiled_module
 from cjepa_kernels.bench import candidates, memory, sizes
 from cjepa_kernels.bench.candidates import BOTH, DIRECTIONS, FORWARD, one_pass, products
 from cjepa_kernels.bench.formulas import TEMPERATURE, Formula, eager
@@ -122,6 +122,17 @@ def skipped_graphs() -> int:
     return int(counters["inductor"]["cudagraph_skips"])
 
 
+def launch_plans() -> int | None:
+    """How many launch plans this process has; None if the compiled module is missing."""
+    count = getattr(compiled_module(), "plan_count", None)
+    return None if count is None or not ON_GPU else int(count())
+
+
+def usual(builds: dict[str, Build]) -> dict[str, Build]:
+    """Our candidate alone, under the name that says what has been switched off."""
+    return {USUAL: builds[OURS]}
+
+
 def compile_first(size: Size, name: str) -> None:
     """Call a candidate twice, so that its kernels are in the caches on disk."""
     start = time.perf_counter()
@@ -133,14 +144,18 @@ def compile_first(size: Size, name: str) -> None:
     write("compile", name=name, M=size.rows, D=size.features, seconds=seconds)
 
 
-def latency(size: Size) -> None:
+def latency(size: Size, *, only_usual: bool = False) -> None:
     """The latency as called, in a row and of the host, of every candidate of a size."""
-    if not ON_GPU:
+    builds = usual(calls(size)) if only_usual else calls(size)
+    if GRAPH not in builds and not only_usual:
         leave_out("latency", size, GRAPH, "needs a GPU")
-    rows, errors = latencies(calls(size), wait=waiting_for(DEVICE), seconds=LATENCY_SECONDS)
+    rows, errors = latencies(builds, wait=waiting_for(DEVICE), seconds=LATENCY_SECONDS)
     for name, row in rows.items():
-        skips = skipped_graphs() if name == REDUCE_OVERHEAD else None
-        write("latency", M=size.rows, D=size.features, name=name, **row, skipped_graphs=skips)
+        counts = {
+            "skipped_graphs": skipped_graphs() if name == REDUCE_OVERHEAD else None,
+            "launch_plans": launch_plans() if name in (OURS, USUAL) else None,
+        }
+        write("latency", M=size.rows, D=size.features, name=name, **row, **counts)
     for name, error in errors.items():
         fail("latency", size, name, error)
 
@@ -164,7 +179,7 @@ def device_times(part: str, size: Size, direction: str, builds: dict[str, Build]
         fail(part, size, name, error)
 
 
-def loss(size: Size) -> None:
+def loss(size: Size, *, only_usual: bool = False) -> None:
     """Both directions of the loss beside the matrix products that they contain."""
     inputs = views(size)
     for direction in DIRECTIONS:
@@ -172,7 +187,7 @@ def loss(size: Size) -> None:
             OURS: partial(one_pass, ours, inputs, direction),
             MM if direction == FORWARD else MM3: partial(products, inputs, direction),
         }
-        device_times("loss", size, direction, builds)
+        device_times("loss", size, direction, usual(builds) if only_usual else builds)
 
 
 def prediction_call(size: Size) -> Run:
@@ -246,7 +261,7 @@ def small() -> None:
     waiting_for(DEVICE)()
 
 
-PARTS: dict[str, Callable[[Size], None]] = {
+PARTS: dict[str, Callable[..., None]] = {
     "latency": latency,
     "loss": loss,
     "prediction": prediction,
@@ -262,6 +277,9 @@ def main() -> int:
     parser.add_argument("--rows", default="1024", help="M, or rows of predictions, by commas")
     parser.add_argument("--features", type=int, default=256, help="D")
     parser.add_argument("--name", default=OURS, help="the candidate that is compiled")
+    parser.add_argument(
+        "--usual", action="store_true", help="only our loss; of the parts latency and loss"
+    )
     options = parser.parse_args()
     failed = False
     for rows in map(int, options.rows.split(",")):
@@ -272,7 +290,7 @@ def main() -> int:
             elif options.part == "compile":
                 compile_first(size, options.name)
             else:
-                PARTS[options.part](size)
+                PARTS[options.part](size, **({"only_usual": True} if options.usual else {}))
         except Exception as error:
             failed = True
             traceback.print_exc()

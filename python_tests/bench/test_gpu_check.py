@@ -46,6 +46,7 @@ def measured(share: float) -> dict[str, Any]:
         for name, median in medians.items():
             time = {"median": 1e-4 * median, "p20": 1e-4, "p80": 1e-4, "rounds": 5}
             row = {"M": rows, "D": 256, "name": name, "skipped_graphs": None}
+            row["launch_plans"] = 2
             times = {kind: dict(time) for kind in ("as_called", "in_a_row", "host")}
             content["latency"].append({**row, **times})
     for ratio in targets.RATIOS:
@@ -117,15 +118,16 @@ def test_the_measurements_run_on_the_cpu_with_real_times(
     started = [
         runner.Step("compile", steps.measure("compile", [size], "--name", "prediction"), 60, "a"),
         runner.Step("loss", steps.measure("loss", [size, Size(24, 8)]), 60, "a"),
+        runner.Step("usual", steps.measure("latency", [size], "--usual"), 60, "a"),
     ]
-    done += runner.run_stage(started, [60.0, 60.0], folder)
-    assert [outcome.text for outcome in done] == ["passed"] * 4
+    done += runner.run_stage(started, [60.0] * 3, folder)
+    assert [outcome.text for outcome in done] == ["passed"] * 5
     in_process = [runner.Step(name, [], 60) for name in ("latency", "memory")]
     made_on = check_run.environment("cpu")
     content = record.merge(made_on, [*in_process, *started], done, folder)
     assert record.check(json.loads(json.dumps(content))) == []
     assert content["errors"] == content["faults"] == []
-    names = ["eager", "compiled", "cjepa_kernels", "reduce-overhead"]
+    names = ["eager", "compiled", "cjepa_kernels", "reduce-overhead", targets.USUAL]
     assert [row["name"] for row in content["latency"]] == names
     assert all(
         row[time]["median"] > 0 for row in content["latency"] for time in ("as_called", "host")
@@ -214,6 +216,10 @@ def test_the_steps_fit_into_six_minutes() -> None:
     compiling = max(step.limit for step in groups[0])
     assert check_run.TOTAL - reserved - compiling >= 120  # For the tests.
     assert all(path.exists() for path in steps.scripts_of(todo))
+    usual = [step for step in todo if step.name.endswith(", usual")]
+    assert all(step.environment["CJEPA_GLUON"] == "0" for step in usual)
+    assert all(step.environment["CJEPA_LAUNCH_PLANS"] == "0" for step in usual)
+    assert [step.reserved for step in usual] == [0.0] * 4  # They come last, if time is left.
     assert "torchrun" in names
     assert "torchrun" not in [step.name for step in steps.on_gpus(1)]
 
@@ -234,12 +240,12 @@ def test_tests_of_what_has_not_changed_come_last(tmp_path: Path) -> None:
 
     def before_latency(changed: tuple[str, ...]) -> set[str]:
         names = [step.name for step in steps.on_gpus(1, changed)]
-        tests = {"device", "kernels", "parity", "nccl"}
+        tests = {"device", "plans", "kernels", "parity", "nccl"}
         assert tests <= set(names)
         return tests & set(names[: names.index("latency 1024x256")])
 
     assert before_latency(()) == set()
-    assert before_latency(("host code",)) == {"device", "parity", "nccl"}
+    assert before_latency(("host code",)) == {"device", "plans", "parity", "nccl"}
     assert before_latency(("kernels",)) == {"device", "kernels", "parity", "nccl"}
 
 

@@ -75,23 +75,27 @@ def test_a_step_beyond_its_limit_is_interrupted_and_its_children_are_ended(
     folder: Any, tmp_path: Path
 ) -> None:
     """A test that has passed before the limit counts, and so does the reason of a failure."""
-    suite = tmp_path / "test_slow.py"
+    marker, child, suite = (tmp_path / name for name in ("pid", "child.py", "test_slow.py"))
+    child.write_text(
+        "import os, pathlib, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"pathlib.Path({str(marker)!r}).write_text(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
     suite.write_text(
-        "import pathlib, pytest, subprocess, sys, time\n"
+        "import pytest, subprocess, sys, time\n"
         "def test_fast(): pass\n"
         "def test_wrong(): assert 1 == 2, 'not equal'\n"
         "def test_left_out(): pytest.skip('no device')\n"
         "def test_slow():\n"
-        "    code = 'import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(600)'\n"
-        "    child = subprocess.Popen([sys.executable, '-c', code])\n"
-        f"    pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid))\n"
+        f"    subprocess.Popen([sys.executable, {str(child)!r}])\n"
         "    time.sleep(600)\n"
     )
     command = steps_of_check.pytest(str(suite), xdist=False)
     step = steps_of_check.step_of_tests("slow", [], 600, command=command)
     running, outcome = runner.Running(step, step.limit, folder), None
     while outcome is None:
-        if (tmp_path / "child").exists() and (tmp_path / "child").read_text():
+        if marker.exists() and marker.read_text():
             running.limit = 0.0
         outcome = running.look()
         time.sleep(0.05)
@@ -100,7 +104,8 @@ def test_a_step_beyond_its_limit_is_interrupted_and_its_children_are_ended(
     assert (tests["passed"], tests["failed"], tests["skips"]) == (1, 1, {"no device": 1})
     assert tests["failures"][0]["test"].endswith("test_wrong")
     assert "not equal" in tests["failures"][0]["reason"]
-    assert gone(int((tmp_path / "child").read_text()))
+    assert "1 failed, 1 passed, 1 skipped" in folder.log("slow").read_text()
+    assert gone(int(marker.read_text()))
 
 
 def test_an_exception_ends_the_running_steps(folder: Any, tmp_path: Path) -> None:
