@@ -140,6 +140,11 @@ class NTXentLoss(nn.Module):
                 # The attribute is computed from other parameters, which an assignment changes.
                 value: Any = torch.full_like(parameter, math.log(temperature))
                 self.log_temperature = value
+            elif torch.compiler.is_compiling():
+                # torch.compile would take math.log(temperature) for a constant and recompile for
+                # every temperature. It turns a factor into a tensor.
+                one = torch.ones((), dtype=torch.float64, device=parameter.device)
+                parameter.copy_((one * temperature).log())
             else:
                 parameter.fill_(math.log(temperature))
 

@@ -165,8 +165,9 @@ def test_numbers_of_numpy_take_two_graphs(kind: str) -> None:
     assert counter.frame_count <= 2
 
 
-def test_a_temperature_set_in_the_compiled_function_takes_two_graphs() -> None:
-    loss_fn, (z_i, z_j) = NTXentLoss(), torch.randn(2, 5, 4)
+@pytest.mark.parametrize("learnable", [False, True], ids=["float", "learnable"])
+def test_a_temperature_set_in_the_compiled_function_takes_two_graphs(learnable: bool) -> None:
+    loss_fn, (z_i, z_j) = NTXentLoss(learnable_temperature=learnable), torch.randn(2, 5, 4)
 
     def step(temperature: float) -> Tensor:
         loss_fn.temperature = temperature
@@ -176,7 +177,10 @@ def test_a_temperature_set_in_the_compiled_function_takes_two_graphs() -> None:
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for temperature in SCHEDULE[-5:]:
         actual = compiled(temperature)
-        assert loss_fn.temperature == temperature
+        if learnable:
+            torch.testing.assert_close(loss_fn.temperature, torch.tensor(temperature))
+        else:
+            assert loss_fn.temperature == temperature
         torch.testing.assert_close(actual, step(temperature), rtol=0.0, atol=0.0)
     assert counter.frame_count == 2
 
