@@ -27,6 +27,7 @@ from cjepa_kernels.functional.checks import (
     check_floating_tensor,
     is_number,
 )
+from cjepa_kernels.modules.float_attribute import float_attribute
 from cjepa_kernels.modules.hjepa import Levels
 from cjepa_kernels.modules.nt_xent import NTXentLoss
 
@@ -70,6 +71,9 @@ class ContrastiveJEPALoss(nn.Module):
         1.0
     """
 
+    jepa_weight: float = float_attribute("jepa_weight")
+    contrastive_weight: float = float_attribute("contrastive_weight")
+
     def __init__(
         self,
         jepa_loss: nn.Module,
@@ -97,8 +101,8 @@ class ContrastiveJEPALoss(nn.Module):
             if not 0 <= as_float(weight) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative, got {weight}")
         self.jepa_loss = jepa_loss
-        self.jepa_weight = as_float(jepa_weight)
-        self.contrastive_weight = as_float(contrastive_weight)
+        self.jepa_weight = jepa_weight
+        self.contrastive_weight = contrastive_weight
         check_bool("contrastive_on_context", contrastive_on_context)
         self.contrastive_on_context = contrastive_on_context
         self.contrastive = NTXentLoss(

@@ -24,6 +24,7 @@ from cjepa_kernels.functional.hierarchy import (
     check_levels,
     hierarchical_prediction_loss,
 )
+from cjepa_kernels.modules.float_attribute import float_attribute
 
 Levels = Tensor | Sequence[Tensor]
 
@@ -58,6 +59,10 @@ class HJEPALoss(nn.Module):
         >>> loss_fn(levels, levels)["loss"].item()
         0.0
     """
+
+    smoothl1_beta: float = float_attribute("smoothl1_beta")
+    huber_delta: float = float_attribute("huber_delta")
+    eps: float = float_attribute("eps")
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ from cjepa_kernels.functional.checks import (
     check_temperature,
 )
 from cjepa_kernels.functional.nt_xent import nt_xent
+from cjepa_kernels.modules.float_attribute import float_attribute
 
 
 class NTXentLoss(nn.Module):
@@ -65,6 +66,8 @@ class NTXentLoss(nn.Module):
         ['accuracy', 'loss', 'negative_similarity', 'positive_similarity']
     """
 
+    eps: float = float_attribute("eps")
+
     def __init__(
         self,
         temperature: float = TEMPERATURE,
@@ -89,7 +92,7 @@ class NTXentLoss(nn.Module):
         _check_temperature_shape(temperature_shape)
         self.use_cosine_similarity = use_cosine_similarity
         self.reduction = reduction
-        self.eps = as_float(eps)
+        self.eps = eps
         self.backend = backend
         self.return_logits = return_logits
         self._distributed: bool | SharedGroup

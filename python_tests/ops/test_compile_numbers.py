@@ -72,7 +72,8 @@ def function_case(name: str) -> Case:
     return loss, set_number, [x, y]
 
 
-def module_case(name: str) -> Case:
+def module_case(name: str, convert: Callable[[float], Any] = float) -> Case:
+    """A step of C-JEPA whose number, or numbers, are set as ``convert`` returns them."""
     module: Any = ContrastiveJEPALoss(HJEPALoss(hierarchy_weights=[1.0, 0.5], num_hierarchies=2))
     levels = [torch.randn(3, n, 4, requires_grad=True) for n in (4, 2)]
     targets = [torch.randn(3, n, 4) for n in (4, 2)]
@@ -84,9 +85,11 @@ def module_case(name: str) -> Case:
         elif name == "contrastive_weight":
             module.contrastive_weight = value
         else:
-            module.contrastive.temperature, module.contrastive.eps = value, value / 2
-            module.jepa_weight, module.contrastive_weight = 3 * value, 4 * value
-            module.jepa_loss.smoothl1_beta, module.jepa_loss.eps = 2 * value, value / 3
+            module.contrastive.temperature = convert(value)
+            module.contrastive.eps = convert(value / 2)
+            module.jepa_weight, module.contrastive_weight = convert(3 * value), convert(4 * value)
+            module.jepa_loss.smoothl1_beta = convert(2 * value)
+            module.jepa_loss.eps = convert(value / 3)
             module.jepa_loss.hierarchy_weights = [value, 2 * value]
 
     def loss() -> Tensor:
@@ -163,6 +166,18 @@ def test_numbers_of_numpy_take_two_graphs(kind: str) -> None:
     for temperature in numpy.array(SCHEDULE[-5:], dtype=kind):
         compare(compiled(temperature), loss(temperature), leaves, rtol=1e-6, atol=1e-6)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("kind", ["int", "numpy"])
+def test_attributes_of_any_kind_of_number_take_two_graphs(kind: str) -> None:
+    convert: Any = int if kind == "int" else pytest.importorskip("numpy").float32
+    loss, set_number, leaves = module_case("every number of C-JEPA", convert)
+    counter: Any = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for number in range(6, 36, 6):  # a half and a third of them are whole numbers too
+        set_number(float(number))
+        compare(compiled(), loss(), leaves, rtol=0.0, atol=0.0)
+    assert counter.frame_count == 2
 
 
 @pytest.mark.parametrize("learnable", [False, True], ids=["float", "learnable"])

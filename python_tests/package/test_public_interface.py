@@ -96,8 +96,8 @@ BREAKING: dict[str, tuple[Callable[[Interface], object], str]] = {
         "settable property temperature: removed",
     ),
     "attribute": (
-        lambda i: i["modules"]["cjepa_kernels.HJEPALoss"]["attributes"].remove("eps"),
-        "attribute eps: removed",
+        lambda i: i["modules"]["cjepa_kernels.HJEPALoss"]["attributes"].remove("target_norm"),
+        "attribute target_norm: removed",
     ),
     "result": (
         lambda i: i["modules"]["cjepa_kernels.HJEPALoss"]["results"].remove("loss_h0"),
