@@ -301,7 +301,7 @@ interpreted = pytest.mark.skipif(
     [
         (640, 64, torch.bfloat16, "wide", "one_panel"),
         (611, 100, torch.float16, "wide", "several_panels"),
-        (600, 190, torch.bfloat16, "pairs", "several_panels"),
+        (530, 190, torch.bfloat16, "pairs", "several_panels"),
         (521, 300, torch.float16, "pairs", "one_panel"),
     ],
 )
@@ -348,6 +348,20 @@ def test_a_rectangle_by_the_kernels(
     assert sum(kernel.launches for kernel in emulated.values()) > 0
     for name in ("row_lse", "column_lse", "row_max", "column_max"):
         assert relative_error(getattr(out, name), getattr(today, name).double()) < BOUND, name
+
+
+@interpreted
+@pytest.mark.usefixtures("poisoned_memory")
+def test_the_check_for_a_device_passes_by_the_kernels(
+    emulated: dict[str, EmulatedKernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_hopper = importlib.import_module("gpu_hopper")
+    x, y = gpu_hopper.views(1026, 64, torch.bfloat16, device="cpu")
+    assert gpu_hopper.parity(x, y, sample=100)["passed"]
+    assert emulated["wide"].launches == 2
+    assert gpu_hopper.uses_gluon(x, y)
+    monkeypatch.setattr(hopper, "select", lambda tiles: None)
+    assert not gpu_hopper.uses_gluon(x, y)
 
 
 def launched(call: Callable[[], Any], architecture: int = 90) -> list[str]:

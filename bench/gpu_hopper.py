@@ -1,0 +1,208 @@
+"""The Gluon kernels on a Hopper GPU: parity first, then time beside the Triton kernels.
+
+    python bench/gpu_hopper.py [--no-save]
+
+For each number of features the script compares the forward of NT-Xent by a Gluon kernel with the
+forward by the Triton kernels, anchor by anchor, and with the formula in fp64. Only then it times
+both, in turn, beside the bare product torch.mm(z, z.T). It writes bench/results/gpu_hopper.json. A
+combination that fails is named, the others are measured all the same, and the exit code is 1. On
+any other device the script says so and ends.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cjepa_kernels import nt_xent
+from cjepa_kernels.backends import triton_minor
+from cjepa_kernels.bench.candidates import FORWARD, products
+from cjepa_kernels.bench.records import Record
+from cjepa_kernels.bench.script_options import read_options, save
+from cjepa_kernels.bench.timing import interleaved_on_gpu
+from cjepa_kernels.error_lines import kind_and_first_line
+from cjepa_kernels.tables import print_table
+
+GLUON, TRITON, MM = "Gluon kernel", "Triton kernels", "torch.mm"
+VARIABLE = "CJEPA_GLUON"
+CAPABILITY = (9, 0)
+ROWS = (65536, 16384)
+FEATURES = (256, 512, 128, 768, 64, 384, 640)  # what matters most comes first
+DTYPES = (torch.bfloat16, torch.float16)
+PARITY_ROWS = 16384 + 2 * 77  # the last block is not whole
+SAMPLE = 512  # anchors that are compared with the formula in fp64
+TEMPERATURE = 0.1
+SECONDS = 1.0  # for the candidates of one size
+# Both kernels round the same operands, and a tensor core cuts off bits of its sums: 1e-5 of a
+# similarity, and ten times as much of an exponential.
+LARGEST_DIFFERENCE = 1e-4
+# Relative errors that the rounding of operands may cause. python_tests/triton/test_kernels.py has
+# the same bounds.
+LARGEST_ERROR = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@contextmanager
+def gluon(allowed: bool) -> Iterator[None]:
+    """Inside the context the Gluon kernels are used wherever they serve, or never."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = "1" if allowed else "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+
+
+def views(rows: int, features: int, dtype: torch.dtype, device: str = "cuda") -> list[Tensor]:
+    """Two views whose pairs are alike, as those of a trained model are."""
+    generator = torch.Generator(device).manual_seed(rows + features)
+    shape = (rows // 2, features)
+    x, y = (torch.randn(shape, device=device, generator=generator) for _ in range(2))
+    return [x.to(dtype), (x + 0.7 * y).to(dtype)]
+
+
+def forward(x: Tensor, y: Tensor, *, allowed: bool) -> Any:
+    """The loss of each anchor and the metrics."""
+    with gluon(allowed), torch.no_grad():
+        return nt_xent(x, y, temperature=TEMPERATURE, reduction="none", backend="triton")
+
+
+def exact_losses(x: Tensor, y: Tensor, anchors: Tensor) -> Tensor:
+    """The losses of some anchors by the formula in fp64."""
+    z = F.normalize(torch.cat([x, y]).double(), dim=1)
+    logits = z[anchors] @ z.T / TEMPERATURE
+    logits.scatter_(1, anchors[:, None], -torch.inf)
+    positive = (anchors + len(x)) % len(z)
+    return torch.logsumexp(logits, 1) - logits.gather(1, positive[:, None])[:, 0]
+
+
+def parity(
+    x: Tensor, y: Tensor, forward: Callable[..., Any] = forward, sample: int = SAMPLE
+) -> dict[str, float | bool]:
+    """How far the Gluon kernel is from the Triton kernels and from fp64, and whether it passes."""
+    new, again = (forward(x, y, allowed=True) for _ in range(2))
+    today = forward(x, y, allowed=False)
+    anchors = torch.randperm(2 * len(x), generator=torch.Generator().manual_seed(0))[:sample]
+    anchors = anchors.to(x.device)
+    exact = exact_losses(x, y, anchors)
+    difference = float(((new.loss - today.loss).abs() / today.loss.abs()).max())
+    error = float(((new.loss[anchors] - exact).abs() / exact.abs()).max())
+    accuracy = float((new.accuracy - today.accuracy).abs())
+    same_bits = bool(torch.equal(new.loss, again.loss))
+    # "not (a <= b)" is true for NaN, too.
+    passed = not (
+        not difference <= LARGEST_DIFFERENCE
+        or not error <= LARGEST_ERROR[x.dtype]
+        or not accuracy <= 2 / len(x)  # a tie may fall either way
+        or not same_bits
+    )
+    return {
+        "difference": difference,
+        "error": error,
+        "accuracy_difference": accuracy,
+        "same_bits": same_bits,
+        "passed": passed,
+    }
+
+
+def uses_gluon(x: Tensor, y: Tensor) -> bool:
+    """Whether a Gluon kernel takes the inner tiles of these views.
+
+    If it could not be compiled, the Triton kernels would be compared with themselves.
+    """
+    from cjepa_kernels.triton import hopper
+
+    found: list[bool] = []
+    launch = hopper.HopperTiles.launch
+
+    def noted(self: Any, panel: Any) -> None:
+        found.append(True)
+        launch(self, panel)
+
+    hopper.HopperTiles.launch = noted  # type: ignore[method-assign]
+    try:
+        forward(x, y, allowed=True)
+    finally:
+        hopper.HopperTiles.launch = launch  # type: ignore[method-assign]
+    return bool(found)
+
+
+def times(x: Tensor, y: Tensor) -> dict[str, Any]:
+    """Seconds of a forward on the device: median, p20 and p80 of each candidate."""
+    builds = {
+        GLUON: lambda: partial(forward, x, y, allowed=True),
+        TRITON: lambda: partial(forward, x, y, allowed=False),
+        MM: lambda: products((x, y), FORWARD),
+    }
+    found, errors = interleaved_on_gpu(builds, seconds=SECONDS)
+    return {**found, **{name: {"error": error} for name, error in errors.items()}}
+
+
+def check(features: int, dtype: torch.dtype) -> Record:
+    """The parity of one combination, as a record."""
+    record: Record = {"D": features, "dtype": str(dtype).removeprefix("torch.")}
+    try:
+        x, y = views(PARITY_ROWS, features, dtype)
+        if not uses_gluon(x, y):
+            return {**record, "passed": False, "reason": "no Gluon kernel was launched"}
+        return {**record, **parity(x, y)}
+    except Exception as error:
+        return {**record, "passed": False, "reason": kind_and_first_line(error)}
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot run here; None if they can."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability != CAPABILITY:
+        number = ".".join(map(str, capability))
+        return f"the kernels need compute capability 9.0, this GPU has {number}"
+    return None
+
+
+def main() -> int:
+    options = read_options(__doc__)
+    reason = why_not()
+    if reason is not None:
+        print(f"Nothing was measured: {reason}.")
+        return 0
+    checks, rows, table = [], [], []
+    for dtype in DTYPES:
+        for features in FEATURES:
+            record = check(features, dtype)
+            checks.append(record)
+            print(record, flush=True)
+    for features in FEATURES:
+        (passed,) = (r["passed"] for r in checks if (r["D"], r["dtype"]) == (features, "bfloat16"))
+        for number in ROWS if passed else ():
+            found = times(*views(number, features, torch.bfloat16))
+            rows += [{"M": number, "D": features, "name": n, **t} for n, t in found.items()]
+            medians = {name: t.get("median", float("nan")) for name, t in found.items()}
+            table.append(
+                [
+                    str(number),
+                    str(features),
+                    f"{1e3 * medians[GLUON]:.3f}",
+                    f"{medians[GLUON] / medians[TRITON]:.2f}",
+                    f"{medians[GLUON] / medians[MM]:.2f}",
+                ]
+            )
+            print(table[-1], flush=True)
+    print_table(["M", "D", "ms", "of the Triton kernels", "of torch.mm"], table)
+    save(options, "gpu_hopper", rows, parity=checks, triton=triton_minor(), of_kernels=True)
+    return 0 if all(record["passed"] for record in checks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
