@@ -4,9 +4,9 @@
 
 For each number of features the script compares the forward of NT-Xent by a Gluon kernel with the
 forward by the Triton kernels, anchor by anchor, and with the formula in fp64. Only then it times
-both, in turn, beside the bare product torch.mm(z, z.T). It writes bench/results/gpu_hopper.json. A
-combination that fails is named, the others are measured all the same, and the exit code is 1. On
-any other device the script says so and ends.
+both, in turn, beside the bare product torch.mm(z, z.T). It writes bench/results/gpu_hopper.json
+after every size. A combination that fails is named, the others are measured all the same, and the
+exit code is 1. On any other device the script says so and ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cjepa_kernels import nt_xent
-from cjepa_kernels.backends import triton_minor
 from cjepa_kernels.bench.candidates import FORWARD, products
 from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.script_options import read_options, save
@@ -178,11 +177,16 @@ def main() -> int:
         print(f"Nothing was measured: {reason}.")
         return 0
     checks, rows, table = [], [], []
+
+    def write() -> None:
+        save(options, "gpu_hopper", rows, parity=checks, of_kernels=True)
+
     for dtype in DTYPES:
         for features in FEATURES:
             record = check(features, dtype)
             checks.append(record)
             print(record, flush=True)
+    write()
     for features in FEATURES:
         (passed,) = (r["passed"] for r in checks if (r["D"], r["dtype"]) == (features, "bfloat16"))
         for number in ROWS if passed else ():
@@ -199,8 +203,8 @@ def main() -> int:
                 ]
             )
             print(table[-1], flush=True)
+            write()
     print_table(["M", "D", "ms", "of the Triton kernels", "of torch.mm"], table)
-    save(options, "gpu_hopper", rows, parity=checks, triton=triton_minor(), of_kernels=True)
     return 0 if all(record["passed"] for record in checks) else 1
 
 

@@ -94,3 +94,35 @@ def test_another_device_is_named(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert gpu_hopper.why_not() == "the kernels need compute capability 9.0, this GPU has 8.0"
+
+
+def test_what_fails_is_not_timed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[dict[str, Any]] = []
+    candidates = (gpu_hopper.GLUON, gpu_hopper.TRITON, gpu_hopper.MM)
+    monkeypatch.setattr("sys.argv", ["gpu_hopper.py"])
+    monkeypatch.setattr(gpu_hopper, "why_not", lambda: None)
+    monkeypatch.setattr(gpu_hopper, "FEATURES", (256, 512))
+    monkeypatch.setattr(gpu_hopper, "views", lambda *sizes: sizes)
+    monkeypatch.setattr(
+        gpu_hopper,
+        "check",
+        lambda features, dtype: {"D": features, "dtype": str(dtype)[6:], "passed": features == 256},
+    )
+    monkeypatch.setattr(
+        gpu_hopper,
+        "times",
+        lambda rows, features, dtype: {name: {"median": 2.0} for name in candidates},
+    )
+    monkeypatch.setattr(
+        gpu_hopper,
+        "save",
+        lambda options, name, rows, **more: saved.append({"rows": [*rows], **more}),
+    )
+    assert gpu_hopper.main() == 1
+    assert len(saved[0]["parity"]) == 4
+    assert {(r["M"], r["D"], r["name"]) for r in saved[-1]["rows"]} == {
+        (rows, 256, name) for rows in gpu_hopper.ROWS for name in candidates
+    }
+    assert "2000.000" in capsys.readouterr().out
