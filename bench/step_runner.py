@@ -91,10 +91,10 @@ class Folder:
     """The folder of a check, which holds the lines and the output of every step."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = path.resolve()  # Steps run in the root of the checkout.
         for name in ("lines", "logs"):
-            (path / name).mkdir(parents=True, exist_ok=True)
-            for old in (path / name).iterdir():
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+            for old in (self.path / name).iterdir():
                 old.unlink()
 
     def lines(self, step: str) -> Path:

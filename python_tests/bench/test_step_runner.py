@@ -108,6 +108,19 @@ def test_a_step_beyond_its_limit_is_interrupted_and_its_children_are_ended(
     assert gone(int(marker.read_text()))
 
 
+def test_a_folder_may_be_relative_and_loses_what_an_earlier_check_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("CJEPA_LINES", raising=False)
+    for _ in range(2):
+        folder = runner.Folder(Path("relative"))
+        step = runner.Step("writes", python(WRITE), 60)
+        outcomes = runner.run_all([step], folder, 60.0)
+        assert record.merge({}, [step], outcomes, folder)["compile"] == [ROW]
+    assert (tmp_path / "relative" / "lines" / "writes.jsonl").is_file()
+
+
 def test_an_exception_ends_the_running_steps(folder: Any, tmp_path: Path) -> None:
     marker = tmp_path / "pid"
     code = f"import os, time; open({str(marker)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
