@@ -39,6 +39,7 @@ DEPTH = 16  # features of one HGMMA instruction
 # addresses, and the results are the same. Registers of the two groups differ, so the larger counts.
 SPILLS = {
     "3.6": {("pairs", 640): 2, ("pairs", 768): 8},
+    "3.7": {("pairs", 640): 2, ("pairs", 768): 8},
     "3.8": {("pairs", 512): 6, ("pairs", 640): 12, ("pairs", 768): 20},
     "3.9": {("wide", 256): 150, ("pairs", 640): 20, ("pairs", 768): 28},
 }
