@@ -14,12 +14,14 @@ from cjepa_kernels.bench import machine, sources
 from cjepa_kernels.provenance import git
 
 hash_sources = load("hash_sources")
-# The pages that show figures of a record. gpu_exploration_h100.json is linked, not shown.
+# The pages that show figures of a record. An empty tuple: the record is shown by none.
 PAGES = {
     "NVIDIA-H100-80GB-HBM3-2026-11-27.json": ("README.md", "docs/results/gpu.md"),
     "gpu_instructions_sm90.json": ("docs/performance.md",),
     "nvidia-h100-80gb-hbm3-bf16.json": ("docs/results/nvidia-h100-80gb-hbm3-bf16.md",),
     "gpu_exploration_h100.json": (),
+    "gpu_check.json": ("README.md", "docs/results/gpu-check.md"),
+    "gpu_hopper.json": (),
 }
 FILES = {
     "cjepa_kernels/triton/kernels/pack.py": sources.KERNELS,
@@ -108,6 +110,7 @@ def test_a_record_names_the_files_of_its_commit(path: Path) -> None:
 @pytest.mark.parametrize("path", hash_sources.records(), ids=lambda path: path.name)
 def test_the_pages_of_a_record_say_whether_the_kernels_have_changed(path: Path) -> None:
     sentence = sources.since(json.loads(path.read_text(encoding="utf-8"))["environment"]["sources"])
+    assert path.name in PAGES, "name the pages that show the record"
     for page in PAGES[path.name]:
         text = (ROOT / page).read_text(encoding="utf-8")
         assert sentence in text, f"{page}: run python docs/generate_figures.py or bench/record.py"
