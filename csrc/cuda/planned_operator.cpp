@@ -181,8 +181,10 @@ class Call {
 
   // The process may change these between two calls.
   void add_settings_to_key() {
-    const char* workspace = std::getenv("CJEPA_WORKSPACE_MIB");
-    add_to_key(std::string(workspace == nullptr ? "" : workspace));
+    for (const char* name : {"CJEPA_WORKSPACE_MIB", "CJEPA_GLUON", "CJEPA_LAUNCH_PLANS"}) {
+      const char* value = std::getenv(name);
+      add_to_key(std::string(value == nullptr ? "" : value));
+    }
     for (size_t position : planned_.fp32_arguments) {
       const Argument& argument = arguments_[position];
       const auto* tensor = std::get_if<Tensor>(&argument);

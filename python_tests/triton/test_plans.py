@@ -240,17 +240,22 @@ def test_everything_that_launches_depend_on_is_in_the_key(
     for args in different:
         same(operators("nt_xent", *args), OPERATORS["nt_xent"][0](*args))
     assert operators.python_calls == 2 + len(different)
-    monkeypatch.setenv("CJEPA_WORKSPACE_MIB", "0.03")
-    operators("nt_xent", *base)
-    monkeypatch.delenv("CJEPA_WORKSPACE_MIB")
+    for variable, value in (
+        ("CJEPA_WORKSPACE_MIB", "0.03"),
+        ("CJEPA_GLUON", "1"),
+        ("CJEPA_LAUNCH_PLANS", "0"),
+    ):
+        with monkeypatch.context() as context:
+            context.setenv(variable, value)
+            operators("nt_xent", *base)
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         operators("nt_xent", *base)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
-    assert operators.python_calls == 2 + len(different) + 2
+    assert operators.python_calls == 2 + len(different) + 4
     operators("nt_xent", *base)
-    assert operators.python_calls == 2 + len(different) + 2
+    assert operators.python_calls == 2 + len(different) + 4
 
 
 def test_the_boundary_is_where_the_shift_changes() -> None:
