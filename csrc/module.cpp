@@ -60,19 +60,18 @@ void register_planned_operator(const std::string& name, const std::string& dispa
   // The function is never released, because operators are not either. A call of an operator does
   // not hold Python's lock.
   PyObject* const function = py::function(fp32_products).release().ptr();
-  cjepa::register_planned_operator(
-      {.name = name,
-       .arguments = arguments,
-       .results = results,
-       .boundaries = boundaries,
-       .without_plan = without_plan,
-       .fp32_arguments = fp32_arguments,
-       .fp32_products =
-           [function] {
-             const py::gil_scoped_acquire lock;
-             return py::handle(function)().cast<int64_t>();
-           }},
-      dispatch_key);
+  cjepa::register_planned_operator({.name = name,
+                                    .arguments = arguments,
+                                    .results = results,
+                                    .boundaries = boundaries,
+                                    .without_plan = without_plan,
+                                    .fp32_arguments = fp32_arguments,
+                                    .fp32_products =
+                                        [function] {
+                                          const py::gil_scoped_acquire lock;
+                                          return py::handle(function)().cast<int64_t>();
+                                        }},
+                                   dispatch_key);
 }
 
 void add_plans(py::module_& module) {
@@ -85,10 +84,12 @@ void add_plans(py::module_& module) {
              "Give an operator a kernel that replays launch plans; csrc/cuda/planned_operator.h "
              "says what the arguments are.");
   module.def("wants_plan", &cjepa::wants_plan,
-             "Whether the operator's call that runs on this thread can use a launch plan.");
+             "Whether the operator's call that runs on this thread shall record a launch plan.");
   module.def(
       "offer_plan", [](const py::bytes& plan) { cjepa::offer_plan(std::string(plan)); },
       py::arg("plan"), "Hand over the launch plan of the operator's call on this thread.");
+  module.def("refuse_plan", &cjepa::refuse_plan,
+             "Say that the recording of the call that runs on this thread gave no launch plan.");
   module.def("forget_plans", &cjepa::forget_plans, "Forget all launch plans.");
   module.def("plan_count", &cjepa::plan_count, "How many launch plans there are.");
   module.def("call_count", &cjepa::call_count,

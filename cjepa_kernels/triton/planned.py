@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -40,10 +41,12 @@ KINDS = {
 # belongs to the key.
 PARAMETERS = ("temperature", "eps")
 PARAMETER_KIND = "n"
+FAILED = " failed in Python"  # csrc/cuda/planned_operator.cpp says so of an exception in Python.
 FEATURES = ("z_i", "x")  # arguments whose dtype is that of the products, unless product_dtype is
 
 _failure = threading.local()  # the last exception of this thread's calls without a plan
 _refusals: dict[str, str] = {}
+_kernels: dict[int, Any] = {}  # what Triton compiled, of all plans
 _warned = False
 _library: Any = None
 
@@ -93,7 +96,7 @@ def register_in(
     library.define(overload + schema)
     run = _without_plan(name, names, numbers, implementation)
     library.impl(overload, run, "CompositeExplicitAutograd")
-    in_fp32 = [k for k, name in enumerate(names) if name in (*FEATURES, "product_dtype")]
+    in_fp32 = [names.index(name) for name in ("product_dtype", *FEATURES) if name in names]
     module.register_planned_operator(
         name=f"{library.ns}::{name}",
         dispatch_key=dispatch_key,
@@ -145,7 +148,10 @@ def _without_plan(
             parameters = {number: arguments[number] for number in numbers}
             return _record(name, implementation, args, parameters)
         except BaseException as error:
+            # The exception may wait long for raise_original. It shall not keep tensors alive.
+            traceback.clear_frames(error.__traceback__)
             _failure.error, _failure.call = error, module.call_count()
+            args, arguments = (), {}
             raise
 
     return without_plan
@@ -158,11 +164,15 @@ def raise_original(error: RuntimeError) -> NoReturn:
     ``torch.OutOfMemoryError`` is one that programs look for.
     """
     found: BaseException | None = getattr(_failure, "error", None)
-    if found is not None:
-        _failure.error = None
-        if _failure.call == _module().call_count():
-            raise found from None
-    raise error
+    if found is None or FAILED not in str(error):
+        raise error
+    _failure.error = None
+    if _failure.call != _module().call_count():
+        raise error
+    try:
+        raise found from None
+    finally:
+        del found  # It refers to this frame, and would live until the next garbage collection.
 
 
 def _tensors(args: Sequence[Any]) -> list[Tensor]:
@@ -171,14 +181,21 @@ def _tensors(args: Sequence[Any]) -> list[Tensor]:
     return [x for x in flat if isinstance(x, Tensor)]
 
 
+def _features(arguments: dict[str, Any]) -> Tensor:
+    """The tensor whose dtype and number of features are those of the call."""
+    if "predictions" in arguments:
+        return arguments["predictions"][0]  # type: ignore[no-any-return]
+    named = [arguments[name] for name in FEATURES if name in arguments]
+    return (named or _tensors(list(arguments.values())))[0]
+
+
 def _may_record(operator: str, direction: proved.Direction, arguments: dict[str, Any]) -> bool:
     """Whether a plan of this call may be used, and its launches can be recorded now."""
     from triton import knobs
 
     from cjepa_kernels.triton import configs
 
-    rows = next((arguments[name] for name in FEATURES if name in arguments), None)
-    rows = arguments["predictions"][0] if rows is None else rows
+    rows = _features(arguments)
     if rows.dtype == torch.float64:
         return False
     if rows.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -202,30 +219,42 @@ def _record(
     """Run a call and hand over its plan, if it can have one."""
     plans = importlib.import_module("cjepa_kernels.triton.plans")
     recording = importlib.import_module("cjepa_kernels.triton.recording")
+    failure = ""
     try:
         with recording.record() as recorded:
             results = implementation(*args)
     except Exception as error:
+        failure = _describe(error)
+    if failure:
         # Recording holds more memory than the call alone. If the call fails too, that is its error.
         results = implementation(*args)
-        _warn(error)
+        _module().refuse_plan()
+        _warn(failure)
         return results
     try:
         tensors = _tensors(args)
-        lists = (results,) if isinstance(results, Tensor) else results
+        lists = (results,) if isinstance(results, (Tensor, list)) else results
         plan = plans.make_plan(recorded, tensors=tensors, results=lists, numbers=numbers)
         _open_driver()
         with _on_device(tensors[0].device):
             _module().offer_plan(plan)
+        # The driver's handles are good for as long as Triton's objects live.
+        _kernels.update({id(x.compiled): x.compiled for x in recorded.launches})
     except plans.NoPlanError as error:
+        _module().refuse_plan()
         _refusals[name] = str(error)  # Such a call goes on as it does without plans.
     except Exception as error:
-        _warn(error)
+        _module().refuse_plan()
+        _warn(_describe(error))
     return results
 
 
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def refusals() -> dict[str, str]:
-    """By operator, why its last call that could have no plan could have none."""
+    """By operator, the reason why the last recording that gave no plan gave none."""
     return dict(_refusals)
 
 
@@ -240,14 +269,14 @@ def _on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _warn(error: Exception) -> None:
+def _warn(reason: str) -> None:
     """Say once that calls go on without plans."""
     global _warned
     if not _warned:
         _warned = True
         warnings.warn(
-            f"a launch plan could not be made ({type(error).__name__}: {error}); such calls launch "
-            "their kernels from Python, which takes longer. CJEPA_LAUNCH_PLANS=0 silences this",
+            f"a launch plan could not be made ({reason}); such calls launch their kernels from "
+            "Python, which takes longer. CJEPA_LAUNCH_PLANS=0 silences this",
             stacklevel=2,
         )
 

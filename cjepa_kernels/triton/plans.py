@@ -1,16 +1,16 @@
 """Launch plans: what one call allocated and launched, in the form in which csrc/cuda repeats it.
 
 ``csrc/cuda/plan.h`` says what a plan holds. A slot is a piece of memory that a call uses: first its
-tensors, in the order of the schema, then the plan's allocations. The last allocation is the
-workspace: all memory that is neither a tensor of the call nor a result.
+tensors, in the order of the schema, then its results, then the workspace: all memory that is
+neither.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,7 @@ from torch import Tensor
 from cjepa_kernels.triton.recording import Launch, Recording, is_permanent
 
 ALIGNMENT = 512  # bytes: that of a piece of memory in the workspace, as of PyTorch's allocator
-SCALAR_ALIGNMENT = 16  # bytes, of a result: kernels are compiled for pointers with this alignment
-ROWS_ALIGNMENT = 128  # bytes, of a result that is a vector
+POINTER_ALIGNMENT = 16  # bytes: Triton compiles another kernel for pointers that have it
 DTYPES = {  # PyTorch's numbers of them, which csrc hands to the allocator
     torch.uint8: 0,
     torch.int32: 3,
@@ -124,9 +123,9 @@ class Span(NamedTuple):
     bytes: int
     place: Place
 
-    def holds(self, address: int) -> bool:
-        """Whether an address lies in it."""
-        return self.address <= address < self.address + self.bytes
+    def holds(self, address: int, size: int) -> bool:
+        """Whether so many bytes from an address on lie in it."""
+        return self.address <= address and address + size <= self.address + self.bytes
 
 
 @dataclass
@@ -134,16 +133,14 @@ class Memory:
     """The memory of the recorded call, by slots.
 
     Attributes:
-        tensors: Number of slots that are tensors of the call.
+        workspace: The workspace's slot.
         allocated: What the call allocated, by address.
-        allocations: dtype and number of elements of each allocation.
         spans: Which addresses belong to which slot.
         workspace_bytes: Size of the workspace so far.
     """
 
-    tensors: int
+    workspace: int
     allocated: Mapping[int, Tensor]
-    allocations: list[tuple[torch.dtype, int]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     workspace_bytes: int = 0
 
@@ -153,42 +150,40 @@ class Memory:
         Memory of the call that is in no slot becomes a part of the workspace.
 
         Raises:
-            NoPlanError: It lies in two slots, partly outside of its slot, or is not of the call.
+            NoPlanError: It lies in two slots, partly outside of one, or is not of the call.
         """
         address, size = x.data_ptr(), _bytes_spanned(x)
-        holding = [s for s in self.spans if s.holds(address)]
-        # Views that are interleaved overlap, but do not begin at the same address.
-        beginning = [s for s in holding if s.address == address]
-        found = beginning or holding
-        if not found:
+        # Views that are interleaved overlap, but none of them holds the whole of another one.
+        whole = [s for s in self.spans if s.holds(address, size)]
+        if not whole:
+            if any(s.holds(address, 1) for s in self.spans):
+                raise NoPlanError("a tensor of a launch reaches out of its memory")
             storage = x.untyped_storage()
             if storage.data_ptr() not in self.allocated:
                 raise NoPlanError("a launch uses memory that the call neither got nor allocated")
             self.add_to_workspace(storage.data_ptr(), storage.nbytes())
             return self.find(x)
-        if len(found) > 1:
+        if len(whole) > 1:
             raise NoPlanError("two of the call's tensors share memory")
-        (span,) = found
-        if address + size > span.address + span.bytes:
-            raise NoPlanError("a tensor of a launch reaches out of the memory that it begins in")
+        (span,) = whole
         return Place(span.place.slot, span.place.offset + address - span.address)
+
+    def add(self, x: Tensor, slot: int) -> None:
+        """Make the memory of a tensor that of a slot."""
+        if x.numel() > 0:
+            self.spans.append(Span(x.data_ptr(), _bytes_spanned(x), Place(slot, 0)))
 
     def holds(self, address: int) -> bool:
         """Whether an address lies in a slot."""
-        return any(span.holds(address) for span in self.spans)
+        return any(span.holds(address, 1) for span in self.spans)
 
     def add_to_workspace(self, address: int, size: int) -> None:
         """Give memory a place in the workspace, at the same alignment or a better one."""
-        if address % SCALAR_ALIGNMENT != 0:
+        if address % POINTER_ALIGNMENT != 0:
             raise NoPlanError("a temporary tensor is not aligned")
         start = -(-self.workspace_bytes // ALIGNMENT) * ALIGNMENT
         self.spans.append(Span(address, size, Place(self.workspace, start)))
         self.workspace_bytes = start + size
-
-    @property
-    def workspace(self) -> int:
-        """The workspace's slot, once the allocations of the results are known."""
-        return self.tensors + len(self.allocations)
 
 
 def _bytes_spanned(x: Tensor) -> int:
@@ -218,66 +213,36 @@ def make_plan(
     """
     if recording.refusal:
         raise NoPlanError(recording.refusal)
-    memory = Memory(len(tensors), recording.allocated)
-    for slot, x in enumerate(tensors):
-        if x.numel() > 0:
-            memory.spans.append(Span(x.data_ptr(), _bytes_spanned(x), Place(slot, 0)))
+    for name, number in numbers.items():
+        if math.isnan(number):  # It would be equal to no parameter of a launch.
+            raise NoPlanError(f"{name} is NaN")
     lists = [[r] if isinstance(r, Tensor) else list(r) for r in results]
     flat = [x for of_list in lists for x in of_list]
-    places = _place_results(memory, flat)
+    memory = Memory(len(tensors) + len(flat), recording.allocated)
+    for slot, x in enumerate(tensors):
+        memory.add(x, slot)
+    for slot, x in enumerate(flat, start=len(tensors)):
+        if x.numel() > 0 and memory.holds(x.data_ptr()):
+            raise NoPlanError("a result shares memory with another one or with an argument")
+        if not _is_dense(x):
+            raise NoPlanError("a result has gaps in memory")
+        memory.add(x, slot)
     for x in recording.zeroed:
         if x.numel() > 0:
             memory.add_to_workspace(x.data_ptr(), _bytes_spanned(x))
     zeroed_bytes = memory.workspace_bytes
     launches = _Launches(memory, numbers)
     packed = [launches.pack(launch, machine(launch)) for launch in recording.launches]
-    memory.allocations.append((torch.uint8, max(1, memory.workspace_bytes)))
     return b"".join(
         (
             _pack("II", len(tensors), len(numbers)),
             _pack_list(_pack("I", len(of_list)) for of_list in lists),
-            _pack_list(_pack("iq", DTYPES[dtype], size) for dtype, size in memory.allocations),
-            _pack("Q", zeroed_bytes),
-            _pack_list(
-                _pack_result(x, place, memory) for x, place in zip(flat, places, strict=True)
-            ),
+            _pack_list(_pack_result(x) for x in flat),
+            _pack("qQ", memory.workspace_bytes, zeroed_bytes),
             _pack_list(launches.maps),
             _pack_list(packed),
         )
     )
-
-
-def _place_results(memory: Memory, results: list[Tensor]) -> list[Place]:
-    """Allocate the results.
-
-    Numbers of one dtype share an allocation, and so do vectors of the same size, because each
-    allocation takes time. A larger result has one of its own.
-    """
-
-    def group(k: int) -> tuple[Any, ...]:
-        x = results[k]
-        if x.ndim > 1 and x.numel() > 0:
-            return str(x.dtype), 2, k
-        return str(x.dtype), int(x.numel() > 1), x.numel() if x.numel() > 1 else 0
-
-    places: dict[int, Place] = {}
-    for _, members in groupby(sorted(range(len(results)), key=group), key=group):
-        slot, end, dtype = memory.workspace, 0, torch.uint8
-        for k in members:
-            x = results[k]
-            if x.numel() > 0 and memory.holds(x.data_ptr()):
-                raise NoPlanError("a result shares memory with another one or with an argument")
-            if not _is_dense(x):
-                raise NoPlanError("a result has gaps in memory")
-            dtype = x.dtype
-            alignment = ROWS_ALIGNMENT if x.numel() > 1 else SCALAR_ALIGNMENT
-            start = -(-end // alignment) * alignment
-            places[k] = Place(slot, start)
-            end = start + x.numel() * x.element_size()
-            if x.numel() > 0:
-                memory.spans.append(Span(x.data_ptr(), end - start, places[k]))
-        memory.allocations.append((dtype, max(1, -(-end // dtype.itemsize))))
-    return [places[k] for k in range(len(results))]
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -361,13 +326,12 @@ class _Launches:
         return self.maps.index(packed)
 
 
-def _pack_result(x: Tensor, place: Place, memory: Memory) -> bytes:
+def _pack_result(x: Tensor) -> bytes:
     return b"".join(
         (
-            _pack("I", place.slot - memory.tensors),
+            _pack("i", DTYPES[x.dtype]),
             _pack_list(_pack("q", size) for size in x.shape),
             _pack_list(_pack("q", stride) for stride in x.stride()),
-            _pack("q", place.offset // x.element_size()),
         )
     )
 

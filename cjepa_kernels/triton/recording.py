@@ -62,6 +62,8 @@ class Recording:
 
     def add(self, launch: Launch) -> None:
         """Record a launch, or give up and release all tensors if there are too many."""
+        if launch.programs == 0:  # Triton launches nothing then.
+            return
         if len(self.launches) == MOST_LAUNCHES:
             self.refuse(f"it launches more than {MOST_LAUNCHES} kernels")
         if not self.refusal:
@@ -104,6 +106,9 @@ def record() -> Iterator[Recording]:
     try:
         with _OtherWork(recording):
             yield recording
+    except BaseException as error:
+        recording.refuse(f"it failed: {error}")  # Its tensors do not outlive the failure.
+        raise
     finally:
         _current.recording = None
 

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -59,10 +60,9 @@ class Reader {
 
 PlanResult read_result(Reader& in) {
   PlanResult result;
-  result.allocation = in.read<uint32_t>();
+  result.dtype = in.read<int32_t>();
   result.sizes = in.read_list([&] { return in.read<int64_t>(); });
   result.strides = in.read_list([&] { return in.read<int64_t>(); });
-  result.offset = in.read<int64_t>();
   return result;
 }
 
@@ -104,12 +104,12 @@ void check_indices(const Plan& plan) {
   size_t results = 0;
   for (uint32_t length : plan.list_lengths) results += length;
   require(results == plan.results.size(), "the lists do not hold all results");
-  require(plan.zeroed_bytes == 0 || !plan.allocations.empty(), "zeros lie in no allocation");
-  const size_t slots = plan.tensors + plan.allocations.size();
-  for (const PlanResult& result : plan.results) {
-    require(result.allocation < plan.allocations.size(), "a result lies in no allocation");
+  require(plan.workspace_bytes >= 0, "the workspace has a negative size");
+  require(plan.zeroed_bytes <= static_cast<uint64_t>(plan.workspace_bytes),
+          "zeros lie outside of the workspace");
+  const size_t slots = plan.tensors + plan.results.size() + 1;
+  for (const PlanResult& result : plan.results)
     require(result.sizes.size() == result.strides.size(), "a result has sizes without strides");
-  }
   for (const PlanTensorMap& map : plan.maps)
     require(map.slot < slots, "a tensor map lies in no slot");
   for (const PlanLaunch& launch : plan.launches) {
@@ -137,8 +137,8 @@ void check_parameters(const PlanLaunch& launch) {
   require(index == launch.parameter_sizes.size(), "a kernel takes fewer parameters than its plan");
 }
 
-// The allocations of a call. They are deleted after the last launch, which is safe in the order of
-// the stream.
+// What a call allocates. Deleting the workspace after the last launch is safe in the order of the
+// stream.
 class Allocations {
  public:
   explicit Allocations(size_t number) : handles_(number, nullptr) {}
@@ -175,12 +175,23 @@ std::vector<TensorMap> encode_maps(const Plan& plan, const std::vector<char*>& s
   return maps;
 }
 
+// Where the parameters of a launch lie, and the pointers among them.
+struct ParameterMemory {
+  explicit ParameterMemory(const Plan& plan) {
+    size_t most = 0;
+    for (const PlanLaunch& launch : plan.launches) most = std::max(most, launch.parameters.size());
+    addresses.resize(most);
+    pointers.resize(most);
+  }
+  std::vector<void*> addresses;
+  std::vector<char*> pointers;
+};
+
 void launch_kernel(const PlanLaunch& launch, const std::vector<char*>& slots,
-                   std::vector<TensorMap>& maps, const std::vector<float>& numbers, void* stream) {
-  const size_t count = launch.parameters.size();
-  std::vector<void*> addresses(count);
-  std::vector<char*> pointers(count);
-  for (size_t k = 0; k < count; ++k) {
+                   std::vector<TensorMap>& maps, const std::vector<float>& numbers, void* stream,
+                   ParameterMemory& memory) {
+  auto& [addresses, pointers] = memory;
+  for (size_t k = 0; k < launch.parameters.size(); ++k) {
     const PlanParameter& parameter = launch.parameters[k];
     switch (parameter.kind) {
       case PlanParameter::Kind::kConstant:
@@ -212,12 +223,9 @@ Plan read_plan(std::string_view bytes) {
   plan.tensors = in.read<uint32_t>();
   plan.numbers = in.read<uint32_t>();
   plan.list_lengths = in.read_list([&] { return in.read<uint32_t>(); });
-  plan.allocations = in.read_list([&] {
-    const int32_t dtype = in.read<int32_t>();
-    return PlanAllocation{.dtype = dtype, .elements = in.read<int64_t>()};
-  });
-  plan.zeroed_bytes = in.read<uint64_t>();
   plan.results = in.read_list([&] { return read_result(in); });
+  plan.workspace_bytes = in.read<int64_t>();
+  plan.zeroed_bytes = in.read<uint64_t>();
   plan.maps = in.read_list([&] { return read_map(in); });
   plan.launches = in.read_list([&] { return read_launch(in); });
   require(in.at_end(), "the plan is followed by something else");
@@ -237,18 +245,21 @@ void run_plan(const Plan& plan, const std::vector<AtenTensorHandle>& tensors,
   check_torch(aoti_torch_get_device_index(tensors[0], &device), "aoti_torch_get_device_index");
   void* stream = nullptr;
   check_torch(driver().get_stream(device, &stream), "aoti_torch_get_current_cuda_stream");
+  const size_t result_count = plan.results.size();
   std::vector<char*> slots;
-  slots.reserve(plan.tensors + plan.allocations.size());
+  slots.reserve(plan.tensors + result_count + 1);
   for (AtenTensorHandle tensor : tensors) slots.push_back(address_of(tensor));
-  Allocations owned(plan.allocations.size());
-  for (size_t k = 0; k < plan.allocations.size(); ++k) {
-    const int64_t stride = 1;
-    const PlanAllocation& allocation = plan.allocations[k];
-    if (aoti_torch_empty_strided(1, &allocation.elements, &stride, allocation.dtype, device_type,
-                                 device, &owned[k]) != 0)
+  Allocations owned(result_count + 1);
+  const auto allocate = [&](size_t k, const std::vector<int64_t>& sizes,
+                            const std::vector<int64_t>& strides, int32_t dtype) {
+    if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                 dtype, device_type, device, &owned[k]) != 0)
       throw AllocationError("there is no memory for a launch plan");
     slots.push_back(address_of(owned[k]));
-  }
+  };
+  for (size_t k = 0; k < result_count; ++k)
+    allocate(k, plan.results[k].sizes, plan.results[k].strides, plan.results[k].dtype);
+  allocate(result_count, {plan.workspace_bytes}, {1}, aoti_torch_dtype_uint8());
   {
     const CurrentContext context(plan.context);
     if (plan.zeroed_bytes > 0)
@@ -256,20 +267,12 @@ void run_plan(const Plan& plan, const std::vector<AtenTensorHandle>& tensors,
                                        plan.zeroed_bytes, stream),
                    "cuMemsetD8Async");
     std::vector<TensorMap> maps = encode_maps(plan, slots);
+    ParameterMemory memory(plan);
     for (const PlanLaunch& launch : plan.launches)
-      launch_kernel(launch, slots, maps, numbers, stream);
-  }
-  Allocations views(plan.results.size());
-  for (size_t k = 0; k < plan.results.size(); ++k) {
-    const PlanResult& result = plan.results[k];
-    check_torch(aoti_torch__reinterpret_tensor(
-                    owned[result.allocation], static_cast<int64_t>(result.sizes.size()),
-                    result.sizes.data(), result.strides.data(), result.offset, &views[k]),
-                "aoti_torch__reinterpret_tensor");
+      launch_kernel(launch, slots, maps, numbers, stream, memory);
   }
   results.clear();
-  for (size_t k = 0; k < plan.results.size(); ++k)
-    results.push_back(std::exchange(views[k], nullptr));
+  for (size_t k = 0; k < result_count; ++k) results.push_back(std::exchange(owned[k], nullptr));
 }
 
 }  // namespace cjepa

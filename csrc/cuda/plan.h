@@ -1,11 +1,11 @@
 // A launch plan: what one call of an operator allocates, and the kernels that it launches on it.
 //
-// cjepa_kernels/triton/plan.py records a plan from one ordinary run through the Triton code and
-// hands it over as bytes. Running the plan repeats that run for other addresses and numbers, on the
+// cjepa_kernels/triton/plans.py makes a plan of one ordinary run through the Triton code and hands
+// it over as bytes. Running the plan repeats that run for other addresses and numbers, on the
 // current stream, without any Python.
 //
 // A slot is a piece of memory that the call uses: first its tensors, in the order of the schema,
-// then the plan's allocations.
+// then its results, then the workspace, which holds everything else that the call allocates.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -18,17 +18,10 @@
 
 namespace cjepa {
 
-struct PlanAllocation {
-  int32_t dtype;  // PyTorch's number of it
-  int64_t elements;
-};
-
-// A result is a part of an allocation.
 struct PlanResult {
-  uint32_t allocation;
+  int32_t dtype;  // PyTorch's number of it
   std::vector<int64_t> sizes;
   std::vector<int64_t> strides;
-  int64_t offset;  // elements
 };
 
 // The arguments of cuTensorMapEncodeTiled for a matrix, except for its address.
@@ -68,9 +61,9 @@ struct Plan {
   uint32_t numbers = 0;  // that a call takes
   // For each result of the schema, the tensors in it if it is a list, else 1.
   std::vector<uint32_t> list_lengths;
-  std::vector<PlanAllocation> allocations;
-  uint64_t zeroed_bytes = 0;  // at the start of the last allocation, before the first launch
   std::vector<PlanResult> results;
+  int64_t workspace_bytes = 0;
+  uint64_t zeroed_bytes = 0;  // at the start of the workspace, before the first launch
   std::vector<PlanTensorMap> maps;
   std::vector<PlanLaunch> launches;
   void* context = nullptr;  // in which the functions were loaded

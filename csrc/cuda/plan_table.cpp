@@ -22,16 +22,21 @@ std::shared_ptr<const Plan> PlanTable::find(const PlanKey& key) {
 }
 
 bool PlanTable::shall_record(const PlanKey& key) {
-  constexpr int kMostRecordings = 3;
+  constexpr int kMostRefusals = 3;
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = by_key_.find(key);
   if (found != by_key_.end()) {
-    Entry& entry = *found->second;
-    return entry.plan == nullptr && entry.met <= kMostRecordings && entry.met++ > 0;
+    const Entry& entry = *found->second;
+    return entry.plan == nullptr && entry.refused < kMostRefusals;
   }
   insert(key, nullptr);
-  entries_.front().met = 1;
   return false;
+}
+
+void PlanTable::refuse(const PlanKey& key) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = by_key_.find(key);
+  if (found != by_key_.end()) ++found->second->refused;
 }
 
 void PlanTable::add(PlanKey key, Plan plan) {

@@ -30,10 +30,12 @@ class PlanTable {
   // The plan of a key, or null. The caller shares it, so it lives until the call that runs it ends.
   std::shared_ptr<const Plan> find(const PlanKey& key);
 
-  // Whether a call that found no plan shall record one. It shall when its key is met again, so calls
-  // that never repeat cost nothing more, and no more than a few times, because some calls cannot
-  // have a plan.
+  // Whether a call that found no plan shall record one: from the second call of a key on, so that
+  // calls that never repeat cost nothing more, until a few recordings were refused.
   bool shall_record(const PlanKey& key);
+
+  // Notes that a recording of a call gave no plan.
+  void refuse(const PlanKey& key);
 
   void add(PlanKey key, Plan plan);
   void clear();
@@ -43,7 +45,7 @@ class PlanTable {
   struct Entry {
     PlanKey key;
     std::shared_ptr<const Plan> plan;  // null while the key was only met
-    int met = 0;                       // calls that found no plan
+    int refused = 0;                   // recordings that gave no plan
   };
   using Entries = std::list<Entry>;  // the entry used last comes first
 

@@ -15,6 +15,7 @@
 #include <utility>
 #include <variant>
 
+#include "../cpu/arguments.h"
 #include "plan.h"
 #include "plan_table.h"
 
@@ -37,8 +38,13 @@ PlanTable& table() {
   return plans;
 }
 
-// Where the call on this thread wants its plan; null if it wants none.
-thread_local std::optional<Plan>* wanted = nullptr;
+// What a call that shall record gets from Python.
+struct Recording {
+  std::optional<Plan> plan;
+  bool refused = false;
+};
+// Of the call on this thread; null if it shall not record.
+thread_local Recording* wanted = nullptr;
 thread_local uint64_t calls = 0;
 
 using Argument = std::variant<Tensor, std::optional<Tensor>, std::vector<Tensor>, double,
@@ -62,7 +68,7 @@ Argument take_argument(StableIValue value, ArgumentKind kind) {
     case ArgumentKind::kBool:
       return to<bool>(value);
     case ArgumentKind::kString:
-      return to<std::string>(value);
+      return read_string(to<StringHandle>(value));
     case ArgumentKind::kOptionalDtype:
       return to<std::optional<ScalarType>>(value);
   }
@@ -73,6 +79,9 @@ Argument take_argument(StableIValue value, ArgumentKind kind) {
 class Call {
  public:
   Call(const PlannedOperator& planned, int64_t number, StableIValue* stack) : planned_(planned) {
+    arguments_.reserve(planned.arguments.size());
+    key_.reserve(16 * planned.arguments.size());
+    tensors_.reserve(planned.arguments.size());
     key_.push_back(number);
     size_t number_index = 0;
     for (size_t k = 0; k < planned.arguments.size(); ++k) {
@@ -94,7 +103,8 @@ class Call {
 
   const PlanKey& key() const { return key_; }
 
-  // Whether a plan takes as many tensors and numbers as this call has, and gives as many results.
+  // Whether a plan takes as many tensors and numbers as this call has, and gives the results of the
+  // schema.
   bool fits(const Plan& plan) const {
     bool fits = plan.tensors == tensors_.size() && plan.numbers == numbers_.size() &&
                 plan.list_lengths.size() == planned_.results.size();
@@ -110,7 +120,7 @@ class Call {
     size_t next = 0;
     for (size_t k = 0; k < planned_.results.size(); ++k) {
       if (planned_.results[k] == static_cast<char>(ArgumentKind::kTensor)) {
-        stack[k] = torch::stable::detail::from(Tensor(results[next++]));
+        stack[k] = torch::stable::detail::from(results[next++]);
         continue;
       }
       std::vector<Tensor> list;
@@ -131,17 +141,20 @@ class Call {
     const char* words = torch_exception_get_what_without_backtrace != nullptr
                             ? torch_exception_get_what_without_backtrace()
                             : nullptr;
-    throw std::runtime_error(words != nullptr ? words : planned_.name + " failed in Python");
+    // cjepa_kernels/triton/planned.py looks for the first words.
+    throw std::runtime_error(planned_.name + " failed in Python" +
+                             (words != nullptr ? std::string(": ") + words : ""));
   }
 
  private:
   void add_to_key(const Tensor& tensor) {
     const AtenTensorHandle handle = tensor.get();
     void* address = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &address));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &address));
     key_.push_back(static_cast<int64_t>(tensor.scalar_type()));
     key_.push_back(tensor.get_device_index());
-    key_.push_back(reinterpret_cast<uintptr_t>(address) % kAlignment == 0);
+    // A kernel may get an address with an offset, so its alignment follows from the remainder.
+    key_.push_back(static_cast<int64_t>(reinterpret_cast<uintptr_t>(address) % kAlignment));
     key_.push_back(tensor.dim());
     for (int64_t k = 0; k < tensor.dim(); ++k) {
       key_.push_back(tensor.size(k));
@@ -187,13 +200,12 @@ class Call {
     }
     for (size_t position : planned_.fp32_arguments) {
       const Argument& argument = arguments_[position];
-      const auto* tensor = std::get_if<Tensor>(&argument);
-      const auto* dtype = std::get_if<std::optional<ScalarType>>(&argument);
-      if ((tensor != nullptr && tensor->scalar_type() == ScalarType::Float) ||
-          (dtype != nullptr && *dtype == ScalarType::Float)) {
-        key_.push_back(planned_.fp32_products());
-        return;
-      }
+      std::optional<ScalarType> dtype;
+      if (const auto* tensor = std::get_if<Tensor>(&argument)) dtype = tensor->scalar_type();
+      if (const auto* option = std::get_if<std::optional<ScalarType>>(&argument)) dtype = *option;
+      if (!dtype.has_value()) continue;
+      if (*dtype == ScalarType::Float) key_.push_back(planned_.fp32_products());
+      return;
     }
   }
 
@@ -205,7 +217,7 @@ class Call {
 };
 
 // An operator gets a function of its own, because the dispatcher does not tell a function which
-// operator it runs. The libraries are never closed: PyTorch outlives this module.
+// operator it runs.
 struct Registered {
   PlannedOperator planned;
   std::unique_ptr<StableLibrary> library;
@@ -219,7 +231,13 @@ void run_operator(StableIValue* stack, uint64_t, uint64_t) {
   ++calls;
   const PlannedOperator& planned = registered[number].planned;
   const Call call(planned, static_cast<int64_t>(number), stack);
+  struct Scope {
+    explicit Scope(Recording* own) : outer(std::exchange(wanted, own)) {}
+    ~Scope() { wanted = outer; }
+    Recording* const outer;
+  };
   if (const std::shared_ptr<const Plan> plan = table().find(call.key())) {
+    const Scope scope(nullptr);
     try {
       call.run(*plan, stack);
     } catch (const AllocationError&) {
@@ -229,14 +247,13 @@ void run_operator(StableIValue* stack, uint64_t, uint64_t) {
     return;
   }
   // A call inside of another one, for example in a hook, is no part of that one's plan.
-  std::optional<Plan> plan;
-  struct Scope {
-    explicit Scope(std::optional<Plan>* own) : outer(std::exchange(wanted, own)) {}
-    ~Scope() { wanted = outer; }
-    std::optional<Plan>* const outer;
-  } scope(table().shall_record(call.key()) ? &plan : nullptr);
+  Recording own;
+  const Scope scope(table().shall_record(call.key()) ? &own : nullptr);
   call.run_without_plan(stack);
-  if (plan.has_value() && call.fits(*plan)) table().add(call.key(), std::move(*plan));
+  if (own.plan.has_value() && call.fits(*own.plan))
+    table().add(call.key(), std::move(*own.plan));
+  else if (own.plan.has_value() || own.refused)
+    table().refuse(call.key());
 }
 
 using Boxed = void (*)(StableIValue*, uint64_t, uint64_t);
@@ -287,8 +304,12 @@ void register_planned_operator(PlannedOperator planned, const std::string& dispa
 bool wants_plan() { return wanted != nullptr; }
 
 void offer_plan(std::string_view bytes) {
-  if (wanted == nullptr) throw std::logic_error("no call on this thread wants a plan");
-  *wanted = read_plan(bytes);
+  if (wanted == nullptr) throw std::logic_error("no call on this thread records a plan");
+  wanted->plan = read_plan(bytes);
+}
+
+void refuse_plan() {
+  if (wanted != nullptr) wanted->refused = true;
 }
 
 uint64_t call_count() { return calls; }

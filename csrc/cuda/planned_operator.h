@@ -32,11 +32,12 @@ struct PlannedOperator {
   std::string arguments;  // an ArgumentKind for each argument
   std::string results;    // kTensor or kTensors for each result
   // For each kNumber in order: the numbers at which the launches change. The key holds how many of
-  // them are not above the number.
+  // them the number reaches.
   std::vector<std::vector<double>> boundaries;
   std::string without_plan;  // the overload in Python
-  // Positions of the arguments that decide whether operands are multiplied in fp32. If one is of
-  // fp32, the key holds what `fp32_products` returns, because PyTorch's setting for tf32 counts.
+  // Positions of the arguments that decide in which dtype operands are multiplied: the first of
+  // them that is not None does. If that is fp32, the key holds what `fp32_products` returns,
+  // because PyTorch's setting for tf32 counts.
   std::vector<size_t> fp32_arguments;
   std::function<int64_t()> fp32_products;
 };
@@ -45,12 +46,15 @@ struct PlannedOperator {
 // for letters that are no kind, and std::length_error for more operators than there is room for.
 void register_planned_operator(PlannedOperator planned, const std::string& dispatch_key);
 
-// Whether the call that runs on this thread can use a plan.
+// Whether the call that runs on this thread shall record a plan.
 bool wants_plan();
 
 // Reads a plan for the call that runs on this thread. Throws like read_plan, and std::logic_error
 // if there is no such call.
 void offer_plan(std::string_view bytes);
+
+// Says that the recording of the call that runs on this thread gave no plan.
+void refuse_plan();
 
 // How many calls of planned operators this thread has begun.
 uint64_t call_count();

@@ -47,8 +47,8 @@ class Bytes {
   std::string text_;
 };
 
-// out = x + number, through a workspace of zeros to which the first kernel adds and which the second
-// reads by a tensor map.
+// out = x + number, through a workspace of zeros to which the first kernel adds and which the
+// second reads by a tensor map.
 struct Example {
   FakeKernel add{[](void** parameters) {
                    const float* x = *static_cast<float**>(parameters[0]);
@@ -73,14 +73,12 @@ struct Example {
   std::string bytes() const {
     Bytes b;
     constexpr uint32_t tensor = 0, out = 1, workspace = 2;
-    constexpr int64_t skipped = 4;  // elements before the result in its allocation
+    constexpr int64_t bytes = 4 * kRows * kColumns;
     const uint8_t constant = 0, pointer = 1, map = 2, number = 3;
-    b.add(uint32_t{1}, uint32_t{1}, uint32_t{1}, uint32_t{1});                           // tensors, numbers, list lengths
-    b.add(uint32_t{2}, kFloat32, kRows * kColumns + skipped);  // allocations
-    b.add(kFloat32, kRows * kColumns);
-    b.add(static_cast<uint64_t>(4 * kRows * kColumns));  // zeroed bytes
-    b.add(uint32_t{1}, uint32_t{0}, uint32_t{2}, kRows, kColumns);  // results
-    b.add(uint32_t{2}, kColumns, int64_t{1}, skipped);
+    b.add(uint32_t{1}, uint32_t{1}, uint32_t{1}, uint32_t{1});   // tensors, numbers, list lengths
+    b.add(uint32_t{1}, kFloat32, uint32_t{2}, kRows, kColumns);  // results
+    b.add(uint32_t{2}, kColumns, int64_t{1});
+    b.add(bytes, static_cast<uint64_t>(bytes));       // workspace, and its zeroed bytes
     b.add(uint32_t{1}, workspace, int64_t{0}, 7, 3);  // tensor maps
     b.add(static_cast<uint64_t>(kColumns), static_cast<uint64_t>(kRows));
     b.add(uint64_t{4 * kColumns}, uint32_t{8}, uint32_t{2});
@@ -90,7 +88,7 @@ struct Example {
           uint64_t{0}, constant, uint32_t{0}, static_cast<uint64_t>(kRows * kColumns));
     b.add(uint32_t{4}, 8u, 8u, 4u, 8u);
     b.add(reinterpret_cast<uint64_t>(&copy), 1u, 1u, 1u, 32u, 0u, uint32_t{2});
-    b.add(map, uint32_t{0}, uint64_t{0}, pointer, out, static_cast<uint64_t>(4 * skipped));
+    b.add(map, uint32_t{0}, uint64_t{0}, pointer, out, uint64_t{0});
     b.add(uint32_t{2}, 128u, 8u);
     return b.text();
   }
@@ -190,7 +188,7 @@ CJEPA_TEST(a_plan_without_memory_launches_nothing) {
   bool launched = false;
   example.add.run = [&launched](void**) { return launched = true, 0; };
   Plan plan = read_plan(example.bytes());
-  plan.allocations.back().elements = int64_t{1} << 60;
+  plan.workspace_bytes = int64_t{1} << 60;
   bool refused = false;
   try {
     run(plan, new_matrix(), 1);
@@ -219,8 +217,11 @@ Plan plan_of(uint32_t tensors) {
 CJEPA_TEST(the_table_keeps_the_plans_used_last) {
   PlanTable table(2);
   CHECK(!table.shall_record({1}) && table.shall_record({1}), "a key is met once, then again");
-  CHECK(table.shall_record({1}) && table.shall_record({1}) && !table.shall_record({1}),
-        "a call that cannot have a plan is not recorded for ever");
+  for (int k = 0; k < 3; ++k) {
+    CHECK(table.shall_record({1}), "given up after %d refusals", k);
+    table.refuse({1});
+  }
+  CHECK(!table.shall_record({1}), "a call that can have no plan is recorded for ever");
   table.add({1}, plan_of(1));
   table.add({2}, plan_of(2));
   CHECK(!table.shall_record({1}), "a key with a plan needs no other");

@@ -7,10 +7,13 @@ and numbers than those that were recorded. Run the tests with TRITON_INTERPRET=1
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
 import struct
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -367,34 +370,150 @@ class FullMemoryError(RuntimeError):
     """Stands for torch.OutOfMemoryError."""
 
 
-def test_an_exception_in_python_keeps_its_type(operators: Operators) -> None:
+def test_an_exception_in_python_keeps_its_type_and_no_tensors(operators: Operators) -> None:
+    alive: list[weakref.ref[Tensor]] = []
+
     def fail(x: Tensor) -> Tensor:
+        temporary = x.new_empty(1000)
+        alive.append(weakref.ref(temporary))
         raise FullMemoryError("no memory is left")
 
     operators.add("fails", "(Tensor x) -> Tensor", fail)
     x = torch.ones(2)
-    for _ in range(3):
-        with pytest.raises(FullMemoryError, match="no memory is left"):
-            operators("fails", x)
-    # The exception of an earlier call is not that of a later one.
-    with pytest.raises(RuntimeError):
-        getattr(torch.ops, NAMESPACE).fails(x)
-    operators("nt_xent", *nt_xent_forward(0))
+    gc.disable()
+    try:
+        for _ in range(3):
+            with pytest.raises(FullMemoryError, match="no memory is left"):
+                operators("fails", x)
+        # Compiled programs do not ask for the original exception.
+        with pytest.raises(RuntimeError, match="fails failed in Python"):
+            getattr(torch.ops, NAMESPACE).fails(x)
+        assert [ref() for ref in alive] == [None] * len(alive)
+    finally:
+        gc.enable()
+    # The exception of that call is not the one of another failure.
     with pytest.raises(RuntimeError, match="another"):
         planned.raise_original(RuntimeError("another"))
+    operators("nt_xent", *nt_xent_forward(0))
+    with pytest.raises(RuntimeError, match="of another call"):
+        planned.raise_original(RuntimeError("fails failed in Python: of another call"))
 
 
-def test_an_error_of_a_launch_is_an_exception(operators: Operators) -> None:
+def test_a_recording_that_fails_gives_its_memory_back(operators: Operators) -> None:
+    """The second try of a call that needs nearly all memory has as much as the first."""
+    alive: list[weakref.ref[Tensor]] = []
+
+    def full(x: Tensor) -> Tensor:
+        assert all(ref() is None for ref in alive)
+        temporary = x.new_empty(1000)
+        alive.append(weakref.ref(temporary))
+        if len(alive) == 2:  # The first call does not record.
+            raise FullMemoryError("no memory is left")
+        return x.clone()
+
+    operators.add("full", "(Tensor x) -> Tensor", full)
+    x = torch.ones(2)
+    same(operators("full", x), x)
+    with pytest.warns(UserWarning, match="FullMemoryError: no memory is left"):
+        same(operators("full", x), x)
+    assert len(alive) == 3
+
+
+def test_a_nan_makes_no_plan(operators: Operators) -> None:
+    args = list(nt_xent_forward(0, constant=False))
+    for position in (4, 6):  # The temperature, then eps.
+        broken = [*args[:position], float("nan"), *args[position + 1 :]]
+        repeat(operators, 2, "nt_xent", *broken)
+        assert "is NaN" in planned.refusals()["nt_xent"]
+        same(operators("nt_xent", *args), OPERATORS["nt_xent"][0](*args))
+        C.forget_plans()
+
+
+@triton.jit
+def copy_kernel(x, out, count, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, block)
+    tl.store(out + at, tl.load(x + at, mask=at < count), mask=at < count)
+
+
+def test_a_part_of_an_argument_is_no_other_argument(operators: Operators) -> None:
+    def tail(x: Tensor, other: Tensor) -> Tensor:
+        out = x.new_empty(4)
+        recording.run_kernel(copy_kernel, 1, x=x[4:], out=out, count=4, block=4)
+        return out
+
+    operators.add("tail", "(Tensor x, Tensor other) -> Tensor", tail)
+    memory = torch.arange(12.0)
+    repeat(operators, 3, "tail", memory[:8], memory[4:])  # The tail begins where ``other`` does.
+    x = torch.randn(8)
+    same(operators("tail", x, torch.randn(8)), x[4:])
+
+
+def test_the_remainder_of_an_address_is_in_the_key(operators: Operators) -> None:
+    """A part of a tensor is aligned or not by the remainder of the tensor's own address."""
+    memory = torch.arange(16.0)
+    operators.add("whole", "(Tensor x) -> Tensor", lambda x: copied(x))
+    for first in range(4):
+        repeat(operators, 2, "whole", memory[first : first + 8])
+        assert C.plan_count() == first + 1
+    repeat(operators, 2, "whole", memory[4:12])
+    assert C.plan_count() == 4
+
+
+def copied(x: Tensor) -> Tensor:
+    out = x.new_empty(x.shape)
+    recording.run_kernel(copy_kernel, 1, x=x, out=out, count=x.numel(), block=16)
+    return out
+
+
+def test_an_operator_of_any_schema(operators: Operators) -> None:
+    schema = "(Tensor[] parts, Tensor? other, float[] weights, str mode, bool flag) -> Tensor[]"
+    operators.add("any", schema, lambda parts, *_: [copied(x) for x in parts])
+    parts = [torch.randn(5), torch.randn(3)]
+    for _ in range(3):
+        same(operators("any", parts, None, [1.0], "mode", True), parts)
+    assert C.plan_count() == 1
+
+
+def test_an_empty_grid_launches_nothing(operators: Operators) -> None:
+    def nothing(x: Tensor) -> Tensor:
+        out = copied(x)
+        recording.run_kernel(copy_kernel, 0, x=x, out=out, count=0, block=16)
+        return out
+
+    operators.add("nothing", "(Tensor x) -> Tensor", nothing)
+    x = torch.randn(5)
+    same(repeat(operators, 4, "nothing", x), x)
+    assert operators.driver.launches == ["copy_kernel"] * 2
+
+
+def test_a_capture_does_not_use_up_the_tries(
+    operators: Operators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = nt_xent_forward(0)
+    with monkeypatch.context() as context:
+        context.setattr(planned, "_may_record", lambda *_: False)
+        repeat(operators, 6, "nt_xent", *args)
+    operators("nt_xent", *args)
+    assert C.plan_count() == 1
+
+
+def test_the_dispatcher_accepts_the_operators(operators: Operators) -> None:
     args = nt_xent_forward(0)
     repeat(operators, 2, "nt_xent", *args)
-    library = operators.driver.library
-    library.fake_fail_launches(1)
-    try:
-        with pytest.raises(RuntimeError, match=r"cuLaunchKernel: no context is current"):
-            operators("nt_xent", *args)
-    finally:
-        library.fake_fail_launches(0)
-    same(operators("nt_xent", *args), OPERATORS["nt_xent"][0](*args))
+    overload = getattr(torch.ops, NAMESPACE).nt_xent.default
+    in_python = operators.python_calls
+    torch.library.opcheck(overload, args, test_utils="test_schema")
+    assert operators.python_calls == in_python
+
+
+def test_a_call_leaks_nothing(operators: Operators) -> None:
+    operators.add("named", "(Tensor x, str mode) -> Tensor", lambda x, mode: copied(x))
+    x, mode = torch.randn(4), "m" * 100_000
+    repeat(operators, 3, "named", x, mode)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    repeat(operators, 1000, "named", x, mode)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 20_000, f"{grown} KiB"
 
 
 def test_a_plan_without_memory_leaves_the_call_to_python(
@@ -403,12 +522,17 @@ def test_a_plan_without_memory_leaves_the_call_to_python(
     make_plan = plans.make_plan
 
     def greedy(*args: Any, **named: Any) -> bytes:
-        """The same plan with a workspace of 2**60 bytes, which is its last allocation."""
+        """The same plan with a workspace of 2**60 bytes."""
         plan = bytearray(make_plan(*args, **named))
-        (results,) = struct.unpack_from("<I", plan, 8)
-        at = 12 + 4 * results
-        (allocations,) = struct.unpack_from("<I", plan, at)
-        struct.pack_into("<q", plan, at + 4 + 12 * allocations - 8, 2**60)
+        at = 8
+        (lists,) = struct.unpack_from("<I", plan, at)
+        at += 4 + 4 * lists
+        (results,) = struct.unpack_from("<I", plan, at)
+        at += 4
+        for _ in range(results):
+            (dimensions,) = struct.unpack_from("<I", plan, at + 4)
+            at += 4 + 2 * (4 + 8 * dimensions)
+        struct.pack_into("<q", plan, at, 2**60)
         return bytes(plan)
 
     monkeypatch.setattr(plans, "make_plan", greedy)
