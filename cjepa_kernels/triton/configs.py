@@ -150,20 +150,25 @@ def _table(device: int) -> tuple[Config, ...]:
 def forget() -> None:
     """Read and search the table again."""
     _table.cache_clear()
-    _entries.cache_clear()
-    planned.forget()
+    _search_again()
 
 
 @contextmanager
 def tuned(choices: list[Config]) -> Iterator[None]:
     """Inside the context these choices go before all others."""
     _trial[:] = choices
-    forget()
+    _search_again()
     try:
         yield
     finally:
         _trial.clear()
-        forget()
+        _search_again()
+
+
+def _search_again() -> None:
+    """Forget what was chosen from the table, and the launch plans that depend on it."""
+    _entries.cache_clear()
+    planned.forget()
 
 
 def cache_file() -> Path:

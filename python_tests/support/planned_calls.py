@@ -6,12 +6,17 @@ their tensors, in the temperature and in eps. Their tensors are made on the defa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cjepa_kernels.triton import OPERATORS
+from cjepa_kernels.ops import cross_logsumexp, nt_xent, prediction_loss
+from cjepa_kernels.triton import OPERATORS, planned
+
+NAMESPACE = "cjepa_planned"
+DEFINITIONS = {m.DEFINITION.name: m.DEFINITION for m in (nt_xent, cross_logsumexp, prediction_loss)}
 
 
 def same(a: Any, b: Any) -> None:
@@ -127,3 +132,34 @@ def hierarchy_backward(call: int, **options: Any) -> tuple[Any, ...]:
     if options["reduction"] == "none":
         grad_levels = randn(call, *out.levels.shape)
     return grad, None, grad_levels, *args[:3], out.statistics, out.scales, *args[3:], True
+
+
+class Operators:
+    """The operators with plans, and how often they came back to Python."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+        self.python_calls = 0
+        self.library = torch.library.Library(NAMESPACE, "FRAGMENT")
+        for name, definition in DEFINITIONS.items():
+            schemas = (definition.schema, definition.schema_backward)
+            for suffix, schema, function in zip(
+                ("", "_backward"), schemas, OPERATORS[name], strict=True
+            ):
+                self.add(name + suffix, schema, function)
+
+    def add(self, name: str, schema: str, function: Callable[..., Any]) -> None:
+        """Define an operator that replays plans of what ``function`` launches."""
+
+        def counted(*args: Any) -> Any:
+            self.python_calls += 1
+            return function(*args)
+
+        self.library.define(name + schema)
+        planned.register_in(self.library, name, schema, counted, "CPU")
+
+    def __call__(self, name: str, *args: Any) -> Any:
+        try:
+            return getattr(getattr(torch.ops, NAMESPACE), name)(*args)
+        except RuntimeError as error:
+            planned.raise_original(error)

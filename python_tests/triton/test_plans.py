@@ -30,7 +30,9 @@ import fake_driver
 import triton
 import triton.language as tl
 from planned_calls import (
+    NAMESPACE,
     NT_XENT,
+    Operators,
     hierarchy,
     hierarchy_backward,
     nt_xent_backward,
@@ -42,7 +44,6 @@ from planned_calls import (
 
 from cjepa_kernels import backends
 from cjepa_kernels.backends import compiled_module
-from cjepa_kernels.ops import cross_logsumexp, nt_xent, prediction_loss
 from cjepa_kernels.triton import OPERATORS, configs, launch, planned, plans, recording
 from cjepa_kernels.triton.temperature import Temperature, lowest_constant_temperature
 
@@ -52,40 +53,7 @@ if C is None:
 if fake_driver.COMPILER is None:
     pytest.skip("a C++ compiler builds the fake driver", allow_module_level=True)
 
-NAMESPACE = "cjepa_planned"
-DEFINITIONS = {m.DEFINITION.name: m.DEFINITION for m in (nt_xent, cross_logsumexp, prediction_loss)}
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-
-class Operators:
-    """The operators with plans, and how often they came back to Python."""
-
-    def __init__(self, driver: fake_driver.FakeDriver) -> None:
-        self.driver = driver
-        self.python_calls = 0
-        self.library = torch.library.Library(NAMESPACE, "FRAGMENT")
-        for name, definition in DEFINITIONS.items():
-            schemas = (definition.schema, definition.schema_backward)
-            for suffix, schema, function in zip(
-                ("", "_backward"), schemas, OPERATORS[name], strict=True
-            ):
-                self.add(name + suffix, schema, function)
-
-    def add(self, name: str, schema: str, function: Callable[..., Any]) -> None:
-        """Define an operator that replays plans of what ``function`` launches."""
-
-        def counted(*args: Any) -> Any:
-            self.python_calls += 1
-            return function(*args)
-
-        self.library.define(name + schema)
-        planned.register_in(self.library, name, schema, counted, "CPU")
-
-    def __call__(self, name: str, *args: Any) -> Any:
-        try:
-            return getattr(getattr(torch.ops, NAMESPACE), name)(*args)
-        except RuntimeError as error:
-            planned.raise_original(error)
 
 
 @pytest.fixture(scope="module")
