@@ -149,7 +149,7 @@ def peak_bytes() -> int:
 def peak_memory(strategy: str, saved: bool, rows: int, features: int) -> int:
     """Extra bytes at the peak of one forward and backward, gradients included."""
     if not saved:
-        dispatch.SAVED_EXPONENTIALS_BYTES = 0
+        dispatch.SAVED_BYTES = 0
     if hasattr(ctypes.CDLL(None), "mallopt"):
         # Freed memory goes back to the system at once, so that the peak counts memory in use alone.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)

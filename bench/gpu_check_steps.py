@@ -17,7 +17,8 @@ from cjepa_kernels.triton.proved import SWITCHES
 
 BY_TORCH_COMPILE = ("compiled", "reduce-overhead")  # Compiled anew for each size.
 TESTS = "python_tests"
-KERNEL_TESTS, DEVICE_TESTS = f"{TESTS}/triton/test_kernels.py", f"{TESTS}/triton/test_gpu.py"
+KERNEL_TESTS = [f"{TESTS}/triton/test_{name}.py" for name in ("kernels", "saved_rows")]
+DEVICE_TESTS = f"{TESTS}/triton/test_gpu.py"
 PLAN_TESTS = f"{TESTS}/triton/test_plans_on_gpu.py"
 SWITCHED_OFF = dict.fromkeys(SWITCHES.values(), "0")
 # The tests of operators that run on every back end.
@@ -160,7 +161,7 @@ def tests(processes: int) -> list[Step]:
     folder = f"{TESTS}/distributed/test_nccl.py"
     on_cuda = {"CJEPA_TEST_DEVICE": "cuda"}
     parity_files = [f"{TESTS}/ops/test_{name}.py" for name in PARITY]
-    kernels = step_of_tests("kernels", [KERNEL_TESTS], 70, touches=(KERNELS,))
+    kernels = step_of_tests("kernels", KERNEL_TESTS, 70, touches=(KERNELS,))
     parity = step_of_tests(
         "parity", ["-k", "triton", *parity_files], 90, needs=("hypothesis",), environment=on_cuda
     )
@@ -217,7 +218,7 @@ def usual_code(sizes: Sizes) -> list[Step]:
         Step(f"latency {called}, usual", called_command, 20, environment=off),
         Step("loss of 256 features, usual", timed_command, 20, environment=off),
         step_of_tests("device, usual", [DEVICE_TESTS], 30, environment=off),
-        step_of_tests("kernels, usual", [KERNEL_TESTS], 60, environment=off),
+        step_of_tests("kernels, usual", KERNEL_TESTS[:1], 60, environment=off),
     ]
 
 

@@ -197,6 +197,8 @@ def nt_xent_call(
     mask: bool = False,
     temperature: float = 0.1,
     cosine: bool = True,
+    reduction: str = "mean",
+    save: bool = True,
 ) -> Callable[[], None]:
     """Forward and backward of NT-Xent on "meta", where tensors take no memory.
 
@@ -208,6 +210,8 @@ def nt_xent_call(
         mask: Whether a mask excludes negatives.
         temperature: The temperature, if it is a number.
         cosine: Whether the rows are normalised.
+        reduction: As the operator takes it.
+        save: Whether the forward saves its rows for the backward.
     """
 
     def call() -> None:
@@ -219,17 +223,17 @@ def nt_xent_call(
             "temperature": temperature,
             "use_cosine_similarity": cosine,
             "eps": 1e-8,
-            "reduction": "mean",
+            "reduction": reduction,
             "product_dtype": None,
         }
-        out = nt_xent.forward(**common, save_exponentials=False)
+        out = nt_xent.forward(**common, save_for_backward=save)
         nt_xent.backward(
             **common,
-            grad_loss=meta(),
+            grad_loss=meta(rows) if reduction == "none" else meta(),
             shift=out.shift,
             log_sum=out.log_sum,
             positive=out.positive,
-            saved_exponentials=out.saved_exponentials,
+            saved_for_backward=out.saved_for_backward,
         )
 
     return call

@@ -90,7 +90,7 @@ class NTXentForward(NamedTuple):
     shift: Tensor  # (M,) fp32, a similarity
     log_sum: Tensor  # (M,) fp32, log of the sum over the negatives of exp((s - shift) / tau)
     positive: Tensor  # (M,) fp32, similarity of the positive
-    saved_exponentials: Tensor  # fp32, empty unless the forward was asked to save them
+    saved_for_backward: Tensor  # of the back end alone; empty unless the forward was asked to save
 
 
 class NTXentBackward(NamedTuple):

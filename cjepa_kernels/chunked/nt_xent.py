@@ -55,10 +55,10 @@ def forward(
     eps: float,
     reduction: Reduction,
     product_dtype: torch.dtype | None,
-    save_exponentials: bool,
+    save_for_backward: bool,
 ) -> NTXentForward:
     """Loss, metrics and the numbers that the backward needs, of the operator ``nt_xent``."""
-    if save_exponentials:
+    if save_for_backward:
         raise ValueError("keep must be False: this back end computes the exponentials again")
     with torch.no_grad(), torch.autocast(z_i.device.type, enabled=False):
         z = operands(torch.cat([z_i, z_j]), use_cosine_similarity, eps, product_dtype)
@@ -101,7 +101,7 @@ def forward(
             shift=shift,
             log_sum=log_sum,
             positive=positive,
-            saved_exponentials=z.new_empty(0),
+            saved_for_backward=z.new_empty(0),
         )
 
 
@@ -114,7 +114,7 @@ def backward(
     shift: Tensor,
     log_sum: Tensor,
     positive: Tensor,
-    saved_exponentials: Tensor,
+    saved_for_backward: Tensor,
     temperature: float,
     use_cosine_similarity: bool,
     eps: float,

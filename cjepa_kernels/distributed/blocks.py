@@ -32,7 +32,7 @@ class Options:
 
     Attributes:
         overload: An overload of the operators, or ``REFERENCE``.
-        save_exponentials: Whether the own block saves its exponentials for the backward.
+        save_for_backward: Whether the own block saves what its back end can for the backward.
         needs_gradient: Whether there will be a backward.
     """
 
@@ -42,7 +42,7 @@ class Options:
     reduction: Reduction
     product_dtype: torch.dtype | None
     overload: str
-    save_exponentials: bool
+    save_for_backward: bool
     needs_gradient: bool
     strategy: Strategy
 
@@ -85,7 +85,7 @@ class Blocks:
             eps=options.eps,
             reduction="none",
             product_dtype=options.product_dtype,
-            keep=options.save_exponentials,
+            keep=options.save_for_backward,
         )
         return out
 
@@ -98,7 +98,7 @@ class Blocks:
         shift: Tensor,
         log_sum: Tensor,
         positive: Tensor,
-        saved_exponentials: Tensor,
+        saved_for_backward: Tensor,
     ) -> NTXentBackward:
         """Gradients of the own block.
 
@@ -109,10 +109,12 @@ class Blocks:
             shift: (M_r,) with log_sum LSE- over the negatives of all ranks.
             log_sum: (M_r,).
             positive: (M_r,) similarity of each row and its positive.
-            saved_exponentials: As the forward returned them.
+            saved_for_backward: As the forward returned them.
         """
-        options, computed_again = self.options, saved_exponentials.numel() == 0
-        count_flops((2 + computed_again) * (2 * len(z_i)) ** 2 * z_i.shape[1])
+        options = self.options
+        # Saved bytes are packed rows. Only exponentials need no second computation.
+        has_exponentials = saved_for_backward.numel() > 0 and saved_for_backward.is_floating_point()
+        count_flops((3 - has_exponentials) * (2 * len(z_i)) ** 2 * z_i.shape[1])
         out: NTXentBackward = ops.run(
             "nt_xent_backward",
             options.overload,
@@ -124,7 +126,7 @@ class Blocks:
             shift=shift,
             log_sum=log_sum,
             positive=positive,
-            kept=saved_exponentials,
+            kept=saved_for_backward,
             temperature=options.temperature,
             use_cosine_similarity=options.use_cosine_similarity,
             eps=options.eps,

@@ -151,7 +151,7 @@ class _GroupNTXent(torch.autograd.Function):
             temperature=temperature,
             shift_and_log_sum=results.rows[:, :2].to(results.positive.dtype),
             positive=results.positive,
-            saved_exponentials=results.saved_exponentials,
+            saved_for_backward=results.saved_for_backward,
             others=results.others,
         )
         ctx.save_for_backward(*saved)
@@ -187,7 +187,7 @@ class _GroupNTXent(torch.autograd.Function):
                 upstream=upstream,
                 weights=weights,
                 positive=positive,
-                saved_exponentials=saved.saved_exponentials,
+                saved_for_backward=saved.saved_for_backward,
                 others=saved.others,
             )
             grad, grad_temperature = backward(state, blocks, batch, exchange)
@@ -214,7 +214,7 @@ class Saved(NamedTuple):
     temperature: Tensor | None  # ()
     shift_and_log_sum: Tensor  # (M_r, 2), LSE- over the negatives of all ranks
     positive: Tensor  # (M_r,) similarity of each row and its positive
-    saved_exponentials: Tensor  # of the own block
+    saved_for_backward: Tensor  # of the own block
     others: Tensor  # features of other ranks
 
 

@@ -59,13 +59,13 @@ class Forward:
     Attributes:
         rows: (M_r, 3) as of ``rows_of``, over the negatives of all ranks.
         positive: (M_r,) similarity of each row and its positive.
-        saved_exponentials: Exponentials that the own block saves for the backward.
+        saved_for_backward: What the own block saves for the backward.
         others: Features for the backward: those of the first visitor, or of all other ranks.
     """
 
     rows: Tensor
     positive: Tensor
-    saved_exponentials: Tensor
+    saved_for_backward: Tensor
     others: Tensor
 
 
@@ -77,7 +77,7 @@ class Backward:
         z_i, z_j: (B_r, D) features of this rank.
         upstream: (M_r,) gradients of the losses of the own rows.
         weights: (M_r, 3): g r, shift and log_sum of the own rows.
-        positive, saved_exponentials, others: As the forward returned them.
+        positive, saved_for_backward, others: As the forward returned them.
     """
 
     z_i: Tensor
@@ -85,7 +85,7 @@ class Backward:
     upstream: Tensor
     weights: Tensor
     positive: Tensor
-    saved_exponentials: Tensor
+    saved_for_backward: Tensor
     others: Tensor
 
     def add_own_block(self, blocks: Blocks, grad: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Backward:
             shift=shift,
             log_sum=log_sum,
             positive=self.positive,
-            saved_exponentials=self.saved_exponentials,
+            saved_for_backward=self.saved_for_backward,
         )
         pairs = len(self.z_i)
         grad[:pairs] += own.grad_z_i
@@ -139,7 +139,7 @@ def ring_forward(
     return Forward(
         rows=rows,
         positive=own.positive,
-        saved_exponentials=own.saved_exponentials,
+        saved_for_backward=own.saved_for_backward,
         others=visitors[0] if visitors else shard[:0],
     )
 
@@ -197,7 +197,7 @@ def gather_forward(
     return Forward(
         rows=rows,
         positive=own.positive,
-        saved_exponentials=own.saved_exponentials,
+        saved_for_backward=own.saved_for_backward,
         others=others,
     )
 

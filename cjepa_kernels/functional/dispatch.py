@@ -16,7 +16,7 @@ from cjepa_kernels.triton.proved import SWITCHES
 # torch.amp.is_autocast_available says so too, but PyTorch 2.11 cannot compile a function that calls
 # it.
 WITHOUT_AUTOCAST = ("meta",)
-SAVED_EXPONENTIALS_BYTES = int(read_when_imported("CJEPA_KEPT_MIB") * 2**20)
+SAVED_BYTES = int(read_when_imported("CJEPA_KEPT_MIB") * 2**20)
 for _variable in ("CJEPA_CACHE_MIB", "CJEPA_WORKSPACE_MIB"):  # kernels read them, much later
     read_when_imported(_variable)
 for _variable in SWITCHES.values():
@@ -54,8 +54,7 @@ def choose_overload(backend: Backend, device: torch.device) -> str:
 
 def rounds_to_tf32(overload: str, x: Tensor) -> bool:
     """Whether an overload of the operators rounds operands like ``x`` to tf32."""
-    backend = overload.lstrip(".") or registry.dispatched.get(x.device.type, "chunked")
-    rounds = registry.rounds_to_tf32.get(backend)
+    rounds = registry.rounds_to_tf32.get(registry.backend_of(overload, x.device.type))
     return rounds is not None and rounds(x)
 
 
@@ -76,13 +75,19 @@ def product_dtype(z: Tensor) -> torch.dtype | None:
     return None
 
 
-def saves_exponentials(overload: str, z_i: Tensor, z_j: Tensor, temperature: Tensor | None) -> bool:
-    """Whether the compiled forward of NT-Xent saves its exponentials for the backward.
+def saves_for_backward(
+    overload: str,
+    z_i: Tensor,
+    z_j: Tensor,
+    temperature: Tensor | None,
+    *,
+    product_dtype: torch.dtype | None,
+    reduction: str,
+) -> bool:
+    """Whether the forward of NT-Xent saves what its back end can for the backward.
 
     It does so for a call that has a backward, and within a budget of memory.
     """
-    if overload != "" or registry.dispatched.get(z_i.device.type) != "native":
-        return False
     if not torch.is_grad_enabled():
         return False
     if torch.compiler.is_exporting():  # the size would tie the exported program to this batch
@@ -90,5 +95,5 @@ def saves_exponentials(overload: str, z_i: Tensor, z_j: Tensor, temperature: Ten
     learns_temperature = temperature is not None and temperature.requires_grad
     if not (z_i.requires_grad or z_j.requires_grad or learns_temperature):
         return False
-    size = 8 if z_i.dtype == torch.float64 else 4
-    return ops.saved_exponentials_size(2 * z_i.shape[0]) * size <= SAVED_EXPONENTIALS_BYTES
+    memory = ops.saved_memory(overload, z_i, product_dtype, reduction)
+    return memory is not None and memory.size * memory.itemsize <= SAVED_BYTES

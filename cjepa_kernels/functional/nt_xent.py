@@ -153,13 +153,21 @@ def _nt_xent_of_group(
     if backend != "reference":
         ops.refuse_transforms("nt_xent", (z_i, z_j, tensor))
         overload = dispatch.choose_overload(backend, z_i.device)
+    product_dtype = dispatch.product_dtype(z_i)
     options = Options(
         temperature=number,
         use_cosine_similarity=use_cosine_similarity,
         eps=eps,
         reduction=reduction,
-        product_dtype=dispatch.product_dtype(z_i),
-        save_exponentials=dispatch.saves_exponentials(overload, z_i, z_j, tensor),
+        product_dtype=product_dtype,
+        save_for_backward=dispatch.saves_for_backward(
+            overload,
+            z_i,
+            z_j,
+            tensor,
+            product_dtype=product_dtype,
+            reduction="none",  # that of the own block
+        ),
         overload=overload,
         strategy=strategy,
         needs_gradient=torch.is_grad_enabled()
@@ -200,6 +208,7 @@ def _nt_xent(
         )
     tensor, number = checks.split_temperature(temperature)
     overload = dispatch.choose_overload(backend, z_i.device)
+    product_dtype = dispatch.product_dtype(z_i)
     out: NTXentForward = ops.call(
         "nt_xent",
         overload,
@@ -211,8 +220,10 @@ def _nt_xent(
         use_cosine_similarity=use_cosine_similarity,
         eps=eps,
         reduction=reduction,
-        product_dtype=dispatch.product_dtype(z_i),
-        keep=dispatch.saves_exponentials(overload, z_i, z_j, tensor),
+        product_dtype=product_dtype,
+        keep=dispatch.saves_for_backward(
+            overload, z_i, z_j, tensor, product_dtype=product_dtype, reduction=reduction
+        ),
     )
     return NTXentOutput(
         loss=out.loss,

@@ -41,6 +41,8 @@ class Definition:
         results_backward: The same of the backward.
         fake: Results without their values, of a named tuple of the arguments.
         fake_backward: The same of the backward.
+        fake_of_overload: Results of the operator that depend on the overload, by their names in
+            ``results``: of the arguments and the overload.
         complete: ``(saved, *upstream)``: the upstream gradients as the backward takes them.
             ``saved`` holds the saved tensors by name. An upstream gradient may be None, but not all
             of them are.
@@ -56,6 +58,7 @@ class Definition:
     results_backward: Callable[..., Any]
     fake: Callable[[Any], tuple[Tensor, ...]]
     fake_backward: Callable[[Any], tuple[Any, ...]]
+    fake_of_overload: Callable[[Any, str], dict[str, Tensor]] | None = None
     complete: Callable[..., tuple[Tensor | None, ...]] | None = None
     flags: Mapping[str, str] = field(default_factory=dict)
     implementations: dict[str, Implementations] = field(default_factory=dict)

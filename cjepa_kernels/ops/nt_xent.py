@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from cjepa_kernels.definitions import (
     LARGE_BLOCK,
@@ -12,17 +15,22 @@ from cjepa_kernels.definitions import (
     NTXentForward,
     accumulation_dtype,
 )
+from cjepa_kernels.ops import registry
 from cjepa_kernels.ops.definition import Definition
+from cjepa_kernels.triton import goes_to_chunked
+from cjepa_kernels.triton.saved_rows import form_of, saved_bytes
 
 # z_i, z_j: (B, D), any strides. mask: (B, B) bool.
 # temperature_tensor: () or None; if given, it takes the place of temperature.
 # product_dtype: the dtype that the operands of z z^T are rounded to; None is that of the inputs.
-# keep: whether to save the exponentials of S for the backward, see saved_exponentials_size.
+# keep: whether to save for the backward what the back end can, see saved_memory.
 # loss: () or, for reduction "none", (M,). accuracy and mean similarities: ().
 # lse, hardest, shift, log_sum, positive: (M,). hardest is the largest similarity of a row's
-# negatives, -inf without any. kept holds the exponentials that the forward saved.
-# The schema's names `keep`, `hardest` and `kept` are public and stay. Python and C++ call them
-# `save_exponentials`, `largest_negative` and `saved_exponentials`.
+# negatives, -inf without any. kept is what the forward saved; only the back end that made it reads
+# it. Rows saved with their weights belong to the shift, log_sum and positive of the same forward.
+# The schema's names `keep`, `hardest` and `kept` are public and stay. Python calls them
+# `save_for_backward`, `largest_negative` and `saved_for_backward`. C++ saves exponentials, and says
+# `save_exponentials` and `saved_exponentials`.
 # shift is a similarity, log_sum the log of the sum over the negatives of exp((s - shift) / tau):
 # together they are LSE-, without the rounding of a large number at low temperature. The backward
 # takes any such pair, also that of a larger S of which these rows are a part.
@@ -55,6 +63,44 @@ def saved_exponentials_size(rows: int) -> int:
     return blocks * (blocks + 1) // 2 * block * block
 
 
+class SavedMemory(NamedTuple):
+    """The size of what a forward saves.
+
+    Attributes:
+        size: How many numbers.
+        dtype: Of the numbers.
+        itemsize: Bytes of one of them.
+    """
+
+    size: int
+    dtype: torch.dtype
+    itemsize: int
+
+
+def saved_memory(
+    overload: str, z_i: Tensor, product_dtype: torch.dtype | None, reduction: str
+) -> SavedMemory | None:
+    """What the forward saves on request: exponentials on the CPU, packed rows on the GPU.
+
+    Args:
+        overload: Overload of the operator.
+        z_i: (B, D), the first view.
+        product_dtype: As the operator takes it.
+        reduction: As the operator takes it.
+
+    Returns:
+        None if the back end of the overload saves nothing.
+    """
+    backend = registry.backend_of(overload, z_i.device.type)
+    if backend == "native":
+        itemsize = 8 if z_i.dtype == torch.float64 else 4
+        size = saved_exponentials_size(2 * z_i.shape[0])
+        return SavedMemory(size, accumulation_dtype(z_i.dtype), itemsize)
+    if backend == "triton" and not goes_to_chunked(z_i):
+        return SavedMemory(saved_bytes(form_of(z_i, product_dtype, reduction)), torch.uint8, 1)
+    return None
+
+
 def _fake(arguments: Any) -> NTXentForward:
     z_i = arguments.z_i
     rows = 2 * z_i.shape[0]
@@ -73,8 +119,20 @@ def _fake(arguments: Any) -> NTXentForward:
         shift=empty(rows),
         log_sum=empty(rows),
         positive=empty(rows),
-        saved_exponentials=empty(saved_exponentials_size(rows) if arguments.keep else 0),
+        # Of a call that saves something, ``_fake_saved`` gives this result.
+        saved_for_backward=empty(0),
     )
+
+
+def _fake_saved(arguments: Any, overload: str) -> dict[str, Tensor]:
+    """The results that depend on the back end: what it saves."""
+    if not arguments.keep:
+        return {}
+    z_i = arguments.z_i
+    memory = saved_memory(overload, z_i, arguments.product_dtype, arguments.reduction)
+    if memory is None:
+        return {}
+    return {"saved_for_backward": z_i.new_empty(memory.size, dtype=memory.dtype)}
 
 
 def _fake_backward(arguments: Any) -> NTXentBackward:
@@ -94,4 +152,5 @@ DEFINITION = Definition(
     results_backward=NTXentBackward,
     fake=_fake,
     fake_backward=_fake_backward,
+    fake_of_overload=_fake_saved,
 )

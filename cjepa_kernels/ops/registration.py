@@ -211,7 +211,10 @@ def _register_shared(
     fakes = (definition.fake, definition.fake_backward)
     arguments = (binding.arguments, binding.arguments_backward)
     for name, fake, of in zip((forward, backward), fakes, arguments, strict=True):
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _make_fake(fake, of), lib=_library)
+        named_fake = _make_fake(fake, of)
+        if name == forward and definition.fake_of_overload is not None:
+            named_fake = _make_fake_of_overload(definition, overload, of)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", named_fake, lib=_library)
     gradients = _make_gradients(definition, overload, binding)
     torch.library.register_autograd(
         f"{NAMESPACE}::{forward}",
@@ -232,6 +235,20 @@ def _make_fake(fake: Callable[[Any], tuple[Any, ...]], arguments: Any) -> Callab
     def named_fake(*args: Any, **kwargs: Any) -> Any:
         # A plain tuple, as the dispatcher returns for an operator.
         return tuple(fake(arguments(*args, **kwargs)))
+
+    return named_fake
+
+
+def _make_fake_of_overload(
+    definition: Definition, overload: str, arguments: Any
+) -> Callable[..., Any]:
+    """The fake of an operator of which some results depend on the overload."""
+    fake: Any = definition.fake
+    of_overload: Any = definition.fake_of_overload
+
+    def named_fake(*args: Any, **kwargs: Any) -> Any:
+        given = arguments(*args, **kwargs)
+        return tuple(fake(given)._replace(**of_overload(given, overload)))
 
     return named_fake
 

@@ -20,6 +20,11 @@ only_dispatched: set[str] = set()  # back ends without overloads, which the disp
 rounds_to_tf32: dict[str, Callable[[Tensor], bool]] = {}
 
 
+def backend_of(overload: str, device_type: str) -> str:
+    """The back end that an overload of the operators runs on a type of device."""
+    return overload.lstrip(".") or dispatched.get(device_type, "chunked")
+
+
 def operator(name: str, overload: str = "") -> Any:
     """The registered overload: ``operator("nt_xent")`` or ``operator("nt_xent", ".chunked")``."""
     return operators.get((name, overload)) or _refuse(name, overload)

@@ -2,7 +2,8 @@
 
 nt_xent.py, cross_logsumexp.py, prediction_loss.py    each operator, both directions
 tiles.py, gradients.py                                the tiles of S = X Y^T, and their backward
-pack.py, launch.py, configs.py                        operands, sizes of launches, compilation
+pack.py, operands.py, launch.py, configs.py           operands, sizes of launches, compilation
+saved_rows.py                                         what a forward saves for its backward
 prepare.py                                            what is computed of the arguments first
 recording.py, plans.py, planned.py                    launch plans, which csrc/cuda repeats
 proved.py                                             what has passed parity on a device
@@ -50,11 +51,16 @@ def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @lru_cache
+def _capability_is_old(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY
+
+
 def _is_old(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY
+    # A fake tensor of a GPU needs no GPU.
+    return device.type == "cuda" and torch.cuda.is_available() and _capability_is_old(device)
 
 
-def _goes_to_chunked(x: Tensor) -> bool:
+def goes_to_chunked(x: Tensor) -> bool:
     """Whether the chunked back end computes this input.
 
     It serves old GPUs. It also serves fp64, where tensor cores gain too little for kernels of our
@@ -79,14 +85,16 @@ def allows_tf32() -> bool:
         return False
 
 
-# torch.compile cannot trace the settings. It reads them once, when it compiles. This is what
-# torch.compiler.assume_constant_result does, after importing the whole compiler.
+# torch.compile cannot trace the settings, and warns of a cache. It calls these functions once, when
+# it compiles. This is what torch.compiler.assume_constant_result does, after importing the whole
+# compiler.
 allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_is_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def rounds_to_tf32(x: Tensor) -> bool:
     """Whether the kernels would round operands of fp32 to tf32."""
-    return not _goes_to_chunked(x) and allows_tf32()
+    return not goes_to_chunked(x) and allows_tf32()
 
 
 def _implementation(operator: str, direction: str) -> Implementation:
@@ -94,7 +102,7 @@ def _implementation(operator: str, direction: str) -> Implementation:
     chunked_function: Implementation = getattr(getattr(chunked, operator), direction)
 
     def implementation(*args: Any) -> tuple[Any, ...]:
-        if _goes_to_chunked(_first_tensor(args)):
+        if goes_to_chunked(_first_tensor(args)):
             return chunked_function(*args)
         return _call(operator, direction, args)
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cjepa_kernels.environment import read_mebibytes
-from cjepa_kernels.triton import allows_tf32, configs
+from cjepa_kernels.triton import configs
 from cjepa_kernels.triton.configs import TILE, Config, Kernel
-from cjepa_kernels.triton.pack import PLANES, Packed, Upstream, pack
+from cjepa_kernels.triton.operands import depth_block, planes_of, rounded_dtype
+from cjepa_kernels.triton.pack import Packed, Upstream, pack
 
 # Up to this many blocks a side, one launch takes all tiles and gives each a mask.
 ONE_LAUNCH_BLOCKS = 16
@@ -44,17 +45,14 @@ class Operands:
     @staticmethod
     def of(dtype: torch.dtype, product_dtype: torch.dtype | None) -> Operands:
         """The operands of inputs of that dtype; ``product_dtype`` as the operators take it."""
-        rounded = product_dtype or dtype
-        if rounded != torch.float32:
-            return Operands(rounded, 1, "ieee")
-        if allows_tf32():
-            return Operands(rounded, 1, "tf32")
-        return Operands(rounded, PLANES, "ieee")
+        rounded = rounded_dtype(dtype, product_dtype)
+        planes = planes_of(rounded)
+        tf32 = rounded == torch.float32 and planes == 1
+        return Operands(rounded, planes, "tf32" if tf32 else "ieee")
 
     def depth_block(self, features: int) -> int:
         """Features that one step of the product takes."""
-        widest = 32 if self.planes == 1 and self.rounded == torch.float32 else 64
-        return next((k for k in (16, 32) if features <= k < widest), widest)
+        return depth_block(self.rounded, self.planes, features)
 
     def pack(
         self,
@@ -63,8 +61,9 @@ class Operands:
         cosine: bool,
         eps: float,
         upstream: Upstream | None = None,
+        out: Tensor | None = None,
     ) -> Packed:
-        """The views as operands of the products."""
+        """The views as operands of the products, in the memory of ``out`` if that is given."""
         return pack(
             views,
             cosine=cosine,
@@ -74,6 +73,7 @@ class Operands:
             tf32=self.precision == "tf32",
             depth_multiple=self.depth_block(views[0].shape[1]),
             upstream=upstream,
+            out=out,
         )
 
 

@@ -2,6 +2,9 @@
 
 forward:   pack -> tiles of S (inner tiles or strips, then edges) -> reduction to the loss
 backward:  pack with weights -> G and its products -> finish
+
+A forward that saves its rows leaves out the first step of the backward. For a reduced loss it also
+saves their weights. Without a reduction the backward computes these first.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.gradients import Gradients
 from cjepa_kernels.triton.kernels.reduction import FEATURE_BLOCK, nt_xent_rows_kernel
 from cjepa_kernels.triton.launch import Operands
-from cjepa_kernels.triton.pack import Upstream
+from cjepa_kernels.triton.pack import Upstream, Weights, restore
 from cjepa_kernels.triton.prepare import largest_magnitude
 from cjepa_kernels.triton.recording import run_kernel
+from cjepa_kernels.triton.saved_rows import SavedRows, form_of, saved_bytes
 from cjepa_kernels.triton.temperature import Temperature
 from cjepa_kernels.triton.tiles import Tiles
 
@@ -32,14 +36,21 @@ def forward(
     eps: float,
     reduction: str,
     product_dtype: torch.dtype | None,
-    save_exponentials: bool,
+    save_for_backward: bool,
 ) -> NTXentForward:
     """The operator ``nt_xent``."""
-    if save_exponentials:
-        raise ValueError("keep must be False: this back end computes the exponentials again")
     tau = Temperature(temperature, temperature_tensor)
     operands = Operands.of(z_i.dtype, product_dtype)
-    z = operands.pack((z_i, z_j), cosine=use_cosine_similarity, eps=eps)
+    saved: SavedRows | None = None
+    if save_for_backward:
+        form = form_of(z_i, product_dtype, reduction)
+        saved = SavedRows(z_i.new_empty(saved_bytes(form), dtype=torch.uint8), form)
+    z = operands.pack(
+        (z_i, z_j),
+        cosine=use_cosine_similarity,
+        eps=eps,
+        out=None if saved is None else saved.z,
+    )
     tiles = Tiles(
         z,
         z,
@@ -64,8 +75,10 @@ def forward(
         shift=floats(z.rows),
         log_sum=floats(z.rows),
         positive=floats(z.rows),
-        saved_exponentials=floats(0),
+        saved_for_backward=floats(0) if saved is None else saved.memory,
     )
+    numbers = None if saved is None else saved.weights
+    weights = None if numbers is None else Weights.of(numbers, operands.rounded)
     several = len(tiles.panels) > 1
     running_sum, running_max = (floats(z.padded_rows if several else 0) for _ in range(2))
     width = z.feature_sums.shape[1]
@@ -86,6 +99,10 @@ def forward(
             counter=z.counter, loss_out=out.loss, accuracy_out=out.accuracy,
             positive_similarity_out=out.positive_similarity,
             negative_similarity_out=out.negative_similarity, temperature=tau.argument,
+            weight_out=out.shift if weights is None else weights.weight,
+            weight_shift_out=out.shift if weights is None else weights.shift,
+            positive_weight_out=out.shift if weights is None else weights.positive,
+            weight_scale=1.0 if weights is None else weights.scale,
             rows=z.rows, blocks=tiles.row_blocks, first_column=panel.first,
             last_column=panel.last, run_length=tiles.run_length,
             slot_counts=tiles.slot_counts(panel),
@@ -93,8 +110,8 @@ def forward(
             loss_factor=1 / z.rows if reduction == "mean" else 1.0,
             CONSTANT=tiles.constant, TAU_TENSOR=tau.is_tensor, FIRST=panel.is_first,
             LAST=panel.is_last, COUNTED=tiles.hopper is not None, NONE=none,
-            MASKED=mask is not None, WIDTH=width, BM=TILE, ROWS=launch.REDUCTION_ROWS,
-            SLOTS=launch.SLOTS, num_warps=4,
+            MASKED=mask is not None, WEIGH=weights is not None, WIDTH=width, BM=TILE,
+            ROWS=launch.REDUCTION_ROWS, SLOTS=launch.SLOTS, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -108,7 +125,7 @@ def backward(
     shift: Tensor,
     log_sum: Tensor,
     positive: Tensor,
-    saved_exponentials: Tensor,
+    saved_for_backward: Tensor,
     temperature: float,
     use_cosine_similarity: bool,
     eps: float,
@@ -128,7 +145,13 @@ def backward(
         temperature=tau,
         constant=tau.constant_shift(use_cosine_similarity),
     )
-    z = operands.pack((z_i, z_j), cosine=use_cosine_similarity, eps=eps, upstream=upstream)
+    views = z_i, z_j
+    form = form_of(z_i, product_dtype, reduction)
+    # Rows of another form are of no use. PyTorch's setting for tf32 may have changed meanwhile.
+    if saved_for_backward.numel() == saved_bytes(form):
+        z = restore(views, SavedRows(saved_for_backward, form), upstream)
+    else:
+        z = operands.pack(views, cosine=use_cosine_similarity, eps=eps, upstream=upstream)
     gradients = Gradients(
         z,
         z,

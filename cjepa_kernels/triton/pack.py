@@ -1,6 +1,6 @@
 """The operands of the matrix products: rows normalised, rounded, interleaved and padded.
 
-``kernels/pack.py`` holds the kernel and its derivation.
+``kernels/pack.py`` holds the kernel, and ``kernels/weights.py`` derives the weights of the rows.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.kernels.pack import pack_kernel
-from cjepa_kernels.triton.recording import run_kernel
+from cjepa_kernels.triton.kernels.weights import weights_kernel
+from cjepa_kernels.triton.operands import round_up, stored_dtype
+from cjepa_kernels.triton.recording import new_zeros, run_kernel
+from cjepa_kernels.triton.saved_rows import SavedRows
 from cjepa_kernels.triton.temperature import Temperature
 
 PROGRAMS = 1024  # The kernel runs at most this many programs. Each leaves one row of sums.
 BLOCK_ELEMENTS = 4096  # elements of whole rows that a program takes at a time
 WEIGHT_SCALE = 2.0**13  # of fp16 weights, which have too few exponents for a large batch
-PLANES = 3  # bf16 numbers that together hold the 24 bits of an fp32 number
 
 _ELEMENT_TYPES = {
     torch.float32: tl.float32,
@@ -54,7 +56,7 @@ class Upstream:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of rows for a backward; ``kernels/pack.py`` defines them.
+    """The weights of rows for a backward; ``kernels/weights.py`` defines them.
 
     Attributes:
         weight: (padded rows,) fp32, w_a times ``scale``.
@@ -68,6 +70,17 @@ class Weights:
     positive: Tensor
     scale: float
 
+    @staticmethod
+    def of(numbers: Tensor, rounded: torch.dtype) -> Weights:
+        """Weights in the memory of ``numbers``: (3, padded rows) fp32.
+
+        Args:
+            numbers: The memory.
+            rounded: dtype of the operands, which the weights must suit.
+        """
+        weight, shift, positive = numbers.unbind()
+        return Weights(weight, shift, positive, weight_scale(rounded))
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -76,8 +89,9 @@ class Packed:
     Attributes:
         views: The one or two tensors that were packed.
         z: (planes * padded rows, padded features) operands of the products.
-        feature_sums: (programs, width) fp32 sums of rows.
-        squared_norms: (programs,) fp32 sums of the rows' squared norms.
+        feature_sums: (programs, width) fp32 sums of rows. Only a forward needs them, so rows that a
+            forward saved have none.
+        squared_norms: (programs,) fp32 sums of the rows' squared norms; the same holds for them.
         counter: () int32 zero. The kernel whose last program finishes the work counts with it.
         rows: Rows of all views.
         features: Features of the views.
@@ -102,11 +116,6 @@ class Packed:
     @property
     def padded_features(self) -> int:
         return self.z.shape[1]
-
-
-def round_up(x: int, multiple: int) -> int:
-    """The next multiple of ``multiple``, or x if it is one."""
-    return (x + multiple - 1) // multiple * multiple
 
 
 def cdiv(x: int, y: int) -> int:
@@ -139,6 +148,11 @@ def row_block(width: int) -> int:
     return max(2, min(TILE, BLOCK_ELEMENTS // width))
 
 
+def weight_scale(rounded: torch.dtype) -> float:
+    """The factor that weights carry for operands of a dtype."""
+    return WEIGHT_SCALE if rounded == torch.float16 else 1.0
+
+
 def _weigh_arguments(
     upstream: Upstream | None, weights: Weights | None, unused: Tensor
 ) -> dict[str, Any]:
@@ -156,7 +170,6 @@ def _weigh_arguments(
             "temperature": 1.0,
             "grad_stride": 0,
             "weight_scale": 1.0,
-            "WEIGH": False,
             "PER_ROW": False,
             "CONSTANT": False,
             "TAU_TENSOR": False,
@@ -174,7 +187,6 @@ def _weigh_arguments(
         "temperature": upstream.temperature.argument,
         "grad_stride": upstream.grad.stride(0) if per_row else 0,
         "weight_scale": weights.scale,
-        "WEIGH": True,
         "PER_ROW": per_row,
         "CONSTANT": upstream.constant,
         "TAU_TENSOR": upstream.temperature.is_tensor,
@@ -191,6 +203,7 @@ def pack(
     tf32: bool,
     depth_multiple: int,
     upstream: Upstream | None = None,
+    out: Tensor | None = None,
 ) -> Packed:
     """Normalise, round and lay out one tensor, or two views interleaved.
 
@@ -203,6 +216,7 @@ def pack(
         tf32: Round fp32 operands of one plane to tf32.
         depth_multiple: The padded number of features is a multiple of it.
         upstream: For a backward: compute the weights of the rows.
+        out: Memory of the result ``z``; by default it gets memory of its own.
     """
     first = views[0]
     rows, features = len(views) * first.shape[0], first.shape[1]
@@ -215,13 +229,16 @@ def pack(
         weight, shift, positive = (
             first.new_empty(padded_rows, dtype=torch.float32) for _ in range(3)
         )
-        scale = WEIGHT_SCALE if rounded == torch.float16 else 1.0
-        weights = Weights(weight=weight, shift=shift, positive=positive, scale=scale)
+        weights = Weights(
+            weight=weight, shift=shift, positive=positive, scale=weight_scale(rounded)
+        )
+    if out is None:
+        out = first.new_empty(
+            planes * padded_rows, padded_features, dtype=stored_dtype(rounded, planes)
+        )
     packed = Packed(
         views=views,
-        z=first.new_empty(
-            planes * padded_rows, padded_features, dtype=torch.bfloat16 if planes > 1 else rounded
-        ),
+        z=out,
         feature_sums=first.new_empty(programs, width, dtype=torch.float32),
         squared_norms=first.new_empty(programs, dtype=torch.float32),
         counter=first.new_empty((), dtype=torch.int32),
@@ -235,7 +252,50 @@ def pack(
         **view_arguments(views), z=packed.z, feature_sums=packed.feature_sums,
         squared_norms=packed.squared_norms, counter=packed.counter, rows=rows, features=features,
         padded_rows=padded_rows, eps=eps, **_weigh_arguments(upstream, weights, packed.z),
-        VIEWS=len(views), PLANES=planes, COSINE=cosine, ROUND=_ELEMENT_TYPES[rounded], TF32=tf32,
-        PADDED=padded_features, WIDTH=width, ROWS=block, num_warps=4,
+        WEIGH=upstream is not None, VIEWS=len(views), PLANES=planes, COSINE=cosine,
+        ROUND=_ELEMENT_TYPES[rounded], TF32=tf32, PADDED=padded_features, WIDTH=width, ROWS=block,
+        num_warps=4,
     )  # fmt: skip
     return packed
+
+
+def restore(views: tuple[Tensor, ...], saved: SavedRows, upstream: Upstream) -> Packed:
+    """The rows that a forward saved, with their weights.
+
+    The forward has saved the weights too if the upstream gradient is one number. Gradients of rows
+    are known in the backward only, so this function then computes the weights.
+
+    Args:
+        views: The tensors that the forward packed.
+        saved: What it saved.
+        upstream: As for ``pack``.
+    """
+    form, first = saved.form, views[0]
+    # The kernel that computes weights clears the counter. Without it, the counter is only read for
+    # the gradient of a temperature.
+    clear = form.has_weights and upstream.temperature.is_tensor
+    counter = (
+        new_zeros(first, dtype=torch.int32) if clear else first.new_empty((), dtype=torch.int32)
+    )
+    numbers = saved.weights
+    if numbers is None:
+        numbers = first.new_empty(3, form.padded_rows, dtype=torch.float32)
+    weights = Weights.of(numbers, form.rounded)
+    rows = len(views) * first.shape[0]
+    if not form.has_weights:
+        run_kernel(
+            weights_kernel, form.padded_rows // TILE, counter=counter, rows=rows,
+            **_weigh_arguments(upstream, weights, saved.z), PAIRS=len(views) == 2, ROWS=TILE,
+            num_warps=4,
+        )  # fmt: skip
+    return Packed(
+        views=views,
+        z=saved.z,
+        feature_sums=counter.new_empty(0),
+        squared_norms=counter.new_empty(0),
+        counter=counter,
+        rows=rows,
+        features=first.shape[1],
+        planes=form.planes,
+        weights=weights,
+    )

@@ -12,7 +12,8 @@ from cjepa_kernels.triton import hopper, launch
 from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.kernels.similarity import strips_kernel, tiles_kernel
 from cjepa_kernels.triton.launch import Operands, Panel
-from cjepa_kernels.triton.pack import Packed, cdiv, round_up
+from cjepa_kernels.triton.operands import round_up
+from cjepa_kernels.triton.pack import Packed, cdiv
 from cjepa_kernels.triton.prepare import symmetric
 from cjepa_kernels.triton.recording import new_zeros, run_kernel
 from cjepa_kernels.triton.temperature import Temperature

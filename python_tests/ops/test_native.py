@@ -122,7 +122,7 @@ def test_sizes_around_the_blocks(
     batch: int, features: int, temperature: float, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kept:
-        monkeypatch.setattr(dispatch, "SAVED_EXPONENTIALS_BYTES", 0)
+        monkeypatch.setattr(dispatch, "SAVED_BYTES", 0)
     z_i, z_j, same_dtype, truth = chunked_results(batch, features, temperature)
     actual = run(z_i, z_j, temperature=temperature, backend="native")
     floors = {
@@ -375,7 +375,7 @@ def test_huge_loss_scale_with_antipodal_negatives() -> None:
 def test_python_knows_how_much_is_kept(rows: int) -> None:
     z = torch.randn(rows // 2, 2)
     out = ops.run("nt_xent", "", **nt_xent_inputs(z, z, keep=True))
-    assert out.saved_exponentials.numel() == ops.saved_exponentials_size(rows)
+    assert out.saved_for_backward.numel() == ops.saved_exponentials_size(rows)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 96, 97, 1534, 1535, 1536, 1537, 10_000])
@@ -408,18 +408,19 @@ def test_triton_and_the_module_hold_the_same_numbers() -> None:
 def test_exponentials_are_kept_for_a_gradient_within_the_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    saves = partial(dispatch.saves_exponentials, "")
+    options = {"product_dtype": None, "reduction": "mean"}
+    saves = partial(dispatch.saves_for_backward, "", **options)
     z = torch.randn(50, 4)
     wanted = z.clone().requires_grad_()
     temperature = torch.tensor(0.1, requires_grad=True)
     assert saves(wanted, z, None)
     assert saves(z, wanted, None)
     assert saves(z, z, temperature)
-    assert not dispatch.saves_exponentials(".chunked", wanted, z, None)
+    assert not dispatch.saves_for_backward(".chunked", wanted, z, None, **options)
     assert not saves(z, z, None)
     with torch.no_grad():
         assert not saves(wanted, z, None)
-    monkeypatch.setattr(dispatch, "SAVED_EXPONENTIALS_BYTES", 4 * ops.saved_exponentials_size(100))
+    monkeypatch.setattr(dispatch, "SAVED_BYTES", 4 * ops.saved_exponentials_size(100))
     assert saves(wanted, z, None)
     assert not saves(wanted.double(), z.double(), None)  # twice the bytes
 

@@ -67,7 +67,7 @@ def test_opcheck_forward(overload: str, case: int, dtype: torch.dtype) -> None:
 def test_opcheck_with_kept_exponentials(case: int) -> None:
     inputs = sample_inputs()[case] | {"keep": True}
     out = ops.run("nt_xent", "", **inputs)
-    assert out.saved_exponentials.numel() == ops.saved_exponentials_size(2 * len(inputs["z_i"]))
+    assert out.saved_for_backward.numel() == ops.saved_exponentials_size(2 * len(inputs["z_i"]))
     # opcheck must not compare the outputs of two calls: the part of the saved exponentials that no
     # pair of rows fills holds whatever was in memory.
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -61,6 +61,9 @@ NT_XENT = {
     "tensor": {"tensor": True},
     "large": {"batch": 200, "dtype": torch.bfloat16},
     "odd": {"batch": 70, "features": 33},
+    "saved": {"dtype": torch.bfloat16, "save": True},
+    "saved_tensor": {"tensor": True, "save": True},
+    "saved_none": {"reduction": "none", "save": True},
 }
 
 
@@ -76,6 +79,7 @@ def nt_xent_forward(
     constant: bool = True,
     mask: bool = False,
     tensor: bool = False,
+    save: bool = False,
 ) -> tuple[Any, ...]:
     z_i, z_j = views(call, batch, features, dtype)
     pairs = randn(call, batch, batch) < -1 if mask else None
@@ -83,7 +87,7 @@ def nt_xent_forward(
     eps = 1e-8 * (call + 1)
     tau_tensor = torch.tensor(tau) if tensor else None
     number = 1.0 if tensor else tau
-    return z_i, z_j, pairs, tau_tensor, number, cosine, eps, reduction, product_dtype, False
+    return z_i, z_j, pairs, tau_tensor, number, cosine, eps, reduction, product_dtype, save
 
 
 def nt_xent_backward(call: int, **options: Any) -> tuple[Any, ...]:
@@ -91,7 +95,7 @@ def nt_xent_backward(call: int, **options: Any) -> tuple[Any, ...]:
     out = OPERATORS["nt_xent"][0](*args)
     rows = 2 * args[0].shape[0]
     grad = randn(call, *((rows,) if options.get("reduction") == "none" else ()))
-    return grad, *args[:4], out.shift, out.log_sum, out.positive, out.saved_exponentials, *args[4:9]
+    return grad, *args[:4], out.shift, out.log_sum, out.positive, out.saved_for_backward, *args[4:9]
 
 
 def rectangle(call: int, *, dtype: torch.dtype, tensor: bool) -> tuple[Any, ...]:

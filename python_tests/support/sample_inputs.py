@@ -36,7 +36,7 @@ def nt_xent_backward_inputs(inputs: dict[str, Any], out: NTXentForward) -> dict[
         "shift": out.shift,
         "log_sum": out.log_sum,
         "positive": out.positive,
-        "kept": out.saved_exponentials,
+        "kept": out.saved_for_backward,
     }
 
 

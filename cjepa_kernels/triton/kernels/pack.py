@@ -2,14 +2,7 @@
 
     z_a = x_a / max(|x_a|, eps)        (z_a = x_a without COSINE), rounded to the operands' dtype
 
-The weights of a row follow from what the forward saved of it and from its upstream gradient g_a.
-With pairs, L_a = softplus(LSE-_a - s_a / tau), so that
-
-    r_a   = sigmoid(LSE-_a - s_a / tau)
-    w_a   = g_a r_a / sum_a            the factor of the row's exponentials in dL/ds_ab
-    w+_a  = g_a r_a                    the same for the positive: dL/ds_a = -w+_a / tau
-
-and without pairs, L_a = LSE_a and w_a = g_a / sum_a.
+``weights.py`` derives the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +11,7 @@ import triton
 import triton.language as tl
 
 from cjepa_kernels.triton.kernels.operands import round_to_tf32
-from cjepa_kernels.triton.kernels.temperature import LN2, read_scale
+from cjepa_kernels.triton.kernels.weights import weigh
 
 
 @triton.jit
@@ -56,44 +49,6 @@ def unit_rows(x, eps, COSINE: tl.constexpr):
         # An infinity becomes NaN, and the loss with it. Its dot products alone might all be -inf.
         x += x - x
     return x, norm
-
-
-@triton.jit
-def weigh(
-    row, weight_out, shift_out, positive_weight_out, saved_shift, saved_log_sum, saved_positive,
-    grad, largest_grad, temperature, rows, grad_stride, weight_scale,
-    PAIRS: tl.constexpr, PER_ROW: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
-):  # fmt: skip
-    """Store the weight, the shift and the positive's weight of padded rows, 0 beyond the last row.
-
-    Gradients of rows (PER_ROW) are divided by the largest of them, and a gradient that is one
-    number is left out: the kernel that finishes the backward multiplies by it. The weights thus
-    stay in the range of their dtype whatever the loss is scaled by.
-    """
-    valid = row < rows
-    offsets = row
-    if PAIRS:
-        offsets = (row % 2) * (rows // 2) + row // 2
-    inverse_tau = (read_scale(temperature, TAU_TENSOR) * LN2).to(tl.float64)
-    shift = tl.load(saved_shift + offsets, mask=valid, other=0.0)
-    log_sum = tl.load(saved_log_sum + offsets, mask=valid, other=0.0).to(tl.float64)
-    g = tl.full(row.shape, 1.0, tl.float64)
-    if PER_ROW:
-        g = tl.load(grad + offsets.to(tl.int64) * grad_stride, mask=valid, other=0.0).to(tl.float64)
-        largest = tl.load(largest_grad).to(tl.float64)
-        g = tl.where(largest > 0, g / largest, g)
-    empty = log_sum == float("-inf")  # A row without negatives has r = 0 and no gradient.
-    if PAIRS:
-        s = tl.load(saved_positive + offsets, mask=valid, other=0.0)
-        difference = (shift.to(tl.float64) - s) * inverse_tau + log_sum
-        g = g / (1.0 + tl.exp(-difference))
-        tl.store(positive_weight_out + row, tl.where(valid, g, 0.0).to(tl.float32))
-    exponent = -log_sum
-    if CONSTANT:  # The backward's exponentials are relative to 1, whatever the saved shift is.
-        exponent += (1.0 - shift.to(tl.float64)) * inverse_tau
-    w = tl.where(valid & ~empty, g * tl.exp(tl.where(empty, 0.0, exponent)), 0.0)
-    tl.store(weight_out + row, (w * weight_scale).to(tl.float32))
-    tl.store(shift_out + row, shift)
 
 
 @triton.jit(do_not_specialize=["rows", "padded_rows"])

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from cjepa_kernels.triton.kernels.temperature import LN2, read_scale
+from cjepa_kernels.triton.kernels.weights import store_weights
 
 FEATURE_BLOCK = tl.constexpr(16)  # features whose sums over all rows a program squares at a time
 FEATURE_SUM_ROWS = tl.constexpr(128)  # rows of those sums that it reads at a time
@@ -144,17 +145,19 @@ def nt_xent_rows_kernel(
     row_sum, row_max, column_sum, column_max, running_sum, running_max, tile_positive,
     row_loss_out, lse_out, largest_negative_out, shift_out, log_sum_out, positive_out,
     partial, feature_sums, squared_norms, negative_sum, negative_count, counter,
-    loss_out, accuracy_out, positive_similarity_out, negative_similarity_out, temperature,
+    loss_out, accuracy_out, positive_similarity_out, negative_similarity_out,
+    weight_out, weight_shift_out, positive_weight_out, weight_scale, temperature,
     rows, blocks, first_column, last_column, run_length, slot_counts, feature_sum_count,
     negative_slots, loss_factor,
     CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    COUNTED: tl.constexpr, NONE: tl.constexpr, MASKED: tl.constexpr, WIDTH: tl.constexpr,
-    BM: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    COUNTED: tl.constexpr, NONE: tl.constexpr, MASKED: tl.constexpr, WEIGH: tl.constexpr,
+    WIDTH: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Add one panel of tiles to ROWS rows and, after the LAST panel, compute their loss.
 
     Each program leaves partial sums of the loss and of the metrics in ``partial``. The program that
-    ends last adds those of all programs in order and writes the scalars.
+    ends last adds those of all programs in order and writes the scalars. With WEIGH each program
+    also writes the weights of its rows for a backward.
 
     The mean similarity of the negatives needs no pass over all pairs. Without a user's mask,
 
@@ -204,6 +207,14 @@ def nt_xent_rows_kernel(
     tl.store(shift_out + offsets, shift, mask=valid)
     tl.store(log_sum_out + offsets, log_sum.to(tl.float32), mask=valid)
     tl.store(positive_out + offsets, s, mask=valid)
+    if WEIGH:
+        store_weights(
+            row=a, valid=valid, g=tl.full(a.shape, 1.0, tl.float64), shift=shift,
+            log_sum=log_sum.to(tl.float32).to(tl.float64), s=s, inverse_tau=inverse_tau,
+            weight_out=weight_out, shift_out=weight_shift_out,
+            positive_weight_out=positive_weight_out, weight_scale=weight_scale, PAIRS=True,
+            CONSTANT=CONSTANT,
+        )  # fmt: skip
     tl.store(partial + program, tl.sum(tl.where(valid, row_loss, 0.0), 0))
     tl.store(partial + programs + program, tl.sum((valid & (s > maximum)).to(tl.float64), 0))
     tl.store(partial + 2 * programs + program, tl.sum(s.to(tl.float64), 0))
