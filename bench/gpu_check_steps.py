@@ -173,7 +173,7 @@ def tests(processes: int) -> list[Step]:
             "plans", [PLAN_TESTS], 40, touches=(HOST, PLANS), environment={SWITCHES["plans"]: "1"}
         ),
         *parity_and_kernels,
-        step_of_tests("gluon", [f"{TESTS}/bench/test_gpu_hopper.py"], 45),
+        step_of_tests("gluon", [f"{TESTS}/bench/test_gpu_hopper.py"], 60),
         step_of_tests(
             "nccl",
             [],
@@ -202,7 +202,7 @@ def measurements(sizes: Sizes) -> list[Step]:
             Step(f"loss of {d} features", measure("loss", of), 25, reserved=12)
             for d, of in by_width.items()
         ),
-        Step("Gluon kernels", [sys.executable, str(ROOT / "bench" / "gpu_hopper.py")], 40),
+        Step("Gluon kernels", [sys.executable, str(ROOT / "bench" / "gpu_hopper.py")], 60),
         Step("prediction", measure("prediction", [sizes.prediction]), 15, reserved=8),
         Step("memory", measure("memory", [sizes.memory]), 40, reserved=22),
     ]

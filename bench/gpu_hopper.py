@@ -3,10 +3,12 @@
     python bench/gpu_hopper.py [--no-save]
 
 For each number of features the script compares the forward of NT-Xent by a Gluon kernel with the
-forward by the Triton kernels, anchor by anchor, and with the formula in fp64. Only then it times
-both, in turn, beside the bare product torch.mm(z, z.T). It writes bench/results/gpu_hopper.json
-after every size. A combination that fails is named, the others are measured all the same, and the
-exit code is 1. On any other device the script says so and ends.
+forward by the Triton kernels, anchor by anchor, and with the formula in fp64. It compares the
+gradients in the same way, row by row, both from a forward by the Triton kernels. Only then it times
+both kinds of kernels, in turn, beside the bare product torch.mm(z, z.T), of which forward and
+backward do the work of three. It writes bench/results/gpu_hopper.json after every size. A
+combination that fails is named, the others are measured all the same, and the exit code is 1. On
+any other device the script says so and ends.
 """
 
 from __future__ import annotations
@@ -23,26 +25,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cjepa_kernels import nt_xent
-from cjepa_kernels.bench.candidates import FORWARD, products
+from cjepa_kernels.bench.candidates import BOTH, FORWARD, products
 from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.script_options import read_options, save
 from cjepa_kernels.bench.timing import interleaved_on_gpu
 from cjepa_kernels.error_lines import kind_and_first_line
 from cjepa_kernels.tables import print_table
 
-GLUON, TRITON, MM = "Gluon kernel", "Triton kernels", "torch.mm"
+GLUON, TRITON, MM = "Gluon kernels", "Triton kernels", "torch.mm"
 VARIABLE = "CJEPA_GLUON"
 CAPABILITY = (9, 0)
 ROWS = (65536, 16384)
 FEATURES = (256, 512, 128, 768, 64, 384, 640)  # what matters most comes first
+BACKWARD_FEATURES = (256, 512, 128, 768, 64, 1024)
+BACKWARD = "backward"
 DTYPES = (torch.bfloat16, torch.float16)
 PARITY_ROWS = 16384 + 2 * 77  # the last block is not whole
+CHUNK = 2048  # rows whose similarities are held in fp64 at a time
 SAMPLE = 512  # anchors that are compared with the formula in fp64
 TEMPERATURE = 0.1
 SECONDS = 1.0  # for the candidates of one size
 # Both kernels round the same operands, and a tensor core cuts off bits of its sums: 1e-5 of a
 # similarity, and ten times as much of an exponential.
 LARGEST_DIFFERENCE = 1e-4
+# Of the gradient of a row, beside the usual norm of one. Both kernels round G, and a number between
+# two of its dtype may go either way. A box of 64 x 64 numbers that is missing changes rows by 4e-3
+# of the sum of the magnitudes, of which most cancels.
+LARGEST_GRADIENT_DIFFERENCE = 1e-3
 # Relative errors that the rounding of operands may cause. python_tests/triton/test_kernels.py has
 # the same bounds.
 LARGEST_ERROR = {torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -83,6 +92,72 @@ def exact_losses(x: Tensor, y: Tensor, anchors: Tensor) -> Tensor:
     logits.scatter_(1, anchors[:, None], -torch.inf)
     positive = (anchors + len(x)) % len(z)
     return torch.logsumexp(logits, 1) - logits.gather(1, positive[:, None])[:, 0]
+
+
+def gradients(x: Tensor, y: Tensor, *, allowed: bool) -> Tensor:
+    """(M, D) the gradient of both views, in fp32, of losses that have different weights."""
+    with gluon(allowed=False):
+        leaves = [view.detach().requires_grad_() for view in (x, y)]
+        losses = nt_xent(*leaves, temperature=TEMPERATURE, reduction="none", backend="triton").loss
+    with gluon(allowed):
+        return torch.cat(torch.autograd.grad(losses, leaves, loss_weights(losses))).float()
+
+
+def loss_weights(like: Tensor) -> Tensor:
+    """Upstream gradients of the losses."""
+    return torch.linspace(0.5, 1.5, like.shape[0], device=like.device, dtype=like.dtype)
+
+
+def exact_gradients(x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+    """The gradients of some rows by the formula in fp64.
+
+    With L_a = LSE over b != a of s_ab / tau, minus s_a / tau of the positive, and with u_a the
+    weight of L_a and p_ab = exp(s_ab / tau - LSE_a),
+
+        dL/dz_a = (1 / tau) (sum over b != a of (u_a p_ab + u_b p_ba) z_b - (u_a + u_pos) z_pos).
+    """
+    raw = torch.cat([x, y]).double()
+    norms = raw.norm(dim=1, keepdim=True)
+    z = raw / norms
+    count = len(z)
+    every = torch.arange(count, device=z.device)
+    lse = torch.cat([_logits(z, some).logsumexp(1) for some in every.split(CHUNK)])
+    weights = loss_weights(lse)
+    logits = _logits(z, rows)
+    g = (logits - lse[rows, None]).exp() * weights[rows, None]
+    g += (logits - lse[None, :]).exp() * weights[None, :]
+    positive = (rows + count // 2) % count
+    grad = g @ z - (weights[rows] + weights[positive])[:, None] * z[positive]
+    grad /= TEMPERATURE
+    grad -= (grad * z[rows]).sum(1, keepdim=True) * z[rows]
+    return grad / norms[rows]
+
+
+def _logits(z: Tensor, rows: Tensor) -> Tensor:
+    """s_ab / tau of some rows, -inf where a row meets itself."""
+    logits = z[rows] @ z.T / TEMPERATURE
+    return logits.scatter_(1, rows[:, None], -torch.inf)
+
+
+def backward_parity(
+    x: Tensor, y: Tensor, gradients: Callable[..., Tensor] = gradients, sample: int = SAMPLE
+) -> dict[str, float | bool]:
+    """The same for the gradients of the rows."""
+    new, again = (gradients(x, y, allowed=True) for _ in range(2))
+    today = gradients(x, y, allowed=False)
+    rows = torch.randperm(len(new), generator=torch.Generator().manual_seed(0))[:sample]
+    rows = rows.to(x.device)
+    exact = exact_gradients(x, y, rows)
+    usual_norm = today.norm(dim=1).square().mean().sqrt()
+    difference = float((new - today).norm(dim=1).max() / usual_norm)
+    error = float((new[rows] - exact).norm() / exact.norm())
+    same_bits = bool(torch.equal(new, again))
+    passed = not (
+        not difference <= LARGEST_GRADIENT_DIFFERENCE
+        or not error <= LARGEST_ERROR[x.dtype]
+        or not same_bits
+    )
+    return {"difference": difference, "error": error, "same_bits": same_bits, "passed": passed}
 
 
 def parity(
@@ -136,25 +211,62 @@ def uses_gluon(x: Tensor, y: Tensor) -> bool:
     return bool(found)
 
 
-def times(x: Tensor, y: Tensor) -> dict[str, Any]:
-    """Seconds of a forward on the device: median, p20 and p80 of each candidate."""
+def uses_gluon_backward(x: Tensor, y: Tensor) -> bool:
+    """Whether Gluon kernels take the products of the backward."""
+    from cjepa_kernels.triton import hopper_gradients
+
+    found: list[bool] = []
+    products = hopper_gradients.products
+
+    def noted(of: Any) -> Any:
+        result = products(of)
+        found.append(result is not None)
+        return result
+
+    hopper_gradients.products = noted
+    try:
+        gradients(x, y, allowed=True)
+    finally:
+        hopper_gradients.products = products
+    return found == [True]
+
+
+def both(x: Tensor, y: Tensor, *, allowed: bool) -> tuple[Tensor, ...]:
+    """Forward and backward of the mean loss."""
+    with gluon(allowed):
+        leaves = [view.detach().requires_grad_() for view in (x, y)]
+        loss = nt_xent(*leaves, temperature=TEMPERATURE, backend="triton").loss
+        return torch.autograd.grad(loss, leaves)
+
+
+def times(x: Tensor, y: Tensor, direction: str = FORWARD) -> dict[str, Any]:
+    """Seconds of a direction on the device: median, p20 and p80 of each candidate."""
+    call = forward if direction == FORWARD else both
     builds = {
-        GLUON: lambda: partial(forward, x, y, allowed=True),
-        TRITON: lambda: partial(forward, x, y, allowed=False),
-        MM: lambda: products((x, y), FORWARD),
+        GLUON: lambda: partial(call, x, y, allowed=True),
+        TRITON: lambda: partial(call, x, y, allowed=False),
+        MM: lambda: products((x, y), direction),
     }
     found, errors = interleaved_on_gpu(builds, seconds=SECONDS)
     return {**found, **{name: {"error": error} for name, error in errors.items()}}
 
 
-def check(features: int, dtype: torch.dtype) -> Record:
+def check(features: int, dtype: torch.dtype, direction: str = FORWARD) -> Record:
     """The parity of one combination, as a record."""
-    record: Record = {"D": features, "dtype": str(dtype).removeprefix("torch.")}
+    record: Record = {
+        "D": features,
+        "dtype": str(dtype).removeprefix("torch."),
+        "direction": direction,
+    }
+    is_used, compare = {
+        FORWARD: (uses_gluon, parity),
+        BACKWARD: (uses_gluon_backward, backward_parity),
+    }[direction]
     try:
         x, y = views(PARITY_ROWS, features, dtype)
-        if not uses_gluon(x, y):
+        if not is_used(x, y):
             return {**record, "passed": False, "reason": "no Gluon kernel was launched"}
-        return {**record, **parity(x, y)}
+        return {**record, **compare(x, y)}
     except Exception as error:
         return {**record, "passed": False, "reason": kind_and_first_line(error)}
 
@@ -182,29 +294,39 @@ def main() -> int:
         save(options, "gpu_hopper", rows, parity=checks, of_kernels=True)
 
     for dtype in DTYPES:
-        for features in FEATURES:
-            record = check(features, dtype)
-            checks.append(record)
-            print(record, flush=True)
+        for direction, several in ((FORWARD, FEATURES), (BACKWARD, BACKWARD_FEATURES)):
+            for features in several:
+                record = check(features, dtype, direction)
+                checks.append(record)
+                print(record, flush=True)
     write()
-    for features in FEATURES:
-        (passed,) = (r["passed"] for r in checks if (r["D"], r["dtype"]) == (features, "bfloat16"))
-        for number in ROWS if passed else ():
-            found = times(*views(number, features, torch.bfloat16))
-            rows += [{"M": number, "D": features, "name": n, **t} for n, t in found.items()]
-            medians = {name: t.get("median", float("nan")) for name, t in found.items()}
-            table.append(
-                [
-                    str(number),
-                    str(features),
-                    f"{1e3 * medians[GLUON]:.3f}",
-                    f"{medians[GLUON] / medians[TRITON]:.2f}",
-                    f"{medians[GLUON] / medians[MM]:.2f}",
-                ]
-            )
-            print(table[-1], flush=True)
-            write()
-    print_table(["M", "D", "ms", "of the Triton kernels", "of torch.mm"], table)
+    passed = {
+        (record["D"], record["direction"])
+        for record in checks
+        if record["passed"] and record["dtype"] == "bfloat16"
+    }
+    timed = [(features, FORWARD, number) for features in FEATURES for number in ROWS]
+    timed += [(features, BOTH, number) for features in BACKWARD_FEATURES for number in ROWS]
+    for features, direction, number in timed:
+        if (features, FORWARD if direction == FORWARD else BACKWARD) not in passed:
+            continue
+        found = times(*views(number, features, torch.bfloat16), direction)
+        cell = {"M": number, "D": features, "pass": direction}
+        rows += [{**cell, "name": n, **t} for n, t in found.items()]
+        medians = {name: t.get("median", float("nan")) for name, t in found.items()}
+        table.append(
+            [
+                str(number),
+                str(features),
+                direction,
+                f"{1e3 * medians[GLUON]:.3f}",
+                f"{medians[GLUON] / medians[TRITON]:.2f}",
+                f"{medians[GLUON] / medians[MM]:.2f}",
+            ]
+        )
+        print(table[-1], flush=True)
+        write()
+    print_table(["M", "D", "pass", "ms", "of the Triton kernels", "of the bare products"], table)
     return 0 if all(record["passed"] for record in checks) else 1
 
 

@@ -8,6 +8,7 @@ prepare.py                                            what is computed of the ar
 recording.py, plans.py, planned.py                    launch plans, which csrc/cuda repeats
 proved.py                                             what has passed parity on a device
 hopper.py, schedules.py                               Gluon kernels for Hopper, and their schedules
+hopper_gradients.py, gradient_schedules.py            the same for the backward
 kernels/                                              the functions that run on the GPU
 interpreter.py                                        repairs of Triton's interpreter
 

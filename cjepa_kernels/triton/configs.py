@@ -22,7 +22,7 @@ from cjepa_kernels.files import atomic_write
 from cjepa_kernels.triton import planned
 
 # "inner_tiles" are tiles of one plane without a mask, where the table has an entry for them.
-# "wide" and "pairs" are the Gluon kernels for Hopper.
+# "wide" and "pairs" are the Gluon kernels for Hopper, and in the backward those named "hopper_".
 Kernel = Literal[
     "tiles",
     "inner_tiles",
@@ -33,6 +33,10 @@ Kernel = Literal[
     "coefficients",
     "products",
     "products_split",
+    "hopper_owned",
+    "hopper_strips",
+    "hopper_tiles",
+    "hopper_products",
 ]
 TILE = 128  # rows and columns of a square tile; padded rows are a multiple of it
 INTERPRETED = 90  # architecture that the interpreter imitates
@@ -49,11 +53,12 @@ class Config:
         features: Largest number of padded features that it serves.
         warps: ``num_warps`` of Triton; 0 if the kernel must not be used.
         stages: ``num_stages`` of Triton; for Gluon kernels the slots of the ring of rows.
-        rows: Rows of a tile, for strips and owned rows.
+        rows: Rows of a tile, for strips and owned rows; for the Gluon kernels of squares too.
         columns: Columns of a tile, for owned rows and products.
         pipelined: For strips: overlap the exponentials of a tile with the product of the next.
+            For owned rows in Gluon: overlap those of the next tile with the second product of this.
         fold: For strips: keep half as many column sums (see ``fold`` in ``kernels/similarity.py``).
-        step: For pairs: features that pass through the ring at a time.
+        step: For pairs, and for strips in Gluon: features that pass through the ring at a time.
     """
 
     architecture: int

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cjepa_kernels.triton import launch
+from cjepa_kernels.triton import hopper_gradients, launch
 from cjepa_kernels.triton.configs import TILE, Config
 from cjepa_kernels.triton.kernels.coefficients import (
     coefficient_tiles_kernel,
@@ -20,11 +20,11 @@ from cjepa_kernels.triton.kernels.finish import finish_kernel
 from cjepa_kernels.triton.launch import Operands
 from cjepa_kernels.triton.pack import (
     Packed,
-    Weights,
     cdiv,
     next_power_of_2,
     row_block,
     view_arguments,
+    weights_of,
 )
 from cjepa_kernels.triton.prepare import symmetric
 from cjepa_kernels.triton.recording import run_kernel
@@ -90,6 +90,9 @@ class Gradients:
 
         A product that was not asked for has no rows.
         """
+        by_gluon = hopper_gradients.products(self)
+        if by_gluon is not None:
+            return by_gluon
         plain = self.constant and self.mask is None
         if not (plain and launch.fits_a_strip(self.x) and launch.has("owned", self.x)):
             return self._products_by_squares()
@@ -110,7 +113,7 @@ class Gradients:
             owned_rows_kernel, row_blocks * splits,
             x=launch.blocks_of(x.z, config.rows, width),
             y=launch.blocks_of(y.z, config.columns, width),
-            out=out, row_weight=_weights(x).weight, column_weight=_weights(y).weight,
+            out=out, row_weight=weights_of(x).weight, column_weight=weights_of(y).weight,
             temperature=self.temperature.argument, rows=x.rows, columns=y.rows,
             padded_rows=x.padded_rows, column_blocks=column_blocks, splits=splits,
             SELF=self.self_contrast, WIDTH=width, BM=config.rows, BN=config.columns,
@@ -169,7 +172,7 @@ class Gradients:
     def _fill(self, g: Tensor, square: Square, *, filled_slots: int) -> None:
         """Write G of a square, and add its dots to the slots of the squares before it."""
         x, y = self.x, self.y
-        x_weights, y_weights = _weights(x), _weights(y)
+        x_weights, y_weights = weights_of(x), weights_of(y)
         depth, config = self.operands.depth_block(x.features), launch.config("coefficients", x)
         run_kernel(
             coefficient_tiles_kernel, square.tiles,
@@ -231,7 +234,7 @@ class Gradients:
             temperature_factor: See ``finish_kernel``.
             like: The temperature's gradient has the dtype and device of this tensor.
         """
-        views, weights = packed.views, _weights(packed)
+        views, weights = packed.views, weights_of(packed)
         grads = [view.new_empty(view.shape) for view in views]
         grad_temperature = like.new_empty(())
         width = next_power_of_2(packed.padded_features)
@@ -261,9 +264,3 @@ def _product_config(z: Packed) -> Config:
 def _product_columns(z: Packed) -> int:
     """Features that a program of the product takes; they divide the padded features."""
     return math.gcd(_product_config(z).columns, z.padded_features)
-
-
-def _weights(packed: Packed) -> Weights:
-    if packed.weights is None:
-        raise ValueError("rows have no weights: pack the rows with `upstream` before a backward")
-    return packed.weights

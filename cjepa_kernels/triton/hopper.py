@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +41,9 @@ class Table:
 
     Attributes:
         starts: (programs + 1,) int32.
-        segments: (5 segments,) int32.
+        segments: (fields of a segment * segments,) int32.
         slots: (last column block of the panel,) int32, slots of column sums; 0 before the panel.
+            Empty in the backward.
         programs: Number of programs.
     """
 
@@ -67,8 +69,8 @@ class HopperTiles:
         wide = config.kernel == "wide"
         step = tiles.x.padded_features if wide else config.step
         arguments: dict[str, Any] = {
-            "stay_blocks": _blocks_of(tiles.y.z, TILE, step),
-            "row_blocks": _blocks_of(tiles.x.z, TILE_ROWS, step),
+            "stay_blocks": blocks_of(tiles.y.z, TILE, step),
+            "row_blocks": blocks_of(tiles.x.z, TILE_ROWS, step),
             "row_sum": tiles.row_sum,
             "row_max": tiles.row_max,
             "column_sum": tiles.column_sum,
@@ -88,18 +90,30 @@ class HopperTiles:
 
     def launch(self, panel: Panel) -> None:
         """Compute the inner tiles of a panel."""
-        kernel = _kernel(self.config.kernel)
+        kernel = kernel_of(self.config.kernel)
         run_kernel(kernel, self.tables[panel].programs, **self.arguments(panel))
 
     def compile(self) -> None:
         """Compile the kernel; nothing happens if it is compiled already."""
-        kernel = _kernel(self.config.kernel)
+        kernel = kernel_of(self.config.kernel)
         kernel.warmup(**self.arguments(self.tiles.panels[0]), grid=(1,))
+
+
+class Numbers(NamedTuple):
+    """The numbers of a schedule that are copied to the device; see ``Table``."""
+
+    starts: Sequence[int]
+    segments: Sequence[int]
+    slots: Sequence[int]
+
+    @property
+    def bytes(self) -> int:
+        return 4 * sum(map(len, self))
 
 
 _compiled: set[tuple[Any, ...]] = set()
 _failed: set[tuple[Any, ...]] = set()
-_tables: dict[tuple[Any, ...], Table] = {}
+_tables: dict[tuple[Any, ...], Table | None] = {}  # None: there is none, see ``cached_tables``
 
 
 def select(tiles: Tiles) -> HopperTiles | None:
@@ -108,25 +122,39 @@ def select(tiles: Tiles) -> HopperTiles | None:
     if config is None:
         return None
     x = tiles.x
-    key = (config, x.z.dtype, x.padded_features, x.z.device)
-    if key in _failed:
+    # Very many panels: what ``slots`` takes alone is known before any schedule is made.
+    if 4 * sum(panel.last for panel in tiles.panels) > TABLE_BYTES:
         return None
-    tables = {}
-    for panel in tiles.panels:
-        table = _table(tiles, panel, config)
-        if table is None:
-            return None
-        tables[panel] = table
-    found = HopperTiles(tiles, config, tables)
+    schedules_of = {panel: _schedule(tiles, panel, config) for panel in tiles.panels}
+    tables = cached_tables(x.z.device, dict(schedules_of.values()))
+    if tables is None:
+        return None
+    found = HopperTiles(
+        tiles, config, {panel: tables[key] for panel, (key, _) in schedules_of.items()}
+    )
+    key = (config, x.z.dtype, x.padded_features, x.z.device)
+    return found if compiles(key, config.kernel, found.compile) else None
+
+
+def compiles(key: tuple[Any, ...], name: str, compile_kernel: Callable[[], None]) -> bool:
+    """Whether a kernel compiles. The first one that does not is named in a warning.
+
+    Args:
+        key: Everything on which the kernel's machine code depends. It is compiled once.
+        name: Name of the kernel.
+        compile_kernel: Compiles it.
+    """
+    if key in _failed:
+        return False
     if key not in _compiled:
         try:
-            found.compile()
+            compile_kernel()
         except Exception as error:  # Whatever went wrong, the Triton kernels serve.
             _failed.add(key)
-            _warn(config, error)
-            return None
+            _warn(name, error)
+            return False
         _compiled.add(key)
-    return found
+    return True
 
 
 def _config(tiles: Tiles) -> Config | None:
@@ -168,30 +196,63 @@ def _fits(entry: Config, x: Packed) -> bool:
     return is_power_of_two and 2 * step >= SWIZZLE_BYTES and x.padded_features % step == 0
 
 
-def _table(tiles: Tiles, panel: Panel, config: Config) -> Table | None:
-    """The schedule of a panel on the device; None if there is no room for it."""
-    device = tiles.x.z.device
+def _schedule(
+    tiles: Tiles, panel: Panel, config: Config
+) -> tuple[tuple[Any, ...], Callable[[], Numbers | None]]:
+    """The key of the schedule of a panel, and what makes it."""
     whole_rows, whole_columns = tiles.x.rows // TILE, tiles.y.rows // TILE
-    key = (config.kernel, device, panel.first, panel.last, whole_rows, whole_columns,
-           tiles.self_contrast)  # fmt: skip
-    if key in _tables:
-        return _tables[key]
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None  # A capture cannot copy the schedule. A call before it would have made it.
-    columns = range(panel.first, min(panel.last, whole_columns))
-    heights = [min(c, whole_rows) if tiles.self_contrast else whole_rows for c in columns]
-    shape: schedules.Shape = "wide" if config.kernel == "wide" else "pairs"
-    schedule = schedules.make(shape, heights, programs(device))
-    # The tiles at the edge of a rectangle write the slot behind those of the whole row blocks.
-    if max(schedule.slots, default=0) > whole_rows:
+    number = programs(tiles.x.z.device)
+
+    def make() -> Numbers | None:
+        columns = range(panel.first, min(panel.last, whole_columns))
+        heights = [min(c, whole_rows) if tiles.self_contrast else whole_rows for c in columns]
+        shape: schedules.Shape = "wide" if config.kernel == "wide" else "pairs"
+        schedule = schedules.make(shape, heights, number)
+        # The tiles at the edge of a rectangle write the slot behind those of the whole row blocks.
+        if max(schedule.slots, default=0) > whole_rows:
+            return None
+        slots = [0] * panel.first + schedule.slots
+        slots += [0] * (panel.last - len(slots))
+        return Numbers(schedule.starts, schedule.table, slots)
+
+    key = (config.kernel, panel.first, panel.last, whole_rows, whole_columns, tiles.self_contrast)
+    return key, make
+
+
+def cached_tables(
+    device: torch.device, makes: Mapping[tuple[Any, ...], Callable[[], Numbers | None]]
+) -> dict[tuple[Any, ...], Table] | None:
+    """The schedules of one call on the device, by their keys.
+
+    They are made once. That one of them cannot be made, or that they take too much memory
+    together, is remembered too. Then none of them takes any.
+
+    Args:
+        device: The device.
+        makes: By everything on which a schedule depends, apart from the device: what makes its
+            numbers, or None if there is no schedule.
+
+    Returns:
+        None also if a CUDA graph is being captured, because a capture cannot copy the schedules. A
+        call before it would have made them.
+    """
+    of_key = {key: (device, *key) for key in makes}
+    missing = [key for key in makes if of_key[key] not in _tables]
+    if any(where in _tables and _tables[where] is None for where in of_key.values()):
         return None
-    slots = [0] * panel.first + schedule.slots
-    slots += [0] * (panel.last - len(slots))
-    table = _on_device(device, schedule, slots)
-    if sum(one.bytes for one in _tables.values()) + table.bytes > TABLE_BYTES:
+    if missing and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
-    _tables[key] = table
-    return table
+    room = TABLE_BYTES - sum(table.bytes for table in _tables.values() if table is not None)
+    made: dict[tuple[Any, ...], Numbers] = {}
+    for key in missing:
+        numbers = makes[key]()
+        room -= numbers.bytes if numbers is not None else 0
+        if numbers is None or room < 0:
+            _tables[of_key[key]] = None
+            return None
+        made[key] = numbers
+    _tables.update({of_key[key]: _on_device(device, numbers) for key, numbers in made.items()})
+    return {key: table for key, where in of_key.items() if (table := _tables[where]) is not None}
 
 
 def programs(device: torch.device) -> int:
@@ -199,32 +260,42 @@ def programs(device: torch.device) -> int:
     return launch.processors(device)
 
 
-def _on_device(device: torch.device, schedule: schedules.Schedule, slots: list[int]) -> Table:
+def _on_device(device: torch.device, numbers: Numbers) -> Table:
     """Copy a schedule to the device, where it stays.
 
     A stream of its own keeps the copy out of the memory of a CUDA graph that is being prepared.
     Such memory is used again for other tensors, and the schedule has to outlive the graph.
     """
 
-    def copy(numbers: list[int]) -> Tensor:
-        return keep_forever(torch.tensor(numbers, dtype=torch.int32, device=device))
+    def copy(of_one: Sequence[int]) -> Tensor:
+        return keep_forever(torch.tensor(of_one, dtype=torch.int32, device=device))
 
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     with torch.cuda.stream(stream):
         table = Table(
-            starts=copy(schedule.starts),
-            segments=copy(schedule.table),
-            slots=copy(slots),
-            programs=len(schedule.programs),
+            starts=copy(numbers.starts),
+            segments=copy(numbers.segments),
+            slots=copy(numbers.slots),
+            programs=len(numbers.starts) - 1,
         )
     if stream is not None:
         stream.synchronize()
     return table
 
 
-def _kernel(name: str) -> Any:
-    """A kernel of ``kernels/hopper.py``, which imports Gluon."""
-    module = importlib.import_module("cjepa_kernels.triton.kernels.hopper")
+FILES = {  # of kernels/, by the names that ``configs.py`` has for the kernels
+    "wide": "hopper",
+    "pairs": "hopper",
+    "hopper_owned": "hopper_owned",
+    "hopper_strips": "hopper_squares",
+    "hopper_tiles": "hopper_squares",
+    "hopper_products": "hopper_squares",
+}
+
+
+def kernel_of(name: str) -> Any:
+    """A Gluon kernel. Its file imports Gluon."""
+    module = importlib.import_module(f"cjepa_kernels.triton.kernels.{FILES[name]}")
     return getattr(module, f"{name}_kernel")
 
 
@@ -235,7 +306,7 @@ def _layout() -> Any:
     return gl.NVMMASharedLayout(swizzle_byte_width=SWIZZLE_BYTES, element_bitwidth=16, rank=2)
 
 
-def _blocks_of(matrix: Tensor, rows: int, columns: int) -> Any:
+def blocks_of(matrix: Tensor, rows: int, columns: int) -> Any:
     """The argument from which a kernel loads (rows, columns) blocks of a matrix."""
     module = importlib.import_module("triton.experimental.gluon.nvidia.hopper")
     return module.TensorDescriptor.from_tensor(matrix, [rows, columns], _layout())
@@ -244,7 +315,7 @@ def _blocks_of(matrix: Tensor, rows: int, columns: int) -> Any:
 _warned = False
 
 
-def _warn(config: Config, error: Exception) -> None:
+def _warn(name: str, error: Exception) -> None:
     """Warn once that the Triton kernels run in place of a Gluon kernel."""
     global _warned
     if _warned:
@@ -252,7 +323,7 @@ def _warn(config: Config, error: Exception) -> None:
     _warned = True
     lines = str(error).splitlines() or [""]
     warnings.warn(
-        f"the Gluon kernel {config.kernel} could not be compiled ({type(error).__name__}: "
+        f"the Gluon kernel {name} could not be compiled ({type(error).__name__}: "
         f"{lines[0][:200]}), so the Triton kernels run in its place; CJEPA_GLUON=0 in the "
         "environment silences this warning",
         UserWarning,

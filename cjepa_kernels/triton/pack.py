@@ -118,6 +118,13 @@ class Packed:
         return self.z.shape[1]
 
 
+def weights_of(packed: Packed) -> Weights:
+    """The weights of rows that were packed for a backward."""
+    if packed.weights is None:
+        raise ValueError("rows have no weights: pack the rows with `upstream` before a backward")
+    return packed.weights
+
+
 def cdiv(x: int, y: int) -> int:
     """x / y rounded up. ``triton.cdiv`` takes 2 us, because it also serves kernels."""
     return -(-x // y)

@@ -26,6 +26,28 @@ def test_parity_on_the_device(features: int, dtype: torch.dtype) -> None:
 
 
 @on_hopper
+@pytest.mark.parametrize("features", [64, 100, 128, 250, 256, 500, 512, 760, 768, 1024])
+@pytest.mark.parametrize("dtype", gpu_hopper.DTYPES, ids=str)
+def test_parity_of_the_backward_on_the_device(features: int, dtype: torch.dtype) -> None:
+    record = gpu_hopper.check(features, dtype, gpu_hopper.BACKWARD)
+    assert record["passed"], record
+
+
+@on_hopper
+@pytest.mark.parametrize("features", [128, 512])
+def test_a_graph_replays_the_kernels_of_the_backward(features: int) -> None:
+    x, y = gpu_hopper.views(16384, features, torch.bfloat16)
+    expected = torch.cat(gpu_hopper.both(x, y, allowed=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = gpu_hopper.both(x, y, allowed=True)
+    for grad in recorded:
+        grad.zero_()
+    graph.replay()
+    assert torch.equal(torch.cat(recorded), expected)
+
+
+@on_hopper
 @pytest.mark.parametrize("features", [128, 512])
 def test_a_graph_replays_the_kernels(features: int) -> None:
     x, y = gpu_hopper.views(16384, features, torch.bfloat16)
@@ -73,6 +95,40 @@ def test_a_wrong_result_fails(fault: str) -> None:
     assert not gpu_hopper.parity(x, y, broken, sample=40)["passed"]
 
 
+def reference_gradients(x: Tensor, y: Tensor, *, allowed: bool) -> Tensor:
+    """The reference in place of both kinds of kernels."""
+    leaves = [view.float().requires_grad_() for view in (x, y)]
+    out = nt_xent(*leaves, reduction="none", backend="reference")
+    return torch.cat(torch.autograd.grad(out.loss, leaves, gpu_hopper.loss_weights(out.loss)))
+
+
+def test_equal_gradients_pass() -> None:
+    x, y = gpu_hopper.views(130, 64, torch.bfloat16, device="cpu")
+    record = gpu_hopper.backward_parity(x, y, reference_gradients, sample=40)
+    assert record["passed"]
+    assert record["error"] < 1e-5
+    assert record["same_bits"]
+
+
+@pytest.mark.parametrize("fault", ["one_row", "nan", "all", "other_bits"])
+def test_a_wrong_gradient_fails(fault: str) -> None:
+    calls = []
+
+    def broken(x: Tensor, y: Tensor, *, allowed: bool) -> Tensor:
+        grads = reference_gradients(x, y, allowed=allowed)
+        calls.append(allowed)
+        if fault == "all":  # both kinds of kernels are wrong in the same way
+            grads *= 1.1
+        elif fault == "other_bits":
+            grads[0, 0] += 1e-6 * len(calls)
+        elif allowed:
+            grads[17] = torch.nan if fault == "nan" else grads[17] * 1.003
+        return grads
+
+    x, y = gpu_hopper.views(130, 64, torch.bfloat16, device="cpu")
+    assert not gpu_hopper.backward_parity(x, y, broken, sample=40)["passed"]
+
+
 @pytest.mark.parametrize("before", [None, "0"])
 def test_the_variable_is_restored(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if before is None:
@@ -104,16 +160,22 @@ def test_what_fails_is_not_timed(
     monkeypatch.setattr("sys.argv", ["gpu_hopper.py"])
     monkeypatch.setattr(gpu_hopper, "why_not", lambda: None)
     monkeypatch.setattr(gpu_hopper, "FEATURES", (256, 512))
+    monkeypatch.setattr(gpu_hopper, "BACKWARD_FEATURES", (256, 512))
     monkeypatch.setattr(gpu_hopper, "views", lambda *sizes: sizes)
     monkeypatch.setattr(
         gpu_hopper,
         "check",
-        lambda features, dtype: {"D": features, "dtype": str(dtype)[6:], "passed": features == 256},
+        lambda features, dtype, direction: {
+            "D": features,
+            "dtype": str(dtype)[6:],
+            "direction": direction,
+            "passed": features == 256 or (features == 512 and direction == gpu_hopper.BACKWARD),
+        },
     )
     monkeypatch.setattr(
         gpu_hopper,
         "times",
-        lambda rows, features, dtype: {name: {"median": 2.0} for name in candidates},
+        lambda rows, features, dtype, direction: {name: {"median": 2.0} for name in candidates},
     )
     monkeypatch.setattr(
         gpu_hopper,
@@ -121,8 +183,9 @@ def test_what_fails_is_not_timed(
         lambda options, name, rows, **more: saved.append({"rows": [*rows], **more}),
     )
     assert gpu_hopper.main() == 1
-    assert len(saved[0]["parity"]) == 4
-    assert {(r["M"], r["D"], r["name"]) for r in saved[-1]["rows"]} == {
-        (rows, 256, name) for rows in gpu_hopper.ROWS for name in candidates
+    assert len(saved[0]["parity"]) == 8
+    timed = [(256, gpu_hopper.FORWARD), (256, gpu_hopper.BOTH), (512, gpu_hopper.BOTH)]
+    assert {(r["M"], r["D"], r["pass"], r["name"]) for r in saved[-1]["rows"]} == {
+        (rows, *one, name) for rows in gpu_hopper.ROWS for one in timed for name in candidates
     }
     assert "2000.000" in capsys.readouterr().out

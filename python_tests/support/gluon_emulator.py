@@ -23,8 +23,8 @@ import operator
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -50,6 +50,8 @@ class Value:
         self.array = np.asarray(array)
 
     def to(self, dtype: Any) -> Value:
+        if isinstance(dtype, torch.dtype):  # of an operand: rounded, but held in fp32
+            return Value(torch.from_numpy(np.asarray(self.array)).to(dtype).float().numpy())
         return Value(self.array.astype(dtype))
 
     def __getitem__(self, index: Any) -> Value:
@@ -85,15 +87,29 @@ def _add_operators() -> None:
             setattr(Value, f"__r{name}__", reflected)
 
 
-@dataclass
 class Buffer:
     """Memory on the device, and how often each number was written in this launch."""
 
-    array: np.ndarray
-    writes: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, tensor: Tensor) -> None:
+        self.is_bf16 = tensor.dtype == torch.bfloat16  # NumPy has no such dtype.
+        flat = tensor.view(torch.int16) if self.is_bf16 else tensor
+        self.array: np.ndarray = flat.numpy().reshape(-1)
         self.writes = np.zeros(self.array.size, dtype=np.int32)
+
+    def read(self, offsets: np.ndarray) -> np.ndarray:
+        numbers = self.array[offsets]
+        if self.is_bf16:
+            return torch.from_numpy(numbers).view(torch.bfloat16).float().numpy()
+        return numbers
+
+    def write(self, offsets: np.ndarray, numbers: np.ndarray) -> None:
+        if self.is_bf16:
+            rounded = torch.tensor(numbers, dtype=torch.bfloat16)
+            numbers = rounded.view(torch.int16).numpy()
+        self.array[offsets] = numbers
+        np.add.at(self.writes, offsets, 1)
+        if offsets.size and self.writes[offsets].max() > 1:
+            raise EmulationError("a number has two writers")
 
 
 class Pointer:
@@ -105,9 +121,13 @@ class Pointer:
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.buffer, self.offsets + plain(other))
 
-    def inside(self) -> None:
-        if self.offsets.min() < 0 or self.offsets.max() >= self.buffer.array.size:
+    def where(self, mask: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The mask in the shape of the offsets, and the offsets that it leaves, all in bounds."""
+        chosen = np.broadcast_to(True if mask is None else plain(mask), self.offsets.shape)
+        offsets = self.offsets[chosen]
+        if offsets.size and (offsets.min() < 0 or offsets.max() >= self.buffer.array.size):
             raise EmulationError("an address is out of bounds")
+        return chosen, offsets
 
 
 _add_operators()
@@ -123,11 +143,17 @@ class Block:
     def permute(self, order: Sequence[int]) -> Block:
         return Block(self.array.transpose(order), self.flags)
 
+    def slice(self, start: int, length: int, dim: int = 0) -> Block:
+        parts = [slice(None), slice(None)]
+        parts[dim] = slice(start, start + length)
+        return Block(self.array[tuple(parts)], self.flags)
+
 
 class SharedMemory:
     """Blocks that ``index`` gives out."""
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, dtype: Any, shape: Sequence[int]) -> None:
+        self.dtype = dtype
         self.blocks = [Block(np.full(shape[1:], np.nan, np.float32)) for _ in range(shape[0])]
 
     def index(self, i: Any) -> Block:
@@ -169,38 +195,56 @@ class Barriers:
 class Descriptor:
     """A matrix from which blocks are loaded; beyond its end they are zeros."""
 
-    matrix: np.ndarray
+    matrix: Tensor
     block_shape: tuple[int, int]
-    dtype: str = "operand"
     layout: str = "layout"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
 
 
 @dataclass
 class Product:
-    """A product in flight: what it will read, and what it adds to."""
+    """A product in flight: what it will read, and what it adds to.
 
-    x: Block
+    Attributes:
+        x: The left operand, from shared memory or from registers.
+        y: The right operand.
+        accumulator: What it adds to, perhaps an earlier product.
+        adds: Whether it adds.
+        result: What it gives, once it has been computed.
+    """
+
+    x: Block | Value
     y: Block
     accumulator: Any
     adds: bool
+    result: Value | None = None
 
     @property
     def type(self) -> Any:
         return Value.type
 
-    def finish(self) -> Value:
-        if self.x.flags.filling or self.y.flags.filling:
-            raise EmulationError("a product reads a block that is being filled")
-        self.x.flags.readers -= 1
-        self.y.flags.readers -= 1
-        result = self.x.array.astype(np.float64) @ self.y.array.astype(np.float64)
+    @property
+    def blocks(self) -> list[Block]:
+        return [x for x in (self.x, self.y) if isinstance(x, Block)]
+
+    def compute(self) -> None:
+        for block in self.blocks:
+            if block.flags.filling:
+                raise EmulationError("a product reads a block that is being filled")
+            block.flags.readers -= 1
+        with np.errstate(invalid="ignore"):
+            result = self.x.array.astype(np.float64) @ self.y.array.astype(np.float64)
         if self.adds:
-            result += plain(finish(self.accumulator))
-        return Value(result.astype(np.float32))
+            result += plain(finished(self.accumulator))
+        self.result = Value(result.astype(np.float32))
 
 
-def finish(x: Any) -> Any:
-    return x.finish() if isinstance(x, Product) else x
+def finished(x: Any) -> Any:
+    """The result of a product that has been computed, and anything else as it is."""
+    return x.result if isinstance(x, Product) and x.result is not None else x
 
 
 class Scheduler:
@@ -259,11 +303,13 @@ class Scheduler:
         return self.error is not None or wait is None or wait[0].has_passed(wait[1])
 
     def _part(self, number: int, function: Callable[..., None], args: Sequence[Any]) -> None:
-        _LOCAL.number = number
+        _LOCAL.number, _LOCAL.products = number, []
         self.turns[number].acquire()
         try:
             if self.error is None:
                 function(*args)
+                if _LOCAL.products:
+                    raise EmulationError("a product is in flight at the end")
         except _StoppedError:
             pass
         except BaseException as error:
@@ -301,20 +347,27 @@ def _running() -> Scheduler:
     return _scheduler
 
 
-def _wait(barrier: Barrier, parity: Any) -> None:
-    _running().pause((barrier, int(plain(parity))))
+def _wait(barrier: Barrier, parity: Any, pred: Any = True) -> None:
+    if plain(pred):
+        _running().pause((barrier, int(plain(parity))))
 
 
-def _arrive(barrier: Barrier, *, count: int = 1) -> None:
-    barrier.change(arrivals=count)
-    _running().pause()
+def _arrive(barrier: Barrier, *, count: int = 1, pred: Any = True) -> None:
+    if plain(pred):
+        barrier.change(arrivals=count)
+        _running().pause()
 
 
-def _expect(barrier: Barrier, number: int) -> None:
-    barrier.change(arrivals=1, added_bytes=number)
+def _expect(barrier: Barrier, number: int, pred: Any = True) -> None:
+    if plain(pred):
+        barrier.change(arrivals=1, added_bytes=number)
 
 
-def _load_block(source: Descriptor, at: Sequence[Any], barrier: Barrier, to: Block) -> None:
+def _load_block(
+    source: Descriptor, at: Sequence[Any], barrier: Barrier, to: Block, pred: Any = True
+) -> None:
+    if not plain(pred):
+        return
     row, column = (int(plain(x)) for x in at)
     height, width = source.block_shape
     if to.array.shape != (height, width):
@@ -325,7 +378,7 @@ def _load_block(source: Descriptor, at: Sequence[Any], barrier: Barrier, to: Blo
 
     def arrive() -> None:
         _check_unread(to)
-        part = source.matrix[row : row + height, column : column + width]
+        part = source.matrix[row : row + height, column : column + width].float().numpy()
         to.array[...] = 0
         to.array[: part.shape[0], : part.shape[1]] = part
         to.flags.filling -= 1
@@ -341,45 +394,49 @@ def _check_unread(block: Block) -> None:
 
 
 def _multiply(
-    x: Block, y: Block, accumulator: Any, *, use_acc: bool = True, is_async: bool = False
+    x: Block | Value, y: Block, accumulator: Any, *, use_acc: Any = True, is_async: bool = False
 ) -> Product:
     assert is_async
-    for block in (x, y):
+    product = Product(x, y, accumulator, bool(plain(use_acc)))
+    for block in product.blocks:
         if block.flags.filling:
             raise EmulationError("a product reads a block that is being filled")
         block.flags.readers += 1
+    _LOCAL.products.append(product)
     _running().pause()
-    return Product(x, y, accumulator, use_acc)
-
-
-def _wait_for_products(pendings: int, deps: Sequence[Any]) -> Any:
-    """Finish all products but the last ``pendings`` ones."""
-    (product,) = deps
-    _running().pause()
-    if pendings == 0:
-        return finish(product)
-    if isinstance(product, Product):
-        assert pendings == 1
-        product.accumulator = finish(product.accumulator)
     return product
 
 
-def _load(pointer: Pointer) -> Value:
-    pointer.inside()
-    return Value(pointer.buffer.array[pointer.offsets])
+def _wait_for_products(pendings: int, deps: Sequence[Any]) -> Any:
+    """Compute all products of this part but the last ``pendings`` ones, in order."""
+    _running().pause()
+    while len(_LOCAL.products) > pendings:
+        _LOCAL.products.pop(0).compute()
+    found = tuple(finished(x) for x in deps)
+    return found[0] if len(found) == 1 else found
 
 
-def _store(pointer: Pointer, x: Any) -> None:
-    pointer.inside()
-    offsets = pointer.offsets
-    pointer.buffer.array[offsets] = np.broadcast_to(plain(x), offsets.shape)
-    np.add.at(pointer.buffer.writes, offsets, 1)
-    if pointer.buffer.writes[offsets].max() > 1:
-        raise EmulationError("a number has two writers")
+def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Value:
+    chosen, offsets = pointer.where(mask)
+    if mask is None:
+        return Value(pointer.buffer.read(pointer.offsets))
+    numbers = pointer.buffer.read(offsets)
+    found = np.full(chosen.shape, other, numbers.dtype)
+    found[chosen] = numbers
+    return Value(found)
+
+
+def _store(pointer: Pointer, x: Any, mask: Any = None) -> None:
+    chosen, offsets = pointer.where(mask)
+    pointer.buffer.write(offsets, np.broadcast_to(plain(x), chosen.shape)[chosen])
+
+
+def _split(x: Value) -> tuple[Value, Value]:
+    return Value(x.array[..., 0]), Value(x.array[..., 1])
 
 
 def _allocate(dtype: Any, shape: Sequence[int], _: Any) -> SharedMemory | Barriers:
-    return Barriers(shape[0]) if dtype is np.int64 else SharedMemory(shape)
+    return Barriers(shape[0]) if dtype is np.int64 else SharedMemory(dtype, shape)
 
 
 def _specialize(
@@ -401,8 +458,11 @@ def _language() -> ModuleType:
         "constexpr": lambda x: x,
         "int64": np.int64,
         "float32": np.float32,
-        "SliceLayout": lambda *_: "layout",
-        "NVMMADistributedLayout": lambda *_: "layout",
+        "float16": torch.float16,
+        **{
+            f"{name}Layout": lambda *_: "layout"
+            for name in ("Slice", "NVMMADistributed", "DistributedLinear", "DotOperand")
+        },
         "static_range": range,
         "program_id": lambda _: Value(_program),
         "arange": lambda first, last, layout: Value(np.arange(first, last)),
@@ -410,9 +470,13 @@ def _language() -> ModuleType:
         "where": lambda c, a, b: Value(np.where(plain(c), plain(a), plain(b))),
         "exp2": lambda x: Value(np.exp2(x.array)),
         "maximum": lambda a, b: Value(np.maximum(plain(a), plain(b))),
+        "minimum": lambda a, b, propagate_nan: Value(np.minimum(plain(a), plain(b))),
         "max": lambda x, axis: Value(x.array.max(axis)),
         "sum": lambda x, axis: Value(x.array.sum(axis)),
         "reshape": lambda x, shape: Value(x.array.reshape(shape)),
+        "permute": lambda x, order: Value(x.array.transpose(order)),
+        "split": _split,
+        "convert_layout": lambda x, layout: x,
         "load": _load,
         "store": _store,
         "allocate_shared_memory": _allocate,
@@ -464,12 +528,15 @@ def _in_place_of(modules: dict[str, ModuleType]) -> Iterator[None]:
 _names = itertools.count()
 
 
-def load_kernels(path: Path, *replacements: tuple[str, str]) -> ModuleType:
+def load_kernels(
+    path: Path, *replacements: tuple[str, str], imports: Mapping[str, ModuleType] | None = None
+) -> ModuleType:
     """The module of a file of Gluon kernels, with the emulator in place of Gluon.
 
     Args:
         path: The file.
         replacements: Changes of its text, to plant faults: what is replaced, and by what.
+        imports: Modules of other kernels that it imports, also made by this function.
     """
     source = path.read_text(encoding="utf-8")
     for old, new in replacements:
@@ -480,7 +547,7 @@ def load_kernels(path: Path, *replacements: tuple[str, str]) -> ModuleType:
     spec = importlib.util.spec_from_loader(name, loader=None)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    with _in_place_of(_modules()):
+    with _in_place_of({**_modules(), **(imports or {})}):
         exec(compile(source, str(path), "exec"), module.__dict__)
     for key, value in list(module.__dict__.items()):
         if type(value).__name__ == "constexpr":  # one that a module of Triton's defines
@@ -507,8 +574,7 @@ def launch(kernel: Callable[..., None], programs: int, seed: int, **arguments: A
         seed: Determines the order in which parts of a program and loads go on.
         arguments: The kernel's, by name. Tensors are written in place.
     """
-    buffers = {key: Buffer(x.numpy().reshape(-1)) for key, x in arguments.items()
-               if isinstance(x, Tensor)}  # fmt: skip
+    buffers = {key: Buffer(x) for key, x in arguments.items() if isinstance(x, Tensor)}
     given = {key: Pointer(buffers[key]) if key in buffers else x for key, x in arguments.items()}
     with np.errstate(invalid="ignore"):
         for program in range(programs):
@@ -518,4 +584,4 @@ def launch(kernel: Callable[..., None], programs: int, seed: int, **arguments: A
 
 def descriptor(matrix: Tensor, rows: int, columns: int) -> Descriptor:
     """What a kernel gets to load (rows, columns) blocks of a matrix."""
-    return Descriptor(matrix.to(torch.float32).numpy(), (rows, columns))
+    return Descriptor(matrix, (rows, columns))

@@ -8,12 +8,13 @@ it waits more than the kernel does.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -35,17 +36,45 @@ ARCHITECTURE = 90
 SHARED_MEMORY = 227 << 10  # bytes of one program
 EXPONENTIALS = 64  # of one thread in a tile of 64 x 128 by 128 threads
 DEPTH = 16  # features of one HGMMA instruction
+STEP_DEPTH = 64  # features of a step of a tile of G, and columns of G in a step of its products
+
+
+class Loop(NamedTuple):
+    """What the inner loop of a kernel holds.
+
+    Attributes:
+        products: HGMMA instructions.
+        exponentials: MUFU.EX2 instructions.
+        waits: Waits for products, at most.
+    """
+
+    products: int
+    exponentials: int
+    waits: int
+
+
 # What a loop spills, as loads and stores of one thread beside 660 and more instructions. These are
 # addresses, and the results are the same. Registers of the two groups differ, so the larger counts.
 SPILLS = {
     "3.6": {("pairs", 640): 2, ("pairs", 768): 8},
     "3.7": {("pairs", 640): 2, ("pairs", 768): 8},
     "3.8": {("pairs", 512): 6, ("pairs", 640): 12, ("pairs", 768): 20},
-    "3.9": {("wide", 256): 150, ("pairs", 640): 20, ("pairs", 768): 28},
+    "3.9": {
+        ("wide", 256): 150,
+        ("pairs", 640): 20,
+        ("pairs", 768): 28,
+        ("hopper_owned", 256): 3,
+        ("hopper_strips", 512): 6,
+        ("hopper_tiles", 768): 1,
+        ("hopper_tiles", 1024): 1,
+    },
 }
 CASES = [
     ("wide", 256, torch.bfloat16),
     ("pairs", 512, torch.bfloat16),
+    ("hopper_owned", 128, torch.bfloat16),
+    ("hopper_strips", 512, torch.bfloat16),
+    ("hopper_products", 512, torch.float16),
 ]
 # These take long, so only `make gluon-check` runs them.
 MORE_CASES = [
@@ -53,9 +82,23 @@ MORE_CASES = [
     ("wide", 128, torch.float16),
     ("pairs", 640, torch.float16),
     ("pairs", 768, torch.bfloat16),
+    ("hopper_owned", 64, torch.float16),
+    ("hopper_owned", 128, torch.float16),
+    ("hopper_owned", 256, torch.bfloat16),
+    ("hopper_owned", 256, torch.float16),
+    ("hopper_strips", 512, torch.float16),
+    ("hopper_tiles", 768, torch.bfloat16),
+    ("hopper_tiles", 1024, torch.float16),
+    ("hopper_products", 768, torch.bfloat16),
 ]
 if os.environ.get("CJEPA_TEST_EVERY_GLUON_KERNEL", "0") == "1":
     CASES += MORE_CASES
+PIPELINED = [case for case in CASES if case[0] == "hopper_owned" and case[1] <= 128]
+
+
+def name_of(case: tuple[str, int, torch.dtype]) -> str:
+    kernel, features, dtype = case
+    return f"{kernel}_{features}_{dtype}".replace("torch.", "")
 
 
 @pytest.fixture
@@ -66,6 +109,20 @@ def launch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> A
     call = gpu_machine_code.nt_xent_call(65536, features, dtype)
     launches = gpu_machine_code.launches(ARCHITECTURE, call)
     return next(one for one in launches if one.name == f"{kernel}_kernel")
+
+
+def loop_of(kernel: str, features: int, constants: dict[str, Any]) -> Loop:
+    """What the inner loop of a kernel should hold."""
+    steps = features // constants.get("STEP", features)
+    depth = features // DEPTH
+    if kernel == "wide":  # two tiles; one wait a tile
+        return Loop(2 * depth, 2 * EXPONENTIALS, 2)
+    if kernel in ("pairs", "hopper_strips"):  # one tile; one wait for each step
+        return Loop(depth, EXPONENTIALS, steps)
+    if kernel == "hopper_owned":  # one tile; one wait for each of its products
+        return Loop(depth + constants["COLUMNS"] // DEPTH, EXPONENTIALS, 2)
+    # One step, of which a group has a whole block of rows and half of another one.
+    return Loop(2 * STEP_DEPTH // DEPTH, 0, 1)
 
 
 def loops_of_tiles(assembly: str, products: int, exponentials: int) -> list[list[str]]:
@@ -86,7 +143,7 @@ def count(body: list[str], opcode: str) -> int:
     return sum(opcode in one for one in body)
 
 
-@pytest.mark.parametrize("launch", CASES, indirect=True, ids=lambda case: f"{case[0]}_{case[1]}")
+@pytest.mark.parametrize("launch", CASES, indirect=True, ids=name_of)
 def test_the_loop_overlaps_products_and_exponentials(
     launch: Any, request: pytest.FixtureRequest
 ) -> None:
@@ -96,16 +153,31 @@ def test_the_loop_overlaps_products_and_exponentials(
     # What a launch plan takes for the parameters is what the driver will say.
     assert binary.parameter_sizes == parameter_sizes(dict(launch.signature))
     minor = ".".join(triton.__version__.split(".")[:2])
-    tiles = 2 if kernel == "wide" else 1
-    steps = features // dict(launch.constants).get("STEP", features)
-    for body in loops_of_tiles(binary.assembly, tiles * features // DEPTH, tiles * EXPONENTIALS):
-        # One wait a tile, and one for each step that gives its slot back before the tile ends.
-        assert count(body, "WARPGROUP.DEPBAR") <= tiles * steps
+    loop = loop_of(kernel, features, dict(launch.constants))
+    for body in loops_of_tiles(binary.assembly, loop.products, loop.exponentials):
+        assert count(body, "WARPGROUP.DEPBAR") <= loop.waits
         spills = count(body, "LDL") + count(body, "STL")
         assert spills <= SPILLS.get(minor, {}).get((kernel, features), 0)
 
 
-@pytest.mark.parametrize("launch", CASES, indirect=True, ids=lambda case: f"{case[0]}_{case[1]}")
+@pytest.mark.parametrize("launch", PIPELINED, indirect=True, ids=name_of)
+def test_exponentials_of_pipelined_rows_fall_into_the_second_product(launch: Any) -> None:
+    """The first wait is that for S of the next tile, the second that for G Y of this one."""
+    binary = gpu_machine_code.compile_launch(launch, ARCHITECTURE)
+    constants = dict(launch.constants)
+    loop = loop_of("hopper_owned", constants["WIDTH"], constants)
+    for body in loops_of_tiles(binary.assembly, loop.products, loop.exponentials):
+        opcodes = ("HGMMA", "WARPGROUP.DEPBAR", "MUFU.EX2")
+        order = [name for line in body for name in opcodes if name in line]
+        assert [name for name, _ in itertools.groupby(order)] == [
+            "HGMMA",
+            "WARPGROUP.DEPBAR",
+            "MUFU.EX2",
+            "WARPGROUP.DEPBAR",
+        ]
+
+
+@pytest.mark.parametrize("launch", CASES, indirect=True, ids=name_of)
 def test_the_assembler_does_not_serialize_the_products(launch: Any, tmp_path: Path) -> None:
     binary = gpu_machine_code.compile_launch(launch, ARCHITECTURE)
     assert "setmaxnreg" in binary.ptx

@@ -22,7 +22,16 @@ def launches(source: str) -> Iterator[ast.Call]:
 
 @pytest.mark.parametrize(
     "module",
-    ["pack", "tiles", "gradients", "nt_xent", "cross_logsumexp", "prediction_loss", "prepare"],
+    [
+        "pack",
+        "tiles",
+        "gradients",
+        "hopper_gradients",
+        "nt_xent",
+        "cross_logsumexp",
+        "prediction_loss",
+        "prepare",
+    ],
 )
 def test_launches_name_every_argument(module: str) -> None:
     calls = list(launches((TRITON / f"{module}.py").read_text()))
