@@ -11,7 +11,7 @@ INTERPRETED := $(addprefix python_tests/,$(addprefix ops/test_,nt_xent.py cross_
   cross_logsumexp_calls.py compile_numbers.py limits.py prediction_loss.py registration.py) \
   distributed/test_nt_xent.py modules/test_module_state.py \
   $(addprefix triton/test_,kernels.py interpreter.py plans.py hopper.py hopper_gradients.py \
-  saved_rows.py))
+  saved_rows.py prediction_blocks.py))
 
 .PHONY: help demo test coverage config-check gpu-check gluon-check ctest ctest-aarch64 headers-check sanitize lint format \
   bench bench-quick bench-record bench-compare docs examples kill-test release-check clean

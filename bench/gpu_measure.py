@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from gpu_check_targets import GRAPH, REDUCE_OVERHEAD, USUAL
 from gpu_targets import BYTES, MM, MM3
 from torch import Tensor
 
-from cjepa_kernels import nt_xent, prediction_loss
+from cjepa_kernels import nt_xent, prediction_loss, tune
 from cjepa_kernels.backends import Backend, compiled_module
 from cjepa_kernels.bench import candidates, memory, sizes
 from cjepa_kernels.bench.candidates import BOTH, DIRECTIONS, FORWARD, one_pass, products
@@ -39,6 +40,8 @@ from cjepa_kernels.bench.timing import (
     interleaved_on_gpu,
 )
 from cjepa_kernels.error_lines import kind_and_first_line
+from cjepa_kernels.triton import configs
+from cjepa_kernels.triton.configs import Config
 
 PLAIN, COMPILED, OURS = candidates.EAGER, candidates.COMPILED, candidates.OURS
 TRIED_COMPILER = "aot_eager"  # Without a GPU, where only the course of the check is tried.
@@ -139,6 +142,9 @@ def compile_first(size: Size, name: str) -> None:
     run = prediction_call(size) if name == "prediction" else calls(size)[name]()
     for _ in range(2):
         run()
+    if name == "prediction" and ON_GPU:
+        for build in prediction_choices(size).values():
+            build()
     waiting_for(DEVICE)()
     seconds = round(time.perf_counter() - start, 2)
     write("compile", name=name, M=size.rows, D=size.features, seconds=seconds)
@@ -199,8 +205,50 @@ def prediction_call(size: Size) -> Run:
     )
 
 
+# Configurations of both kernels of the prediction loss that are timed beside the table's: what
+# cannot be decided without a device. With so many programs each takes a single block of rows.
+PREDICTION_CHOICES: tuple[dict[str, int], ...] = (
+    {"stages": 1, "programs": 8},
+    {"stages": 1, "programs": 10**6},
+    {"stages": 2, "programs": 4},
+    {"stages": 3, "programs": 8},
+    {"stages": 3, "programs": 4, "elements": 2048, "warps": 2},
+    {"stages": 2, "programs": 4, "elements": 8192, "warps": 8},
+)
+
+
+def prediction_configurations(features: int, choice: dict[str, int]) -> list[Config]:
+    """Entries for both kernels with some of their fields changed."""
+    architecture = configs.architecture(torch.device(DEVICE))
+    entries = [
+        configs.choose(kernel, architecture, torch.bfloat16, features) for kernel in tune.PREDICTION
+    ]
+    return [replace(entry, architecture=architecture, **choice) for entry in entries]
+
+
+def prediction_choice(size: Size, choice: dict[str, int]) -> Run:
+    """The prediction loss with another configuration, in a CUDA graph, which holds on to it."""
+    with configs.tuned(prediction_configurations(size.features, choice)):
+        return graphed(lambda: prediction_call(size))()
+
+
+def prediction_choices(size: Size) -> dict[str, Build]:
+    """Makers of these calls by the names of the choices; none without a GPU."""
+    builds: dict[str, Build] = {}
+    for choice in PREDICTION_CHOICES:
+        name = ", ".join(f"{field} {value}" for field, value in choice.items())
+        if ON_GPU:
+            builds[name] = partial(prediction_choice, size, choice)
+        else:
+            leave_out("prediction", size, name, "needs a GPU")
+    return builds
+
+
 def prediction(size: Size) -> None:
-    """The prediction loss, which reads four tensors and writes one, beside copies of these."""
+    """The prediction loss, which reads four tensors and writes one, beside copies of these.
+
+    Other configurations of its kernels are timed too.
+    """
     source = torch.randn(size.rows, size.features, device=DEVICE).bfloat16()
     buffer = torch.empty_like(source)
 
@@ -210,7 +258,7 @@ def prediction(size: Size) -> None:
         buffer.fill_(1.0)
 
     builds: dict[str, Build] = {OURS: lambda: prediction_call(size), BYTES: lambda: copies}
-    device_times("prediction", size, BOTH, builds)
+    device_times("prediction", size, BOTH, {**builds, **prediction_choices(size)})
 
 
 def extra_memory(size: Size) -> None:

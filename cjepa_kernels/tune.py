@@ -18,6 +18,13 @@ from cjepa_kernels.definitions import EPS
 from cjepa_kernels.triton import configs
 from cjepa_kernels.triton.configs import Config, Kernel
 
+PREDICTION: tuple[Kernel, ...] = ("prediction_loss", "prediction_gradient")
+PREDICTION_CHOICES: dict[str, tuple[Any, ...]] = {
+    "elements": (2048, 4096),
+    "warps": (2, 4, 8),
+    "stages": (1, 2, 3),
+    "programs": (4, 8),
+}
 CHOICES: dict[Kernel, dict[str, tuple[Any, ...]]] = {
     "tiles": {"warps": (4, 8), "stages": (2, 3, 4)},
     "inner_tiles": {"warps": (4, 8), "stages": (2, 3, 4)},
@@ -32,6 +39,8 @@ CHOICES: dict[Kernel, dict[str, tuple[Any, ...]]] = {
     "coefficients": {"warps": (4, 8), "stages": (2, 3, 4)},
     "products": {"columns": (128, 256), "warps": (4, 8), "stages": (2, 3, 4)},
     "products_split": {"warps": (4, 8), "stages": (2, 3, 4)},
+    "prediction_loss": PREDICTION_CHOICES,
+    "prediction_gradient": PREDICTION_CHOICES,
 }
 
 Measure = Callable[[], float]
@@ -125,6 +134,13 @@ def entries_for(features: int, dtype: torch.dtype) -> list[Config]:
     return entries
 
 
+def prediction_entries(features: int, dtype: torch.dtype) -> list[Config]:
+    """The table's entries for both directions of the prediction loss at this width."""
+    architecture = configs.architecture(torch.device("cuda"))
+    chosen = (configs.choose(kernel, architecture, dtype, features) for kernel in PREDICTION)
+    return [replace(entry, architecture=architecture, features=features) for entry in chosen]
+
+
 def measure_step(rows: int, features: int, dtype: torch.dtype) -> Measure:
     """A function that measures the median time of NT-Xent, forward and backward, at that size."""
     from triton.testing import do_bench
@@ -135,5 +151,20 @@ def measure_step(rows: int, features: int, dtype: torch.dtype) -> Measure:
 
     def step() -> None:
         torch.autograd.grad(nt_xent(z[0], z[1], backend="triton").loss, z)
+
+    return lambda: float(do_bench(step, return_mode="median")) / 1e3
+
+
+def measure_prediction(rows: int, features: int, dtype: torch.dtype) -> Measure:
+    """The same of the prediction loss of so many rows."""
+    from triton.testing import do_bench
+
+    from cjepa_kernels import prediction_loss
+
+    target = torch.randn(rows, features, device="cuda", dtype=dtype)
+    prediction = torch.randn_like(target).requires_grad_()
+
+    def step() -> None:
+        torch.autograd.grad(prediction_loss(prediction, target, backend="triton"), prediction)
 
     return lambda: float(do_bench(step, return_mode="median")) / 1e3

@@ -158,7 +158,11 @@ def data(
 @app.command()
 def tune(
     rows: Annotated[
-        int, typer.Option(min=2, help="M = 2B, the number of rows of both views together.")
+        int,
+        typer.Option(
+            min=2,
+            help="M = 2B, the number of rows of both views together; as many rows of predictions.",
+        ),
     ] = 65536,
     features: Annotated[int, typer.Option(min=1, help="D, the features of a row.")] = 256,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
@@ -175,9 +179,14 @@ def tune(
     check_file("the file of tuned choices", configs.cache_file())
     earlier = configs.read(configs.cache_file())  # an unusable file is an error before any work
     console = Console()
-    entries = tuning.entries_for(features, DTYPES[dtype])
-    measure = tuning.measure_step(rows, features, DTYPES[dtype])
-    chosen = tuning.tune(entries, measure, console.print)
+    chosen = []
+    for entries_for, make_measure in (
+        (tuning.entries_for, tuning.measure_step),
+        (tuning.prediction_entries, tuning.measure_prediction),
+    ):
+        entries = entries_for(features, DTYPES[dtype])
+        measure = make_measure(rows, features, DTYPES[dtype])
+        chosen += tuning.tune(entries, measure, console.print)
     others = [entry for entry in earlier if not tuning.replaces(chosen, entry)]
     configs.write(configs.cache_file(), [*chosen, *others])
     console.print(f"written to {configs.cache_file()}", soft_wrap=True)

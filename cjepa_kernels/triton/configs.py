@@ -23,6 +23,7 @@ from cjepa_kernels.triton import planned
 
 # "inner_tiles" are tiles of one plane without a mask, where the table has an entry for them.
 # "wide" and "pairs" are the Gluon kernels for Hopper, and in the backward those named "hopper_".
+# Both directions of the prediction loss have entries of their own.
 Kernel = Literal[
     "tiles",
     "inner_tiles",
@@ -37,6 +38,8 @@ Kernel = Literal[
     "hopper_strips",
     "hopper_tiles",
     "hopper_products",
+    "prediction_loss",
+    "prediction_gradient",
 ]
 TILE = 128  # rows and columns of a square tile; padded rows are a multiple of it
 INTERPRETED = 90  # architecture that the interpreter imitates
@@ -59,6 +62,8 @@ class Config:
             For owned rows in Gluon: overlap those of the next tile with the second product of this.
         fold: For strips: keep half as many column sums (see ``fold`` in ``kernels/similarity.py``).
         step: For pairs, and for strips in Gluon: features that pass through the ring at a time.
+        elements: For the prediction loss: elements of whole rows that a program takes at a time.
+        programs: For the prediction loss: programs for each multiprocessor of the GPU, at most.
     """
 
     architecture: int
@@ -72,6 +77,8 @@ class Config:
     pipelined: bool = False
     fold: bool = True
     step: int = 0
+    elements: int = 0
+    programs: int = 0
 
 
 def architecture(device: torch.device) -> int:

@@ -2,8 +2,9 @@
 
 The kernels of this file are in ``kernels/prediction_rows.py``. The forward reads each side once,
 and so does the backward, which writes each gradient once. A program takes whole rows, so their
-norms or moments need no second read. There is one launch for each level. The launches follow one
-another in the stream, and the last program of each adds its level to the loss.
+norms or moments need no second read, and few programs take all blocks of rows between them. There
+is one launch for each level. The launches follow one another in the stream, and the last program of
+each adds its level to the loss.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels.definitions import LAYER_EPS, PredictionLossBackward, PredictionLossForward
+from cjepa_kernels.triton import configs, launch
+from cjepa_kernels.triton.configs import Config, Kernel
 from cjepa_kernels.triton.kernels.prediction_rows import (
     L2,
     LAYER,
     prediction_gradient_kernel,
     prediction_loss_kernel,
 )
-from cjepa_kernels.triton.pack import BLOCK_ELEMENTS, cdiv, next_power_of_2
+from cjepa_kernels.triton.pack import cdiv, next_power_of_2
 from cjepa_kernels.triton.recording import new_zeros, run_kernel
 
 NORMALIZATIONS = {"none": 0, "l2": L2.value, "layer": LAYER.value}
@@ -44,16 +47,50 @@ def _penalty(loss_type: str, threshold: float) -> Penalty:
     return Penalty(slope=1.0, limit=math.inf, half_width=0.0)
 
 
-class _Level:
-    """One level's tensors as the kernels take them."""
+class Parts(NamedTuple):
+    """How a row is held: in ``parts`` pieces of ``width`` numbers, a power of two."""
 
-    def __init__(self, prediction: Tensor, target: Tensor, mask: Tensor | None) -> None:
+    parts: int
+    width: int
+
+    @staticmethod
+    def of(features: int, itemsize: int) -> Parts:
+        """The pieces for rows of so many features.
+
+        A warp loads 16 bytes for each of its 32 lanes, which is a part of 256 numbers in half
+        precision and of 128 in fp32. With at most four and eight parts of them, a row of up to 1024
+        features belongs to one warp, and a lane holds 32 numbers of it.
+        """
+        width = max(16, next_power_of_2(cdiv(features, 2 * itemsize)))
+        return Parts(cdiv(features, width), width)
+
+    def rows(self, elements: int) -> int:
+        """Rows of a block with so many elements: a power of two."""
+        return 1 << max(0, (elements // (self.parts * self.width)).bit_length() - 1)
+
+
+class _Level:
+    """One level's tensors as a kernel takes them.
+
+    Attributes:
+        row_block: Rows that a program takes at a time.
+        programs: Programs of the launch. The table allows so few for a multiprocessor that, at the
+            usual widths, all of them run at one time.
+    """
+
+    def __init__(
+        self, kernel: Kernel, prediction: Tensor, target: Tensor, mask: Tensor | None
+    ) -> None:
         self.prediction, self.target, self.mask = prediction, target, mask
         self.features = prediction.shape[-1]
         self.rows = prediction.numel() // self.features
-        self.width = next_power_of_2(self.features)
-        self.row_block = max(1, BLOCK_ELEMENTS // self.width)
-        self.programs = cdiv(self.rows, self.row_block)
+        self.config: Config = configs.choose(
+            kernel, configs.architecture(prediction.device), prediction.dtype, self.features
+        )
+        self.parts = Parts.of(self.features, prediction.dtype.itemsize)
+        self.row_block = self.parts.rows(self.config.elements)
+        resident = self.config.programs * launch.processors(prediction.device)
+        self.programs = min(resident, cdiv(self.rows, self.row_block))
 
     def arguments(self, normalization: str, loss_type: str) -> dict[str, Any]:
         """The arguments that both kernels take."""
@@ -80,8 +117,11 @@ class _Level:
             "NORMALIZATION": NORMALIZATIONS[normalization],
             "SQUARE": SQUARE[loss_type],
             "ROWS": self.row_block,
-            "WIDTH": self.width,
-            "num_warps": 8 if self.width >= 2 * BLOCK_ELEMENTS else 4,
+            "PARTS": self.parts.parts,
+            "WIDTH": self.parts.width,
+            "EXACT": self.parts.parts * self.parts.width == self.features,
+            "STAGES": self.config.stages,
+            "num_warps": self.config.warps,
         }
 
 
@@ -92,11 +132,13 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), 0, x.stride(1)
 
 
-def _levels(predictions: list[Tensor], targets: list[Tensor], masks: list[Tensor]) -> list[_Level]:
+def _levels(
+    kernel: Kernel, predictions: list[Tensor], targets: list[Tensor], masks: list[Tensor]
+) -> list[_Level]:
     levels = []
     for index, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
         mask = masks[index] if masks and masks[index].numel() else None
-        levels.append(_Level(prediction, target, mask))
+        levels.append(_Level(kernel, prediction, target, mask))
     return levels
 
 
@@ -112,7 +154,7 @@ def forward(
     reduction: str,
 ) -> PredictionLossForward:
     """The operator ``prediction_loss``."""
-    levels = _levels(predictions, targets, masks)
+    levels = _levels("prediction_loss", predictions, targets, masks)
     like = predictions[0]
     none = reduction == "none"
     penalty = _penalty(loss_type, threshold)
@@ -176,7 +218,8 @@ def backward(
     grad_scalars = None if reduction == "none" else grad_levels
     unused = scales
     row = element = 0
-    for index, level in enumerate(_levels(predictions, targets, masks)):
+    levels = _levels("prediction_gradient", predictions, targets, masks)
+    for index, level in enumerate(levels):
         run_kernel(
             prediction_gradient_kernel, level.programs,
             **level.arguments(normalization, loss_type), statistics=statistics[row:],

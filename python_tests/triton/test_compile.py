@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET", "0") == "1":
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
 
-from cjepa_kernels.triton import cross_logsumexp, prediction_loss
+from cjepa_kernels.triton import configs, cross_logsumexp, prediction_loss
 from cjepa_kernels.triton import launch as triton_launch
 from cjepa_kernels.triton.plans import parameter_sizes
 
@@ -305,6 +305,42 @@ def test_the_prediction_loss_compiles_without_spills(
     for launch in dict.fromkeys(gpu_machine_code.launches(architecture, call)):
         binary = gpu_machine_code.compile_launch(launch, architecture)
         assert (binary.stack, binary.spills) == (0, 0), f"{launch.name}: {binary}"
+
+
+@pytest.mark.parametrize("features", [384, 768, 1024])
+def test_the_prediction_loss_keeps_memory_busy(features: int) -> None:
+    """What can be counted without a GPU of how close to the limit by memory the kernels may come.
+
+    On an H100 about 18 KiB have to be in flight for each multiprocessor (3.35 TB/s, 0.7 us, 132 of
+    them), and more under load. The instructions must not take as long as the bytes.
+    """
+    call = prediction_call(features, torch.bfloat16, "l2")
+    unmasked = [
+        launch
+        for launch in gpu_machine_code.launches(90, call)
+        if not dict(launch.constants)["MASKED"]
+    ]
+    assert [launch.name for launch in unmasked] == [
+        "prediction_loss_kernel",
+        "prediction_gradient_kernel",
+    ]
+    for launch in unmasked:
+        binary = gpu_machine_code.compile_launch(launch, 90)
+        constants, options = dict(launch.constants), dict(launch.options)
+        assert constants["EXACT"], "masked columns would take as many instructions as the others"
+        kernel = launch.name.removesuffix("_kernel")
+        config = configs.choose(kernel, 90, torch.bfloat16, features)
+        threads, registers = 32 * options["num_warps"], -(-binary.registers // 8) * 8
+        resident = min(65536 // (registers * threads), SHARED_MEMORY[90] // (binary.shared + 1024))
+        assert resident >= config.programs, binary
+        # Copies to shared memory begin before the block that is computed has been read.
+        assert any(opcode.startswith("LDGSTS.E.BYPASS.128") for opcode in binary.opcodes)
+        block = 2 * 2 * features * constants["ROWS"]
+        assert config.programs * (config.stages - 1) * block >= 32 << 10
+        bodies = gpu_machine_code.loops(binary.assembly)
+        loop = min((body for body in bodies if "LDS.128" in " ".join(body)), key=len)
+        elements = features * constants["ROWS"] / threads
+        assert len(loop) / elements < (26 if kernel == "prediction_loss" else 33), binary
 
 
 def test_instructions_are_counted_in_the_tightest_loop() -> None:

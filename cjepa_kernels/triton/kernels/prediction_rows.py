@@ -14,6 +14,15 @@ With u and v the normalised rows of the prediction p and the target t, and d = u
 
 The two statistics of a row are |p| and |t| (L2), or mean(t) and 1 / sqrt(var(t) + LAYER_EPS)
 (LAYER). The forward saves them for the backward.
+
+Both kernels are limited by memory, and their instructions take nearly as long, so neither may be
+wasted. A block of ROWS rows is held in PARTS tuples of (ROWS, WIDTH) numbers: WIDTH is a power of
+two, and 768 features are three parts of 256 where one power of two would be 1024. A warp reads 256
+bf16 numbers of a row at once, so up to 1024 features a row belongs to one warp, and its sums need
+no barrier. EXACT says that the parts hold the features exactly, so that no column is masked.
+
+A program takes every programs-th block of rows. The loads of its next blocks are in flight while it
+computes (num_stages), and few programs leave few partial sums for the one that ends last.
 """
 
 from __future__ import annotations
@@ -28,31 +37,69 @@ LAYER = tl.constexpr(2)
 
 
 @triton.jit
-def load_sides(
-    prediction, target, mask, row, column, rows, patches, features,
-    p_batch, p_patch, p_feature, t_batch, t_patch, t_feature, m_batch, m_patch,
+def append(parts, x):
+    """A tuple with one more part. Triton has no other way to write it."""
+    return parts + (x,)  # noqa: RUF005
+
+
+@triton.jit
+def rows_of_block(
+    row, mask, rows, patches, p_batch, p_patch, t_batch, t_patch, m_batch, m_patch,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Rows of both sides in fp32, which rows the mask includes, and which elements those have.
-
-    A row that the mask drops is loaded as 0.
-    """
+    """Where each row begins on both sides, and whether it exists and the mask includes it."""
     sample = (row // patches).to(tl.int64)
     patch = (row % patches).to(tl.int64)
     included = row < rows
     if MASKED:
         in_mask = tl.load(mask + sample * m_batch + patch * m_patch, mask=included, other=0)
         included = included & (in_mask != 0)
-    inside = included[:, None] & (column < features)[None, :]
-    feature = column.to(tl.int64)[None, :]
-    p = prediction + (sample * p_batch + patch * p_patch)[:, None] + feature * p_feature
-    t = target + (sample * t_batch + patch * t_patch)[:, None] + feature * t_feature
-    return (
-        tl.load(p, mask=inside, other=0.0).to(tl.float32),
-        tl.load(t, mask=inside, other=0.0).to(tl.float32),
-        included,
-        inside,
-    )
+    return sample * p_batch + patch * p_patch, sample * t_batch + patch * t_patch, included
+
+
+@triton.jit
+def inside_part(included, features, k: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr):
+    """Which elements of part k belong to included rows."""
+    inside = included[:, None]
+    if not EXACT:
+        inside = inside & (k * WIDTH + tl.arange(0, WIDTH) < features)[None, :]
+    return inside
+
+
+@triton.jit
+def load_parts(
+    side, row_offsets, feature_stride, included, features,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """The parts of rows in fp32. Rows that are not included are 0."""
+    parts = ()
+    for k in tl.static_range(PARTS):
+        feature = (k * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)[None, :]
+        x = tl.load(
+            side + row_offsets[:, None] + feature * feature_stride,
+            mask=inside_part(included, features, k, WIDTH, EXACT),
+            other=0.0,
+        )
+        parts = append(parts, x.to(tl.float32))
+    return parts
+
+
+@triton.jit
+def sum_of_parts(x, PARTS: tl.constexpr):
+    """The sum of each row."""
+    total = x[0]
+    for k in tl.static_range(1, PARTS):
+        total += x[k]
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def dot_of_parts(x, y, PARTS: tl.constexpr):
+    """The dot product of each row of x and the same row of y."""
+    total = x[0] * y[0]
+    for k in tl.static_range(1, PARTS):
+        total += x[k] * y[k]
+    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -67,39 +114,73 @@ def scale_of_rows(largest):
 
 
 @triton.jit
-def statistics_of(p, t, inside, features, NORMALIZATION: tl.constexpr, LAYER_EPS: tl.constexpr):
+def layer_statistics(
+    t, included, features, LAYER_EPS: tl.constexpr,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """The mean of each row, and 1 / sqrt(var + LAYER_EPS)."""
+    largest = tl.abs(t[0])
+    for k in tl.static_range(1, PARTS):
+        largest = tl.maximum(largest, tl.abs(t[k]))
+    scale = scale_of_rows(tl.max(largest, 1))
+    total = t[0] * scale[:, None]
+    for k in tl.static_range(1, PARTS):
+        total += t[k] * scale[:, None]
+    mean = tl.sum(total, 1) / features
+    squares = tl.zeros(t[0].shape, tl.float32)
+    for k in tl.static_range(PARTS):
+        centered = t[k] * scale[:, None] - mean[:, None]
+        if not EXACT:
+            centered = tl.where(inside_part(included, features, k, WIDTH, EXACT), centered, 0.0)
+        squares += centered * centered
+    inverse = scale / tl.sqrt(tl.sum(squares, 1) / features + LAYER_EPS)
+    return mean / scale, inverse
+
+
+@triton.jit
+def statistics_of(
+    p, t, included, features, NORMALIZATION: tl.constexpr, LAYER_EPS: tl.constexpr,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """The two statistics of each row."""
-    first = tl.zeros((p.shape[0],), tl.float32)
-    second = tl.zeros((p.shape[0],), tl.float32)
+    first = tl.zeros((p[0].shape[0],), tl.float32)
+    second = tl.zeros((p[0].shape[0],), tl.float32)
     if NORMALIZATION == L2:
-        first = tl.sqrt(tl.sum(p * p, 1))
-        second = tl.sqrt(tl.sum(t * t, 1))
+        first = tl.sqrt(dot_of_parts(p, p, PARTS))
+        second = tl.sqrt(dot_of_parts(t, t, PARTS))
     elif NORMALIZATION == LAYER:
-        scale = scale_of_rows(tl.max(tl.abs(t), 1))
-        t = t * scale[:, None]
-        first = tl.sum(t, 1) / features
-        centered = tl.where(inside, t - first[:, None], 0.0)
-        second = scale / tl.sqrt(tl.sum(centered * centered, 1) / features + LAYER_EPS)
-        first = first / scale
+        first, second = layer_statistics(
+            t=t, included=included, features=features, LAYER_EPS=LAYER_EPS, PARTS=PARTS,
+            WIDTH=WIDTH, EXACT=EXACT,
+        )  # fmt: skip
     return first, second
 
 
 @triton.jit
-def normalize(p, t, first, second, inside, eps, NORMALIZATION: tl.constexpr):
-    """u and v, and the factors of p and t in them; without the factor 1 / eps of a short row."""
-    scale_p = tl.full((p.shape[0],), 1.0, tl.float32)
-    scale_t = tl.full((p.shape[0],), 1.0, tl.float32)
+def normalize_parts(
+    p, t, first, second, included, features, eps, NORMALIZATION: tl.constexpr,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """The parts of u and of v."""
+    u = p
+    v = t
     if NORMALIZATION == L2:
-        regular_p = first > eps
-        regular_t = second > eps
-        p = p / tl.where(regular_p, first, eps)[:, None]
-        t = t / tl.where(regular_t, second, eps)[:, None]
-        scale_p = 1.0 / first
-        scale_t = 1.0 / second
+        u = ()
+        v = ()
+        norm_p = tl.where(first > eps, first, eps)[:, None]
+        norm_t = tl.where(second > eps, second, eps)[:, None]
+        for k in tl.static_range(PARTS):
+            u = append(u, p[k] / norm_p)
+            v = append(v, t[k] / norm_t)
     elif NORMALIZATION == LAYER:
-        t = tl.where(inside, (t - first[:, None]) * second[:, None], 0.0)
-        scale_t = second
-    return p, t, scale_p, scale_t
+        v = ()
+        for k in tl.static_range(PARTS):
+            x = (t[k] - first[:, None]) * second[:, None]
+            # Elements of a row that is not included are 0, and so is their mean.
+            if not EXACT:
+                x = tl.where(inside_part(included, features, k, WIDTH, EXACT), x, 0.0)
+            v = append(v, x)
+    return u, v
 
 
 @triton.jit
@@ -107,9 +188,8 @@ def slope_of(d, slope, limit, SQUARE: tl.constexpr):
     """d error / dd: c, or 2 d for SQUARE. A NaN stays a NaN."""
     if SQUARE:
         return d + d
-    c = d * slope
-    c = tl.where(c > limit, limit, c)
-    return tl.where(c < -limit, -limit, c)
+    c = tl.minimum(d * slope, limit, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(c, -limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit(do_not_specialize=["rows", "patches", "level"])
@@ -120,7 +200,7 @@ def prediction_loss_kernel(
     m_batch, m_patch, slope, limit, half_width, eps, level, weight, level_share,
     MASKED: tl.constexpr, NORMALIZATION: tl.constexpr, SQUARE: tl.constexpr, NONE: tl.constexpr,
     MEAN: tl.constexpr, FIRST: tl.constexpr, LAYER_EPS: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Errors of one level. The program that ends last adds the level to the losses.
 
@@ -129,51 +209,65 @@ def prediction_loss_kernel(
     The first level's launch writes both; the others add to what the launches before them wrote.
     """
     program = tl.program_id(0)
-    row = program * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    p, t, included, inside = load_sides(
-        prediction=prediction, target=target, mask=mask, row=row, column=column, rows=rows,
-        patches=patches, features=features, p_batch=p_batch, p_patch=p_patch, p_feature=p_feature,
-        t_batch=t_batch, t_patch=t_patch, t_feature=t_feature, m_batch=m_batch, m_patch=m_patch,
-        MASKED=MASKED,
-    )  # fmt: skip
-    first, second = statistics_of(
-        p=p, t=t, inside=inside, features=features,
-        NORMALIZATION=NORMALIZATION, LAYER_EPS=LAYER_EPS,
-    )  # fmt: skip
-    statistic_offsets = row.to(tl.int64) * 2
-    tl.store(statistics + statistic_offsets, tl.where(included, first, 0.0), mask=row < rows)
-    tl.store(statistics + statistic_offsets + 1, tl.where(included, second, 0.0), mask=row < rows)
-    u, v, _, _ = normalize(
-        p=p, t=t, first=first, second=second, inside=inside, eps=eps, NORMALIZATION=NORMALIZATION
-    )
-    d = u - v
-    if SQUARE:
-        error = d * d
-    else:
-        c = slope_of(d, slope, limit, False)
-        error = c * (d - c * half_width)
-    error = tl.where(inside, error, 0.0)
-    if NONE:
-        error_offsets = row.to(tl.int64)[:, None] * features + column[None, :]
-        valid = (row < rows)[:, None] & (column < features)[None, :]
-        tl.store(errors + error_offsets, error, mask=valid)
-    tl.store(partial + program, tl.sum(tl.sum(error, 1).to(tl.float64), 0))
-    tl.store(included_rows + program, tl.sum(included.to(tl.int32), 0))
-    tl.debug_barrier()
     programs = tl.num_programs(0)
+    total = tl.zeros((ROWS,), tl.float64)
+    count = tl.zeros((ROWS,), tl.int32)
+    for block in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
+        row = block * ROWS + tl.arange(0, ROWS)
+        p_rows, t_rows, included = rows_of_block(
+            row=row, mask=mask, rows=rows, patches=patches, p_batch=p_batch, p_patch=p_patch,
+            t_batch=t_batch, t_patch=t_patch, m_batch=m_batch, m_patch=m_patch, MASKED=MASKED,
+        )  # fmt: skip
+        p = load_parts(prediction, p_rows, p_feature, included, features, PARTS, WIDTH, EXACT)
+        t = load_parts(target, t_rows, t_feature, included, features, PARTS, WIDTH, EXACT)
+        first, second = statistics_of(
+            p=p, t=t, included=included, features=features, NORMALIZATION=NORMALIZATION,
+            LAYER_EPS=LAYER_EPS, PARTS=PARTS, WIDTH=WIDTH, EXACT=EXACT,
+        )  # fmt: skip
+        offsets = row.to(tl.int64) * 2
+        tl.store(statistics + offsets, tl.where(included, first, 0.0), mask=row < rows)
+        tl.store(statistics + offsets + 1, tl.where(included, second, 0.0), mask=row < rows)
+        u, v = normalize_parts(
+            p=p, t=t, first=first, second=second, included=included, features=features, eps=eps,
+            NORMALIZATION=NORMALIZATION, PARTS=PARTS, WIDTH=WIDTH, EXACT=EXACT,
+        )  # fmt: skip
+        error_sum = tl.zeros((ROWS, WIDTH), tl.float32)
+        for k in tl.static_range(PARTS):
+            # Elements outside of the rows are 0 on both sides, and so is their error.
+            d = u[k] - v[k]
+            if SQUARE:
+                error = d * d
+            else:
+                c = slope_of(d, slope, limit, False)
+                error = c * (d - c * half_width)
+            if NONE:
+                column = k * WIDTH + tl.arange(0, WIDTH)
+                error_offsets = row.to(tl.int64)[:, None] * features + column[None, :]
+                valid = inside_part(row < rows, features, k, WIDTH, EXACT)
+                tl.store(errors + error_offsets, error, mask=valid)
+            error_sum += error
+        total += tl.sum(error_sum, 1).to(tl.float64)
+        if MASKED:
+            count += included.to(tl.int32)
+    tl.store(partial + program, tl.sum(total, 0))
+    if MASKED:
+        tl.store(included_rows + program, tl.sum(count, 0))
+    tl.debug_barrier()
     if tl.atomic_add(counter + level, 1) != programs - 1:
         return
-    total = sum_in_order(partial, programs)
+    level_loss = sum_in_order(partial, programs)
     scale = tl.full((), 1.0, tl.float64)
     if MEAN:
-        scale = 1.0 / tl.maximum(sum_in_order(included_rows, programs) * features, 1.0)
-    total *= scale
+        elements = tl.cast(rows, tl.float64) * features
+        if MASKED:
+            elements = sum_in_order(included_rows, programs) * features
+        scale = 1.0 / tl.maximum(elements, 1.0)
+    level_loss *= scale
     tl.store(scales + level, scale.to(tl.float32))
     if not NONE:
-        tl.store(levels + level, total.to(tl.float32))
-    weighted_sum = total * weight
-    mean = total * level_share
+        tl.store(levels + level, level_loss.to(tl.float32))
+    weighted_sum = level_loss * weight
+    mean = level_loss * level_share
     if not FIRST:
         weighted_sum += tl.load(loss)
         mean += tl.load(unweighted)
@@ -189,33 +283,21 @@ def prediction_gradient_kernel(
     m_batch, m_patch, slope, limit, eps, level, weight, level_share,
     MASKED: tl.constexpr, NORMALIZATION: tl.constexpr, SQUARE: tl.constexpr, EACH: tl.constexpr,
     LOSS: tl.constexpr, UNWEIGHTED: tl.constexpr, LEVELS: tl.constexpr, TARGET: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, EXACT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one level. The upstream gradients stay on the device.
 
     EACH, LOSS, UNWEIGHTED and LEVELS say which of the upstream gradients there are.
-    With g = dL/d(u - v), and u, v, scale_p and scale_t as ``normalize`` gives them,
+    With g = dL/d(u - v), u and v as ``normalize_parts`` gives them, and 1 / |p| and 1 / |t| as
+    scale_p and scale_t (the second statistic as scale_t for LAYER),
 
-        L2:         dL/dp =  (g - (g . u) u) scale_p
-                    dL/dt = -(g - (g . v) v) scale_t
+        L2:         dL/dp =  (g - (g . u) u) scale_p         0 where |p| <= eps
+                    dL/dt = -(g - (g . v) v) scale_t         0 where |t| <= eps
         LAYER:      dL/dp =  g
                     dL/dt = -(g - mean(g) - mean(g v) v) scale_t
         otherwise:  dL/dp =  g,    dL/dt = -g
     """
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)
-    p, t, _, inside = load_sides(
-        prediction=prediction, target=target, mask=mask, row=row, column=column, rows=rows,
-        patches=patches, features=features, p_batch=p_batch, p_patch=p_patch, p_feature=p_feature,
-        t_batch=t_batch, t_patch=t_patch, t_feature=t_feature, m_batch=m_batch, m_patch=m_patch,
-        MASKED=MASKED,
-    )  # fmt: skip
-    statistic_offsets = row.to(tl.int64) * 2
-    first = tl.load(statistics + statistic_offsets, mask=row < rows, other=0.0)
-    second = tl.load(statistics + statistic_offsets + 1, mask=row < rows, other=0.0)
-    u, v, scale_p, scale_t = normalize(
-        p=p, t=t, first=first, second=second, inside=inside, eps=eps, NORMALIZATION=NORMALIZATION
-    )
     factor = tl.full((), 0.0, tl.float32)
     if LOSS:
         factor += tl.load(grad_loss) * weight
@@ -224,29 +306,66 @@ def prediction_gradient_kernel(
     if LEVELS:
         factor += tl.load(grad_levels + level)
     factor *= tl.load(scales + level)
-    offsets = row.to(tl.int64)[:, None] * features + column[None, :]
-    valid = (row < rows)[:, None] & (column < features)[None, :]
-    g = slope_of(u - v, slope, limit, SQUARE)
-    if EACH:
-        g *= tl.load(grad_errors + offsets, mask=valid, other=0.0) + factor
-    else:
-        g *= factor
-    g = tl.where(inside, g, 0.0)
-    grad_p = g
-    if NORMALIZATION == L2:
-        grad_p = (g - tl.sum(g * u, 1)[:, None] * u) * scale_p[:, None]
-        # The comparison is false for a norm that is NaN, so its gradient stays NaN.
-        grad_p = tl.where((first <= eps)[:, None], 0.0, grad_p)
-    tl.store(grad_prediction + offsets, grad_p.to(grad_prediction.dtype.element_ty), mask=valid)
-    if TARGET:
-        minus_grad_t = g
+    program = tl.program_id(0)
+    for block in tl.range(program, tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        row = block * ROWS + tl.arange(0, ROWS)
+        p_rows, t_rows, included = rows_of_block(
+            row=row, mask=mask, rows=rows, patches=patches, p_batch=p_batch, p_patch=p_patch,
+            t_batch=t_batch, t_patch=t_patch, m_batch=m_batch, m_patch=m_patch, MASKED=MASKED,
+        )  # fmt: skip
+        p = load_parts(prediction, p_rows, p_feature, included, features, PARTS, WIDTH, EXACT)
+        t = load_parts(target, t_rows, t_feature, included, features, PARTS, WIDTH, EXACT)
+        first = tl.zeros((ROWS,), tl.float32)
+        second = tl.zeros((ROWS,), tl.float32)
+        if NORMALIZATION != 0:
+            offsets = row.to(tl.int64) * 2
+            first = tl.load(statistics + offsets, mask=row < rows, other=0.0)
+            second = tl.load(statistics + offsets + 1, mask=row < rows, other=0.0)
+        u, v = normalize_parts(
+            p=p, t=t, first=first, second=second, included=included, features=features, eps=eps,
+            NORMALIZATION=NORMALIZATION, PARTS=PARTS, WIDTH=WIDTH, EXACT=EXACT,
+        )  # fmt: skip
+        g = ()
+        for k in tl.static_range(PARTS):
+            slopes = slope_of(u[k] - v[k], slope, limit, SQUARE)
+            if EACH:
+                column = k * WIDTH + tl.arange(0, WIDTH)
+                grad_offsets = row.to(tl.int64)[:, None] * features + column[None, :]
+                valid = inside_part(row < rows, features, k, WIDTH, EXACT)
+                slopes *= tl.load(grad_errors + grad_offsets, mask=valid, other=0.0) + factor
+            else:
+                slopes *= factor
+            if MASKED or not EXACT:  # 0 times an upstream gradient that is not finite would be NaN.
+                slopes = tl.where(inside_part(included, features, k, WIDTH, EXACT), slopes, 0.0)
+            g = append(g, slopes)
+        g_u = tl.zeros((ROWS,), tl.float32)
+        g_v = tl.zeros((ROWS,), tl.float32)
+        g_mean = tl.zeros((ROWS,), tl.float32)
         if NORMALIZATION == L2:
-            minus_grad_t = (g - tl.sum(g * v, 1)[:, None] * v) * scale_t[:, None]
-            minus_grad_t = tl.where((second <= eps)[:, None], 0.0, minus_grad_t)
-        elif NORMALIZATION == LAYER:
-            mean_gv = tl.sum(g * v, 1) / features
-            minus_grad_t = g - (tl.sum(g, 1) / features)[:, None] - mean_gv[:, None] * v
-            minus_grad_t = minus_grad_t * scale_t[:, None]
-        tl.store(
-            grad_target + offsets, (-minus_grad_t).to(grad_target.dtype.element_ty), mask=valid
-        )
+            g_u = dot_of_parts(g, u, PARTS)
+        if TARGET and NORMALIZATION != 0:
+            g_v = dot_of_parts(g, v, PARTS)
+        if TARGET and NORMALIZATION == LAYER:
+            g_v = g_v / features
+            g_mean = sum_of_parts(g, PARTS) / features
+        for k in tl.static_range(PARTS):
+            column = k * WIDTH + tl.arange(0, WIDTH)
+            grad_offsets = row.to(tl.int64)[:, None] * features + column[None, :]
+            valid = inside_part(row < rows, features, k, WIDTH, EXACT)
+            grad_p = g[k]  # type: ignore[var-annotated]
+            if NORMALIZATION == L2:
+                grad_p = (g[k] - g_u[:, None] * u[k]) * (1.0 / first)[:, None]
+                # The comparison is false for a norm that is NaN, so its gradient stays NaN.
+                grad_p = tl.where((first <= eps)[:, None], 0.0, grad_p)
+            grad_p = grad_p.to(grad_prediction.dtype.element_ty)
+            tl.store(grad_prediction + grad_offsets, grad_p, mask=valid)
+            if TARGET:
+                minus_grad_t = g[k]
+                if NORMALIZATION == L2:
+                    minus_grad_t = (g[k] - g_v[:, None] * v[k]) * (1.0 / second)[:, None]
+                    minus_grad_t = tl.where((second <= eps)[:, None], 0.0, minus_grad_t)
+                elif NORMALIZATION == LAYER:
+                    minus_grad_t = g[k] - g_mean[:, None] - g_v[:, None] * v[k]
+                    minus_grad_t = minus_grad_t * second[:, None]
+                grad_t = (-minus_grad_t).to(grad_target.dtype.element_ty)
+                tl.store(grad_target + grad_offsets, grad_t, mask=valid)
