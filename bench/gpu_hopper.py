@@ -1,6 +1,6 @@
 """The Gluon kernels on a Hopper GPU: parity first, then time beside the Triton kernels.
 
-    python bench/gpu_hopper.py [--no-save]
+    python bench/gpu_hopper.py [--alternatives] [--no-save]
 
 For each number of features the script compares the forward of NT-Xent by a Gluon kernel with the
 forward by the Triton kernels, anchor by anchor, and with the formula in fp64. It compares the
@@ -9,6 +9,9 @@ both kinds of kernels, in turn, beside the bare product torch.mm(z, z.T), of whi
 backward do the work of three. It writes bench/results/gpu_hopper.json after every size. A
 combination that fails is named, the others are measured all the same, and the exit code is 1. On
 any other device the script says so and ends.
+
+``--alternatives`` also compares and times other configurations of the backward than those of
+``configs.json``, which were chosen without a GPU.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ from cjepa_kernels.bench.script_options import read_options, save
 from cjepa_kernels.bench.timing import interleaved_on_gpu
 from cjepa_kernels.error_lines import kind_and_first_line
 from cjepa_kernels.tables import print_table
+from cjepa_kernels.triton import configs
+from cjepa_kernels.triton.configs import Config, Kernel
 
 GLUON, TRITON, MM = "Gluon kernels", "Triton kernels", "torch.mm"
 VARIABLE = "CJEPA_GLUON"
@@ -251,6 +256,58 @@ def times(x: Tensor, y: Tensor, direction: str = FORWARD) -> dict[str, Any]:
     return {**found, **{name: {"error": error} for name, error in errors.items()}}
 
 
+def backward_config(kernel: Kernel, features: int, **options: Any) -> Config:
+    """An entry of the table of configurations for operands of 16 bits."""
+    common: dict[str, Any] = {"architecture": 90, "bits": 16, "warps": 4}
+    return Config(kernel=kernel, features=features, **{**common, **options})
+
+
+# By features: a title, and the entries that go before the package's own.
+NOT_OWNED = {"warps": 0, "stages": 0}
+TALL_JOBS = {"stages": 4, "rows": 128, "columns": 256}
+ALTERNATIVES: dict[int, dict[str, list[Config]]] = {
+    128: {
+        "64 columns": [backward_config("hopper_owned", 128, stages=12, columns=64, pipelined=True)],
+        "one product after the other": [
+            backward_config("hopper_owned", 128, stages=6, columns=128, pipelined=False)
+        ],
+    },
+    256: {
+        "64 columns, pipelined": [
+            backward_config("hopper_owned", 256, stages=5, columns=64, pipelined=True)
+        ],
+        "squares": [backward_config("hopper_owned", 256, **NOT_OWNED)],
+    },
+    512: {
+        "jobs of 128 rows": [backward_config("hopper_products", 512, **TALL_JOBS)],
+        "tiles": [backward_config("hopper_strips", 512, **NOT_OWNED)],
+    },
+    768: {"jobs of 128 rows": [backward_config("hopper_products", 768, **TALL_JOBS)]},
+}
+
+
+def check_alternative(features: int, title: str) -> Record:
+    """The parity of an alternative, and its times at each M if it passes."""
+    entries = ALTERNATIVES[features][title]
+
+    def chosen(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        with configs.tuned(entries):
+            return function(*args, **options)
+
+    with configs.tuned(entries):
+        record = check(features, torch.bfloat16, BACKWARD)
+    record["alternative"] = title
+    for rows in ROWS if record["passed"] else ():
+        x, y = views(rows, features, torch.bfloat16)
+        builds = {
+            GLUON: lambda x=x, y=y: partial(both, x, y, allowed=True),
+            title: lambda x=x, y=y: partial(chosen, both, x, y, allowed=True),
+        }
+        found, _ = interleaved_on_gpu(builds, seconds=SECONDS)
+        record[f"times of M = {rows}"] = found
+    return record
+
+
 def check(features: int, dtype: torch.dtype, direction: str = FORWARD) -> Record:
     """The parity of one combination, as a record."""
     record: Record = {
@@ -283,15 +340,17 @@ def why_not() -> str | None:
 
 
 def main() -> int:
-    options = read_options(__doc__)
+    flag = {"action": "store_true", "help": "compare other configurations of the backward too"}
+    options = read_options(__doc__, {"--alternatives": flag})
     reason = why_not()
     if reason is not None:
         print(f"Nothing was measured: {reason}.")
         return 0
-    checks, rows, table = [], [], []
+    checks, rows, table, alternatives = [], [], [], []
 
     def write() -> None:
-        save(options, "gpu_hopper", rows, parity=checks, of_kernels=True)
+        more = {"alternatives": alternatives} if alternatives else {}
+        save(options, "gpu_hopper", rows, parity=checks, **more, of_kernels=True)
 
     for dtype in DTYPES:
         for direction, several in ((FORWARD, FEATURES), (BACKWARD, BACKWARD_FEATURES)):
@@ -327,7 +386,12 @@ def main() -> int:
         print(table[-1], flush=True)
         write()
     print_table(["M", "D", "pass", "ms", "of the Triton kernels", "of the bare products"], table)
-    return 0 if all(record["passed"] for record in checks) else 1
+    for features, titles in ALTERNATIVES.items() if options.alternatives else ():
+        for title in titles:
+            alternatives.append(check_alternative(features, title))
+            print(alternatives[-1], flush=True)
+            write()
+    return 0 if all(record["passed"] for record in [*checks, *alternatives]) else 1
 
 
 if __name__ == "__main__":

@@ -40,9 +40,8 @@ def products(gradients: Gradients) -> tuple[Tensor, Tensor] | None:
     """G Y and G^T X as ``Gradients.products`` returns them; None if the Triton kernels serve."""
     if not _serves(gradients):
         return None
-    if launch.fits_a_strip(gradients.x):
-        return _by_owned_rows(gradients)
-    return _by_squares(gradients)
+    owned = _entry("hopper_owned", gradients.x) if launch.fits_a_strip(gradients.x) else None
+    return _by_squares(gradients) if owned is None else _by_owned_rows(gradients, owned)
 
 
 def _serves(gradients: Gradients) -> bool:
@@ -69,10 +68,11 @@ def _serves(gradients: Gradients) -> bool:
 
 
 def _entry(kernel: Kernel, x: Packed) -> Config | None:
-    """The entry of the table for the kernel, if there is one for this architecture."""
-    entries = configs.entries(kernel, hopper.ARCHITECTURE, x.z.dtype, x.padded_features)
-    usable = [e for e in entries if e.architecture == hopper.ARCHITECTURE and e.warps > 0]
-    return usable[0] if usable else None
+    """The best entry of the table for the kernel; None if the kernel must not be used."""
+    for entry in configs.entries(kernel, hopper.ARCHITECTURE, x.z.dtype, x.padded_features):
+        if entry.architecture == hopper.ARCHITECTURE:
+            return entry if entry.warps > 0 else None
+    return None
 
 
 def _numbers(make: Callable[[], Work]) -> Numbers | None:
@@ -156,11 +156,8 @@ class OwnedRows:
         return out
 
 
-def _by_owned_rows(gradients: Gradients) -> tuple[Tensor, Tensor] | None:
+def _by_owned_rows(gradients: Gradients, config: Config) -> tuple[Tensor, Tensor] | None:
     x, y = gradients.x, gradients.y
-    config = _entry("hopper_owned", x)
-    if config is None:
-        return None
     sides = [(x, y)] if gradients.of_x else []
     sides += [(y, x)] if gradients.of_y and not gradients.self_contrast else []
     makes = [_owned_schedule(*side) for side in sides]

@@ -152,6 +152,25 @@ def test_another_device_is_named(
     assert gpu_hopper.why_not() == "the kernels need compute capability 9.0, this GPU has 8.0"
 
 
+def test_alternatives_that_fail_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = []
+
+    def check(features: int, *_: Any) -> dict[str, Any]:
+        entries.append(gpu_hopper.configs.table()[0])
+        return {"passed": features == 256}
+
+    monkeypatch.setattr(gpu_hopper, "check", check)
+    monkeypatch.setattr(gpu_hopper, "views", lambda *sizes: sizes[:2])
+    monkeypatch.setattr(
+        gpu_hopper, "interleaved_on_gpu", lambda builds, seconds: (dict.fromkeys(builds, 1.0), {})
+    )
+    for features, title in ((128, "64 columns"), (256, "squares")):
+        record = gpu_hopper.check_alternative(features, title)
+        assert entries[-1] == gpu_hopper.ALTERNATIVES[features][title][0]
+        assert ("times of M = 65536" in record) == (features == 256)
+        assert record["alternative"] == title
+
+
 def test_what_fails_is_not_timed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,7 @@ MORE_CASES = [
 ]
 if os.environ.get("CJEPA_TEST_EVERY_GLUON_KERNEL", "0") == "1":
     CASES += MORE_CASES
+STRIPS = [case for case in CASES if case[0] == "hopper_strips"]
 PIPELINED = [case for case in CASES if case[0] == "hopper_owned" and case[1] <= 128]
 
 
@@ -175,6 +176,18 @@ def test_exponentials_of_pipelined_rows_fall_into_the_second_product(launch: Any
             "MUFU.EX2",
             "WARPGROUP.DEPBAR",
         ]
+
+
+@pytest.mark.parametrize("launch", STRIPS, indirect=True, ids=name_of)
+def test_strips_store_16_bytes_and_exchange_nothing(launch: Any) -> None:
+    """With its columns in another order, a thread holds eight neighbouring numbers of G."""
+    binary = gpu_machine_code.compile_launch(launch, ARCHITECTURE)
+    constants = dict(launch.constants)
+    loop = loop_of("hopper_strips", constants["WIDTH"], constants)
+    for body in loops_of_tiles(binary.assembly, loop.products, loop.exponentials):
+        assert count(body, "STG") == count(body, "STG.E.128") == EXPONENTIALS // 8
+        assert not count(body, "SHFL")
+        assert not count(body, "STS")
 
 
 @pytest.mark.parametrize("launch", CASES, indirect=True, ids=name_of)

@@ -287,6 +287,25 @@ def test_which_kernels_take_the_backward(
 
 
 @compiler
+@pytest.mark.parametrize(
+    ("features", "title", "kernels"),
+    [(256, "squares", STRIPS), (512, "tiles", TILES), (128, "64 columns", OWNED)],
+)
+def test_an_entry_of_the_table_chooses_other_kernels(
+    features: int,
+    title: str,
+    kernels: list[str],
+    call: Callable[..., Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CJEPA_GLUON", "1")
+    gpu_hopper = importlib.import_module("gpu_hopper")
+    with configs.tuned(gpu_hopper.ALTERNATIVES[features][title]):
+        names = launched(call(65536, features, torch.bfloat16))
+    assert list(dict.fromkeys(names[:-1])) == kernels
+
+
+@compiler
 @pytest.mark.parametrize("architecture", [80, 86, 100, 120])
 def test_other_architectures_take_the_triton_kernels(
     architecture: int, call: Callable[..., Callable[[], None]], monkeypatch: pytest.MonkeyPatch
@@ -372,7 +391,15 @@ def test_every_entry_fits_shared_memory_and_does_not_wait_for_itself() -> None:
     """227 KiB of a program; a group may be some slots of the ring ahead of the other one."""
     least_stages = {"hopper_owned": 2, "hopper_strips": 2, "hopper_tiles": 3, "hopper_products": 2}
     found = set()
-    for one in configs.table():
+    gpu_hopper = importlib.import_module("gpu_hopper")
+    alternatives = [
+        one
+        for titles in gpu_hopper.ALTERNATIVES.values()
+        for entries in titles.values()
+        for one in entries
+        if one.warps > 0
+    ]
+    for one in (*configs.table(), *alternatives):
         if one.kernel not in least_stages:
             continue
         found.add(one.kernel)

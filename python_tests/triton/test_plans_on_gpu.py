@@ -70,6 +70,15 @@ def test_nt_xent_is_replayed(case: str) -> None:
     check_replays("nt_xent_backward", lambda call: nt_xent_backward(call, **options))
 
 
+@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="no Hopper GPU")
+@pytest.mark.parametrize("features", [128, 512, 768])
+def test_gluon_kernels_are_replayed(features: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CJEPA_GLUON", "1")
+    options: dict[str, Any] = {"batch": 8192, "features": features, "dtype": torch.bfloat16}
+    check_replays("nt_xent", lambda call: nt_xent_forward(call, **options))
+    check_replays("nt_xent_backward", lambda call: nt_xent_backward(call, **options))
+
+
 def test_tf32_is_part_of_the_key() -> None:
     for allowed in (True, False):
         torch.backends.cuda.matmul.allow_tf32 = allowed
