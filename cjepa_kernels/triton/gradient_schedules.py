@@ -418,16 +418,21 @@ def squares(
 ) -> list[tuple[int, int, Square]]:
     """First row block, first column block and shape of each square, row by row.
 
-    Of a symmetric S those on and above the diagonal.
+    Of a symmetric S those on and above the diagonal. No side is longer than ``side``, and all are
+    nearly equal: a thin square at the end would leave programs idle.
     """
+    height, width = (
+        -(-blocks // -(-blocks // side)) if blocks > 0 else side
+        for blocks in (row_blocks, column_blocks)
+    )
     return [
         (
             i,
             j,
             Square(
-                min(side, row_blocks - i), min(side, column_blocks - j), self_contrast and i == j
+                min(height, row_blocks - i), min(width, column_blocks - j), self_contrast and i == j
             ),
         )
-        for i in range(0, row_blocks, side)
-        for j in range(i if self_contrast else 0, column_blocks, side)
+        for i in range(0, row_blocks, height)
+        for j in range(i if self_contrast else 0, column_blocks, width)
     ]
