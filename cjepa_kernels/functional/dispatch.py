@@ -95,5 +95,4 @@ def saves_for_backward(
     learns_temperature = temperature is not None and temperature.requires_grad
     if not (z_i.requires_grad or z_j.requires_grad or learns_temperature):
         return False
-    memory = ops.saved_memory(overload, z_i, product_dtype, reduction)
-    return memory is not None and memory.size * memory.itemsize <= SAVED_BYTES
+    return ops.saves_at_most(SAVED_BYTES, overload, z_i, product_dtype, reduction)

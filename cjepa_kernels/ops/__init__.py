@@ -11,7 +11,7 @@ from cjepa_kernels import chunked, triton
 from cjepa_kernels.backends import HAS_NATIVE, HAS_TRITON, add_note
 from cjepa_kernels.ops import cross_logsumexp, nt_xent, pad_tokens, prediction_loss
 from cjepa_kernels.ops.calls import call, is_transformed, refuse_transforms, run, saveable
-from cjepa_kernels.ops.nt_xent import saved_exponentials_size, saved_memory
+from cjepa_kernels.ops.nt_xent import saved_exponentials_size, saves_at_most
 from cjepa_kernels.ops.registration import (
     NAMESPACE,
     define,
@@ -51,5 +51,5 @@ __all__ = [
     "run",
     "saveable",
     "saved_exponentials_size",
-    "saved_memory",
+    "saves_at_most",
 ]

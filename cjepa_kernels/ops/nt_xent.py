@@ -18,7 +18,7 @@ from cjepa_kernels.definitions import (
 from cjepa_kernels.ops import registry
 from cjepa_kernels.ops.definition import Definition
 from cjepa_kernels.triton import goes_to_chunked
-from cjepa_kernels.triton.saved_rows import form_of, saved_bytes
+from cjepa_kernels.triton.saved_rows import fits, form_of, saved_bytes
 
 # z_i, z_j: (B, D), any strides. mask: (B, B) bool.
 # temperature_tensor: () or None; if given, it takes the place of temperature.
@@ -69,12 +69,10 @@ class SavedMemory(NamedTuple):
     Attributes:
         size: How many numbers.
         dtype: Of the numbers.
-        itemsize: Bytes of one of them.
     """
 
     size: int
     dtype: torch.dtype
-    itemsize: int
 
 
 def saved_memory(
@@ -93,12 +91,32 @@ def saved_memory(
     """
     backend = registry.backend_of(overload, z_i.device.type)
     if backend == "native":
-        itemsize = 8 if z_i.dtype == torch.float64 else 4
         size = saved_exponentials_size(2 * z_i.shape[0])
-        return SavedMemory(size, accumulation_dtype(z_i.dtype), itemsize)
+        return SavedMemory(size, accumulation_dtype(z_i.dtype))
     if backend == "triton" and not goes_to_chunked(z_i):
-        return SavedMemory(saved_bytes(form_of(z_i, product_dtype, reduction)), torch.uint8, 1)
+        return SavedMemory(saved_bytes(form_of(z_i, product_dtype, reduction)), torch.uint8)
     return None
+
+
+def saves_at_most(
+    limit: int, overload: str, z_i: Tensor, product_dtype: torch.dtype | None, reduction: str
+) -> bool:
+    """Whether the forward can save something for the backward, in at most so many bytes.
+
+    Args:
+        limit: Bytes.
+        overload: As for :func:`saved_memory`, like the others.
+        z_i: The same.
+        product_dtype: The same.
+        reduction: The same.
+    """
+    backend = registry.backend_of(overload, z_i.device.type)
+    if backend == "native":
+        itemsize = 8 if z_i.dtype == torch.float64 else 4
+        return itemsize * saved_exponentials_size(2 * z_i.shape[0]) <= limit
+    if backend == "triton":
+        return not goes_to_chunked(z_i) and fits(limit, z_i, product_dtype, reduction)
+    return False
 
 
 def _fake(arguments: Any) -> NTXentForward:

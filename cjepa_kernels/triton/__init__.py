@@ -53,12 +53,14 @@ def _call(module: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @lru_cache
 def _capability_is_old(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY
+    # A fake tensor of a GPU needs no GPU.
+    return (
+        torch.cuda.is_available() and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY
+    )
 
 
 def _is_old(device: torch.device) -> bool:
-    # A fake tensor of a GPU needs no GPU.
-    return device.type == "cuda" and torch.cuda.is_available() and _capability_is_old(device)
+    return device.type == "cuda" and _capability_is_old(device)
 
 
 def goes_to_chunked(x: Tensor) -> bool:

@@ -21,6 +21,7 @@ from cjepa_kernels.triton.operands import (
     stored_dtype,
 )
 
+LARGEST_NUMBER, LARGEST_DEPTH = 6, 64  # bytes of three planes, and features of a step, at most
 WEIGHT_BYTES = 3 * 4  # of a row: three fp32 numbers, which ``pack.Weights`` describes
 
 
@@ -74,6 +75,23 @@ def row_bytes(form: Form) -> int:
 def saved_bytes(form: Form) -> int:
     """Bytes of the rows and their weights."""
     return row_bytes(form) + (WEIGHT_BYTES * form.padded_rows if form.has_weights else 0)
+
+
+def fits(limit: int, z_i: Tensor, product_dtype: torch.dtype | None, reduction: str) -> bool:
+    """Whether what a forward saves takes at most so many bytes.
+
+    Args:
+        limit: Bytes.
+        z_i: As for :func:`form_of`, like the others.
+        product_dtype: The same.
+        reduction: The same.
+    """
+    pairs, features = z_i.shape
+    # No form takes more than this. The bound spares small batches, which wait for the host, most of
+    # the arithmetic.
+    if (2 * pairs + TILE) * (LARGEST_NUMBER * (features + LARGEST_DEPTH) + WEIGHT_BYTES) <= limit:
+        return True
+    return saved_bytes(form_of(z_i, product_dtype, reduction)) <= limit
 
 
 @dataclass(frozen=True)

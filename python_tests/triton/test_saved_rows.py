@@ -23,7 +23,7 @@ if not backends()["triton"].available:
     pytest.skip(backends()["triton"].reason, allow_module_level=True)
 
 from cjepa_kernels.triton.recording import run_kernel
-from cjepa_kernels.triton.saved_rows import Form, form_of, row_bytes, saved_bytes
+from cjepa_kernels.triton.saved_rows import Form, fits, form_of, row_bytes, saved_bytes
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET", "0") == "1" else "cuda"
 LAUNCHING = ("pack", "gradients", "prepare", "tiles", "nt_xent")
@@ -140,6 +140,17 @@ def test_the_limit_bounds_what_is_saved(name: str, monkeypatch: pytest.MonkeyPat
         with launched(monkeypatch) as names:
             call.gradients()
         assert ("pack_kernel" in names) == packed_again
+
+
+def test_the_quick_bound_lets_nothing_too_large_through() -> None:
+    for pairs in (1, 64, 65, 1000):
+        for features in (1, 16, 33, 65, 768):
+            for dtype in (torch.float32, torch.bfloat16):
+                z = torch.empty(pairs, features, dtype=dtype, device="meta")
+                for reduction in ("mean", "none"):
+                    size = saved_bytes(form_of(z, None, reduction))
+                    assert fits(size, z, None, reduction)
+                    assert not fits(size - 1, z, None, reduction)
 
 
 def test_nothing_is_saved_without_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
