@@ -92,7 +92,7 @@ def results(
     [
         {"elements": 256, "programs": 4},  # 6 blocks or more, which 4 programs do not share evenly
         {"elements": 100, "programs": 10**6},  # a program for each row
-        {"elements": 10**6, "programs": 1},  # one block, most of whose rows do not exist
+        {"elements": 4096, "programs": 1},  # one block, most of whose rows do not exist
     ],
     ids=["several_blocks", "one_row", "one_block"],
 )
