@@ -418,21 +418,22 @@ def squares(
 ) -> list[tuple[int, int, Square]]:
     """First row block, first column block and shape of each square, row by row.
 
-    Of a symmetric S those on and above the diagonal. No side is longer than ``side``, and all are
-    nearly equal: a thin square at the end would leave programs idle.
+    Of a symmetric S those on and above the diagonal. No side is longer than ``side``, and they
+    differ by one block at most: a thin square at the end would leave programs idle.
     """
-    height, width = (
-        -(-blocks // -(-blocks // side)) if blocks > 0 else side
-        for blocks in (row_blocks, column_blocks)
-    )
+    rows, columns = (_cut_evenly(blocks, side) for blocks in (row_blocks, column_blocks))
     return [
-        (
-            i,
-            j,
-            Square(
-                min(height, row_blocks - i), min(width, column_blocks - j), self_contrast and i == j
-            ),
-        )
-        for i in range(0, row_blocks, height)
-        for j in range(i if self_contrast else 0, column_blocks, width)
+        (i, j, Square(height, width, self_contrast and i == j))
+        for i, height in rows
+        for j, width in columns
+        if j >= i or not self_contrast
+    ]
+
+
+def _cut_evenly(blocks: int, side: int) -> list[tuple[int, int]]:
+    """The first block and the number of blocks of each of the fewest pieces up to a length."""
+    pieces = -(-blocks // side)
+    starts = [blocks * piece // pieces for piece in range(pieces)]
+    return [
+        (first, last - first) for first, last in zip(starts, [*starts[1:], blocks], strict=True)
     ]

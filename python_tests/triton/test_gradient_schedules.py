@@ -220,10 +220,10 @@ def test_squares_cover_every_block_once(self_contrast: bool) -> None:
     assert all((r, c) in covered for r in range(rows) for c in range(r * self_contrast, columns))
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(90, 1000), (513, 513), (1000, 87)])
+@pytest.mark.parametrize(("rows", "columns"), [(90, 1000), (513, 513), (8192, 8192)])
 def test_no_square_is_thin(rows: int, columns: int) -> None:
     found = schedules.squares(rows, columns, 86, self_contrast=rows == columns)
     for name in ("rows", "columns"):
         sides = {getattr(square, name) for _, _, square in found}
         assert max(sides) <= 86
-        assert min(sides) > 0.8 * max(sides)
+        assert max(sides) - min(sides) <= 1

@@ -54,6 +54,8 @@ def side(rows: int, features: int, dtype: torch.dtype, seed: int) -> Side:
     weight = torch.zeros(padded)
     weight[:rows] = torch.randn(rows, generator=generator).exp()
     weight[:rows] *= torch.randn(rows, generator=generator)
+    if dtype == torch.float16:  # Such weights carry a factor, or G would have too few exponents.
+        weight *= 64.0
     return Side(rows, z, weight)
 
 
