@@ -26,6 +26,8 @@ PARITY = (
     "nt_xent",
     "cross_logsumexp",
     "cross_logsumexp_calls",
+    "paired_logsumexp",
+    "info_nce",
     "limits",
     "prediction_loss",
     "registration",

@@ -3,23 +3,35 @@
 from cjepa_kernels._version import __version__
 from cjepa_kernels.backends import BackendStatus, backends
 from cjepa_kernels.config import create_cjepa_loss_from_config, create_loss_from_config
-from cjepa_kernels.definitions import CrossLogSumExp, NTXentOutput
-from cjepa_kernels.functional import cross_logsumexp, nt_xent, pair_similarity, prediction_loss
-from cjepa_kernels.modules import ContrastiveJEPALoss, HJEPALoss, NTXentLoss
+from cjepa_kernels.definitions import CrossLogSumExp, InfoNCEOutput, NTXentOutput, PairedLogSumExp
+from cjepa_kernels.functional import (
+    cross_logsumexp,
+    info_nce,
+    nt_xent,
+    pair_similarity,
+    paired_logsumexp,
+    prediction_loss,
+)
+from cjepa_kernels.modules import ContrastiveJEPALoss, HJEPALoss, InfoNCELoss, NTXentLoss
 
 __all__ = [
     "BackendStatus",
     "ContrastiveJEPALoss",
     "CrossLogSumExp",
     "HJEPALoss",
+    "InfoNCELoss",
+    "InfoNCEOutput",
     "NTXentLoss",
     "NTXentOutput",
+    "PairedLogSumExp",
     "__version__",
     "backends",
     "create_cjepa_loss_from_config",
     "create_loss_from_config",
     "cross_logsumexp",
+    "info_nce",
     "nt_xent",
     "pair_similarity",
+    "paired_logsumexp",
     "prediction_loss",
 ]

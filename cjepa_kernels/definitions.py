@@ -26,6 +26,7 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtyp
 
 # Defaults of the functions, the modules and the reference.
 TEMPERATURE = 0.1
+INFO_NCE_TEMPERATURE = 0.07
 EPS = 1e-8
 SMOOTHL1_BETA = 1.0
 HUBER_DELTA = 1.0
@@ -101,6 +102,26 @@ class NTXentBackward(NamedTuple):
     grad_temperature: Tensor  # (), dtype of the temperature tensor, fp32 without one
 
 
+class InfoNCEOutput(NamedTuple):
+    """Result of :func:`info_nce`. Everything but ``loss`` is detached and stays on the device.
+
+    Attributes:
+        loss: () for ``mean`` and ``sum``, (M,) for ``none``; fp32 (fp64 for fp64 inputs).
+        accuracy: () share of queries whose positive beats every negative; a tie is a miss. With
+            ``symmetric`` it is the mean of both directions.
+        positive_similarity: () mean similarity of queries and their positives, not divided by
+            temperature.
+        negative_similarity: () mean similarity of queries and their negatives; NaN without any.
+        lse: (M,) log-sum-exp of each query's logits, the positive included.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
+    positive_similarity: Tensor
+    negative_similarity: Tensor
+    lse: Tensor
+
+
 class CrossLogSumExp(NamedTuple):
     """Result of ``cross_logsumexp``: M rows against N columns, everything on the device.
 
@@ -119,6 +140,31 @@ class CrossLogSumExp(NamedTuple):
     column_max: Tensor
 
 
+class PairedLogSumExp(NamedTuple):
+    """Result of ``cross_logsumexp`` with positives, everything on the device.
+
+    The similarity of a row and its positive is in ``positive`` and ``mean_similarity``, and in none
+    of the others. In fp32 (fp64 for fp64 inputs). The log-sum-exps and ``positive`` carry a
+    gradient.
+
+    Attributes:
+        row_lse: (M,) log-sum-exp of each row's negative logits; -inf for a row without negatives.
+        column_lse: (N,) log-sum-exp of each column's negative logits; -inf without negatives.
+        row_max: (M,) each row's largest negative similarity, not divided by temperature; -inf
+            without negatives.
+        column_max: (N,) each column's largest negative similarity.
+        positive: (M,) similarity of each row and its positive, not divided by temperature.
+        mean_similarity: () mean of all M x N similarities.
+    """
+
+    row_lse: Tensor
+    column_lse: Tensor
+    row_max: Tensor
+    column_max: Tensor
+    positive: Tensor
+    mean_similarity: Tensor
+
+
 class CrossLogSumExpForward(NamedTuple):
     """Results of the operator ``cross_logsumexp``, in the order of its schema.
 
@@ -133,6 +179,9 @@ class CrossLogSumExpForward(NamedTuple):
     row_log_sum: Tensor  # (M,) fp32, log of the sum of exp((s - shift) / tau)
     column_shift: Tensor  # (N,) fp32
     column_log_sum: Tensor  # (N,) fp32
+    positive: Tensor  # (M,) fp32, similarity of the positive, 0 without one; (0,) without positives
+    mean_similarity: Tensor  # () fp32, of all entries of S; (0,) without positives
+    saved_for_backward: Tensor  # of the back end alone; empty unless the forward was asked to save
 
 
 class CrossLogSumExpBackward(NamedTuple):

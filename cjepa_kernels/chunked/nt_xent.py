@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cjepa_kernels.chunked.rows import choose_temperature, chunk_rows, operands, project
+from cjepa_kernels.chunked.rows import (
+    choose_temperature,
+    chunk_rows,
+    operands,
+    project,
+    shift_of,
+    sum_of,
+)
 from cjepa_kernels.definitions import NTXentBackward, NTXentForward, Reduction
 from cjepa_kernels.reference.rows import reduce
 
@@ -79,7 +86,7 @@ def forward(
                 is_negative = tile != -torch.inf
                 negative_sum += tile.where(is_negative, 0.0).sum()
                 negative_count += is_negative.sum()
-            tile.sub_(_shift(largest_negative[chunk])[:, None]).div_(tau).exp_()
+            tile.sub_(shift_of(largest_negative[chunk])[:, None]).div_(tau).exp_()
             torch.sum(tile, dim=1, out=total[chunk])
         if mask is None:
             count = rows * (rows - 2)
@@ -89,7 +96,7 @@ def forward(
             )
         else:
             negative_similarity = negative_sum / negative_count
-        shift, log_sum = _shift(largest_negative), total.log()
+        shift, log_sum = shift_of(largest_negative), total.log()
         loss = -F.logsigmoid((positive - shift) / tau - log_sum)
         return NTXentForward(
             loss=reduce(loss, reduction),
@@ -127,8 +134,7 @@ def backward(
         tau = choose_temperature(temperature_tensor, temperature)
         batch, rows = z_i.shape[0], z.shape[0]
         grad_logit = torch.sigmoid((shift - positive) / tau + log_sum) * grad_loss  # (M,), g_a r_a
-        # The weight of a row without negatives is 0, and not 0 / 0.
-        weight = grad_logit / log_sum.exp().masked_fill(log_sum == -torch.inf, 1.0)
+        weight = grad_logit / sum_of(log_sum)  # (M,), w_a
         grad = torch.zeros_like(z)  # (M, D)
         step = chunk_rows(rows)
         buffer = z.new_empty(step, rows)
@@ -158,8 +164,3 @@ def backward(
             grad_z_j=grad[batch:].to(z_j.dtype, copy=True),
             grad_temperature=grad_temperature.to(like.dtype),
         )
-
-
-def _shift(largest_negative: Tensor) -> Tensor:
-    """(M,) similarity to subtract in each row: its largest negative, 0 without negatives."""
-    return largest_negative.masked_fill(largest_negative == -torch.inf, 0.0)

@@ -38,6 +38,16 @@ def operands(
     return rows.to(product_dtype or z.dtype).to(rows.dtype)
 
 
+def shift_of(largest: Tensor) -> Tensor:
+    """(M,) similarity to subtract in each row: its largest one that counts, 0 without any."""
+    return largest.masked_fill(largest == -torch.inf, 0.0)
+
+
+def sum_of(log_sum: Tensor) -> Tensor:
+    """(M,) sum of exponentials by which weights are divided: 1 without any, whose weight is 0."""
+    return log_sum.exp().masked_fill(log_sum == -torch.inf, 1.0)
+
+
 def project(grad: Tensor, z: Tensor, eps: float) -> None:
     """Take a gradient back through the normalisation, in place.
 

@@ -1,20 +1,35 @@
 """The losses as functions: they check arguments, choose the back end and call the operator."""
 
-from cjepa_kernels.definitions import CrossLogSumExp, HierarchicalLoss, NTXentOutput
+from cjepa_kernels.definitions import (
+    CrossLogSumExp,
+    HierarchicalLoss,
+    InfoNCEOutput,
+    NTXentOutput,
+    PairedLogSumExp,
+)
 from cjepa_kernels.functional.cls_tokens import cls_tokens
-from cjepa_kernels.functional.cross_logsumexp import cross_logsumexp, pair_similarity
+from cjepa_kernels.functional.cross_logsumexp import (
+    cross_logsumexp,
+    pair_similarity,
+    paired_logsumexp,
+)
 from cjepa_kernels.functional.hierarchy import hierarchical_prediction_loss
+from cjepa_kernels.functional.info_nce import info_nce
 from cjepa_kernels.functional.nt_xent import nt_xent
 from cjepa_kernels.functional.prediction_loss import prediction_loss
 
 __all__ = [
     "CrossLogSumExp",
     "HierarchicalLoss",
+    "InfoNCEOutput",
     "NTXentOutput",
+    "PairedLogSumExp",
     "cls_tokens",
     "cross_logsumexp",
     "hierarchical_prediction_loss",
+    "info_nce",
     "nt_xent",
     "pair_similarity",
+    "paired_logsumexp",
     "prediction_loss",
 ]

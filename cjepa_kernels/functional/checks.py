@@ -126,9 +126,9 @@ def check_views(z_i: Tensor, z_j: Tensor, *, allow_empty: bool) -> None:
     check_same_device("z_i and z_j", z_i, z_j)
 
 
-def check_rectangle(x: Tensor, y: Tensor) -> None:
+def check_rectangle(x: Tensor, y: Tensor, *, names: tuple[str, str] = ("x", "y")) -> None:
     """Raise unless they are (M, D) and (N, D) features on the same device."""
-    for name, z, shape in (("x", x, "(M, D)"), ("y", y, "(N, D)")):
+    for name, z, shape in ((names[0], x, "(M, D)"), (names[1], y, "(N, D)")):
         check_floating_tensor(name, z)
         if z.ndim != 2:
             raise ValueError(f"{name} must be {shape}, got {tuple(z.shape)}")
@@ -138,9 +138,64 @@ def check_rectangle(x: Tensor, y: Tensor) -> None:
             )
     if x.shape[1] != y.shape[1]:
         raise ValueError(
-            f"x and y must have the same D, got {x.shape[1]} and {y.shape[1]} features"
+            f"{names[0]} and {names[1]} must have the same D, got {x.shape[1]} and {y.shape[1]} "
+            "features"
         )
-    check_same_device("x and y", x, y)
+    check_same_device(f"{names[0]} and {names[1]}", x, y)
+
+
+def as_positives(positives: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The checked columns of positives, as the operator takes them.
+
+    Where the host does not read numbers, on a GPU and under torch.compile, a negative one becomes
+    N. The operator, for which -1 means that a row has no positive, then knows it as wrong.
+    """
+    if not isinstance(positives, Tensor) or positives.dtype != torch.int64:
+        got = positives.dtype if isinstance(positives, Tensor) else type(positives).__name__
+        raise TypeError(f"positives must be a tensor of int64, got {got}")
+    rows, columns = x.shape[0], y.shape[0]
+    if positives.shape != (rows,):
+        raise ValueError(
+            f"positives must be ({rows},), one number for each row, got {tuple(positives.shape)}"
+        )
+    check_same_device("positives and the rows", positives, x)
+    positives = positives.contiguous()
+    if positives.device.type != "cpu" or torch.compiler.is_compiling():
+        return positives.where(positives >= 0, columns)
+    smallest, largest = (int(bound) for bound in positives.aminmax())
+    if smallest < 0 or largest >= columns:
+        raise ValueError(
+            f"positives must be numbers from 0 to {columns - 1}, the rows of the other side, got "
+            f"{smallest if smallest < 0 else largest}"
+        )
+    return positives
+
+
+def as_unique(positives: Tensor, columns: int) -> Tensor:
+    """The checked positives, of which none may be repeated.
+
+    On a GPU a repeated one becomes N, which the operator knows as wrong. The same happens under
+    torch.compile.
+    """
+    inside = positives.clamp(0, columns - 1)
+    times = positives.new_zeros(columns).index_add_(0, inside, torch.ones_like(positives))
+    repeated = times[inside] > 1  # (M,)
+    if positives.device.type != "cpu" or torch.compiler.is_compiling():
+        return positives.masked_fill(repeated, columns)
+    if repeated.any():
+        raise ValueError(
+            "positives must name no row twice with symmetric=True, got "
+            f"{int(positives[repeated][0])} more than once"
+        )
+    return positives
+
+
+def check_label_smoothing(value: float) -> None:
+    """Raise unless ``value`` is a number from 0 to below 1."""
+    if not is_number(value):
+        raise TypeError(f"label_smoothing must be a number, got {value!r}")
+    if not 0 <= as_float(value) < 1:
+        raise ValueError(f"label_smoothing must lie from 0 to below 1, got {value}")
 
 
 def check_same_device(names: str, a: Tensor, b: Tensor) -> None:

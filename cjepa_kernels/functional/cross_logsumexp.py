@@ -1,14 +1,22 @@
-"""Log-sum-exp of both sides of a rectangle as a function, and the similarity of its pairs."""
+"""Log-sum-exps of both sides of a rectangle as functions, and the similarity of its pairs."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from cjepa_kernels import ops, reference
 from cjepa_kernels.backends import Backend, check_backend
-from cjepa_kernels.definitions import EPS, TEMPERATURE, CrossLogSumExp, CrossLogSumExpForward
+from cjepa_kernels.definitions import (
+    EPS,
+    TEMPERATURE,
+    CrossLogSumExp,
+    CrossLogSumExpForward,
+    PairedLogSumExp,
+)
 from cjepa_kernels.functional import checks, dispatch
+from cjepa_kernels.functional.operands import operand_rows
 
 
 def cross_logsumexp(
@@ -23,8 +31,8 @@ def cross_logsumexp(
     """Log-sum-exp of every row and every column of similarities, without the (M, N) matrix.
 
     With s_ab the similarity of ``x[a]`` and ``y[b]``, one pass gives log sum_b exp(s_ab / tau) for
-    every a and log sum_a exp(s_ab / tau) for every b. Nothing is left out of either sum. These are
-    the denominators of InfoNCE in both directions, the two halves of CLIP's loss.
+    every a and log sum_a exp(s_ab / tau) for every b. Nothing is left out of either sum. Where
+    each row has a positive, :func:`paired_logsumexp` is the better choice.
 
     Args:
         x: (M, D), M >= 1. fp64, fp32, bf16 or fp16.
@@ -51,14 +59,10 @@ def cross_logsumexp(
     Source: InfoNCE, arXiv 1807.03748, equation 4; both directions as in CLIP, arXiv 2103.00020.
 
     Example:
-        The symmetric loss of CLIP, ``image[k]`` and ``text[k]`` being a pair:
-
-        >>> image, text = torch.eye(4), torch.eye(4)
-        >>> out = cross_logsumexp(image, text, temperature=0.5)
-        >>> positive = pair_similarity(image, text) / 0.5
-        >>> losses = torch.stack([out.row_lse, out.column_lse]) - positive
-        >>> round(losses.clamp(min=0).mean().item(), 4)  # below 0 only by rounding
-        0.3408
+        >>> x, y = torch.eye(4), torch.eye(4)
+        >>> out = cross_logsumexp(x, y, temperature=0.5)
+        >>> out.row_lse  # log(exp(2) + 3)
+        tensor([2.3408, 2.3408, 2.3408, 2.3408])
     """
     check_backend(backend)
     temperature = checks.without_arrays(temperature, x)
@@ -78,17 +82,14 @@ def cross_logsumexp(
                 use_cosine_similarity=use_cosine_similarity,
                 eps=eps,
             )
-    tensor, number = checks.split_temperature(temperature)
-    out: CrossLogSumExpForward = ops.call(
-        "cross_logsumexp",
-        dispatch.choose_overload(backend, x.device),
-        x=x,
-        y=y,
-        temperature_tensor=tensor,
-        temperature=number,
+    out = run_cross_logsumexp(
+        x,
+        y,
+        positives=None,
+        temperature=temperature,
         use_cosine_similarity=use_cosine_similarity,
         eps=eps,
-        product_dtype=dispatch.product_dtype(x),
+        overload=dispatch.choose_overload(backend, x.device),
     )
     return CrossLogSumExp(
         row_lse=out.row_lse,
@@ -96,6 +97,129 @@ def cross_logsumexp(
         row_max=out.row_max,
         column_max=out.column_max,
     )
+
+
+def paired_logsumexp(
+    x: Tensor,
+    y: Tensor,
+    positives: Tensor,
+    *,
+    temperature: float | Tensor = TEMPERATURE,
+    use_cosine_similarity: bool = True,
+    eps: float = EPS,
+    backend: Backend = "auto",
+) -> PairedLogSumExp:
+    """Log-sum-exp of every row's and every column's negatives, and the similarity of positives.
+
+    Each row of ``x`` has one row of ``y`` as its positive. With s_ab the similarity of ``x[a]`` and
+    ``y[b]``, one pass gives log sum_b exp(s_ab / tau) over the b that are not a's positive, the
+    same for every column, and the similarity of each row and its positive. Contrastive losses are
+    functions of these numbers: InfoNCE is softplus(row_lse - positive / tau), and loses nothing to
+    rounding when the positive dominates. :func:`info_nce` is that loss.
+
+    Args:
+        x: (M, D), M >= 1. fp64, fp32, bf16 or fp16.
+        y: (N, D), N >= 1; same D and device. Two dtypes become the one that
+            ``torch.promote_types`` gives; gradients have each input's own.
+        positives: (M,) int64 on the same device: for each row of ``x`` the row of ``y`` that is its
+            positive. Several rows may have the same one.
+        temperature: Float from 1e-30 to 1e30, or a tensor of shape () or (1,), which then gets a
+            gradient of its shape. A tensor outside of that range gives NaN, because the host never
+            reads it. Default 0.1.
+        use_cosine_similarity: Cosine similarity, else the plain dot product.
+        eps: Lower bound on the norm used for normalisation; a row below it gets a zero
+            gradient. Default 1e-8.
+        backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
+
+    Returns:
+        PairedLogSumExp: ``row_lse`` (M,), ``column_lse`` (N,) and ``positive`` (M,), and detached
+        ``row_max`` (M,), ``column_max`` (N,) and ``mean_similarity`` (); fp32 (fp64 for fp64
+        inputs).
+
+    Raises:
+        TypeError: A tensor of the wrong kind or dtype.
+        ValueError: A wrong shape, device or value; the message names it. On a GPU a positive
+            outside of 0 to N - 1 makes its row's ``positive`` NaN instead, because the host never
+            reads it.
+        RuntimeError: A back end that was asked for by name and is missing.
+
+    Source: InfoNCE, arXiv 1807.03748, equation 4; decoupled sum as in DCL, arXiv 2110.06848.
+
+    Example:
+        >>> x, y = torch.eye(4), torch.eye(4)
+        >>> out = paired_logsumexp(x, y, torch.arange(4), temperature=0.5)
+        >>> out.positive
+        tensor([1., 1., 1., 1.])
+        >>> out.row_lse  # log 3: the three other columns are orthogonal to the row
+        tensor([1.0986, 1.0986, 1.0986, 1.0986])
+    """
+    check_backend(backend)
+    temperature = checks.without_arrays(temperature, x)
+    checks.check_temperature(temperature)
+    checks.check_in_range("eps", eps)
+    checks.check_bool("use_cosine_similarity", use_cosine_similarity)
+    checks.check_rectangle(x, y)
+    positives = checks.as_positives(positives, x, y)
+    checks.check_temperature_device(temperature, "x", x)
+    temperature, eps = checks.as_float_or_scalar(temperature), checks.as_float(eps)
+    x, y = checks.promote(x, y)
+    if backend == "reference":
+        with dispatch.without_autocast(x.device):
+            return reference.paired_logsumexp(
+                ops.saveable(x),
+                ops.saveable(y),
+                positives,
+                temperature=ops.saveable(temperature),
+                use_cosine_similarity=use_cosine_similarity,
+                eps=eps,
+            )
+    out = run_cross_logsumexp(
+        x,
+        y,
+        positives=positives,
+        temperature=temperature,
+        use_cosine_similarity=use_cosine_similarity,
+        eps=eps,
+        overload=dispatch.choose_overload(backend, x.device),
+    )
+    return PairedLogSumExp(
+        row_lse=out.row_lse,
+        column_lse=out.column_lse,
+        row_max=out.row_max,
+        column_max=out.column_max,
+        positive=out.positive,
+        mean_similarity=out.mean_similarity,
+    )
+
+
+def run_cross_logsumexp(
+    x: Tensor,
+    y: Tensor,
+    *,
+    positives: Tensor | None,
+    temperature: float | Tensor,
+    use_cosine_similarity: bool,
+    eps: float,
+    overload: str,
+) -> CrossLogSumExpForward:
+    """The operator ``cross_logsumexp`` with checked arguments."""
+    tensor, number = checks.split_temperature(temperature)
+    out: CrossLogSumExpForward = ops.call(
+        "cross_logsumexp",
+        overload,
+        x=x,
+        y=y,
+        positives=positives,
+        temperature_tensor=tensor,
+        temperature=number,
+        use_cosine_similarity=use_cosine_similarity,
+        eps=eps,
+        product_dtype=dispatch.product_dtype(x),
+        keep=dispatch.saves_for_backward(
+            lambda limit: ops.rectangle_saves_at_most(limit, overload, x, y), x, y, tensor
+        ),
+    )
+    return out
 
 
 def pair_similarity(
@@ -143,24 +267,11 @@ def pair_similarity(
     if x.shape != y.shape:
         raise ValueError(f"x and y must have as many rows as each other, got {len(x)} and {len(y)}")
     x, y = checks.promote(x, y)
-    rounded: torch.dtype | None = None
-    tf32 = False
-    if backend != "reference":
-        rounded = dispatch.product_dtype(x) or x.dtype
-        overload = dispatch.choose_overload(backend, x.device)
-        tf32 = rounded == torch.float32 and dispatch.rounds_to_tf32(overload, x)
-    eps = checks.as_float(eps)
+    options: dict[str, Any] = {
+        "use_cosine_similarity": use_cosine_similarity,
+        "eps": checks.as_float(eps),
+        "backend": backend,
+    }
+    rows, others = operand_rows(x, **options), operand_rows(y, **options)
     with dispatch.without_autocast(x.device):
-        rows = [reference.embed_rows(ops.saveable(z), use_cosine_similarity, eps) for z in (x, y)]
-        if rounded is not None:
-            # The gradient is that of the rows before rounding, as in the back ends.
-            rows = [z + (_round_rows(z.detach(), rounded, tf32) - z.detach()) for z in rows]
-        return (rows[0] * rows[1]).sum(dim=1)
-
-
-def _round_rows(rows: Tensor, dtype: torch.dtype, tf32: bool) -> Tensor:
-    """Operands of the product: rounded, in the accumulation dtype."""
-    if tf32:  # to 10 bits of mantissa, as round_to_tf32 in triton/kernels/operands.py
-        bits = (rows.view(torch.int32) + 0x1000) & ~0x1FFF
-        return torch.where(rows == rows, bits.view(torch.float32), rows)
-    return rows.to(dtype).to(rows.dtype)
+        return (rows * others).sum(dim=1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from cjepa_kernels import ops
 from cjepa_kernels.backends import Backend, check_device, warn_without_native
 from cjepa_kernels.environment import check_switch_when_imported, read_when_imported
 from cjepa_kernels.ops import registry
@@ -75,24 +75,21 @@ def product_dtype(z: Tensor) -> torch.dtype | None:
     return None
 
 
-def saves_for_backward(
-    overload: str,
-    z_i: Tensor,
-    z_j: Tensor,
-    temperature: Tensor | None,
-    *,
-    product_dtype: torch.dtype | None,
-    reduction: str,
-) -> bool:
-    """Whether the forward of NT-Xent saves what its back end can for the backward.
+def saves_for_backward(fits: Callable[[int], bool], *tensors: Tensor | None) -> bool:
+    """Whether a forward saves what its back end can for the backward.
 
     It does so for a call that has a backward, and within a budget of memory.
+
+    Args:
+        fits: Whether the forward can save something in at most so many bytes. It is called for
+            calls that have a backward.
+        *tensors: The inputs that may require a gradient.
     """
     if not torch.is_grad_enabled():
         return False
     if torch.compiler.is_exporting():  # the size would tie the exported program to this batch
         return False
-    learns_temperature = temperature is not None and temperature.requires_grad
-    if not (z_i.requires_grad or z_j.requires_grad or learns_temperature):
-        return False
-    return ops.saves_at_most(SAVED_BYTES, overload, z_i, product_dtype, reduction)
+    for tensor in tensors:
+        if tensor is not None and tensor.requires_grad:
+            return fits(SAVED_BYTES)
+    return False

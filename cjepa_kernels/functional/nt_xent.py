@@ -154,6 +154,7 @@ def _nt_xent_of_group(
         ops.refuse_transforms("nt_xent", (z_i, z_j, tensor))
         overload = dispatch.choose_overload(backend, z_i.device)
     product_dtype = dispatch.product_dtype(z_i)
+    of_own_block: Reduction = "none"
     options = Options(
         temperature=number,
         use_cosine_similarity=use_cosine_similarity,
@@ -161,12 +162,10 @@ def _nt_xent_of_group(
         reduction=reduction,
         product_dtype=product_dtype,
         save_for_backward=dispatch.saves_for_backward(
-            overload,
+            lambda limit: ops.saves_at_most(limit, overload, z_i, product_dtype, of_own_block),
             z_i,
             z_j,
             tensor,
-            product_dtype=product_dtype,
-            reduction="none",  # that of the own block
         ),
         overload=overload,
         strategy=strategy,
@@ -222,7 +221,10 @@ def _nt_xent(
         reduction=reduction,
         product_dtype=product_dtype,
         keep=dispatch.saves_for_backward(
-            overload, z_i, z_j, tensor, product_dtype=product_dtype, reduction=reduction
+            lambda limit: ops.saves_at_most(limit, overload, z_i, product_dtype, reduction),
+            z_i,
+            z_j,
+            tensor,
         ),
     )
     return NTXentOutput(

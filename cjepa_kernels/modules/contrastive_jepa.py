@@ -29,10 +29,11 @@ from cjepa_kernels.functional.checks import (
 )
 from cjepa_kernels.modules.float_attribute import float_attribute
 from cjepa_kernels.modules.hjepa import Levels
+from cjepa_kernels.modules.loss_module import LossModule, LossResult
 from cjepa_kernels.modules.nt_xent import NTXentLoss
 
 
-class ContrastiveJEPALoss(nn.Module):
+class ContrastiveJEPALoss(LossModule):
     """``jepa_weight`` x JEPA + ``contrastive_weight`` x NT-Xent of the CLS tokens.
 
     The weights are plain attributes: setting them takes effect at the next call. A term whose
@@ -54,6 +55,8 @@ class ContrastiveJEPALoss(nn.Module):
         distributed: Take NT-Xent's negatives from all ranks (True) or from those of a process
             group, as described for ``group`` in :func:`cjepa_kernels.nt_xent`.
         strategy: How the ranks work together: ``auto``, ``all_gather`` or ``ring``.
+        return_dict: Return a dict. With False a call returns the loss alone, as most losses do, and
+            the metrics of the last call are the attribute ``last_metrics``.
 
     Raises:
         ValueError, TypeError: A bad argument; the message names it.
@@ -88,10 +91,13 @@ class ContrastiveJEPALoss(nn.Module):
         backend: Backend = "auto",
         distributed: bool | ProcessGroup = False,
         strategy: Strategy = "auto",
+        return_dict: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(return_dict=return_dict)
         if not isinstance(jepa_loss, nn.Module):
             raise TypeError(f"jepa_loss must be an nn.Module, got {type(jepa_loss).__name__}")
+        if isinstance(jepa_loss, LossModule) and not jepa_loss.return_dict:
+            raise ValueError("jepa_loss must return a dict, got a module with return_dict=False")
         for name, weight in (
             ("jepa_weight", jepa_weight),
             ("contrastive_weight", contrastive_weight),
@@ -132,7 +138,7 @@ class ContrastiveJEPALoss(nn.Module):
         masks: Levels | None = None,
         *,
         context_features: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> LossResult:
         """Both terms, their weighted sum and the metrics.
 
         Args:
@@ -147,7 +153,8 @@ class ContrastiveJEPALoss(nn.Module):
 
         Returns:
             ``loss``, ``jepa_loss``, ``contrastive_loss``, ``contrastive_accuracy``,
-            ``contrastive_pos_sim``, ``contrastive_neg_sim`` and the parts of the JEPA loss.
+            ``contrastive_pos_sim``, ``contrastive_neg_sim`` and the parts of the JEPA loss. With
+            ``return_dict=False`` the loss alone.
 
         Raises:
             ValueError: No pair of features to contrast, or wrong shapes.
@@ -170,15 +177,17 @@ class ContrastiveJEPALoss(nn.Module):
             terms.append(as_float(self.contrastive_weight) * contrastive["loss"])
         # A weight of 0 leaves its term out, because 0 x NaN would still be NaN.
         loss = sum(terms[1:], terms[0]) if terms else 0.0 * jepa["loss"]
-        return {
-            **jepa,
-            "loss": loss,
-            "jepa_loss": jepa["loss"],
-            "contrastive_loss": contrastive["loss"],
-            "contrastive_accuracy": contrastive["accuracy"],
-            "contrastive_pos_sim": contrastive["positive_similarity"],
-            "contrastive_neg_sim": contrastive["negative_similarity"],
-        }
+        return self._result(
+            {
+                **jepa,
+                "loss": loss,
+                "jepa_loss": jepa["loss"],
+                "contrastive_loss": contrastive["loss"],
+                "contrastive_accuracy": contrastive["accuracy"],
+                "contrastive_pos_sim": contrastive["positive_similarity"],
+                "contrastive_neg_sim": contrastive["negative_similarity"],
+            }
+        )
 
     def _choose_features(
         self,

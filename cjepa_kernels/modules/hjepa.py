@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cjepa_kernels.backends import Backend
 from cjepa_kernels.definitions import (
@@ -25,11 +25,12 @@ from cjepa_kernels.functional.hierarchy import (
     hierarchical_prediction_loss,
 )
 from cjepa_kernels.modules.float_attribute import float_attribute
+from cjepa_kernels.modules.loss_module import LossModule, LossResult
 
 Levels = Tensor | Sequence[Tensor]
 
 
-class HJEPALoss(nn.Module):
+class HJEPALoss(LossModule):
     """Weighted sum over hierarchy levels of the loss between predictions and targets.
 
     Args:
@@ -45,6 +46,8 @@ class HJEPALoss(nn.Module):
             predictions as they are; it overrides ``normalize_embeddings``.
         smoothl1_beta: Where ``smoothl1`` turns linear. Default 1.0.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
+        return_dict: Return a dict. With False a call returns the loss alone, as most losses do, and
+            the metrics of the last call are the attribute ``last_metrics``.
 
     Raises:
         ValueError, TypeError: A bad argument; the message names it.
@@ -78,8 +81,9 @@ class HJEPALoss(nn.Module):
         target_norm: TargetNorm | None = None,
         smoothl1_beta: float = SMOOTHL1_BETA,
         backend: Backend = "auto",
+        return_dict: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(return_dict=return_dict)
         if isinstance(num_hierarchies, bool) or not isinstance(num_hierarchies, int):
             raise TypeError(f"num_hierarchies must be an int, got {num_hierarchies!r}")
         if num_hierarchies < 1:
@@ -116,7 +120,7 @@ class HJEPALoss(nn.Module):
         targets: Levels,
         masks: Levels | None = None,
         context_features: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> LossResult:
         """Loss of every level and their weighted sum.
 
         Args:
@@ -131,7 +135,8 @@ class HJEPALoss(nn.Module):
         Returns:
             ``loss`` = sum of weight x level, ``loss_h0``, ``loss_h1``…, and ``loss_unweighted``,
             the mean of the levels. With ``reduction="none"`` the levels keep their shapes, and
-            ``loss`` and ``loss_unweighted`` are taken from the levels' means.
+            ``loss`` and ``loss_unweighted`` are taken from the levels' means. With
+            ``return_dict=False`` the loss alone.
         """
         levels = _as_levels("predictions", predictions)
         target_levels = _as_levels("targets", targets)
@@ -153,7 +158,7 @@ class HJEPALoss(nn.Module):
             options=self._options(),
         )
         parts = {f"loss_h{index}": level for index, level in enumerate(out.levels)}
-        return {**parts, "loss": out.loss, "loss_unweighted": out.unweighted}
+        return self._result({**parts, "loss": out.loss, "loss_unweighted": out.unweighted})
 
     def _check_counts(
         self,

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn.utils import parametrize
 
 from cjepa_kernels import reference
 from cjepa_kernels.backends import Backend, check_backend
 from cjepa_kernels.definitions import EPS, TEMPERATURE, Reduction, Strategy
 from cjepa_kernels.distributed import SharedGroup, resolve_group
 from cjepa_kernels.functional.checks import (
-    as_float,
     check_bool,
     check_in_range,
     check_reduction,
     check_strategy,
-    check_temperature,
 )
 from cjepa_kernels.functional.nt_xent import nt_xent
 from cjepa_kernels.modules.float_attribute import float_attribute
+from cjepa_kernels.modules.loss_module import LossResult
+from cjepa_kernels.modules.temperature import TemperatureModule
 
 
-class NTXentLoss(nn.Module):
+class NTXentLoss(TemperatureModule):
     """Normalised temperature-scaled cross entropy of two views, with monitoring metrics.
 
     Args:
@@ -52,6 +48,8 @@ class NTXentLoss(nn.Module):
             part of the module that DDP wraps. A copy by ``copy.deepcopy`` shares the group. Pickle
             stores the default group as True and refuses any other.
         strategy: How the ranks work together: ``auto``, ``all_gather`` or ``ring``.
+        return_dict: Return a dict. With False a call returns the loss alone, as most losses do, and
+            the metrics of the last call are the attribute ``last_metrics``.
 
     Raises:
         ValueError, TypeError: A bad argument; the message names it.
@@ -81,15 +79,19 @@ class NTXentLoss(nn.Module):
         return_logits: bool = False,
         distributed: bool | ProcessGroup = False,
         strategy: Strategy = "auto",
+        return_dict: bool = True,
     ) -> None:
-        super().__init__()
-        _check_float_temperature(temperature)
+        super().__init__(
+            temperature,
+            learnable_temperature=learnable_temperature,
+            temperature_shape=temperature_shape,
+            return_dict=return_dict,
+        )
         check_bool("use_cosine_similarity", use_cosine_similarity)
         check_reduction(reduction)
         check_in_range("eps", eps)
         check_backend(backend)
         check_strategy(strategy)
-        _check_temperature_shape(temperature_shape)
         self.use_cosine_similarity = use_cosine_similarity
         self.reduction = reduction
         self.eps = eps
@@ -98,18 +100,6 @@ class NTXentLoss(nn.Module):
         self._distributed: bool | SharedGroup
         self.distributed = distributed
         self.strategy = strategy
-        self._temperature = as_float(temperature)  # of a learnable one, the start
-        self.log_temperature: nn.Parameter | None
-        if learnable_temperature:
-            self.log_temperature = nn.Parameter(torch.empty(tuple(temperature_shape)))
-            self.reset_parameters()
-        else:
-            self.register_parameter("log_temperature", None)
-
-    def reset_parameters(self) -> None:
-        """Set a learnable temperature back to its first value."""
-        if self.log_temperature is not None:
-            self._fill(self.log_temperature, self._temperature)
 
     @property
     def distributed(self) -> bool | ProcessGroup:
@@ -122,36 +112,7 @@ class NTXentLoss(nn.Module):
         resolve_group(value)
         self._distributed = value if isinstance(value, bool) else SharedGroup(value)
 
-    @property
-    def temperature(self) -> float | Tensor:
-        """The float in use, or exp(log_temperature) as a tensor when it is learnable."""
-        if self.log_temperature is None:
-            return self._temperature
-        return self.log_temperature.exp()
-
-    @temperature.setter
-    def temperature(self, value: float) -> None:
-        _check_float_temperature(value)
-        if self.log_temperature is None:
-            self._temperature = as_float(value)
-        else:
-            self._fill(self.log_temperature, value)
-
-    def _fill(self, parameter: nn.Parameter, temperature: float) -> None:
-        with torch.no_grad():
-            if parametrize.is_parametrized(self, "log_temperature"):
-                # The attribute is computed from other parameters, which an assignment changes.
-                value: Any = torch.full_like(parameter, math.log(temperature))
-                self.log_temperature = value
-            elif torch.compiler.is_compiling():
-                # torch.compile would take math.log(temperature) for a constant and recompile for
-                # every temperature. It turns a factor into a tensor.
-                one = torch.ones((), dtype=torch.float64, device=parameter.device)
-                parameter.copy_((one * temperature).log())
-            else:
-                parameter.fill_(math.log(temperature))
-
-    def forward(self, z_i: Tensor, z_j: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, z_i: Tensor, z_j: Tensor, mask: Tensor | None = None) -> LossResult:
         """Loss and metrics of a batch of pairs.
 
         Args:
@@ -162,6 +123,7 @@ class NTXentLoss(nn.Module):
         Returns:
             ``loss``, ``accuracy``, ``positive_similarity``, ``negative_similarity`` and, with
             ``return_logits``, ``logits``. The metrics are detached 0-dim tensors on the device.
+            With ``return_dict=False`` the loss alone.
         """
         temperature = self.temperature
         out = nt_xent(
@@ -191,24 +153,7 @@ class NTXentLoss(nn.Module):
                 eps=self.eps,
                 mask=mask,
             )
-        return result
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        stored, own = state_dict.get(f"{prefix}log_temperature"), self.log_temperature
-        if isinstance(stored, Tensor) and own is not None and stored.numel() == own.numel() == 1:
-            state_dict[f"{prefix}log_temperature"] = stored.reshape(own.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def describe_temperature(self) -> str:
-        """The temperature for ``print``, or a formula where no process can read it alone."""
-        if self.log_temperature is None:
-            return f"{self._temperature:.6g}"
-        log = self.log_temperature.detach()
-        if type(log) is not Tensor or log.is_meta or log.numel() != 1:  # a shard has 0 or 1 numbers
-            return "exp(log_temperature)"
-        return f"{log.exp().item():.6g}"
+        return self._result(result)
 
     def extra_repr(self) -> str:
         """Settings as ``name=value``, for ``print(module)``."""
@@ -218,17 +163,3 @@ class NTXentLoss(nn.Module):
             f"use_cosine_similarity={self.use_cosine_similarity}, reduction={self.reduction}, "
             f"backend={self.backend}"
         )
-
-
-def _check_temperature_shape(shape: Sequence[int]) -> None:
-    if not isinstance(shape, Sequence) or tuple(shape) not in ((), (1,)):
-        raise ValueError(f"temperature_shape must be () or (1,), got {shape!r}")
-
-
-def _check_float_temperature(temperature: float) -> None:
-    if isinstance(temperature, Tensor):
-        raise TypeError(
-            "temperature must be a float here; learnable_temperature=True trains it, and "
-            "nt_xent() takes a tensor"
-        )
-    check_temperature(temperature)

@@ -11,6 +11,7 @@ from cjepa_kernels import chunked, triton
 from cjepa_kernels.backends import HAS_NATIVE, HAS_TRITON, add_note
 from cjepa_kernels.ops import cross_logsumexp, nt_xent, pad_tokens, prediction_loss
 from cjepa_kernels.ops.calls import call, is_transformed, refuse_transforms, run, saveable
+from cjepa_kernels.ops.cross_logsumexp import rectangle_saves_at_most, saved_rectangle_size
 from cjepa_kernels.ops.nt_xent import saved_exponentials_size, saves_at_most
 from cjepa_kernels.ops.registration import (
     NAMESPACE,
@@ -46,10 +47,12 @@ __all__ = [
     "is_transformed",
     "operator",
     "overloads",
+    "rectangle_saves_at_most",
     "refuse_transforms",
     "register_backend",
     "run",
     "saveable",
     "saved_exponentials_size",
+    "saved_rectangle_size",
     "saves_at_most",
 ]

@@ -7,7 +7,8 @@ The letters are those of ``definitions``; a is an anchor (one row) and pos(a) it
 """
 
 from cjepa_kernels.definitions import FLOATING, CrossLogSumExp, NTXentTerms, accumulation_dtype
-from cjepa_kernels.reference.cross_logsumexp import cross_logsumexp
+from cjepa_kernels.reference.cross_logsumexp import cross_logsumexp, paired_logsumexp
+from cjepa_kernels.reference.info_nce import info_nce
 from cjepa_kernels.reference.nt_xent import nt_xent, nt_xent_logits
 from cjepa_kernels.reference.prediction_loss import prediction_loss
 from cjepa_kernels.reference.rows import (
@@ -25,9 +26,11 @@ __all__ = [
     "accumulation_dtype",
     "cross_logsumexp",
     "embed_rows",
+    "info_nce",
     "normalize_rows",
     "nt_xent",
     "nt_xent_logits",
+    "paired_logsumexp",
     "positive_temperature",
     "prediction_loss",
     "reduce",

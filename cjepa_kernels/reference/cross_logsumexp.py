@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cjepa_kernels.definitions import EPS, TEMPERATURE, CrossLogSumExp
+from cjepa_kernels.definitions import EPS, TEMPERATURE, CrossLogSumExp, PairedLogSumExp
 from cjepa_kernels.reference.rows import embed_rows, positive_temperature
 
 
@@ -40,3 +40,51 @@ def cross_logsumexp(
         row_max=similarity.detach().amax(dim=1),
         column_max=similarity.detach().amax(dim=0),
     )
+
+
+def paired_logsumexp(
+    x: Tensor,
+    y: Tensor,
+    positives: Tensor,
+    *,
+    temperature: float | Tensor = TEMPERATURE,
+    use_cosine_similarity: bool = True,
+    eps: float = EPS,
+) -> PairedLogSumExp:
+    """Log-sum-exp of every row and of every column of S / tau, without the rows' positives.
+
+    Args:
+        x: (M, D), one row of S each.
+        y: (N, D), one column of S each.
+        positives: (M,) int64, the column of each row's positive, or -1 for a row without one.
+        temperature: Float or 0-dim tensor; a tensor outside of 1e-30 to 1e30 gives NaN.
+        use_cosine_similarity: Cosine of the rows if true, else their dot product.
+        eps: Lower bound on the norm used for normalisation.
+
+    Returns:
+        PairedLogSumExp; the maxima and the mean are detached. ``positive`` is 0 without one.
+
+    Source: InfoNCE, arXiv 1807.03748, equation 4; decoupled sum as in DCL, arXiv 2110.06848.
+    """
+    rows, columns = (embed_rows(z, use_cosine_similarity, eps) for z in (x, y))
+    similarity = rows @ columns.T  # (M, N)
+    logits = similarity / positive_temperature(temperature)
+    of_positive = positives[:, None] == torch.arange(len(y), device=y.device)  # (M, N)
+    detached = similarity.detach()
+    largest = detached.masked_fill(of_positive, -torch.inf)
+    return PairedLogSumExp(
+        row_lse=_negative_logsumexp(logits, of_positive, dim=1),
+        column_lse=_negative_logsumexp(logits, of_positive, dim=0),
+        row_max=largest.amax(dim=1),
+        column_max=largest.amax(dim=0),
+        positive=similarity.where(of_positive, 0.0).sum(dim=1),
+        mean_similarity=detached.mean(),
+    )
+
+
+def _negative_logsumexp(logits: Tensor, of_positive: Tensor, dim: int) -> Tensor:
+    """Log-sum-exp over negatives; over none it is -inf and has no gradient."""
+    anything = ~of_positive.all(dim=dim, keepdim=True)
+    # Over nothing the gradient would be NaN. So the entries stay here, and the result is replaced.
+    lse = torch.logsumexp(logits.masked_fill(of_positive & anything, -torch.inf), dim=dim)
+    return torch.where(anything.squeeze(dim), lse, -torch.inf)

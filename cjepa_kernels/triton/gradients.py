@@ -74,6 +74,7 @@ class Gradients:
         cosine: bool,
         eps: float,
         mask: Tensor | None = None,
+        positives: Tensor | None = None,
         of_x: bool = True,
         of_y: bool = True,
     ) -> None:
@@ -81,6 +82,7 @@ class Gradients:
         self.of_x, self.of_y = of_x, of_y
         self.cosine, self.eps, self.self_contrast = cosine, eps, x is y
         self.mask = None if mask is None else symmetric(mask)
+        self.positives = positives
         self.tma = launch.has_tma(x.z.device)
         self.constant = temperature.constant_shift(cosine)
         self.dots = x.z.new_empty(0, dtype=torch.float64)
@@ -109,18 +111,28 @@ class Gradients:
         splits = launch.splits(row_blocks, column_blocks, x.z.device)
         out = x.z.new_empty(splits, x.padded_rows, x.padded_features, dtype=torch.float32)
         width = x.padded_features
+        paired = "" if self.positives is None else "rows" if x is self.x else "columns"
         run_kernel(
             owned_rows_kernel, row_blocks * splits,
             x=launch.blocks_of(x.z, config.rows, width),
             y=launch.blocks_of(y.z, config.columns, width),
             out=out, row_weight=weights_of(x).weight, column_weight=weights_of(y).weight,
+            **self._positive_arguments(),
             temperature=self.temperature.argument, rows=x.rows, columns=y.rows,
             padded_rows=x.padded_rows, column_blocks=column_blocks, splits=splits,
-            SELF=self.self_contrast, WIDTH=width, BM=config.rows, BN=config.columns,
+            SELF=self.self_contrast, PAIRED=paired, WIDTH=width, BM=config.rows, BN=config.columns,
             PRECISION=self.operands.precision, TMA=self.tma,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         return out
+
+    def _positive_arguments(self) -> dict[str, Tensor]:
+        """The positives of X and their weights; without positives the kernels use neither."""
+        weights = weights_of(self.x).positive
+        return {
+            "positives": weights if self.positives is None else self.positives,
+            "positive_weight": weights,
+        }
 
     def _products_by_squares(self) -> tuple[Tensor, Tensor]:
         x, y = self.x, self.y
@@ -179,13 +191,15 @@ class Gradients:
             x=launch.blocks_of(x.z, TILE, depth), y=launch.blocks_of(y.z, TILE, depth), g_out=g,
             row_weight=x_weights.weight, row_shift=x_weights.shift,
             column_weight=y_weights.weight, column_shift=y_weights.shift,
+            **self._positive_arguments(),
             temperature=self.temperature.argument, mask=x.z if self.mask is None else self.mask,
             rows=x.rows, columns=y.rows, x_plane=x.padded_rows, y_plane=y.padded_rows,
             first_row=square.first_row, first_column=square.first_column,
             row_blocks=square.row_blocks, g_stride=g.stride(0), dots=self.dots,
             filled_slots=filled_slots, multiplicity=2 if self.self_contrast else 1,
-            SELF=self.self_contrast, SQUARE=square.diagonal, MASKED=self.mask is not None,
-            CONSTANT=self.constant, TAU_TENSOR=self.temperature.is_tensor,
+            SELF=self.self_contrast, PAIRED=self.positives is not None, SQUARE=square.diagonal,
+            MASKED=self.mask is not None, CONSTANT=self.constant,
+            TAU_TENSOR=self.temperature.is_tensor,
             DEPTH=x.padded_features, PLANES=x.planes, BM=TILE, BK=depth,
             PRECISION=self.operands.precision, TMA=self.tma,
             num_warps=config.warps, num_stages=config.stages,

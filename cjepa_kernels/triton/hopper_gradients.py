@@ -50,6 +50,7 @@ def _serves(gradients: Gradients) -> bool:
     if (
         not gradients.constant
         or gradients.mask is not None
+        or gradients.positives is not None
         or blocks < hopper.SMALLEST_BLOCKS**2
         or x.planes != 1
         or x.padded_features < LEAST_FEATURES

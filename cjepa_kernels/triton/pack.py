@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.kernels.pack import pack_kernel
-from cjepa_kernels.triton.kernels.weights import weights_kernel
+from cjepa_kernels.triton.kernels.weights import positive_weights_kernel, weights_kernel
 from cjepa_kernels.triton.operands import round_up, stored_dtype
 from cjepa_kernels.triton.recording import new_zeros, run_kernel
 from cjepa_kernels.triton.saved_rows import SavedRows
@@ -264,6 +264,27 @@ def pack(
         num_warps=4,
     )  # fmt: skip
     return packed
+
+
+def weigh_positives(
+    packed: Packed, grad: Tensor, *, largest_grad: Tensor, temperature: Temperature
+) -> None:
+    """Compute the weights of a rectangle's positives, into those of its packed rows.
+
+    Args:
+        packed: The rows, with weights.
+        grad: (rows,) upstream gradients of the similarities of the rows' positives.
+        largest_grad: () the number by which all weights are divided.
+        temperature: The temperature.
+    """
+    if packed.weights is None:
+        raise ValueError("rows have no weights: pack the rows with `upstream` before a backward")
+    run_kernel(
+        positive_weights_kernel, cdiv(packed.rows, TILE), grad=grad, stride=grad.stride(0),
+        largest_grad=largest_grad, temperature=temperature.argument, rows=packed.rows,
+        weight_scale=packed.weights.scale, weight_out=packed.weights.positive,
+        TAU_TENSOR=temperature.is_tensor, ROWS=TILE, num_warps=4,
+    )  # fmt: skip
 
 
 def restore(views: tuple[Tensor, ...], saved: SavedRows, upstream: Upstream) -> Packed:

@@ -8,16 +8,21 @@ from torch import Tensor
 from cjepa_kernels.triton.kernels.prepare import largest_kernel, symmetric_mask_kernel
 from cjepa_kernels.triton.pack import cdiv
 from cjepa_kernels.triton.recording import new_zeros, run_kernel
+from cjepa_kernels.triton.temperature import Temperature
 
 LARGEST_BLOCK = 4096  # gradients that a program takes
 MASK_BLOCK = 64  # rows and columns of the tile of a mask that a program takes
 
 
-def largest_magnitude(*grads: Tensor) -> Tensor:
+def largest_magnitude(
+    *grads: Tensor, of_positives: Tensor | None = None, temperature: Temperature | None = None
+) -> Tensor:
     """The largest |grad| of all upstream gradients.
 
     Args:
         *grads: Each of shape () or (rows,).
+        of_positives: (rows,) gradients of similarities. These count times tau.
+        temperature: The temperature for them.
 
     Returns:
         () fp32; NaN if a gradient is NaN. Of a single number it is that number, with its sign: the
@@ -26,13 +31,20 @@ def largest_magnitude(*grads: Tensor) -> Tensor:
     if len(grads) == 1 and grads[0].ndim == 0:
         return grads[0]
     largest = new_zeros(grads[0], dtype=torch.float32)
-    for grad in grads:
+
+    def raise_to(grad: Tensor, tau: Temperature | None) -> None:
         count = grad.numel()
         run_kernel(
             largest_kernel, cdiv(count, LARGEST_BLOCK), grad=grad,
             stride=grad.stride(0) if grad.ndim == 1 else 0, count=count, largest=largest,
-            BLOCK=LARGEST_BLOCK, num_warps=4,
+            temperature=1.0 if tau is None else tau.argument, TIMES_TAU=tau is not None,
+            TAU_TENSOR=tau is not None and tau.is_tensor, BLOCK=LARGEST_BLOCK, num_warps=4,
         )  # fmt: skip
+
+    for grad in grads:
+        raise_to(grad, None)
+    if of_positives is not None:
+        raise_to(of_positives, temperature)
     return largest
 
 

@@ -30,6 +30,7 @@ class Tiles:
         column_sum: (slots, columns of the panel) fp32.
         column_max: The same shape, the maxima of the same entries.
         positive: (padded rows,) fp32, the similarity of each row and its positive, where X is Y.
+            With ``positives`` it is (rows,), and nothing is written for a row without one.
         negative_sum: Parts of the sum of the similarities that a user's mask leaves, fp32.
         negative_count: How many these are, in as many parts, int32.
         run_length: Row blocks of a slot of the columns, unless ``hopper`` counts the slots.
@@ -45,8 +46,10 @@ class Tiles:
         temperature: Temperature,
         constant: bool,
         mask: Tensor | None = None,
+        positives: Tensor | None = None,
     ) -> None:
         self.x, self.y, self.operands, self.temperature = x, y, operands, temperature
+        self.positives = positives
         self.constant, self.self_contrast = constant, x is y
         self.mask = None if mask is None else symmetric(mask)
         self.row_blocks = x.padded_rows // TILE
@@ -56,15 +59,17 @@ class Tiles:
         size = max(panel.blocks for panel in self.panels) * self.row_blocks * TILE
         self.row_sum, self.row_max = self.new_floats(size), self.new_floats(size)
         self.column_sum, self.column_max = self.new_floats(size), self.new_floats(size)
-        self.positive = self.new_floats(x.padded_rows if self.self_contrast else 0)
+        paired_rows = 0 if positives is None else x.rows
+        self.positive = self.new_floats(x.padded_rows if self.self_contrast else paired_rows)
         parts = sum(map(self._programs, self.panels)) if mask is not None else 0
         self.negative_sum = new_zeros(x.z, parts, dtype=torch.float32)
         self.negative_count = new_zeros(x.z, parts, dtype=torch.int32)
-        self.hopper = None if self.one_launch else hopper.select(self)
+        self.hopper = None if self.one_launch or positives is not None else hopper.select(self)
         self.strips = (
             self.hopper is None
             and constant
             and mask is None
+            and positives is None  # they would take registers that a strip does not have
             and not self.one_launch
             and launch.fits_a_strip(x)
             and launch.has("strips", x)
@@ -137,7 +142,9 @@ class Tiles:
             tiles_kernel, programs,
             x=launch.blocks_of(x.z, TILE, depth), y=launch.blocks_of(y.z, TILE, depth),
             row_sum=self.row_sum, row_max=self.row_max, column_sum=self.column_sum,
-            column_max=self.column_max, positive=self.positive,
+            column_max=self.column_max,
+            positives=self.positive if self.positives is None else self.positives,
+            positive=self.positive,
             negative_sum=self.negative_sum[first_part:],
             negative_count=self.negative_count[first_part:],
             temperature=self.temperature.argument,
@@ -145,7 +152,8 @@ class Tiles:
             rows=x.rows, columns=y.rows, x_plane=x.padded_rows, y_plane=y.padded_rows,
             row_blocks=self.row_blocks, column_blocks=self.column_blocks, first_column=panel.first,
             last_column=panel.last, row_tiles=self._edge_row_tiles(panel),
-            SELF=self.self_contrast, MASKED=self.mask is not None, CONSTANT=self.constant,
+            SELF=self.self_contrast, PAIRED=self.positives is not None,
+            MASKED=self.mask is not None, CONSTANT=self.constant,
             TAU_TENSOR=self.temperature.is_tensor, PLACE=place, DEPTH=x.padded_features,
             PLANES=x.planes, BM=TILE, BK=depth, GROUP=self.group,
             PRECISION=self.operands.precision, TMA=launch.has_tma(x.z.device),

@@ -24,6 +24,13 @@ constexpr int64_t saved_exponentials_size(int64_t rows) {
   return blocks * (blocks + 1) / 2 * block * block;
 }
 
+// The same of a rectangle of `rows` times `columns` similarities: the exponentials of all its
+// tiles.
+constexpr int64_t saved_rectangle_size(int64_t rows, int64_t columns) {
+  const int64_t block = block_size(rows > columns ? rows : columns);
+  return (rows + block - 1) / block * ((columns + block - 1) / block) * block * block;
+}
+
 // The range of temperatures: fp32 holds these numbers and their inverses.
 inline constexpr double kSmallestTemperature = 1e-30;
 inline constexpr double kLargestTemperature = 1e30;

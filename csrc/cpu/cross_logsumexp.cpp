@@ -4,7 +4,10 @@
 //
 //   dL/dx_a = (1 / tau) sum_b e_ab (w_a + v_b) y_b,   w_a = g_a / S_a,   v_b = h_b / S_b
 //
-// and dL/dy_b alike, for unit rows.
+// and dL/dy_b alike, for unit rows. With positives p(a), the entries (a, p(a)) count in neither
+// sum. Their similarities are a result, which has the upstream gradient u_a:
+//
+//   dL/dx_a += u_a y_p(a),   dL/dy_p(a) += u_a x_a
 #include "cross_logsumexp.h"
 
 #include <algorithm>
@@ -16,6 +19,7 @@
 #include "arguments.h"
 #include "constants.h"
 #include "gradients.h"
+#include "logsumexp_rows.h"
 #include "memory.h"
 #include "packing.h"
 #include "tiles.h"
@@ -47,7 +51,8 @@ struct Rectangle {
                              .columns = views[1].rows,
                              .self = false,
                              .mask = nullptr,
-                             .mask_stride = 0},
+                             .mask_stride = 0,
+                             .positives = positives_of(o)},
                .exponent = shift.exponent} {}
   Rectangle(const Rectangle&) = delete;
   Rectangle& operator=(const Rectangle&) = delete;
@@ -55,121 +60,116 @@ struct Rectangle {
   Source source(int64_t which) const { return {views + which, 1}; }
   int64_t block() const { return block_size(std::max(views[0].rows, views[1].rows)); }
   bool finite() const { return x.finite && y.finite; }
+
+  static const int64_t* positives_of(const CrossLogSumExpOptions& o) {
+    return o.positives.has_value() ? data_of<int64_t>(*o.positives) : nullptr;
+  }
 };
 
-// Results of each row, or of each column: log-sum-exp, largest similarity, shift, and the log of
-// the sum of exponentials relative to the shift.
-struct SideResults {
-  Tensor lse, largest, shift, log_sum;
-};
-
-// Adds up the chunks of the first `rows` rows, or columns.
+// The mean of all similarities: the sums of the rows of both sides, multiplied.
 template <typename T, typename P>
-SideResults reduce(const Rectangle<T, P>& r, const Tensor& like, const ChunkSums<T>& sums,
-                   int64_t rows) {
-  const auto new_result = [&] { return new_tensor(like, {rows}, dtype_of<T>()); };
-  SideResults out{
-      .lse = new_result(), .largest = new_result(), .shift = new_result(), .log_sum = new_result()};
-  T *lse = data_of<T>(out.lse), *largest = data_of<T>(out.largest);
-  T *shifts = data_of<T>(out.shift), *log_sums = data_of<T>(out.log_sum);
-  const Shift<T>& shift = r.shift;
-  const bool finite = r.finite();
-  const int64_t parts = (rows + kReducedRows - 1) / kReducedRows;
-  parallel_tasks(parts, 100.0 * rows, [&](const auto& take) {
-    for (int64_t k; (k = take()) < parts;) {
-      const int64_t begin = k * kReducedRows, count = std::min(kReducedRows, rows - begin);
-      const ReducedRows<T> reduced(shift, sums, begin, count);
-      for (int64_t a = 0; a < count; ++a) {
-        const double row_shift = reduced.shift_of(shift, a);
-        const double log_sum = finite && !std::isnan(shift.tau) ? reduced.log_sum(shift, a) : kNaN;
-        shifts[begin + a] = static_cast<T>(row_shift);
-        log_sums[begin + a] = static_cast<T>(log_sum);
-        lse[begin + a] = static_cast<T>(row_shift / shift.tau + log_sum);
-        largest[begin + a] = finite ? reduced.largest[a] : static_cast<T>(kNaN);
-      }
-    }
-  });
+double mean_similarity(const PackedBatch<T, P>& x, const PackedBatch<T, P>& y) {
+  const std::vector<double> of_x = x.sum_of_rows(), of_y = y.sum_of_rows();
+  double total = 0;
+  for (size_t d = 0; d < of_x.size(); ++d) total += of_x[d] * of_y[d];
+  return total / (static_cast<double>(x.layout.rows) * static_cast<double>(y.layout.rows));
+}
+
+// The positives of each row of X.
+template <typename T>
+PositiveRows<T> positives_of_rows(Source columns, const int64_t* positives, int64_t rows,
+                                  const T* weight) {
+  PositiveRows<T> out{.other = columns, .of_y = false, .starts = {0}, .rows = {}, .weight = weight};
+  for (int64_t a = 0; a < rows; ++a) {
+    if (positives[a] >= 0) out.rows.push_back(positives[a]);
+    out.starts.push_back(static_cast<int64_t>(out.rows.size()));
+  }
+  return out;
+}
+
+// The rows of X whose positive each row of Y is, in order.
+template <typename T>
+PositiveRows<T> positives_of_columns(Source rows, const int64_t* positives, int64_t columns,
+                                     const T* weight) {
+  PositiveRows<T> out{.other = rows,
+                      .of_y = true,
+                      .starts = std::vector<int64_t>(columns + 1),
+                      .rows = {},
+                      .weight = weight};
+  for (int64_t a = 0; a < rows.rows(); ++a)
+    if (positives[a] >= 0) ++out.starts[positives[a] + 1];
+  for (int64_t b = 0; b < columns; ++b) out.starts[b + 1] += out.starts[b];
+  out.rows.resize(out.starts[columns]);
+  std::vector<int64_t> next(out.starts.begin(), out.starts.end() - 1);
+  for (int64_t a = 0; a < rows.rows(); ++a)
+    if (positives[a] >= 0) out.rows[next[positives[a]]++] = a;
   return out;
 }
 
 template <typename T, typename P>
-CrossLogSumExpForward forward(const CrossLogSumExpOptions& o) {
-  const Rectangle<T, P> r(o, {.similarity = true});
-  const PartialSums<T> sums = sum_tiles<T, P>(r.logits, nullptr);
-  const SideResults rows = reduce(r, o.x, sums.of_rows(), r.x.layout.rows);
-  const SideResults columns = reduce(r, o.x, sums.of_columns(), r.y.layout.rows);
-  return {.row_lse = rows.lse,
-          .column_lse = columns.lse,
-          .row_max = rows.largest,
-          .column_max = columns.largest,
-          .row_shift = rows.shift,
-          .row_log_sum = rows.log_sum,
-          .column_shift = columns.shift,
-          .column_log_sum = columns.log_sum};
-}
-
-// The upstream gradient of one side's log-sum-exps, and what the forward saved of them.
-struct SideInputs {
-  const Tensor &grad, &shift, &log_sum;
-};
-
-// g / S of each row. The largest |g| of both sides is applied at the end, so that a loss scale
-// takes no weight out of range. `error` is that of the shift.
-template <typename T>
-Weights<T> make_weights(const SideInputs& side, double largest_grad, double error, int64_t padded) {
-  const int64_t rows = side.grad.size(0), stride = side.grad.stride(0);
-  const T *grad = data_of<T>(side.grad), *log_sum = data_of<T>(side.log_sum);
-  const T* shift = data_of<T>(side.shift);
-  Weights<T> w{.weight = Buffer<T>(padded), .shift = Buffer<T>(padded)};
-  for (int64_t a = 0; a < padded; ++a) {
-    w.weight[a] = w.shift[a] = 0;
-    if (a >= rows) continue;
-    const double sum = log_sum[a], g = grad[a * stride];
-    w.weight[a] = static_cast<T>(g / largest_grad * std::exp(-sum - error));
-    w.shift[a] = shift[a];
-  }
-  return w;
-}
-
-template <typename T>
-bool all_are(const Tensor& t, T value) {
-  const T* data = data_of<T>(t);
-  return std::all_of(data, data + t.size(0), [&](T x) { return x == value; });
-}
-
-template <typename T>
-double largest_magnitude(const Tensor& t) {
-  const T* data = data_of<T>(t);
-  const int64_t stride = t.stride(0);
-  double largest = 0;
-  for (int64_t a = 0; a < t.size(0); ++a)
-    largest = std::max<double>(largest, std::fabs(data[a * stride]));
-  return largest;
+CrossLogSumExpForward forward(const CrossLogSumExpOptions& o, bool save_exponentials) {
+  const bool positives = o.positives.has_value();
+  const Rectangle<T, P> r(o, {.similarity = true, .sums = positives});
+  const int64_t rows = r.x.layout.rows, columns = r.y.layout.rows;
+  const auto new_result = [&](std::vector<int64_t> sizes) {
+    return new_tensor(o.x, sizes, dtype_of<T>());
+  };
+  Tensor saved_exponentials =
+      save_exponentials ? cached_tensor({saved_rectangle_size(rows, columns)}, dtype_of<T>())
+                        : new_result({0});
+  const PartialSums<T> sums =
+      sum_tiles<T, P>(r.logits, save_exponentials ? data_of<T>(saved_exponentials) : nullptr);
+  const SideResults of_rows = reduce_side(r.shift, r.finite(), sums.of_rows(), rows, o.x);
+  const SideResults of_columns = reduce_side(r.shift, r.finite(), sums.of_columns(), columns, o.x);
+  return {
+      .row_lse = of_rows.lse,
+      .column_lse = of_columns.lse,
+      .row_max = of_rows.largest,
+      .column_max = of_columns.largest,
+      .row_shift = of_rows.shift,
+      .row_log_sum = of_rows.log_sum,
+      .column_shift = of_columns.shift,
+      .column_log_sum = of_columns.log_sum,
+      .positive = positives ? positive_result(sums, r.finite(), rows, o.x) : new_result({0}),
+      .mean_similarity = positives ? scalar<T>(o.x, mean_similarity(r.x, r.y)) : new_result({0}),
+      .saved_exponentials = saved_exponentials};
 }
 
 template <typename T, typename P>
 CrossLogSumExpBackward backward(const CrossLogSumExpOptions& o,
                                 const CrossLogSumExpUpstream& upstream,
                                 const CrossLogSumExpSaved& saved) {
-  Rectangle<T, P> r(o, {.similarity = true, .products = true});
-  // The saved shifts may be those of a larger S, which these rows are a part of.
-  if (!all_are(saved.row_shift, T{1}) || !all_are(saved.column_shift, T{1})) {
-    r.shift = Shift<T>(r.shift.tau, false);
+  const SideInputs of_rows{
+      .grad = upstream.grad_row, .shift = saved.row_shift, .log_sum = saved.row_log_sum};
+  const SideInputs of_columns{
+      .grad = upstream.grad_column, .shift = saved.column_shift, .log_sum = saved.column_log_sum};
+  const bool any_saved = saved.saved_exponentials.size(0) > 0;
+  const bool saved_constant = of_rows.has_constant_shift<T>() && of_columns.has_constant_shift<T>();
+  const double tau = read_temperature(o.temperature_tensor, o.temperature);
+  const bool may_differ = !saved_constant && Shift<T>(tau, true).exponent.constant_shift;
+  Rectangle<T, P> r(o, {.similarity = !any_saved || may_differ, .products = true});
+  // The saved shifts may be those of a larger S, which these rows are a part of, or of another back
+  // end. Exponentials that were saved relative to the constant shift are then of no use.
+  const bool differs = !saved_constant && r.shift.exponent.constant_shift;
+  if (differs) {
+    r.shift = Shift<T>(tau, false);
     r.logits.exponent = r.shift.exponent;
   }
+  const bool use_saved = any_saved && !differs;
   const Layout &rows = r.x.layout, &columns = r.y.layout;
   double largest_grad =
       std::max(largest_magnitude<T>(upstream.grad_row), largest_magnitude<T>(upstream.grad_column));
+  if (upstream.grad_positive.has_value())
+    largest_grad = std::max(largest_grad, tau * largest_magnitude<T>(*upstream.grad_positive));
   if (largest_grad == 0) largest_grad = 1;
-  const Weights<T> row_weights = make_weights<T>(
-      {.grad = upstream.grad_row, .shift = saved.row_shift, .log_sum = saved.row_log_sum},
-      largest_grad, r.shift.error, rows.padded_rows());
-  const Weights<T> column_weights = make_weights<T>(
-      {.grad = upstream.grad_column, .shift = saved.column_shift, .log_sum = saved.column_log_sum},
-      largest_grad, r.shift.error, columns.padded_rows());
+  const Weights<T> row_weights =
+      make_weights<T>(of_rows, largest_grad, r.shift.error, rows.padded_rows());
+  const Weights<T> column_weights =
+      make_weights<T>(of_columns, largest_grad, r.shift.error, columns.padded_rows());
 
   const int64_t blocks = std::max(rows.blocks, columns.blocks);
-  const int64_t square_blocks = std::min(blocks, blocks_of_square<T>(rows.block));
+  const int64_t square_blocks =
+      use_saved ? blocks : std::min(blocks, blocks_of_square<T>(rows.block));
   const auto new_gradient = [&](const Tensor& like, bool wanted) {
     const int64_t wanted_rows = wanted ? like.size(0) : 0;
     return new_tensor(like, {wanted_rows, rows.features}, like.scalar_type());
@@ -182,6 +182,19 @@ CrossLogSumExpBackward backward(const CrossLogSumExpOptions& o,
   const GradientSums<T> y_sums(&grad_y, r.source(1), r.x.padded_features, incomplete && of_y);
   std::vector<T> x_dot_gradient(rows.rows), y_dot_gradient(columns.rows);
   const T factor = static_cast<T>(largest_grad / r.shift.tau);
+  // Relative to the factor, as the weights are, and subtracted.
+  const bool positives = upstream.grad_positive.has_value();
+  Buffer<T> positive_weight(positives ? rows.rows : 0);
+  PositiveRows<T> row_positives, column_positives;
+  if (positives) {
+    const Tensor& grad = *upstream.grad_positive;
+    const T* g = data_of<T>(grad);
+    for (int64_t a = 0; a < rows.rows; ++a)
+      positive_weight[a] = static_cast<T>(-g[a * grad.stride(0)] / largest_grad * tau);
+    const int64_t* of = r.logits.exclusion.positives;
+    row_positives = positives_of_rows(r.source(1), of, rows.rows, positive_weight.get());
+    column_positives = positives_of_columns(r.source(0), of, columns.rows, positive_weight.get());
+  }
   const Side<T, P> x{.finisher = {.core = r.x.core,
                                   .source = r.source(0),
                                   .rounding = r.rounding,
@@ -189,7 +202,8 @@ CrossLogSumExpBackward backward(const CrossLogSumExpOptions& o,
                                   .factor = factor,
                                   .grads = &grad_x,
                                   .in_place = x_sums.in_place,
-                                  .row_dot_gradient = x_dot_gradient.data()},
+                                  .row_dot_gradient = x_dot_gradient.data(),
+                                  .positive_rows = positives ? &row_positives : nullptr},
                      .sums = x_sums.rows};
   const Side<T, P> y{.finisher = {.core = r.y.core,
                                   .source = r.source(1),
@@ -198,17 +212,20 @@ CrossLogSumExpBackward backward(const CrossLogSumExpOptions& o,
                                   .factor = factor,
                                   .grads = &grad_y,
                                   .in_place = y_sums.in_place,
-                                  .row_dot_gradient = y_dot_gradient.data()},
+                                  .row_dot_gradient = y_dot_gradient.data(),
+                                  .positive_rows = positives ? &column_positives : nullptr},
                      .sums = y_sums.rows};
-  run_backward<T, P>({.logits = r.logits,
-                      .row_weights = row_weights,
-                      .column_weights = column_weights,
-                      .saved_exponentials = nullptr,
-                      .square_blocks = square_blocks,
-                      .x = of_x ? &x : nullptr,
-                      .y = of_y ? &y : nullptr});
+  run_backward<T, P>(
+      {.logits = r.logits,
+       .row_weights = row_weights,
+       .column_weights = column_weights,
+       .saved_exponentials = use_saved ? data_of<T>(saved.saved_exponentials) : nullptr,
+       .square_blocks = square_blocks,
+       .x = of_x ? &x : nullptr,
+       .y = of_y ? &y : nullptr});
 
-  // Both outputs are functions of x y^T / tau: dL/dtau = -(1 / tau) sum x . dL/dx, and so for y.
+  // The log-sum-exps are functions of x y^T / tau: dL/dtau = -(1 / tau) sum x . dL/dx, and so for
+  // y.
   double total = 0;
   for (T a : of_x ? x_dot_gradient : y_dot_gradient) total += a;
   const Tensor& like = o.temperature_tensor.has_value() ? *o.temperature_tensor : saved.row_shift;
@@ -219,9 +236,10 @@ CrossLogSumExpBackward backward(const CrossLogSumExpOptions& o,
 
 }  // namespace
 
-CrossLogSumExpForward cross_logsumexp_forward(const CrossLogSumExpOptions& options) {
+CrossLogSumExpForward cross_logsumexp_forward(const CrossLogSumExpOptions& options,
+                                              bool save_exponentials) {
   return with_types(options.x.scalar_type(), options.rounded_dtype(), [&](auto sum, auto operand) {
-    return forward<decltype(sum), decltype(operand)>(options);
+    return forward<decltype(sum), decltype(operand)>(options, save_exponentials);
   });
 }
 
@@ -239,6 +257,14 @@ namespace {
 
 void check_options(const CrossLogSumExpOptions& o) {
   check_inputs(o.x, o.y, o.temperature_tensor, o.product_dtype);
+  if (!o.positives.has_value()) return;
+  const Tensor& p = *o.positives;
+  check(p.scalar_type() == ScalarType::Long && p.dim() == 1 && p.size(0) == o.x.size(0) &&
+            p.is_contiguous() && p.is_cpu(),
+        "positives must be a contiguous (M,) tensor of int64");
+  const int64_t *from = data_of<int64_t>(p), columns = o.y.size(0);
+  check(std::all_of(from, from + p.size(0), [&](int64_t b) { return b >= -1 && b < columns; }),
+        "positives must be columns, or -1");
 }
 
 void check_saved(const CrossLogSumExpOptions& o, const CrossLogSumExpUpstream& upstream,
@@ -251,43 +277,63 @@ void check_saved(const CrossLogSumExpOptions& o, const CrossLogSumExpUpstream& u
   for (const Tensor* t :
        {&saved.row_shift, &saved.row_log_sum, &saved.column_shift, &saved.column_log_sum})
     check(t->is_contiguous(), "shifts and log sums must be contiguous");
+  check(upstream.grad_positive.has_value() == o.positives.has_value(),
+        "grad_positive must be given with positives, and only then");
+  if (upstream.grad_positive.has_value())
+    check_rows(*upstream.grad_positive, o.x, o.x.size(0), kRows);
+  const Tensor& exponentials = saved.saved_exponentials;
+  check(exponentials.dim() == 1 && exponentials.is_contiguous() &&
+            exponentials.scalar_type() == sum_dtype(o.x.scalar_type()) &&
+            (exponentials.size(0) == 0 ||
+             exponentials.size(0) == saved_rectangle_size(o.x.size(0), o.y.size(0))),
+        "kept must be empty, or hold the exponentials of the forward");
 }
 
 // The operators as PyTorch calls them: arguments and results by position, in the order of the
 // schemas.
-auto call_forward(Tensor x, Tensor y, std::optional<Tensor> temperature_tensor, double temperature,
-                  bool use_cosine_similarity, double eps, std::optional<ScalarType> product_dtype) {
+auto call_forward(Tensor x, Tensor y, std::optional<Tensor> positives,
+                  std::optional<Tensor> temperature_tensor, double temperature,
+                  bool use_cosine_similarity, double eps, std::optional<ScalarType> product_dtype,
+                  bool keep) {
   const CrossLogSumExpOptions options{.x = x,
                                       .y = y,
+                                      .positives = positives,
                                       .temperature_tensor = temperature_tensor,
                                       .temperature = temperature,
                                       .use_cosine_similarity = use_cosine_similarity,
                                       .eps = eps,
                                       .product_dtype = product_dtype};
   check_options(options);
-  const CrossLogSumExpForward out = cross_logsumexp_forward(options);
+  const CrossLogSumExpForward out = cross_logsumexp_forward(options, keep);
   return std::tuple(out.row_lse, out.column_lse, out.row_max, out.column_max, out.row_shift,
-                    out.row_log_sum, out.column_shift, out.column_log_sum);
+                    out.row_log_sum, out.column_shift, out.column_log_sum, out.positive,
+                    out.mean_similarity, out.saved_exponentials);
 }
 
-auto call_backward(Tensor grad_row, Tensor grad_column, Tensor x, Tensor y,
+auto call_backward(Tensor grad_row, Tensor grad_column, std::optional<Tensor> grad_positive,
+                   Tensor x, Tensor y, std::optional<Tensor> positives,
                    std::optional<Tensor> temperature_tensor, Tensor row_shift, Tensor row_log_sum,
-                   Tensor column_shift, Tensor column_log_sum, double temperature,
+                   Tensor column_shift, Tensor column_log_sum, Tensor kept, double temperature,
                    bool use_cosine_similarity, double eps, std::optional<ScalarType> product_dtype,
                    bool of_x, bool of_y) {
   const CrossLogSumExpOptions options{.x = x,
                                       .y = y,
+                                      .positives = positives,
                                       .temperature_tensor = temperature_tensor,
                                       .temperature = temperature,
                                       .use_cosine_similarity = use_cosine_similarity,
                                       .eps = eps,
                                       .product_dtype = product_dtype};
-  const CrossLogSumExpUpstream upstream{
-      .grad_row = grad_row, .grad_column = grad_column, .of_x = of_x, .of_y = of_y};
+  const CrossLogSumExpUpstream upstream{.grad_row = grad_row,
+                                        .grad_column = grad_column,
+                                        .grad_positive = grad_positive,
+                                        .of_x = of_x,
+                                        .of_y = of_y};
   const CrossLogSumExpSaved saved{.row_shift = row_shift,
                                   .row_log_sum = row_log_sum,
                                   .column_shift = column_shift,
-                                  .column_log_sum = column_log_sum};
+                                  .column_log_sum = column_log_sum,
+                                  .saved_exponentials = kept};
   check_options(options);
   check_saved(options, upstream, saved);
   const CrossLogSumExpBackward out = cross_logsumexp_backward(options, upstream, saved);

@@ -13,6 +13,7 @@ namespace cjepa {
 // Arguments of both directions.
 struct CrossLogSumExpOptions {
   Tensor x, y;                               // (M, D), (N, D)
+  std::optional<Tensor> positives;           // (M,) int64: the column of each row's positive, or -1
   std::optional<Tensor> temperature_tensor;  // one number, which takes the place of `temperature`
   double temperature;
   bool use_cosine_similarity;
@@ -29,16 +30,22 @@ struct CrossLogSumExpForward {
   Tensor row_max, column_max;  // the largest similarity
   Tensor row_shift, row_log_sum;
   Tensor column_shift, column_log_sum;
+  // With positives the similarity of each row's positive, (M,), and the mean of all similarities of
+  // S, (); both (0,) without.
+  Tensor positive, mean_similarity;
+  Tensor saved_exponentials;  // empty unless the forward was asked to save them
 };
 
 // What the backward takes of the forward.
 struct CrossLogSumExpSaved {
   Tensor row_shift, row_log_sum, column_shift, column_log_sum;
+  Tensor saved_exponentials;
 };
 
 // The upstream gradients, and which gradients are wanted.
 struct CrossLogSumExpUpstream {
-  Tensor grad_row, grad_column;  // (M,), (N,)
+  Tensor grad_row, grad_column;         // (M,), (N,)
+  std::optional<Tensor> grad_positive;  // (M,), with positives
   bool of_x, of_y;
 };
 
@@ -47,7 +54,8 @@ struct CrossLogSumExpBackward {
   Tensor grad_temperature;
 };
 
-CrossLogSumExpForward cross_logsumexp_forward(const CrossLogSumExpOptions& options);
+CrossLogSumExpForward cross_logsumexp_forward(const CrossLogSumExpOptions& options,
+                                              bool save_exponentials);
 
 CrossLogSumExpBackward cross_logsumexp_backward(const CrossLogSumExpOptions& options,
                                                 const CrossLogSumExpUpstream& upstream,

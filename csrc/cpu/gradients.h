@@ -26,8 +26,8 @@ template <typename T>
 struct StoredTiles {
   T* data;
   int64_t block, blocks;
-  bool triangle;  // whether `data` holds every tile on and above the diagonal, as a forward saves
-                  // them
+  bool triangle;  // whether `data` holds every tile on and above the diagonal, as the forward of a
+                  // symmetric S saves them
   int64_t first, last, column_first, column_last;
 
   T* tile(int64_t i, int64_t j) const {
@@ -175,6 +175,17 @@ void write_row(Tensor& out, int64_t row, int64_t features, const T* from) {
   });
 }
 
+// For each row of one side, the rows of the other side that are its positives:
+// rows[starts[a]], ..., rows[starts[a + 1] - 1]. A positive's weight is that of the rectangle's row
+// that has it, so it is found by the row of X: by `a` itself, or with `of_y` by the positive.
+template <typename T>
+struct PositiveRows {
+  Source other;
+  bool of_y;
+  std::vector<int64_t> starts, rows;
+  const T* weight;  // of the rows of X
+};
+
 // Turns sums into gradients of the raw embeddings.
 template <typename T, typename P>
 struct Finisher {
@@ -183,14 +194,18 @@ struct Finisher {
   Rounding<T> rounding;
   const T* positive_weight;  // of each row's positive, (rows), or null without positives
   T factor;
-  Tensor* grads;        // gradients of the source's views
-  bool in_place;        // whether the sums lie in `grads`
-  T* row_dot_gradient;  // (rows) row . gradient, from which the temperature's gradient follows
+  Tensor* grads;  // gradients of the source's views
+  bool in_place;  // whether the sums lie in `grads`
+  // (rows) row . gradient, from which the temperature's gradient follows. The positives of
+  // `positive_rows` have no part in it.
+  T* row_dot_gradient;
+  const PositiveRows<T>* positive_rows = nullptr;  // or null
 
   // Rows [begin, end), `begin` being even; sums.row(0) is row `begin`.
   void run(int64_t begin, int64_t end, const GradientRows<T>& sums) const {
     const int64_t features = source.views->features;
     Buffer<T> raw(features), unit(2 * features), rounded(2 * features);
+    Buffer<T> other(positive_rows == nullptr ? 0 : 2 * features);
     for (int64_t a = begin; a < end; a += 2) {
       const int64_t rows = std::min<int64_t>(2, end - a);
       T norm[2];
@@ -213,13 +228,33 @@ struct Finisher {
         f.factor = factor;
         f.norm = norm[v];
         f.features = features;
-        row_dot_gradient[a + v] = core.finish(f);
+        T of_positives = 0;
+        if (positive_rows != nullptr)
+          of_positives = subtract_positives(a + v, f.own, f.gradient, raw.get(), other.get());
+        row_dot_gradient[a + v] = core.finish(f) + factor * of_positives;
         if (rounding.cosine && norm[v] <= rounding.eps)
           std::fill(f.gradient, f.gradient + features, T{0});
         if (!in_place)
           write_row(grads[(a + v) % source.count], (a + v) / source.count, features, f.gradient);
       }
     }
+  }
+
+ private:
+  // Subtracts the weighted positives of row `a` from the sum of its gradient. Returns the product
+  // of the row with what was subtracted. `space` is room for two rows.
+  T subtract_positives(int64_t a, const T* own, T* sum, T* raw, T* space) const {
+    const int64_t features = source.views->features;
+    T *unit = space, *positive = space + features, product = 0;
+    for (int64_t k = positive_rows->starts[a]; k < positive_rows->starts[a + 1]; ++k) {
+      const int64_t b = positive_rows->rows[k];
+      const T weight = positive_rows->weight[positive_rows->of_y ? b : a];
+      const View& view = positive_rows->other.views[b % positive_rows->other.count];
+      rounding.apply(core, view.row(b / positive_rows->other.count, raw), features, unit, positive);
+      for (int64_t d = 0; d < features; ++d) sum[d] -= weight * positive[d];
+      product += weight * core.dot(own, positive, features);
+    }
+    return product;
   }
 };
 
@@ -275,7 +310,7 @@ struct BackwardInputs {
   const Logits<T, P>& logits;
   const Weights<T>& row_weights;
   const Weights<T>& column_weights;
-  const T* saved_exponentials;  // of all tiles on and above the diagonal; null: computed again
+  const T* saved_exponentials;  // of all tiles that count; null: they are computed again
   int64_t square_blocks;        // blocks along a side of the squares that are worked on
   const Side<T, P>* x;          // null: this gradient is not computed
   const Side<T, P>* y;          // the same; always null with `self`, which has one side only
@@ -304,7 +339,7 @@ void run_backward(const BackwardInputs<T, P>& in) {
           .data = saved ? const_cast<T*>(in.saved_exponentials) : workspace.get(),
           .block = block,
           .blocks = columns.blocks,
-          .triangle = saved,
+          .triangle = saved && self,
           .first = first,
           .last = last,
           .column_first = other,

@@ -55,7 +55,8 @@ struct Pairs {
                              .columns = z.layout.rows,
                              .self = true,
                              .mask = mask.get(),
-                             .mask_stride = mask.stride},
+                             .mask_stride = mask.stride,
+                             .positives = nullptr},
                .exponent = shift.exponent} {}
   Pairs(const Pairs&) = delete;
   Pairs& operator=(const Pairs&) = delete;
@@ -66,13 +67,6 @@ struct Pairs {
 };
 
 double softplus(double x) { return std::max(x, 0.0) + std::log1p(std::exp(-std::fabs(x))); }
-
-template <typename T>
-Tensor scalar(const Tensor& like, double value) {
-  Tensor t = new_tensor(like, {}, dtype_of<T>());
-  *data_of<T>(t) = static_cast<T>(value);
-  return t;
-}
 
 struct Totals {
   double loss = 0, positive = 0;
@@ -120,12 +114,9 @@ template <typename T, typename P>
 double mean_negative(const PackedBatch<T, P>& z, double positive_sum) {
   const Layout& layout = z.layout;
   if (layout.rows <= 2) return kNaN;
-  std::vector<double> sum(layout.features);
-  for (size_t at = 0; at < z.sums.size();)
-    for (int64_t d = 0; d < layout.features; ++d) sum[d] += z.sums[at++];
   double total = -positive_sum;
   for (double s : z.squares) total -= s;
-  for (double s : sum) total += s * s;
+  for (double s : z.sum_of_rows()) total += s * s;
   return total / (static_cast<double>(layout.rows) * (layout.rows - 2));
 }
 

@@ -140,6 +140,14 @@ struct PackedBatch {
     return operand.get() + b * layout.block / kNumbers * padded_features;
   }
 
+  // (features) the sum of all rows, if sums were wanted.
+  std::vector<double> sum_of_rows() const {
+    std::vector<double> sum(layout.features);
+    for (size_t at = 0; at < sums.size();)
+      for (int64_t d = 0; d < layout.features; ++d) sum[d] += sums[at++];
+    return sum;
+  }
+
   // Which operands and sums the caller needs.
   struct Wanted {
     bool similarity = false, products = false, sums = false;

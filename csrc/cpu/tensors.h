@@ -40,6 +40,14 @@ const T* data_of(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 
+// A new 0-dim tensor that holds `value`.
+template <typename T>
+Tensor scalar(const Tensor& like, double value) {
+  Tensor t = new_tensor(like, {}, dtype_of<T>());
+  *data_of<T>(t) = static_cast<T>(value);
+  return t;
+}
+
 // Calls run(S()) with the C++ type of a floating dtype.
 template <typename Run>
 auto with_number(ScalarType dtype, const Run& run) {

@@ -71,6 +71,11 @@ struct Shift {
 // them later would not find them there any more.
 inline constexpr size_t kStreamedBytes = size_t{4} << 20;
 
+// The number of tile (i, j), j >= i, if the tiles on and above the diagonal are counted row by row.
+inline int64_t tile_number(int64_t i, int64_t j, int64_t blocks) {
+  return i * blocks - i * (i - 1) / 2 + j - i;
+}
+
 // S with its exponents. If exclusion.self is set, x and y are the same batch and S is symmetric.
 template <typename T, typename P>
 struct Logits {
@@ -80,6 +85,11 @@ struct Logits {
   Exponent<T> exponent;
 
   bool self() const { return exclusion.self; }
+
+  // The number of tile (i, j) among those that count, row by row.
+  int64_t tile_number(int64_t i, int64_t j) const {
+    return self() ? cjepa::tile_number(i, j, y.layout.blocks) : i * y.layout.blocks + j;
+  }
 
   // The part of tile (i, j) in columns [begin, end) of block j. The caller sets the sums and `out`.
   SimilarityTile<T, P> tile(int64_t i, int64_t j, int64_t begin, int64_t end) const {
@@ -97,11 +107,6 @@ struct Logits {
     return t;
   }
 };
-
-// The number of tile (i, j), j >= i, if the tiles on and above the diagonal are counted row by row.
-inline int64_t tile_number(int64_t i, int64_t j, int64_t blocks) {
-  return i * blocks - i * (i - 1) / 2 + j - i;
-}
 
 // Sums of exponentials and largest similarities of all rows (or columns), in several parts that are
 // still to be added up: each (chunks, rows).
@@ -122,19 +127,19 @@ struct PartialSums {
   // (chunks, columns). With `self` they are empty, because S is symmetric and the sums of a tile's
   // columns are added to those of rows.
   Buffer<T> column_sum, column_max;
-  Buffer<T> positive;                // (rows) with `self`, else empty
+  Buffer<T> positive;                // (rows) with `self` or `positives`, else empty
   std::vector<double> negative_sum;  // (chunks) sums of the negatives' similarities, with a mask
 
   ChunkSums<T> of_rows() const { return {row_sum.get(), row_max.get(), chunks, rows}; }
   ChunkSums<T> of_columns() const { return {column_sum.get(), column_max.get(), chunks, columns}; }
 };
 
-// Sums over all tiles. Unless it is null, the exponentials of NT-Xent's tiles are written to
-// `saved`.
+// Sums over all tiles. Unless it is null, the exponentials of all tiles are written to `saved`.
 template <typename T, typename P>
 PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* saved) {
   const Layout &x = logits.x.layout, &y = logits.y.layout;
   const bool self = logits.self();
+  const bool positives = self || logits.exclusion.positives != nullptr;
   const int64_t block = x.block, area = block * block, panels = block / logits.core.panel;
   const int64_t tiles = self ? x.blocks * (x.blocks + 1) / 2 : x.blocks * y.blocks;
   const int64_t most_chunks = block == kLargeBlock ? 64 : 16;
@@ -147,8 +152,10 @@ PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* saved) {
                       .row_max = Buffer<T>(chunks * rows),
                       .column_sum = Buffer<T>(self ? 0 : chunks * columns),
                       .column_max = Buffer<T>(self ? 0 : chunks * columns),
-                      .positive = Buffer<T>(self ? rows : 0),
+                      .positive = Buffer<T>(positives ? rows : 0),
                       .negative_sum = std::vector<double>(chunks)};
+  // The tiles write nothing for a row without a positive.
+  if (positives) std::fill(sums.positive.get(), sums.positive.get() + rows, T{0});
   const double work = 1.0 * tiles * area * (logits.x.depth + 20);
   parallel_tasks(chunks, work, [&](const auto& take) {
     Buffer<T> scratch(logits.core.scratch_size(block)), space(saved == nullptr ? area : 0);
@@ -178,7 +185,7 @@ PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* saved) {
         SimilarityTile<T, P> t = logits.tile(i, j, begin, end);
         if (p < last) t.next_panels = logits.y.panels_of(j + 1 < y.blocks ? j + 1 : start(i + 1));
         if (saved != nullptr) {
-          t.out = saved + tile_number(i, j, y.blocks) * area + begin;
+          t.out = saved + logits.tile_number(i, j) * area + begin;
         } else if (!t.exponent.constant_shift) {
           t.out = space.get() + begin;
         }
@@ -188,7 +195,7 @@ PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* saved) {
         t.row_max = row_max + t.row;
         t.column_sum = column_sum + t.column;
         t.column_max = column_max + t.column;
-        t.positive = self && i == j ? sums.positive.get() + t.row : nullptr;
+        t.positive = positives && (!self || i == j) ? sums.positive.get() + t.row : nullptr;
         t.negative_sum = t.exclusion.mask == nullptr ? nullptr : &sums.negative_sum[c];
         t.scratch = scratch.get();
         logits.core.similarity(t);

@@ -2,6 +2,7 @@
 //   c_ab = g_a exp(s_ab / tau - row_lse_a) + h_b exp(s_ab / tau - column_lse_b)
 //   dL/dx_a = 1 / tau sum_b c_ab y_b, dL/dy_b = 1 / tau sum_a c_ab x_a
 // which for the cosine are projected and divided by the norm; dL/dtau = -1 / tau^2 sum c_ab s_ab.
+// A positive counts in none of these sums. Its similarity has an upstream gradient of its own.
 #include "cross_logsumexp_loop.h"
 
 #include <algorithm>
@@ -73,12 +74,23 @@ CrossOutput cross_logsumexp_loop(const CrossInput& in) {
   const auto raise = [](double& largest, Exact s) {
     largest = std::max(largest, static_cast<double>(s));
   };
+  const auto is_positive = [&](int64_t a, int64_t b) {
+    return !in.positives.empty() && in.positives[a] == b;
+  };
+  Exact total = 0;
+  if (!in.positives.empty()) out.positive.assign(in.rows(0), 0);
   for_each_pair([&](int64_t a, int64_t b, Exact s, Exact e) {
+    total += s;
+    if (is_positive(a, b)) {
+      out.positive[a] = static_cast<double>(s);
+      return;
+    }
     x.sum[a] += e;
     y.sum[b] += e;
     raise(out.sides[0].largest[a], s);
     raise(out.sides[1].largest[b], s);
   });
+  out.mean_similarity = static_cast<double>(total / (Exact{1} * in.rows(0) * in.rows(1)));
   for (int side = 0; side < 2; ++side) {
     Sums& s = side == 0 ? x : y;
     for (int64_t a = 0; a < in.rows(side); ++a) {
@@ -88,9 +100,12 @@ CrossOutput cross_logsumexp_loop(const CrossInput& in) {
   }
   Exact coefficients_dot_s = 0;
   for_each_pair([&](int64_t a, int64_t b, Exact s, Exact e) {
-    const Exact c = e * (x.weight[a] + y.weight[b]) / in.tau;
-    const Exact size = e * (std::fabs(x.weight[a]) + std::fabs(y.weight[b])) / in.tau;
-    coefficients_dot_s += c * s;
+    const bool positive = is_positive(a, b);
+    const Exact c =
+        positive ? Exact{in.grad_positive[a]} : e * (x.weight[a] + y.weight[b]) / in.tau;
+    const Exact size =
+        positive ? std::fabs(c) : e * (std::fabs(x.weight[a]) + std::fabs(y.weight[b])) / in.tau;
+    if (!positive) coefficients_dot_s += c * s;
     x.size[a] += size;
     y.size[b] += size;
     for (int64_t d = 0; d < D; ++d) {

@@ -13,6 +13,8 @@ struct CrossInput {
   bool cosine;
   double (*round)(double);      // what the operands of the product are rounded to; null: are not
   std::vector<double> grad[2];  // (M), (N)
+  std::vector<int64_t> positives{};     // (M): the column of each row's positive, or -1; or none
+  std::vector<double> grad_positive{};  // (M), with positives
   int64_t rows(int side) const { return static_cast<int64_t>(z[side].size()) / features; }
 };
 
@@ -24,6 +26,8 @@ struct CrossOutput {
     std::vector<double> norm;          // (M), 1 for the dot product
   };
   Side sides[2];
+  std::vector<double> positive;  // (M) similarities, with positives
+  double mean_similarity = 0;
   double grad_temperature;
 };
 

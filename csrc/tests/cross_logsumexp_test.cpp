@@ -28,6 +28,7 @@ struct Problem {
       0;  // added to the shifts for the backward, as if they were those of a larger S
   std::optional<ScalarType> product_dtype{};
   double length = 1;  // of the rows, for the dot product
+  bool positives = false, save = false;
 
   int64_t count(int side) const { return side == 0 ? size.rows : size.columns; }
   ScalarType rounded_dtype() const { return product_dtype.value_or(dtype); }
@@ -41,6 +42,7 @@ struct Inputs {
   Problem problem;
   Given sides[2], temperature, grads[2];
   CrossInput numbers;
+  Given grad_positive;
 
   explicit Inputs(const Problem& p)
       : problem(p),
@@ -55,7 +57,8 @@ struct Inputs {
                 1e-8,
                 p.cosine,
                 rounding_to(p.rounded_dtype(), p.sum_dtype()),
-                {}} {
+                {}},
+        grad_positive(p.sum_dtype(), {p.size.rows, 1}, {p.strided ? 2 : 1, 1}) {
     Random random;
     CrossInput& in = numbers;
     std::vector<double> raw(p.size.features);
@@ -77,6 +80,18 @@ struct Inputs {
     }
     const double rounded = temperature.set(0, 0, p.tau);
     if (p.tensor_temperature) in.tau = rounded;
+    if (!p.positives) return;
+    for (int64_t a = 0; a < p.size.rows; ++a) {  // some columns twice, some rows without one
+      in.positives.push_back(a % 7 == 3 ? -1 : a * a % p.size.columns);
+      const double grad = p.upstream == kNone ? 0 : random.normal() / p.tau;
+      in.grad_positive.push_back(grad_positive.set(a, 0, grad));
+    }
+  }
+
+  Tensor positives() const {
+    Tensor t = torch::stable::new_empty(sides[0].tensor(), {problem.size.rows}, ScalarType::Long);
+    std::copy(numbers.positives.begin(), numbers.positives.end(), data_of<int64_t>(t));
+    return t;
   }
 
   std::vector<int64_t> strides() const {
@@ -85,9 +100,18 @@ struct Inputs {
   }
 };
 
-// Log-sum-exp, maxima, shifts and log sums, each of rows and of columns; gradients of X, of Y and
-// of the temperature.
-enum Result { kLse, kLargest = 2, kShift = 4, kLogSum = 6, kGradient = 8, kTemperature = 10 };
+// Log-sum-exp, maxima, shifts and log sums, each of rows and of columns; similarities of positives
+// and their mean with all others; gradients of X, of Y and of the temperature.
+enum Result {
+  kLse,
+  kLargest = 2,
+  kShift = 4,
+  kLogSum = 6,
+  kPositive = 8,
+  kMean = 9,
+  kGradient = 10,
+  kTemperature = 12
+};
 
 template <typename T>
 Results run(const Inputs& in) {
@@ -95,16 +119,19 @@ Results run(const Inputs& in) {
   const Tensor x = in.sides[0].tensor(), y = in.sides[1].tensor();
   CrossLogSumExpOptions options{.x = x,
                                 .y = y,
+                                .positives = {},
                                 .temperature_tensor = {},
                                 .temperature = p.tau,
                                 .use_cosine_similarity = p.cosine,
                                 .eps = 1e-8,
                                 .product_dtype = p.product_dtype};
   if (p.tensor_temperature) options.temperature_tensor = in.temperature.tensor();
-  CrossLogSumExpForward out = cross_logsumexp_forward(options);
+  if (p.positives) options.positives = in.positives();
+  CrossLogSumExpForward out = cross_logsumexp_forward(options, p.save);
   Results results;
-  for (const Tensor& t : {out.row_lse, out.column_lse, out.row_max, out.column_max, out.row_shift,
-                          out.column_shift, out.row_log_sum, out.column_log_sum})
+  for (const Tensor& t :
+       {out.row_lse, out.column_lse, out.row_max, out.column_max, out.row_shift, out.column_shift,
+        out.row_log_sum, out.column_log_sum, out.positive, out.mean_similarity})
     results.push_back(numbers_of(t));
   if (p.raised_shift != 0) {
     raise_shift<T>(out.row_shift, out.row_log_sum, p.raised_shift, in.numbers.tau);
@@ -112,12 +139,15 @@ Results run(const Inputs& in) {
   }
   CrossLogSumExpUpstream upstream{.grad_row = in.grads[0].tensor(),
                                   .grad_column = in.grads[1].tensor(),
+                                  .grad_positive = {},
                                   .of_x = true,
                                   .of_y = true};
   const CrossLogSumExpSaved saved{.row_shift = out.row_shift,
                                   .row_log_sum = out.row_log_sum,
                                   .column_shift = out.column_shift,
-                                  .column_log_sum = out.column_log_sum};
+                                  .column_log_sum = out.column_log_sum,
+                                  .saved_exponentials = out.saved_exponentials};
+  if (p.positives) upstream.grad_positive = in.grad_positive.tensor();
   const auto [grad_x, grad_y, grad_temperature] =
       cross_logsumexp_backward(options, upstream, saved);
   for (const Tensor& t : {grad_x, grad_y, grad_temperature}) results.push_back(numbers_of(t));
@@ -149,6 +179,11 @@ void check_results(const Inputs& in, const Results& actual) {
   const double log_error = 2 * s_error / tau + (300 + 4 * (size + p.raised_shift) / tau) * u;
   const double relative = 3 * log_error + 300 * u + 2 * narrow + row_error;
   double temperature_error = 0;
+  for (int64_t a = 0; p.positives && a < p.size.rows; ++a)
+    CHECK_NEAR(actual[kPositive][a], expected.positive[a], s_error, "%s: positive of row %ld", name,
+               a);
+  if (p.positives)
+    CHECK_NEAR(actual[kMean][0], expected.mean_similarity, s_error, "%s: mean similarity", name);
   for (int side = 0; side < 2; ++side) {
     const CrossOutput::Side& e = expected.sides[side];
     const char* of = side == 0 ? "row" : "column";
@@ -229,6 +264,32 @@ CJEPA_TEST(fp32) {
                    .tensor_temperature = true,
                    .strided = true,
                    .length = 3},
+           Problem{.name = "positives",
+                   .size = {133, 71, 21},
+                   .dtype = kFloat,
+                   .tau = 0.1,
+                   .tensor_temperature = true,
+                   .strided = true,
+                   .positives = true},
+           Problem{.name = "positives, saved",
+                   .size = {71, 203, 21},
+                   .dtype = kFloat,
+                   .tau = 0.1,
+                   .zero_rows = true,
+                   .positives = true,
+                   .save = true},
+           Problem{.name = "positives, low temperature, saved",
+                   .size = {101, 97, 12},
+                   .dtype = kFloat,
+                   .tau = 0.01,
+                   .positives = true,
+                   .save = true},
+           Problem{.name = "saved, shifts of a larger S",
+                   .size = {97, 131, 9},
+                   .dtype = kFloat,
+                   .tau = 0.1,
+                   .raised_shift = 0.25,
+                   .save = true},
            Problem{.name = "dot product of short rows",
                    .size = {55, 103, 9},
                    .dtype = kFloat,
@@ -265,6 +326,12 @@ CJEPA_TEST(fp64) {
                    .dtype = kDouble,
                    .tau = 0.1,
                    .raised_shift = 0.25},
+           Problem{.name = "positives",
+                   .size = {99, 143, 13},
+                   .dtype = kDouble,
+                   .tau = 0.1,
+                   .positives = true,
+                   .save = true},
            Problem{.name = "rounded to fp32",
                    .size = {41, 20, 9},
                    .dtype = kDouble,
@@ -283,6 +350,11 @@ void check_narrow(ScalarType dtype) {
                    .tau = 0.5,
                    .cosine = false,
                    .strided = true},
+           Problem{.name = "narrow, positives",
+                   .size = {131, 99, 22},
+                   .dtype = dtype,
+                   .tau = 0.5,
+                   .positives = true},
            Problem{.name = "narrow, one row", .size = {1, 99, 7}, .dtype = dtype, .tau = 0.5},
            Problem{.name = "narrow, low temperature",
                    .size = {99, 47, 12},
@@ -325,9 +397,13 @@ CJEPA_TEST(large_blocks) {
     check_problem<float>(
         {.name = "large blocks, tall", .size = {1541, 97, 9}, .dtype = dtype, .tau = tau}, counts,
         1);
-    check_problem<float>(
-        {.name = "large blocks, wide", .size = {203, 1601, 9}, .dtype = dtype, .tau = 0.5}, counts,
-        1);
+    check_problem<float>({.name = "large blocks, wide",
+                          .size = {203, 1601, 9},
+                          .dtype = dtype,
+                          .tau = 0.5,
+                          .positives = true,
+                          .save = true},
+                         counts, 1);
   }
 }
 
@@ -359,6 +435,7 @@ void check_non_finite(const Problem& p, int side, double poison) {
   for (size_t k = 0; k < results.size(); ++k) {
     if (k == kShift || k == kShift + 1)
       continue;  // the shift does not matter beside a log sum of NaN
+    if (k == kPositive || k == kMean) continue;  // there are no positives
     const std::vector<double>& numbers = results[k];
     const bool rows = k == kGradient || k == kGradient + 1;
     const auto width = static_cast<std::ptrdiff_t>(rows ? p.size.features : 1);

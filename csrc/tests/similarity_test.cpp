@@ -126,8 +126,12 @@ class TileCheck {
     t.column = place_.column;
     t.height = height_;
     t.width = width_;
-    t.exclusion = {place_.rows, place_.columns, place_.self, mask_ ? mask_->get() : nullptr,
-                   mask_stride()};
+    t.exclusion = {.rows = place_.rows,
+                   .columns = place_.columns,
+                   .self = place_.self,
+                   .mask = mask_ ? mask_->get() : nullptr,
+                   .mask_stride = mask_stride(),
+                   .positives = nullptr};
     t.exponent = exponent_;
     t.out = mode_.stored ? out_.get() + begin : nullptr;
     t.out_stride = stride_;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -12,11 +11,8 @@ from tolerances import FLOOR_GRADIENT, METRIC, relative_error
 from torch import Tensor
 
 from cjepa_kernels import chunked, cross_logsumexp, pair_similarity, reference, triton
-from cjepa_kernels.functional import dispatch
+from cjepa_kernels.functional import dispatch, operands
 from cjepa_kernels.ops import registry
-
-# The package binds a function to the name of this module, so it is imported by its path.
-module: Any = importlib.import_module("cjepa_kernels.functional.cross_logsumexp")
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -92,7 +88,7 @@ def test_gradient_is_not_rounded_under_autocast() -> None:
 def test_where_products_are_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are rounded to the nearest number with 10 bits of mantissa. NaN stays NaN."""
     x = torch.tensor([1 + 2**-11 + 2**-20, 1 - 2**-12 + 2**-20, -(1 + 2**-11 + 2**-20), torch.nan])
-    rounded = module._round_rows(x, torch.float32, tf32=True)
+    rounded = operands._round(x, torch.float32, tf32=True)
     torch.testing.assert_close(
         rounded, torch.tensor([1 + 2**-10, 1.0, -(1 + 2**-10), torch.nan]), equal_nan=True,
         rtol=0, atol=0,
@@ -103,7 +99,7 @@ def test_where_products_are_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not triton.rounds_to_tf32(x.double())
     y = torch.randn(5, 4)
     monkeypatch.setitem(registry.rounds_to_tf32, "triton", lambda _: True)
-    expected = (module._round_rows(F.normalize(y, dim=1), torch.float32, tf32=True) ** 2).sum(1)
+    expected = (operands._round(F.normalize(y, dim=1), torch.float32, tf32=True) ** 2).sum(1)
     on_cpu = pair_similarity(y, y)
     monkeypatch.setattr(dispatch, "choose_overload", lambda *_: ".triton")
     torch.testing.assert_close(pair_similarity(y, y), expected)

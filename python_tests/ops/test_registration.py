@@ -37,26 +37,30 @@ from cjepa_kernels import (
 pytestmark = pytest.mark.usefixtures("kernels_only")
 
 
-# opcheck is slow, so not every combination runs. Any two values of overload, case and dtype meet.
-OPCHECKED = pytest.mark.parametrize(
-    ("overload", "case", "dtype"),
-    [
-        pytest.param(
-            overload, case, dtype, id=f"{overload.lstrip('.') or 'dispatched'}-{case}-{dtype}"
-        )
-        for k, overload in enumerate(RUNNABLE)
-        for case in range(5)
-        for n, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16))
-        if (k + case + n) % 2 == 0
-    ],
-)
+# opcheck is slow, so not every combination runs.
+def opchecked(cases: int) -> Any:
+    """The combinations of overload, case and dtype of which any two values meet."""
+    return pytest.mark.parametrize(
+        ("overload", "case", "dtype"),
+        [
+            pytest.param(
+                overload, case, dtype, id=f"{overload.lstrip('.') or 'dispatched'}-{case}-{dtype}"
+            )
+            for k, overload in enumerate(RUNNABLE)
+            for case in range(cases)
+            for n, dtype in enumerate((torch.float64, torch.float32, torch.bfloat16))
+            if (k + case + n) % 2 == 0
+        ],
+    )
+
+
 NEEDS_NATIVE = pytest.mark.skipif(
     not backends()["native"].available, reason="the compiled kernels are not installed"
 )
 CASES = pytest.mark.parametrize("case", range(5))
 
 
-@OPCHECKED
+@opchecked(5)
 def test_opcheck_forward(overload: str, case: int, dtype: torch.dtype) -> None:
     inputs = in_order("nt_xent", sample_inputs(dtype)[case])
     torch.library.opcheck(ops.operator("nt_xent", overload), inputs)
@@ -86,7 +90,7 @@ def test_chunked_keeps_nothing(case: int) -> None:
         ops.run("nt_xent", ".chunked", **(sample_inputs()[case] | {"keep": True}))
 
 
-@OPCHECKED
+@opchecked(5)
 def test_opcheck_backward(overload: str, case: int, dtype: torch.dtype) -> None:
     inputs = sample_inputs(dtype)[case]
     out = ops.run("nt_xent", overload, **inputs)
@@ -122,13 +126,13 @@ def test_gradgradcheck_of_the_reference() -> None:
     assert torch.autograd.gradgradcheck(loss, (z_i, z_j))
 
 
-@OPCHECKED
+@opchecked(7)
 def test_opcheck_cross_logsumexp(overload: str, case: int, dtype: torch.dtype) -> None:
     inputs = in_order("cross_logsumexp", cross_inputs(dtype)[case])
     torch.library.opcheck(ops.operator("cross_logsumexp", overload), inputs)
 
 
-@OPCHECKED
+@opchecked(7)
 def test_opcheck_cross_logsumexp_backward(overload: str, case: int, dtype: torch.dtype) -> None:
     inputs = cross_inputs(dtype)[case]
     out = ops.run("cross_logsumexp", overload, **inputs)
@@ -141,17 +145,17 @@ def test_opcheck_cross_logsumexp_backward(overload: str, case: int, dtype: torch
 
 
 @pytest.mark.parametrize("overload", ["", ".chunked"], ids=["dispatched", "chunked"])
-@CASES
+@pytest.mark.parametrize("case", range(7))
 def test_gradcheck_cross_logsumexp(overload: str, case: int) -> None:
     inputs = cross_inputs()[case]
     names = ("x", "y", "temperature_tensor")
 
-    def both(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def results(*tensors: Tensor | None) -> tuple[Tensor, ...]:
         given = dict(zip(names, tensors, strict=True))
         out = ops.run("cross_logsumexp", overload, **(inputs | given))
-        return out.row_lse, out.column_lse
+        return out.row_lse, out.column_lse, out.positive
 
-    assert torch.autograd.gradcheck(both, [inputs[name] for name in names])
+    assert torch.autograd.gradcheck(results, [inputs[name] for name in names])
 
 
 @OVERLOADS
@@ -160,9 +164,10 @@ def test_registered_and_direct_autograd_agree(overload: str) -> None:
 
     Other calls go through a torch.autograd.Function, which costs less time.
     """
+    paired = ("row_lse", "column_lse", "positive")
     for name, inputs, differentiable in (
         ("nt_xent", sample_inputs(torch.float32)[2], ("loss",)),
-        ("cross_logsumexp", cross_inputs(torch.float32)[1], ("row_lse", "column_lse")),
+        ("cross_logsumexp", cross_inputs(torch.float32)[6], paired),
     ):
         leaves = [a for a in inputs.values() if isinstance(a, Tensor) and a.requires_grad]
         results = []

@@ -98,19 +98,23 @@ def nt_xent_backward(call: int, **options: Any) -> tuple[Any, ...]:
     return grad, *args[:4], out.shift, out.log_sum, out.positive, out.saved_for_backward, *args[4:9]
 
 
-def rectangle(call: int, *, dtype: torch.dtype, tensor: bool) -> tuple[Any, ...]:
+def rectangle(
+    call: int, *, dtype: torch.dtype, tensor: bool, paired: bool = False
+) -> tuple[Any, ...]:
     x = randn(call, 30, 24, dtype=dtype)
     y = randn(call + 100, 17, 24, dtype=dtype)
+    positives = (torch.arange(30, device=x.device) * (call + 1)) % 18 - 1 if paired else None
     tau = torch.tensor(temperature(call)) if tensor else None
     number = 1.0 if tensor else temperature(call)
-    return x, y, tau, number, True, 1e-8 * (call + 1), None
+    return x, y, positives, tau, number, True, 1e-8 * (call + 1), None, False
 
 
 def rectangle_backward(call: int, *, of_x: bool, of_y: bool, **options: Any) -> tuple[Any, ...]:
-    args = rectangle(call, **options)
-    out = OPERATORS["cross_logsumexp"][0](*args)
-    grad_rows, grad_columns = randn(call, 30), randn(call + 1, 17)
-    return grad_rows, grad_columns, *args[:3], *out[4:], *args[3:], of_x, of_y
+    x, y, positives, tau, *others, _ = rectangle(call, **options)
+    out = OPERATORS["cross_logsumexp"][0](x, y, positives, tau, *others, False)
+    grads = randn(call, 30), randn(call + 1, 17), None if positives is None else randn(call, 30)
+    sums = out.row_shift, out.row_log_sum, out.column_shift, out.column_log_sum
+    return *grads, x, y, positives, tau, *sums, out.saved_for_backward, *others, of_x, of_y
 
 
 def hierarchy(

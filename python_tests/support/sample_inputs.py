@@ -43,11 +43,13 @@ def nt_xent_backward_inputs(inputs: dict[str, Any], out: NTXentForward) -> dict[
 def cross_logsumexp_inputs(x: Tensor, y: Tensor, **changed: Any) -> dict[str, Any]:
     """All arguments of the operator ``cross_logsumexp``, with defaults for those not given."""
     defaults: dict[str, Any] = {
+        "positives": None,
         "temperature_tensor": None,
         "temperature": 0.1,
         "use_cosine_similarity": True,
         "eps": 1e-8,
         "product_dtype": None,
+        "keep": False,
     }
     return {"x": x, "y": y} | defaults | changed
 
@@ -59,9 +61,13 @@ def cross_logsumexp_backward_inputs(
 
     Both sides get their gradient.
     """
-    return inputs | {
+    shared = {name: value for name, value in inputs.items() if name != "keep"}
+    paired = inputs["positives"] is not None
+    return shared | {
         "grad_row_lse": torch.ones_like(out.row_lse),
         "grad_column_lse": torch.ones_like(out.column_lse),
+        "grad_positive": torch.ones_like(out.positive) if paired else None,
+        "kept": out.saved_for_backward,
         "row_shift": out.row_shift,
         "row_log_sum": out.row_log_sum,
         "column_shift": out.column_shift,
@@ -117,6 +123,8 @@ def cross_inputs(dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
         cross_logsumexp_inputs(z(5, 2), z(1, 2), **learnt, use_cosine_similarity=False),
         cross_logsumexp_inputs(z(5, 3), strided, temperature=0.02),
         cross_logsumexp_inputs(strided, z(2, 3), temperature=2.0, use_cosine_similarity=False),
+        cross_logsumexp_inputs(z(3, 5), z(4, 5), positives=torch.tensor([3, -1, 0])),
+        cross_logsumexp_inputs(z(4, 3), z(2, 3), positives=torch.tensor([1, 1, 0, 1]), **learnt),
     ]
 
 

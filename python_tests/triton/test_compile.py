@@ -102,7 +102,7 @@ def nt_xent_call(case: str) -> Callable[[], None]:
 
 
 def rectangle_call(
-    rows: int, columns: int, features: int, dtype: torch.dtype
+    rows: int, columns: int, features: int, dtype: torch.dtype, *, paired: bool = False
 ) -> Callable[[], None]:
     """Forward and backward of both log-sum-exps of a rectangle on "meta"."""
 
@@ -110,17 +110,20 @@ def rectangle_call(
         common: dict[str, Any] = {
             "x": meta(rows, features, dtype=dtype),
             "y": meta(columns, features, dtype=dtype),
+            "positives": meta(rows, dtype=torch.int64) if paired else None,
             "temperature_tensor": None,
             "temperature": 0.1,
             "use_cosine_similarity": True,
             "eps": 1e-8,
             "product_dtype": None,
         }
-        out = cross_logsumexp.forward(**common)
+        out = cross_logsumexp.forward(**common, save_for_backward=False)
         cross_logsumexp.backward(
             **common,
             grad_row_lse=meta(rows),
             grad_column_lse=meta(columns),
+            grad_positive=meta(rows) if paired else None,
+            saved_for_backward=out.saved_for_backward,
             row_shift=out.row_shift,
             row_log_sum=out.row_log_sum,
             column_shift=out.column_shift,
@@ -178,10 +181,14 @@ def test_compiles_without_spills(case: str, architecture: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("features", "architecture"), [(128, 90), (768, 90), (768, 80), (128, 100)]
-)
-def test_rectangles_compile_without_spills(features: int, architecture: int) -> None:
-    call = rectangle_call(50000, 8100, features, torch.bfloat16)
+    ("features", "architecture", "paired"),
+    [
+        (128, 90, False), (768, 90, False), (768, 80, False), (128, 100, False),
+        (128, 90, True), (768, 90, True), (256, 80, True),
+    ],
+)  # fmt: skip
+def test_rectangles_compile_without_spills(features: int, architecture: int, paired: bool) -> None:
+    call = rectangle_call(50000, 8100, features, torch.bfloat16, paired=paired)
     check(gpu_machine_code.launches(architecture, call), architecture)
 
 

@@ -122,20 +122,21 @@ def test_nt_xent_is_replayed(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tensor"), [(torch.float32, False), (torch.bfloat16, True)], ids=str
+    ("dtype", "tensor", "paired"),
+    [(torch.float32, False, False), (torch.bfloat16, True, False), (torch.bfloat16, False, True)],
+    ids=str,
 )
 def test_cross_logsumexp_is_replayed(
-    operators: Operators, dtype: torch.dtype, tensor: bool
+    operators: Operators, dtype: torch.dtype, tensor: bool, paired: bool
 ) -> None:
-    check_replays(
-        operators, "cross_logsumexp", lambda call: rectangle(call, dtype=dtype, tensor=tensor)
-    )
+    options: dict[str, Any] = {"dtype": dtype, "tensor": tensor, "paired": paired}
+    check_replays(operators, "cross_logsumexp", lambda call: rectangle(call, **options))
     for of_x, of_y in ((True, True), (True, False), (False, True)):
         check_replays(
             operators,
             "cross_logsumexp_backward",
             lambda call, of_x=of_x, of_y=of_y: rectangle_backward(  # type: ignore[misc]
-                call, dtype=dtype, tensor=tensor, of_x=of_x, of_y=of_y
+                call, of_x=of_x, of_y=of_y, **options
             ),
         )
 

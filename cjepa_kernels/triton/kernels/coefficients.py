@@ -8,6 +8,9 @@ up to factors that ``finish_kernel`` applies. The weights w and the shifts c of 
 symmetric. G carries the scale of the weights, which is not 1 where the numbers of the operands'
 dtype have too few exponents.
 
+With positives p(a) (PAIRED), G_a,p(a) holds tau dL/ds_a,p(a) from the upstream gradient of the
+positives' similarities in place of exponentials. The products then add the positives on both sides.
+
 There are two schedules. *Squares* writes a square of blocks of G to a workspace and multiplies it
 from there, by rows and by columns. Where X = Y it computes G above the diagonal only, and takes
 3 M^2 D operations in all. It serves every case. *Owned rows* is row-stationary: a program keeps a
@@ -40,6 +43,22 @@ def coefficients(
 
 
 @triton.jit
+def load_positives(positives, row, rows, others):
+    """The positive of each row among ``others`` rows of the other side; -1 for a row without one.
+
+    A number out of range counts as -1: the similarity of such a positive is NaN already.
+    """
+    p = tl.load(positives + row, mask=row < rows, other=-1)
+    return tl.where((p >= 0) & (p < others), p, -1).to(tl.int32)
+
+
+@triton.jit
+def put_positives(g, p, weight, other):
+    """G with ``weight`` at the positives ``p`` of its rows; ``other`` are the tile's columns."""
+    return tl.where(p[:, None] == other[None, :], weight[:, None], g)
+
+
+@triton.jit
 def times_similarity(g, s):
     """G_ab s_ab; 0 where G_ab is 0, because s_ab may be a NaN of the padding there."""
     return tl.where(g == 0.0, 0.0, g * s)
@@ -51,21 +70,22 @@ def times_similarity(g, s):
     do_not_specialize=["first_row", "first_column", "row_blocks", "multiplicity", "filled_slots"]
 )  # fmt: skip
 def coefficient_tiles_kernel(
-    x, y, g_out, row_weight, row_shift, column_weight, column_shift, temperature,
-    mask, rows, columns, x_plane, y_plane,
+    x, y, g_out, row_weight, row_shift, column_weight, column_shift, positives, positive_weight,
+    temperature, mask, rows, columns, x_plane, y_plane,
     first_row, first_column, row_blocks, g_stride, dots, filled_slots, multiplicity,
-    SELF: tl.constexpr, SQUARE: tl.constexpr, MASKED: tl.constexpr, CONSTANT: tl.constexpr,
-    TAU_TENSOR: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SELF: tl.constexpr, PAIRED: tl.constexpr, SQUARE: tl.constexpr, MASKED: tl.constexpr,
+    CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """G of a square of blocks from (first_row, first_column), one tile for each program.
 
     SQUARE says that the square lies on the diagonal of S, with SELF. Only the upper half of it is
     computed, and stored twice.
 
-    For a temperature that is a tensor, each program adds its part of the sum of G_ab s_ab to its
-    slot of ``dots``. Squares follow one another, and the first ``filled_slots`` slots already hold
-    the parts of an earlier square. ``multiplicity`` is 2 if a tile stands for two tiles of S.
+    For a temperature that is a tensor, each program adds its part of the sum of G_ab s_ab, without
+    the positives, to its slot of ``dots``. Squares follow one another, and the first
+    ``filled_slots`` slots already hold the parts of an earlier square. ``multiplicity`` is 2 if a
+    tile stands for two tiles of S.
     """
     program = tl.program_id(0)
     if SQUARE:
@@ -95,6 +115,9 @@ def coefficient_tiles_kernel(
             a=a, b=b, rows=rows, columns=columns, mask=mask, SELF=SELF, MASKED=MASKED
         )
         g = tl.where(is_negative, g, 0.0)
+    if PAIRED:
+        p = load_positives(positives=positives, row=a, rows=rows, others=columns)
+        g = put_positives(g=g, p=p, weight=tl.zeros((BM,), tl.float32), other=b)
     if TAU_TENSOR:
         if SQUARE:
             multiplicity = tl.where(i == j, 1, 2)
@@ -102,6 +125,8 @@ def coefficient_tiles_kernel(
         dot = tl.sum(times_similarity(g, s))
         before = tl.load(dots + program, mask=program < filled_slots, other=0.0)
         tl.store(dots + program, before + dot.to(tl.float64) * multiplicity)
+    if PAIRED:
+        g = put_positives(g=g, p=p, weight=tl.load(positive_weight + a), other=b)
     if PRECISION == "tf32":
         g = round_to_tf32(g)
     g = g.to(g_out.dtype.element_ty)
@@ -190,9 +215,10 @@ def products_kernel(
 
 @triton.jit
 def add_owned_tile(
-    acc, own_rows, y, a, j, row_weight, column_weight, scale, rows, columns,
-    SELF: tl.constexpr, EDGE: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    acc, own_rows, y, a, j, row_weight, column_weight, positives, positive_weight, own_positives,
+    scale, rows, columns,
+    SELF: tl.constexpr, PAIRED: tl.constexpr, EDGE: tl.constexpr, WIDTH: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """acc + G Y of the rows ``a`` and the j-th block of columns; EDGE masks G."""
     b = j * BN + tl.arange(0, BN)
@@ -209,6 +235,12 @@ def add_owned_tile(
             a=a, b=b, rows=rows, columns=columns, mask=None, SELF=SELF, MASKED=False
         )
         g = tl.where(is_negative, g, 0.0)
+    if PAIRED == "rows":
+        g = put_positives(g=g, p=own_positives, weight=tl.load(positive_weight + a), other=b)
+    if PAIRED == "columns":
+        p = load_positives(positives=positives, row=b, rows=columns, others=rows)
+        weight = tl.load(positive_weight + b)
+        g = tl.where(a[:, None] == p[None, :], weight[None, :], g)
     if PRECISION == "tf32":
         g = round_to_tf32(g)
     return tl.dot(g.to(block.dtype), block, acc, input_precision=PRECISION)
@@ -216,14 +248,15 @@ def add_owned_tile(
 
 @triton.jit(do_not_specialize=["rows", "columns", "column_blocks", "splits"])
 def owned_rows_kernel(
-    x, y, out, row_weight, column_weight, temperature,
+    x, y, out, row_weight, column_weight, positives, positive_weight, temperature,
     rows, columns, padded_rows, column_blocks, splits,
-    SELF: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SELF: tl.constexpr, PAIRED: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """out[split, a] = sum of G_ab y_b over the columns b of a split; out: (splits, M, D).
 
-    The kernel serves a constant shift without a user's mask.
+    The kernel serves a constant shift without a user's mask. PAIRED says whose ``positives`` there
+    are: those of the "rows", or of the "columns"; "" without positives.
 
     The tiles that need a mask come first: with SELF the ``diagonal_count`` tiles on the diagonal,
     which begin at column block ``diagonal``, and the last tile if the columns do not fill it.
@@ -238,6 +271,9 @@ def owned_rows_kernel(
         source=x, row=i * BM, column=0, stride=WIDTH, ROWS=BM, COLUMNS=WIDTH, TMA=TMA
     )
     weights = tl.load(row_weight + a)
+    own_positives = a
+    if PAIRED == "rows":
+        own_positives = load_positives(positives=positives, row=a, rows=rows, others=columns)
     acc = tl.zeros((BM, WIDTH), tl.float32)
     diagonal = last
     diagonal_count = 0
@@ -250,16 +286,18 @@ def owned_rows_kernel(
         acc = add_owned_tile(
             acc=acc, own_rows=own_rows, y=y, a=a,
             j=tl.where(t < diagonal_count, diagonal + t, last - 1), row_weight=weights,
-            column_weight=column_weight, scale=scale, rows=rows, columns=columns,
-            SELF=SELF, EDGE=True, WIDTH=WIDTH, BN=BN, PRECISION=PRECISION, TMA=TMA,
+            column_weight=column_weight, positives=positives, positive_weight=positive_weight,
+            own_positives=own_positives, scale=scale, rows=rows, columns=columns,
+            SELF=SELF, PAIRED=PAIRED, EDGE=True, WIDTH=WIDTH, BN=BN, PRECISION=PRECISION, TMA=TMA,
         )  # fmt: skip
     for t in range(0, last - first - diagonal_count - ragged.to(tl.int32)):
         j = first + t
         j = tl.where(j >= diagonal, j + diagonal_count, j)
         acc = add_owned_tile(
             acc=acc, own_rows=own_rows, y=y, a=a, j=j, row_weight=weights,
-            column_weight=column_weight, scale=scale, rows=rows, columns=columns,
-            SELF=SELF, EDGE=False, WIDTH=WIDTH, BN=BN, PRECISION=PRECISION, TMA=TMA,
+            column_weight=column_weight, positives=positives, positive_weight=positive_weight,
+            own_positives=own_positives, scale=scale, rows=rows, columns=columns,
+            SELF=SELF, PAIRED=PAIRED, EDGE=False, WIDTH=WIDTH, BN=BN, PRECISION=PRECISION, TMA=TMA,
         )  # fmt: skip
     feature = tl.arange(0, WIDTH)
     row = split.to(tl.int64) * padded_rows + a

@@ -124,15 +124,42 @@ def sum_in_order(values, count, BLOCK: tl.constexpr = 1024):
 
 
 @triton.jit
-def squared_sum(sums, count, first, WIDTH: tl.constexpr):
-    """|sum_a z_a|^2 over FEATURE_BLOCK features, from ``count`` partial sums of the rows z_a."""
+def sum_of_rows(sums, count, first, WIDTH: tl.constexpr):
+    """sum_a z_a, FEATURE_BLOCK features of it, from ``count`` partial sums of the rows z_a."""
     feature = first + tl.arange(0, FEATURE_BLOCK)
     z = tl.zeros((FEATURE_BLOCK,), tl.float64)
     for start in range(0, count, FEATURE_SUM_ROWS):
         row = start + tl.arange(0, FEATURE_SUM_ROWS)
         offsets = row[:, None] * WIDTH + feature[None, :]
         z += tl.sum(tl.load(sums + offsets, mask=(row < count)[:, None], other=0.0), 0)
+    return z
+
+
+@triton.jit
+def squared_sum(sums, count, first, WIDTH: tl.constexpr):
+    """|sum_a z_a|^2 over FEATURE_BLOCK features, from ``count`` partial sums of the rows z_a."""
+    z = sum_of_rows(sums, count, first, WIDTH)
     return tl.sum(z * z, 0)
+
+
+@triton.jit(do_not_specialize=["x_count", "y_count"])
+def mean_similarity_kernel(
+    x_sums, y_sums, partial, counter, mean_out, x_count, y_count, pairs, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The mean of all similarities, sum_a x_a . sum_b y_b / pairs.
+
+    ``x_sums`` and ``y_sums`` hold the parts of both sums, as ``pack_kernel`` left them. Each of
+    WIDTH / FEATURE_BLOCK programs takes its features. The program that ends last adds the products
+    of all of them in order.
+    """
+    program = tl.program_id(0)
+    x = sum_of_rows(x_sums, x_count, program * FEATURE_BLOCK, WIDTH)
+    y = sum_of_rows(y_sums, y_count, program * FEATURE_BLOCK, WIDTH)
+    tl.store(partial + program, tl.sum(x * y, 0))
+    tl.debug_barrier()
+    programs = tl.num_programs(0)
+    if tl.atomic_add(counter, 1) == programs - 1:
+        tl.store(mean_out, (sum_in_order(partial, programs) / pairs).to(tl.float32))
 
 
 @triton.jit(
@@ -247,19 +274,23 @@ def nt_xent_rows_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "stride", "first", "slots", "row_blocks", "whole_rows", "whole_columns",
-        "run_length",
+        "rows", "other_rows", "stride", "first", "slots", "row_blocks", "whole_rows",
+        "whole_columns", "run_length",
     ]
 )  # fmt: skip
 def logsumexp_kernel(
-    sums, maxima, running_sum, running_max, lse_out, max_out, shift_out, log_sum_out, temperature,
-    rows, stride, first, slots, row_blocks, whole_rows, whole_columns, run_length, slot_counts,
-    COLUMNS: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, COUNTED: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr, SLOTS: tl.constexpr,
+    sums, maxima, running_sum, running_max, lse_out, max_out, shift_out, log_sum_out, positives,
+    positive, temperature, rows, other_rows, stride, first, slots, row_blocks, whole_rows,
+    whole_columns, run_length, slot_counts,
+    COLUMNS: tl.constexpr, PAIRED: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
+    COUNTED: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exps of one block of rows or, with COLUMNS, of one block of the panel's columns.
 
-    ``rows`` is the number of rows (of columns, with COLUMNS), ``first`` the panel's first block.
+    ``rows`` is the number of rows (of columns, with COLUMNS), ``other_rows`` that of the other
+    side, ``first`` the panel's first block. With PAIRED the rows' positives get a similarity where
+    no tile wrote one: 0 for a row without a positive (-1), NaN for a column that does not exist.
     """
     block = tl.program_id(0)
     a = block * BM + tl.arange(0, BM)
@@ -289,5 +320,9 @@ def logsumexp_kernel(
     lse = shift.to(tl.float64) * (scale * LN2) + log_sum
     tl.store(lse_out + a, lse.to(tl.float32), mask=valid)
     tl.store(max_out + a, maximum, mask=valid)
+    if PAIRED and not COLUMNS:
+        p = tl.load(positives + a, mask=valid, other=0)
+        nowhere = (p < 0) | (p >= other_rows)
+        tl.store(positive + a, tl.where(p == -1, 0.0, float("nan")), mask=valid & nowhere)
     tl.store(shift_out + a, shift, mask=valid)
     tl.store(log_sum_out + a, log_sum.to(tl.float32), mask=valid)

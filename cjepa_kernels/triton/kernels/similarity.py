@@ -11,6 +11,9 @@ the sum. The first axis of row_sum counts the column blocks of the panel that is
 
 One program writes each entry once, so the results have the same bits on every run.
 
+With PAIRED each row has one column as its positive, or -1. Its entry is no part of the sums and
+maxima, and its similarity is stored by row.
+
 With SELF only the tiles on and above the diagonal are computed. S is symmetric: a tile above the
 diagonal serves its rows by row_sum and its columns by column_sum. A tile on the diagonal is
 computed whole and serves its rows only.
@@ -102,6 +105,21 @@ def negatives(
 
 
 @triton.jit
+def take_positives(s, positives, positive, a, b, rows):
+    """The tile of S without the entries of positives, whose similarities are stored.
+
+    Few tiles hold one, so the others pass by.
+    """
+    p = tl.load(positives + a, mask=a < rows, other=-1)
+    here = (p >= tl.min(b, 0)) & (p <= tl.max(b, 0))
+    if tl.max(here.to(tl.int32), 0) > 0:
+        is_positive = tl.where(here, p, -1).to(tl.int32)[:, None] == b[None, :]
+        tl.store(positive + a, tl.sum(tl.where(is_positive, s, 0.0), 1), mask=here)
+        s = tl.where(is_positive, float("-inf"), s)
+    return s
+
+
+@triton.jit
 def exponentials(s, maximum, scale):
     """2^((s - maximum) scale) with the maximum of a row or a column; 0 where s is -inf."""
     return tl.exp2((s - tl.where(maximum == float("-inf"), 0.0, maximum)) * scale)
@@ -135,12 +153,13 @@ def reduce_tile(
     ]
 )  # fmt: skip
 def tiles_kernel(
-    x, y, row_sum, row_max, column_sum, column_max, positive, negative_sum, negative_count,
-    temperature, mask, rows, columns, x_plane, y_plane,
+    x, y, row_sum, row_max, column_sum, column_max, positives, positive, negative_sum,
+    negative_count, temperature, mask, rows, columns, x_plane, y_plane,
     row_blocks, column_blocks, first_column, last_column, row_tiles,
-    SELF: tl.constexpr, MASKED: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
-    PLACE: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr,
-    BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SELF: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr, CONSTANT: tl.constexpr,
+    TAU_TENSOR: tl.constexpr, PLACE: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """One square tile for each program, from the column blocks [first_column, last_column).
 
@@ -194,6 +213,8 @@ def tiles_kernel(
             tl.store(negative_sum + slot, tl.sum(tl.where(is_negative, s, 0.0)) * multiplicity)
             tl.store(negative_count + slot, tl.sum(is_negative.to(tl.int32)) * multiplicity)
         s = tl.where(is_negative, s, float("-inf"))
+    if PAIRED:
+        s = take_positives(s=s, positives=positives, positive=positive, a=a, b=b, rows=rows)
     reduce_tile(
         s=s, scale=scale, row_sum=row_sum, row_max=row_max, column_sum=column_sum,
         column_max=column_max,

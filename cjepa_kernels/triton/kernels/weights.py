@@ -7,7 +7,8 @@ With pairs, L_a = softplus(LSE-_a - s_a / tau), so that
     w_a   = g_a r_a / sum_a            the factor of the row's exponentials in dL/ds_ab
     w+_a  = g_a r_a                    the same for the positive: dL/ds_a = -w+_a / tau
 
-and without pairs, L_a = LSE_a and w_a = g_a / sum_a.
+and without pairs, L_a = LSE_a and w_a = g_a / sum_a. Positives of a rectangle have an upstream
+gradient u_a of their own, the one of their similarity, and w+_a = tau u_a.
 
 Gradients of rows are divided by the largest of them, and a gradient that is one number is left out:
 the kernel that finishes the backward multiplies by it. The weights thus stay in the range of their
@@ -94,3 +95,18 @@ def weights_kernel(
         weight_scale=weight_scale, PAIRS=PAIRS, PER_ROW=PER_ROW, CONSTANT=CONSTANT,
         TAU_TENSOR=TAU_TENSOR,
     )  # fmt: skip
+
+
+@triton.jit
+def positive_weights_kernel(
+    grad, stride, largest_grad, temperature, rows, weight_scale, weight_out,
+    TAU_TENSOR: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The weights of a rectangle's positives, from the upstream gradients of their similarities."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    u = tl.load(grad + row.to(tl.int64) * stride, mask=valid, other=0.0).to(tl.float64)
+    largest = tl.load(largest_grad).to(tl.float64)
+    u = tl.where(largest > 0, u / largest, u)
+    inverse_tau = (read_scale(temperature, TAU_TENSOR) * LN2).to(tl.float64)
+    tl.store(weight_out + row, (u / inverse_tau * weight_scale).to(tl.float32), mask=valid)

@@ -72,6 +72,10 @@ struct SimilarityCore : MicroTile<T, Operand> {
     using Lane = decltype(lane[0] + 0);
     const auto bound = [](int64_t x) { return static_cast<Lane>(x < 0 ? 0 : least(x, L)); };
     I included = (lane >= bound(first)) & (lane < bound(last));
+    if (e.positives != nullptr) {
+      const int64_t positive = e.positives[a] - b;
+      if (positive >= 0 && positive < L) included &= lane != static_cast<Lane>(positive);
+    }
     if (e.self && e.mask != nullptr) {
       if (b >= e.columns) return I{};
       const int64_t sample = b >> 1;  // the bits of L entries lie in one byte
@@ -81,16 +85,31 @@ struct SimilarityCore : MicroTile<T, Operand> {
     return included;
   }
 
-  // Whether some entry of the micro-tile, or of one below it, is excluded.
+  // Whether some entry of the micro-tile is excluded. With `self` the same holds for the
+  // micro-tiles below it.
   static bool needs_mask(const Exclusion& e, int64_t a, int64_t b) {
-    return a + MR > e.rows || b + NR > e.columns || (e.self && (e.mask != nullptr || a + MR > b));
+    if (a + MR > e.rows || b + NR > e.columns) return true;
+    if (e.self) return e.mask != nullptr || a + MR > b;
+    if (e.positives == nullptr) return false;
+    bool found = false;
+    for (int m = 0; m < MR; ++m) {
+      const int64_t column = e.positives[a + m] - b;
+      found |= column >= 0 && column < NR;
+    }
+    return found;
   }
 
-  // First row of the tile, relative to it, from which all micro-tiles of the panel are masked.
-  static int64_t first_masked(const Similarity& t, int64_t j) {
-    int64_t i = 0;
-    while (i < t.height && !needs_mask(t.exclusion, t.row + i, t.column + j)) i += MR;
-    return i;
+  // Rows of the panel from `begin` on, whole micro-tiles, which either all need a mask or do not.
+  struct Run {
+    int64_t begin, end;
+    bool masked;
+  };
+  static Run next_run(const Similarity& t, int64_t j, int64_t begin, int64_t height) {
+    Run run{begin, begin, needs_mask(t.exclusion, t.row + begin, t.column + j)};
+    do run.end += MR;
+    while (run.end < height &&
+           needs_mask(t.exclusion, t.row + run.end, t.column + j) == run.masked);
+    return run;
   }
 
   // Rows of the panel that are computed: with `self` those down to the diagonal.
@@ -100,9 +119,15 @@ struct SimilarityCore : MicroTile<T, Operand> {
   }
 
   static void read_positive(const Similarity& t, V s, int64_t a, int64_t b) {
-    const int64_t lane = (a ^ 1) - b;
-    if ((a & 1) || lane < 0 || lane >= L || a >= t.exclusion.rows) return;
-    t.positive[a - t.row] = t.positive[a + 1 - t.row] = s[lane];
+    const Exclusion& e = t.exclusion;
+    if (a >= e.rows) return;
+    const int64_t lane = (e.self ? a ^ 1 : e.positives[a]) - b;
+    if (lane < 0 || lane >= L) return;
+    if (!e.self) {
+      t.positive[a - t.row] = s[lane];
+    } else if ((a & 1) == 0) {
+      t.positive[a - t.row] = t.positive[a + 1 - t.row] = s[lane];
+    }
   }
 
   // Excluded entries of a vector become -inf. On the way, positives and the sum of negatives are
@@ -217,9 +242,12 @@ struct SimilarityCore : MicroTile<T, Operand> {
       }
     }
     for (int64_t j = 0; j < t.width; j += NR) {
-      const int64_t height = panel_height(t, j), plain = least(first_masked(t, j), height);
-      if (plain > 0) run_constant<false, STORE, SUMS>(t, j, 0, plain);
-      if (plain < height) run_constant<true, STORE, SUMS>(t, j, plain, height);
+      const int64_t height = panel_height(t, j);
+      for (Run run{}; run.end < height;) {
+        run = next_run(t, j, run.end, height);
+        run.masked ? run_constant<true, STORE, SUMS>(t, j, run.begin, run.end)
+                   : run_constant<false, STORE, SUMS>(t, j, run.begin, run.end);
+      }
     }
     if constexpr (STORE == kStreamed) fence();
     if constexpr (SUMS) {
@@ -229,14 +257,15 @@ struct SimilarityCore : MicroTile<T, Operand> {
 
   static void store_similarities(const Similarity& t) {
     for (int64_t j = 0; j < t.width; j += NR) {
-      const int64_t height = panel_height(t, j), plain = least(first_masked(t, j), height);
+      const int64_t height = panel_height(t, j);
       for (int64_t i = 0; i < height; i += MR) {
+        const bool masked = needs_mask(t.exclusion, t.row + i, t.column + j);
         V acc[MR][NV] = {};
         similarities(acc, t, i, j);
         for (int m = 0; m < MR; ++m) {
           for (int v = 0; v < NV; ++v) {
             V s = acc[m][v];
-            if (i >= plain) s = mask_entries(t, s, t.row + i + m, t.column + j + v * L);
+            if (masked) s = mask_entries(t, s, t.row + i + m, t.column + j + v * L);
             if (is_stored(t, i + m, j)) store(t.out + (i + m) * t.out_stride + j + v * L, s);
           }
         }

@@ -25,11 +25,14 @@ using Bf16Pair = uint32_t;  // first number in the low half
 // row 2k + 1 is view j of it. Then only pairs above the diagonal count, and the positive of a row
 // (row ^ 1) is not among its negatives. A mask excludes more pairs of samples: bit l % 8 of byte l
 // / 8 of row k is set if the pair (k, l) is excluded. It is symmetric.
+//
+// Without `self`, `positives` has the column of each row's positive, or -1. It does not count.
 struct Exclusion {
   int64_t rows, columns;  // rows and columns beyond these are padding
   bool self;
-  const uint8_t* mask;  // or null
-  int64_t mask_stride;  // bytes of a row
+  const uint8_t* mask;       // or null
+  int64_t mask_stride;       // bytes of a row
+  const int64_t* positives;  // (rows) or null
 };
 
 // How a similarity s becomes an exponential e. Exponents have base 2: scale = log2(e) / tau. With a
@@ -65,7 +68,7 @@ struct SimilarityTile {
   T* row_max;
   T* column_sum;
   T* column_max;
-  T* positive;           // where the tile meets the diagonal: each row's s with its positive
+  T* positive;           // each row's s with its positive, if that is in the tile; or null
   double* negative_sum;  // with a mask: sum of the negatives' s, each pair twice; else null
   T* scratch;            // scratch_size() numbers
 };

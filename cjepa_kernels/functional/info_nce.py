@@ -1,0 +1,225 @@
+"""InfoNCE as a function: in-batch and extra negatives, one direction or both (CLIP)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cjepa_kernels import ops, reference
+from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.definitions import (
+    EPS,
+    INFO_NCE_TEMPERATURE,
+    CrossLogSumExpForward,
+    InfoNCEOutput,
+    Reduction,
+)
+from cjepa_kernels.functional import checks, dispatch
+from cjepa_kernels.functional.anchors import excess, softplus
+from cjepa_kernels.functional.cross_logsumexp import run_cross_logsumexp
+from cjepa_kernels.functional.operands import operand_rows
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = None,
+    positives: Tensor | None = None,
+    *,
+    temperature: float | Tensor = INFO_NCE_TEMPERATURE,
+    symmetric: bool = False,
+    label_smoothing: float = 0.0,
+    use_cosine_similarity: bool = True,
+    eps: float = EPS,
+    reduction: Reduction = "mean",
+    backend: Backend = "auto",
+) -> InfoNCEOutput:
+    """InfoNCE of queries against keys, with its metrics, without the (M, N) similarity matrix.
+
+    Each query has one key as its positive. All other keys, and all rows of ``negatives``, are its
+    negatives. With s the similarities, the loss of query a is
+
+        loss_a = log sum_b exp(s_ab / tau) - s_ap / tau,    p the key that is a's positive
+
+    and is computed as softplus(LSE-_a - s_ap / tau), with LSE- over the negatives alone. It is
+    therefore never negative and loses nothing to rounding when the positive dominates.
+
+    Args:
+        query: (M, D), M >= 1. fp64, fp32, bf16 or fp16.
+        key: (N, D), N >= 1, same device. Two dtypes become the one that ``torch.promote_types``
+            gives; gradients have each input's own.
+        negatives: (K, D) more keys that are nobody's positive: hard negatives, a queue, a memory
+            bank. Their rows may require a gradient. Default: none.
+        positives: (M,) int64, for each query the row of ``key`` that is its positive. Several
+            queries may share one unless ``symmetric``. Default: row a for query a, which needs
+            N = M.
+        temperature: Float from 1e-30 to 1e30, or a tensor of shape () or (1,), which then gets a
+            gradient of its shape. A tensor outside of that range gives NaN, because the host never
+            reads it. Default 0.07.
+        symmetric: The mean of both directions: each query among the keys, and each query's positive
+            among the queries, as in CLIP. Keys that are nobody's positive, and ``negatives``, take
+            part in the first direction only.
+        label_smoothing: Share of the target, from 0 to below 1, that is spread over all keys (in
+            the second direction over all queries). Default 0.
+        use_cosine_similarity: Cosine similarity, else the plain dot product.
+        eps: Lower bound on the norm used for normalisation; a row below it gets a zero
+            gradient. Default 1e-8.
+        reduction: ``mean`` over the M queries, ``sum``, or ``none``.
+        backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
+
+    Returns:
+        InfoNCEOutput. Without any negative the loss and its gradient are 0.
+
+    Raises:
+        TypeError: A tensor of the wrong kind or dtype.
+        ValueError: A wrong shape, device or value; the message names it. On a GPU and under
+            torch.compile the host does not read ``positives``: there a number out of range, or with
+            ``symmetric`` one that is repeated, makes the loss NaN on a GPU.
+        RuntimeError: A back end that was asked for by name and is missing.
+
+    Source: InfoNCE, arXiv 1807.03748, equation 4; both directions as in CLIP, arXiv 2103.00020.
+
+    Example:
+        >>> query, key = torch.eye(4), torch.eye(4)
+        >>> out = info_nce(query, key, temperature=0.5)
+        >>> round(out.loss.item(), 4), out.accuracy.item()
+        (0.3408, 1.0)
+    """
+    check_backend(backend)
+    temperature = checks.without_arrays(temperature, query)
+    checks.check_temperature(temperature)
+    checks.check_reduction(reduction)
+    checks.check_in_range("eps", eps)
+    checks.check_bool("use_cosine_similarity", use_cosine_similarity)
+    checks.check_bool("symmetric", symmetric)
+    checks.check_label_smoothing(label_smoothing)
+    checks.check_rectangle(query, key, names=("query", "key"))
+    checks.check_temperature_device(temperature, "query", query)
+    if positives is None:
+        if len(query) != len(key):
+            raise ValueError(
+                "positives must be given where query and key differ in their number of rows, got "
+                f"{len(query)} and {len(key)}"
+            )
+        positives = torch.arange(len(query), device=query.device)
+    else:
+        positives = checks.as_positives(positives, query, key)
+        if symmetric:
+            positives = checks.as_unique(positives, len(key))
+    query, key = checks.promote(query, key)
+    if negatives is not None:
+        checks.check_rectangle(query, negatives, names=("query", "negatives"))
+        dtype = torch.promote_types(query.dtype, negatives.dtype)
+        query, key = query.to(dtype), torch.cat([key.to(dtype), negatives.to(dtype)])
+    return _info_nce(
+        query,
+        key,
+        positives,
+        temperature=checks.as_float_or_scalar(temperature),
+        symmetric=symmetric,
+        label_smoothing=checks.as_float(label_smoothing),
+        use_cosine_similarity=use_cosine_similarity,
+        eps=checks.as_float(eps),
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+def _info_nce(
+    query: Tensor,
+    key: Tensor,
+    positives: Tensor,
+    *,
+    temperature: float | Tensor,
+    symmetric: bool,
+    label_smoothing: float,
+    use_cosine_similarity: bool,
+    eps: float,
+    reduction: Reduction,
+    backend: Backend,
+) -> InfoNCEOutput:
+    """InfoNCE with checked arguments; ``key`` holds the further negatives too."""
+    rows: dict[str, Any] = {"use_cosine_similarity": use_cosine_similarity, "eps": eps}
+    if backend == "reference":
+        with dispatch.without_autocast(query.device):
+            return reference.info_nce(
+                ops.saveable(query),
+                ops.saveable(key),
+                positives=positives,
+                temperature=ops.saveable(temperature),
+                symmetric=symmetric,
+                label_smoothing=label_smoothing,
+                reduction=reduction,
+                **rows,
+            )
+    out = run_cross_logsumexp(
+        query,
+        key,
+        positives=positives,
+        temperature=temperature,
+        overload=dispatch.choose_overload(backend, query.device),
+        **rows,
+    )
+    smooth = None
+    if label_smoothing > 0:
+        smooth = [operand_rows(z, backend=backend, **rows) for z in (query, key)]
+    with dispatch.without_autocast(query.device):
+        return _losses(
+            out,
+            positives,
+            operands=smooth,
+            tau=temperature,
+            symmetric=symmetric,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+
+
+def _losses(
+    out: CrossLogSumExpForward,
+    positives: Tensor,
+    *,
+    operands: list[Tensor] | None,
+    tau: float | Tensor,
+    symmetric: bool,
+    label_smoothing: float,
+    reduction: Reduction,
+) -> InfoNCEOutput:
+    """The losses and metrics that follow from the numbers of each row and each column."""
+    positive = out.positive
+    gap = excess(out.row_lse, positive, out.row_shift, out.row_log_sum, tau)
+    losses = softplus(gap)  # (M,)
+    hits = (positive > out.row_max).to(positive.dtype)
+    if symmetric:
+        column_gap = excess(
+            out.column_lse[positives],
+            positive,
+            out.column_shift[positives],
+            out.column_log_sum[positives],
+            tau,
+        )
+        losses = (losses + softplus(column_gap)) / 2
+        hits = (hits + (positive > out.column_max[positives])) / 2
+    if operands is not None:
+        queries, keys = operands
+        mean = queries @ keys.mean(dim=0)  # (M,) mean similarity of each query and all keys
+        if symmetric:
+            mean = (mean + keys[positives] @ queries.mean(dim=0)) / 2
+        smoothed = losses + label_smoothing * (positive - mean) / tau
+        # The exact loss is not negative. Rounding may leave less than 0 where it is 0.
+        losses = smoothed + (smoothed.detach().clamp(min=0) - smoothed.detach())
+    rows, columns = len(out.row_lse), len(out.column_lse)
+    loss = reference.reduce(losses, reduction)
+    with torch.no_grad():
+        negatives = rows * columns - rows
+        total = out.mean_similarity * (rows * columns) - positive.sum()
+        return InfoNCEOutput(
+            loss=loss,
+            accuracy=hits.mean(),
+            positive_similarity=positive.mean(),
+            negative_similarity=total / (negatives if negatives else math.nan),
+            lse=softplus(gap) + positive / tau,
+        )

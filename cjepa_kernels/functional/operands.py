@@ -1,0 +1,45 @@
+"""The rows whose products a back end takes, for what is computed beside the operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cjepa_kernels import ops, reference
+from cjepa_kernels.backends import Backend
+from cjepa_kernels.functional import dispatch
+
+
+def operand_rows(z: Tensor, *, use_cosine_similarity: bool, eps: float, backend: Backend) -> Tensor:
+    """Rows normalised and rounded as the operators of a back end do it.
+
+    The gradient is that of the rows before rounding, as in the back ends.
+
+    Args:
+        z: (M, D) floating point, of the dtype that both sides have in the operator.
+        use_cosine_similarity: Normalise the rows.
+        eps: Lower bound on the norm used for normalisation.
+        backend: A checked name.
+
+    Returns:
+        (M, D) in fp32 (fp64 for fp64).
+    """
+    rounded: torch.dtype | None = None
+    tf32 = False
+    if backend != "reference":
+        rounded = dispatch.product_dtype(z) or z.dtype  # autocast is still on
+        overload = dispatch.choose_overload(backend, z.device)
+        tf32 = rounded == torch.float32 and dispatch.rounds_to_tf32(overload, z)
+    with dispatch.without_autocast(z.device):
+        rows = reference.embed_rows(ops.saveable(z), use_cosine_similarity, eps)
+        if rounded is None:
+            return rows
+        return rows + (_round(rows.detach(), rounded, tf32) - rows.detach())
+
+
+def _round(rows: Tensor, dtype: torch.dtype, tf32: bool) -> Tensor:
+    """Operands of the product: rounded, in the accumulation dtype."""
+    if tf32:  # to 10 bits of mantissa, as round_to_tf32 in triton/kernels/operands.py
+        bits = (rows.view(torch.int32) + 0x1000) & ~0x1FFF
+        return torch.where(rows == rows, bits.view(torch.float32), rows)
+    return rows.to(dtype).to(rows.dtype)

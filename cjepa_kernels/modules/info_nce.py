@@ -1,0 +1,153 @@
+"""InfoNCE as a module; with ``symmetric=True`` it is the loss of CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.definitions import EPS, INFO_NCE_TEMPERATURE, Reduction
+from cjepa_kernels.functional.checks import (
+    check_bool,
+    check_in_range,
+    check_label_smoothing,
+    check_reduction,
+)
+from cjepa_kernels.functional.info_nce import info_nce
+from cjepa_kernels.modules.float_attribute import float_attribute
+from cjepa_kernels.modules.loss_module import LossResult
+from cjepa_kernels.modules.temperature import TemperatureModule
+
+
+class InfoNCELoss(TemperatureModule):
+    """InfoNCE of queries against keys, with monitoring metrics.
+
+    Args:
+        temperature: Float from 1e-30 to 1e30, default 0.07. A lower temperature separates hard
+            negatives more sharply.
+        symmetric: The mean of both directions, queries among keys and keys among queries, as CLIP
+            trains.
+        label_smoothing: Share of the target, from 0 to below 1, that is spread over all keys.
+            Default 0.
+        use_cosine_similarity: Cosine similarity, else the plain dot product.
+        reduction: ``mean`` over the queries, ``sum`` or ``none``.
+        eps: Lower bound on the norm used for normalisation. Default 1e-8.
+        learnable_temperature: Train log(temperature) as the parameter ``log_temperature``,
+            starting at ``temperature``: it stays positive whatever the optimiser does. Keep it out
+            of weight decay, which pulls the temperature towards 1.
+        temperature_shape: Shape of ``log_temperature``, () or (1,). FSDP cannot shard a 0-dim
+            parameter and needs (1,). State dicts of either shape load into either.
+        backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
+        return_dict: Return a dict. With False a call returns the loss alone, as most losses do, and
+            the metrics of the last call are the attribute ``last_metrics``.
+
+    Raises:
+        ValueError, TypeError: A bad argument; the message names it.
+        RuntimeError: A back end that was asked for by name and is missing.
+
+    Source: InfoNCE, arXiv 1807.03748, equation 4; both directions as in CLIP, arXiv 2103.00020.
+
+    Example:
+        >>> loss_fn = InfoNCELoss(symmetric=True)
+        >>> image, text = torch.eye(4), torch.eye(4)
+        >>> out = loss_fn(image, text)
+        >>> out["accuracy"].item()
+        1.0
+    """
+
+    eps: float = float_attribute("eps")
+    label_smoothing: float = float_attribute("label_smoothing")
+
+    def __init__(
+        self,
+        temperature: float = INFO_NCE_TEMPERATURE,
+        *,
+        symmetric: bool = False,
+        label_smoothing: float = 0.0,
+        use_cosine_similarity: bool = True,
+        reduction: Reduction = "mean",
+        eps: float = EPS,
+        learnable_temperature: bool = False,
+        temperature_shape: Sequence[int] = (),
+        backend: Backend = "auto",
+        return_dict: bool = True,
+    ) -> None:
+        super().__init__(
+            temperature,
+            learnable_temperature=learnable_temperature,
+            temperature_shape=temperature_shape,
+            return_dict=return_dict,
+        )
+        check_bool("symmetric", symmetric)
+        check_label_smoothing(label_smoothing)
+        check_bool("use_cosine_similarity", use_cosine_similarity)
+        check_reduction(reduction)
+        check_in_range("eps", eps)
+        check_backend(backend)
+        self.symmetric = symmetric
+        self.label_smoothing = label_smoothing
+        self.use_cosine_similarity = use_cosine_similarity
+        self.reduction: Reduction = reduction
+        self.eps = eps
+        self.backend: Backend = backend
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        negatives: Tensor | None = None,
+        positives: Tensor | None = None,
+        *,
+        logit_scale: Tensor | None = None,
+    ) -> LossResult:
+        """Loss and metrics of a batch.
+
+        Args:
+            query: (M, D).
+            key: (N, D); without ``positives`` N = M, and ``key[k]`` is the positive of
+                ``query[k]``.
+            negatives: Optional (K, D) keys that are nobody's positive.
+            positives: Optional (M,) int64, the row of ``key`` that is each query's positive.
+            logit_scale: Optional tensor of shape () or (1,), the factor 1 / temperature of the
+                logits as CLIP's models return it. It takes the place of the module's temperature
+                and gets a gradient.
+
+        Returns:
+            ``loss``, ``accuracy``, ``positive_similarity`` and ``negative_similarity``. The metrics
+            are detached 0-dim tensors on the device. With ``return_dict=False`` the loss alone.
+        """
+        if logit_scale is not None and not isinstance(logit_scale, Tensor):
+            raise TypeError(f"logit_scale must be a tensor, got {type(logit_scale).__name__}")
+        out = info_nce(
+            query,
+            key,
+            negatives,
+            positives,
+            temperature=self.temperature if logit_scale is None else torch.reciprocal(logit_scale),
+            symmetric=self.symmetric,
+            label_smoothing=self.label_smoothing,
+            use_cosine_similarity=self.use_cosine_similarity,
+            eps=self.eps,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+        return self._result(
+            {
+                "loss": out.loss,
+                "accuracy": out.accuracy,
+                "positive_similarity": out.positive_similarity,
+                "negative_similarity": out.negative_similarity,
+            }
+        )
+
+    def extra_repr(self) -> str:
+        """Settings as ``name=value``, for ``print(module)``."""
+        learnable = "" if self.log_temperature is None else ", learnable_temperature=True"
+        return (
+            f"temperature={self.describe_temperature()}{learnable}, symmetric={self.symmetric}, "
+            f"label_smoothing={self.label_smoothing}, "
+            f"use_cosine_similarity={self.use_cosine_similarity}, reduction={self.reduction}, "
+            f"backend={self.backend}"
+        )

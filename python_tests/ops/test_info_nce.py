@@ -1,0 +1,263 @@
+"""InfoNCE against the float64 reference and against cross entropy, in values and gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from overloads import DEVICE
+from sample_inputs import DTYPES, sides
+from tolerances import AUTOCAST_LOSS, FLOOR_GRADIENT, FLOOR_VALUE, METRIC, relative_error
+from torch import Tensor
+
+from cjepa_kernels import InfoNCEOutput, info_nce
+from cjepa_kernels.functional import checks
+
+pytestmark = pytest.mark.usefixtures("kernels_only")
+
+
+def cross_entropy(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = None,
+    positives: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    symmetric: bool = False,
+    label_smoothing: float = 0.0,
+    use_cosine_similarity: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """The usual formula in the dtype of the inputs, with the whole matrix in memory."""
+    keys = key if negatives is None else torch.cat([key, negatives])
+    if use_cosine_similarity:
+        query, keys = F.normalize(query, dim=1), F.normalize(keys, dim=1)
+    labels = torch.arange(len(query)) if positives is None else positives
+    logits = query @ keys.T / temperature
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": "none"}
+    losses = F.cross_entropy(logits, labels, **options)
+    if symmetric:
+        back = logits.T[labels]  # (M, M): each positive against all queries
+        losses = (losses + F.cross_entropy(back, torch.arange(len(query)), **options)) / 2
+    if reduction == "none":
+        return losses
+    return losses.mean() if reduction == "mean" else losses.sum()
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "in_batch": {},
+    "hard_negatives": {"negatives": 30},
+    "more_keys": {"keys": 50, "positives": "permuted"},
+    "shared_positives": {"keys": 5, "positives": "repeated"},
+    "clip": {"symmetric": True},
+    "clip_permuted": {"symmetric": True, "keys": 40, "positives": "permuted", "negatives": 7},
+    "smoothed": {"label_smoothing": 0.1, "negatives": 9},
+    "clip_smoothed": {"label_smoothing": 0.3, "symmetric": True},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "dot_product": {"use_cosine_similarity": False, "temperature": 4.0},
+}
+QUERIES = 33
+
+
+def make(call: dict[str, Any], dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Any]]:
+    """Leaves (query, key and perhaps negatives) and the other arguments of a call."""
+    options = dict(call)
+    keys, extra = options.pop("keys", QUERIES), options.pop("negatives", 0)
+    query, key = sides(QUERIES, keys, 16, dtype)
+    leaves = [query, key]
+    if extra:
+        leaves.append(torch.randn(extra, 16).to(dtype).requires_grad_())
+    kind = options.pop("positives", None)
+    if kind == "permuted":
+        options["positives"] = torch.randperm(keys)[:QUERIES]
+    elif kind == "repeated":
+        options["positives"] = torch.randint(keys, (QUERIES,))
+    return leaves, options
+
+
+def results(
+    loss: Tensor, leaves: list[Tensor], upstream: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return loss.detach(), torch.autograd.grad(loss, leaves, upstream.to(loss))
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_values_gradients_and_metrics(backend: Any, name: str, dtype: torch.dtype) -> None:
+    leaves, options = make(CALLS[name], dtype)
+    temperature = torch.tensor(options.pop("temperature", 0.07)).to(dtype).requires_grad_()
+    out = info_nce(*leaves, temperature=temperature, backend=backend, **options)
+    upstream = torch.rand(out.loss.shape)
+    all_leaves = [*leaves, temperature]
+    loss, gradients = results(out.loss, all_leaves, upstream)
+    exact = [z.detach().double().requires_grad_() for z in all_leaves]
+    truth_out = info_nce(*exact[:-1], temperature=exact[-1], backend="reference", **options)
+    truth, truth_gradients = results(truth_out.loss, exact, upstream)
+    eager_leaves = [z.detach().clone().requires_grad_() for z in all_leaves]
+    eager = results(
+        cross_entropy(*eager_leaves[:-1], temperature=eager_leaves[-1], **options),
+        eager_leaves,
+        upstream,
+    )
+    assert (loss >= 0).all()
+    assert relative_error(loss, truth) <= FLOOR_VALUE[dtype] + 2 * relative_error(eager[0], truth)
+    for k, (actual, expected) in enumerate(zip(gradients, truth_gradients, strict=True)):
+        error = relative_error(eager[1][k], expected)
+        # Large terms cancel in a temperature's gradient.
+        floor = (10 if actual.ndim == 0 else 1) * FLOOR_GRADIENT[dtype]
+        assert relative_error(actual, expected) <= floor + 2 * error
+        assert actual.dtype == dtype
+    for field in InfoNCEOutput._fields[1:]:
+        actual, expected = getattr(out, field), getattr(truth_out, field)
+        assert not actual.requires_grad
+        assert actual.shape == expected.shape
+        if field == "accuracy":  # rounding to half precision may decide a close race
+            assert abs(actual - expected) <= (0.1 if dtype.itemsize == 2 else 1e-6)
+            continue
+        scale = max(1.0, expected.abs().max().item())
+        assert (actual.double() - expected).abs().max() <= 4 * METRIC[dtype] * scale
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_reference_is_cross_entropy(name: str) -> None:
+    leaves, options = make(CALLS[name], torch.float64)
+    out = info_nce(*leaves, backend="reference", **options)
+    expected = cross_entropy(*leaves, **options)
+    torch.testing.assert_close(out.loss, expected)
+    for actual, truth in zip(
+        torch.autograd.grad(out.loss.sum(), leaves),
+        torch.autograd.grad(expected.sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, truth)
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [0.005, 0.01, 0.02, 0.07])
+def test_aligned_pairs_at_low_temperature(
+    backend: Any, temperature: float, dtype: torch.dtype, symmetric: bool
+) -> None:
+    """The loss is tiny, never negative, and keeps its digits. The usual formula loses them all."""
+    query = torch.randn(64, 64, dtype=torch.float64)
+    key = query + 0.01 * torch.randn(64, 64, dtype=torch.float64)
+    leaves = [z.to(dtype).requires_grad_() for z in (query, key)]
+    options: dict[str, Any] = {"temperature": temperature, "symmetric": symmetric}
+    out = info_nce(*leaves, **options, backend=backend, reduction="none")
+    assert (out.loss >= 0).all()
+    assert out.accuracy == 1
+    if dtype in (torch.bfloat16, torch.float16):
+        return  # rounding the rows decides the loss
+    exact = [z.detach().double().requires_grad_() for z in leaves]
+    truth = info_nce(*exact, **options, backend="reference", reduction="none")
+    allowed = 1e-3 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(out.loss.double(), truth.loss, rtol=allowed, atol=1e-38)
+    for actual, expected in zip(
+        torch.autograd.grad(out.loss.sum(), leaves),
+        torch.autograd.grad(truth.loss.sum(), exact),
+        strict=True,
+    ):
+        # At the lowest temperatures the gradient is below the smallest fp32 number.
+        difference = (actual.double() - expected).abs().max()
+        assert difference <= allowed * expected.abs().max() + 1e-37
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2], ids=["", "smoothed"])
+def test_one_pair_without_negatives(backend: Any, symmetric: bool, smoothing: float) -> None:
+    query, key = sides(1, 1, 6)
+    temperature = torch.tensor(0.1, requires_grad=True)
+    out = info_nce(
+        query,
+        key,
+        temperature=temperature,
+        symmetric=symmetric,
+        label_smoothing=smoothing,
+        backend=backend,
+    )
+    assert out.loss == 0
+    assert out.negative_similarity.isnan()
+    for gradient in torch.autograd.grad(out.loss, (query, key, temperature)):
+        assert gradient.abs().max() <= 1e-6
+        assert gradient.isfinite().all()
+
+
+def test_a_queue_gets_no_gradient(backend: Any) -> None:
+    query, key = sides(12, 12, 6)
+    queue = torch.randn(20, 6)
+    out = info_nce(query, key.detach(), queue, backend=backend)
+    with_gradient = info_nce(query, key, queue.clone().requires_grad_(), backend=backend)
+    assert torch.equal(out.loss, with_gradient.loss)
+    (actual,) = torch.autograd.grad(out.loss, query)
+    (expected,) = torch.autograd.grad(with_gradient.loss, query)
+    assert relative_error(actual, expected) <= FLOOR_GRADIENT[torch.float32]
+
+
+def test_autocast(backend: Any) -> None:
+    query, key = sides(32, 32, 24)
+    expected = info_nce(query, key, label_smoothing=0.1, backend=backend)
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
+        out = info_nce(query, key, label_smoothing=0.1, backend=backend)
+    assert out.loss.dtype == torch.float32
+    # The temperature of 0.07 magnifies the rounding of the rows.
+    assert relative_error(out.loss, expected.loss) < 4 * AUTOCAST_LOSS
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="compiled on the CPU")
+def test_compiles_without_a_break() -> None:
+    query, key = sides(12, 12, 6)
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        return info_nce(a, b, symmetric=True, label_smoothing=0.1).loss
+
+    expected = torch.autograd.grad(loss(query, key), (query, key))
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for actual, truth in zip(
+        torch.autograd.grad(compiled(query, key), (query, key)), expected, strict=True
+    ):
+        torch.testing.assert_close(actual, truth)
+
+
+z44 = torch.zeros(4, 4)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the host does not read the numbers")
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((z44, [1.0]), {}, TypeError, "key must be a tensor, got list"),
+        ((z44[:2], z44), {}, ValueError, "positives must be given where query and key .* 2 and 4"),
+        ((z44, z44, z44[:, :2]), {}, ValueError, "query and negatives must have the same D"),
+        ((z44, z44, z44[:0]), {}, ValueError, "negatives must hold at least one row"),
+        (
+            (z44, z44),
+            {"positives": torch.tensor([0, 1, 1, 2]), "symmetric": True},
+            ValueError,
+            "positives must name no row twice with symmetric=True, got 1 more than once",
+        ),
+        ((z44, z44), {"symmetric": 1}, TypeError, "symmetric must be True or False, got 1"),
+        ((z44, z44), {"label_smoothing": 1.0}, ValueError, "label_smoothing must lie .* got 1.0"),
+        ((z44, z44), {"label_smoothing": "a"}, TypeError, "label_smoothing must be a number"),
+        ((z44, z44), {"label_smoothing": math.nan}, ValueError, "label_smoothing must lie"),
+        ((z44, z44), {"temperature": 0.0}, ValueError, "Temperature must be positive"),
+        ((z44, z44), {"reduction": "max"}, ValueError, "reduction must be one of"),
+    ],
+    ids=lambda value: value.replace("\\", "") if isinstance(value, str) else "",
+)
+def test_mistakes_are_named(
+    arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        info_nce(*arguments, **options)
+
+
+def test_a_repeated_positive_is_nan_where_nobody_reads_it() -> None:
+    """With both directions; this is the device's way, on the CPU under torch.compile."""
+    positives = torch.tensor([0, 1, 1, 2])
+    marked = torch.compile(checks.as_unique, backend="eager")(positives, 4)
+    assert marked.tolist() == [0, 4, 4, 2]
