@@ -141,7 +141,7 @@ class CrossLogSumExp(NamedTuple):
 
 
 class PairedLogSumExp(NamedTuple):
-    """Result of ``cross_logsumexp`` with positives, everything on the device.
+    """Result of ``paired_logsumexp``: M rows against N columns, everything on the device.
 
     The similarity of a row and its positive is in ``positive`` and ``mean_similarity``, and in none
     of the others. In fp32 (fp64 for fp64 inputs). The log-sum-exps and ``positive`` carry a

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def excess(
+def gap(
     lse: Tensor, positive: Tensor, shift: Tensor, log_sum: Tensor, tau: float | Tensor
 ) -> Tensor:
     """LSE- - s / tau of each anchor, exact at low temperature too.

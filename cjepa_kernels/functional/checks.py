@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cjepa_kernels.definitions import FLOATING, LARGEST, REDUCTIONS, SMALLEST, STRATEGIES
 
+NO_COLUMN = 2**62  # in place of a positive that is out of range
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -128,7 +129,11 @@ def check_views(z_i: Tensor, z_j: Tensor, *, allow_empty: bool) -> None:
 
 def check_rectangle(x: Tensor, y: Tensor, *, names: tuple[str, str] = ("x", "y")) -> None:
     """Raise unless they are (M, D) and (N, D) features on the same device."""
-    for name, z, shape in ((names[0], x, "(M, D)"), (names[1], y, "(N, D)")):
+    for name, z, letter in (
+        (names[0], x, "M"),
+        (names[1], y, "K" if names[1] == "negatives" else "N"),
+    ):
+        shape = f"({letter}, D)"
         check_floating_tensor(name, z)
         if z.ndim != 2:
             raise ValueError(f"{name} must be {shape}, got {tuple(z.shape)}")
@@ -147,8 +152,9 @@ def check_rectangle(x: Tensor, y: Tensor, *, names: tuple[str, str] = ("x", "y")
 def as_positives(positives: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """The checked columns of positives, as the operator takes them.
 
-    Where the host does not read numbers, on a GPU and under torch.compile, a negative one becomes
-    N. The operator, for which -1 means that a row has no positive, then knows it as wrong.
+    The host reads numbers of a real tensor on the CPU alone. Elsewhere, on a GPU and under
+    torch.compile, a number out of range becomes ``NO_COLUMN``, which the operator knows as wrong.
+    For the operator -1 means that a row has no positive.
     """
     if not isinstance(positives, Tensor) or positives.dtype != torch.int64:
         got = positives.dtype if isinstance(positives, Tensor) else type(positives).__name__
@@ -160,8 +166,8 @@ def as_positives(positives: Tensor, x: Tensor, y: Tensor) -> Tensor:
         )
     check_same_device("positives and the rows", positives, x)
     positives = positives.contiguous()
-    if positives.device.type != "cpu" or torch.compiler.is_compiling():
-        return positives.where(positives >= 0, columns)
+    if not _host_reads(positives):
+        return positives.where((positives >= 0) & (positives < columns), NO_COLUMN)
     smallest, largest = (int(bound) for bound in positives.aminmax())
     if smallest < 0 or largest >= columns:
         raise ValueError(
@@ -171,17 +177,23 @@ def as_positives(positives: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return positives
 
 
+def _host_reads(positives: Tensor) -> bool:
+    """Whether the host may look at the numbers: not on a GPU, nor of a tensor without numbers."""
+    if positives.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return type(positives) is Tensor  # no FakeTensor
+
+
 def as_unique(positives: Tensor, columns: int) -> Tensor:
     """The checked positives, of which none may be repeated.
 
-    On a GPU a repeated one becomes N, which the operator knows as wrong. The same happens under
-    torch.compile.
+    Where the host does not read them, a repeated one becomes ``NO_COLUMN``.
     """
     inside = positives.clamp(0, columns - 1)
     times = positives.new_zeros(columns).index_add_(0, inside, torch.ones_like(positives))
     repeated = times[inside] > 1  # (M,)
-    if positives.device.type != "cpu" or torch.compiler.is_compiling():
-        return positives.masked_fill(repeated, columns)
+    if not _host_reads(positives):
+        return positives.masked_fill(repeated, NO_COLUMN)
     if repeated.any():
         raise ValueError(
             "positives must name no row twice with symmetric=True, got "

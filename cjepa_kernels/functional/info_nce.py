@@ -18,7 +18,7 @@ from cjepa_kernels.definitions import (
     Reduction,
 )
 from cjepa_kernels.functional import checks, dispatch
-from cjepa_kernels.functional.anchors import excess, softplus
+from cjepa_kernels.functional.anchors import gap, softplus
 from cjepa_kernels.functional.cross_logsumexp import run_cross_logsumexp
 from cjepa_kernels.functional.operands import operand_rows
 
@@ -99,16 +99,15 @@ def info_nce(
     checks.check_rectangle(query, key, names=("query", "key"))
     checks.check_temperature_device(temperature, "query", query)
     if positives is None:
-        if len(query) != len(key):
+        if query.shape[0] != key.shape[0]:
             raise ValueError(
                 "positives must be given where query and key differ in their number of rows, got "
-                f"{len(query)} and {len(key)}"
+                f"{query.shape[0]} and {key.shape[0]}"
             )
-        positives = torch.arange(len(query), device=query.device)
     else:
         positives = checks.as_positives(positives, query, key)
         if symmetric:
-            positives = checks.as_unique(positives, len(key))
+            positives = checks.as_unique(positives, key.shape[0])
     query, key = checks.promote(query, key)
     if negatives is not None:
         checks.check_rectangle(query, negatives, names=("query", "negatives"))
@@ -118,7 +117,7 @@ def info_nce(
         query,
         key,
         positives,
-        temperature=checks.as_float_or_scalar(temperature),
+        temperature=_wide(checks.as_float_or_scalar(temperature)),
         symmetric=symmetric,
         label_smoothing=checks.as_float(label_smoothing),
         use_cosine_similarity=use_cosine_similarity,
@@ -128,10 +127,21 @@ def info_nce(
     )
 
 
+def _wide(temperature: float | Tensor) -> float | Tensor:
+    """The temperature in fp32 or fp64.
+
+    Its gradient comes in two parts, that of the log-sum-exp and that of the positive. They nearly
+    cancel, so neither may be rounded to half precision.
+    """
+    if not isinstance(temperature, Tensor):
+        return temperature
+    return temperature.to(torch.promote_types(temperature.dtype, torch.float32))
+
+
 def _info_nce(
     query: Tensor,
     key: Tensor,
-    positives: Tensor,
+    positives: Tensor | None,
     *,
     temperature: float | Tensor,
     symmetric: bool,
@@ -141,7 +151,14 @@ def _info_nce(
     reduction: Reduction,
     backend: Backend,
 ) -> InfoNCEOutput:
-    """InfoNCE with checked arguments; ``key`` holds the further negatives too."""
+    """InfoNCE with checked arguments; ``key`` holds the further negatives too.
+
+    Without ``positives``, key a is the positive of query a.
+    """
+    in_order = positives is None
+    if positives is None:
+        positives = torch.arange(query.shape[0], device=query.device)
+    positives, temperature = ops.saveable(positives), ops.saveable(temperature)
     rows: dict[str, Any] = {"use_cosine_similarity": use_cosine_similarity, "eps": eps}
     if backend == "reference":
         with dispatch.without_autocast(query.device):
@@ -149,7 +166,7 @@ def _info_nce(
                 ops.saveable(query),
                 ops.saveable(key),
                 positives=positives,
-                temperature=ops.saveable(temperature),
+                temperature=temperature,
                 symmetric=symmetric,
                 label_smoothing=label_smoothing,
                 reduction=reduction,
@@ -169,7 +186,7 @@ def _info_nce(
     with dispatch.without_autocast(query.device):
         return _losses(
             out,
-            positives,
+            slice(query.shape[0]) if in_order else positives.clamp(0, key.shape[0] - 1),
             operands=smooth,
             tau=temperature,
             symmetric=symmetric,
@@ -180,7 +197,7 @@ def _info_nce(
 
 def _losses(
     out: CrossLogSumExpForward,
-    positives: Tensor,
+    of_queries: slice | Tensor,
     *,
     operands: list[Tensor] | None,
     tau: float | Tensor,
@@ -188,30 +205,34 @@ def _losses(
     label_smoothing: float,
     reduction: Reduction,
 ) -> InfoNCEOutput:
-    """The losses and metrics that follow from the numbers of each row and each column."""
+    """The losses and metrics that follow from the numbers of each row and each column.
+
+    ``of_queries`` takes the positives' columns, in the order of the queries. A positive that is out
+    of range has a similarity of NaN already, so it may take any column.
+    """
     positive = out.positive
-    gap = excess(out.row_lse, positive, out.row_shift, out.row_log_sum, tau)
-    losses = softplus(gap)  # (M,)
+    row_gap = gap(out.row_lse, positive, out.row_shift, out.row_log_sum, tau)
+    losses = softplus(row_gap)  # (M,)
     hits = (positive > out.row_max).to(positive.dtype)
     if symmetric:
-        column_gap = excess(
-            out.column_lse[positives],
-            positive,
-            out.column_shift[positives],
-            out.column_log_sum[positives],
-            tau,
+        column_log_sum = out.column_log_sum[of_queries]
+        column_gap = gap(
+            out.column_lse[of_queries], positive, out.column_shift[of_queries], column_log_sum, tau
         )
         losses = (losses + softplus(column_gap)) / 2
-        hits = (hits + (positive > out.column_max[positives])) / 2
+        hits = (hits + (positive > out.column_max[of_queries])) / 2
     if operands is not None:
         queries, keys = operands
-        mean = queries @ keys.mean(dim=0)  # (M,) mean similarity of each query and all keys
+        # (M,) what the positive's similarity exceeds the mean by; 0 where it is the only one
+        above = positive - queries @ keys.mean(dim=0)
+        above = above.masked_fill(out.row_log_sum == -torch.inf, 0.0)
         if symmetric:
-            mean = (mean + keys[positives] @ queries.mean(dim=0)) / 2
-        smoothed = losses + label_smoothing * (positive - mean) / tau
+            of_keys = positive - keys[of_queries] @ queries.mean(dim=0)
+            above = (above + of_keys.masked_fill(column_log_sum == -torch.inf, 0.0)) / 2
+        smoothed = losses + label_smoothing * above / tau
         # The exact loss is not negative. Rounding may leave less than 0 where it is 0.
         losses = smoothed + (smoothed.detach().clamp(min=0) - smoothed.detach())
-    rows, columns = len(out.row_lse), len(out.column_lse)
+    rows, columns = out.row_lse.shape[0], out.column_lse.shape[0]
     loss = reference.reduce(losses, reduction)
     with torch.no_grad():
         negatives = rows * columns - rows
@@ -221,5 +242,5 @@ def _losses(
             accuracy=hits.mean(),
             positive_similarity=positive.mean(),
             negative_similarity=total / (negatives if negatives else math.nan),
-            lse=softplus(gap) + positive / tau,
+            lse=softplus(row_gap) + positive / tau,
         )

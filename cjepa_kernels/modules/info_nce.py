@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels.backends import Backend, check_backend
-from cjepa_kernels.definitions import EPS, INFO_NCE_TEMPERATURE, Reduction
+from cjepa_kernels.definitions import EPS, FLOATING, INFO_NCE_TEMPERATURE, Reduction
 from cjepa_kernels.functional.checks import (
     check_bool,
     check_in_range,
@@ -19,6 +19,22 @@ from cjepa_kernels.functional.info_nce import info_nce
 from cjepa_kernels.modules.float_attribute import float_attribute
 from cjepa_kernels.modules.loss_module import LossResult
 from cjepa_kernels.modules.temperature import TemperatureModule
+
+
+def _as_temperature(logit_scale: Tensor, query: Tensor) -> Tensor:
+    """1 / scale of a checked scale, in fp32 or fp64: half precision would round the quotient."""
+    if not isinstance(logit_scale, Tensor):
+        raise TypeError(f"logit_scale must be a tensor, got {type(logit_scale).__name__}")
+    if logit_scale.shape not in ((), (1,)) or logit_scale.dtype not in FLOATING:
+        raise ValueError(
+            "logit_scale must be a floating-point tensor of shape () or (1,), got a tensor of "
+            f"shape {tuple(logit_scale.shape)} and dtype {logit_scale.dtype}"
+        )
+    if isinstance(query, Tensor) and logit_scale.device != query.device:
+        raise ValueError(
+            f"logit_scale must be on the device of query, {query.device}, got {logit_scale.device}"
+        )
+    return logit_scale.to(torch.promote_types(logit_scale.dtype, torch.float32)).reciprocal()
 
 
 class InfoNCELoss(TemperatureModule):
@@ -112,20 +128,22 @@ class InfoNCELoss(TemperatureModule):
             positives: Optional (M,) int64, the row of ``key`` that is each query's positive.
             logit_scale: Optional tensor of shape () or (1,), the factor 1 / temperature of the
                 logits as CLIP's models return it. It takes the place of the module's temperature
-                and gets a gradient.
+                and gets a gradient. A scale that is not positive gives NaN, because the host never
+                reads it.
 
         Returns:
             ``loss``, ``accuracy``, ``positive_similarity`` and ``negative_similarity``. The metrics
             are detached 0-dim tensors on the device. With ``return_dict=False`` the loss alone.
         """
-        if logit_scale is not None and not isinstance(logit_scale, Tensor):
-            raise TypeError(f"logit_scale must be a tensor, got {type(logit_scale).__name__}")
+        temperature = self.temperature
+        if logit_scale is not None:
+            temperature = _as_temperature(logit_scale, query)
         out = info_nce(
             query,
             key,
             negatives,
             positives,
-            temperature=self.temperature if logit_scale is None else torch.reciprocal(logit_scale),
+            temperature=temperature,
             symmetric=self.symmetric,
             label_smoothing=self.label_smoothing,
             use_cosine_similarity=self.use_cosine_similarity,

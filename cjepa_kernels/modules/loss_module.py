@@ -1,4 +1,4 @@
-"""What every loss module returns: a dict, or the loss alone."""
+"""The results of the loss modules: a dict, or the loss alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ class LossModule(nn.Module):
             and the metrics of the last call are the attribute ``last_metrics``.
     """
 
-    last_metrics: dict[str, Tensor]
+    # For modules that were pickled before they had these attributes.
+    return_dict: bool = True
+    last_metrics: dict[str, Tensor] = {}  # noqa: RUF012  (each call assigns a new dict)
 
     def __init__(self, *, return_dict: bool = True) -> None:
         super().__init__()
@@ -26,7 +28,7 @@ class LossModule(nn.Module):
         self.last_metrics = {}
 
     def _result(self, result: dict[str, Tensor]) -> LossResult:
-        """What ``forward`` returns, of a dict with ``loss``."""
+        """Return the dict, or only its ``loss`` and note the others."""
         if self.return_dict:
             return result
         self.last_metrics = {key: x.detach() for key, x in result.items() if key != "loss"}

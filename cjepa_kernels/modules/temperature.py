@@ -103,7 +103,7 @@ def check_float_temperature(temperature: float) -> None:
     """Raise unless ``temperature`` is a number in range."""
     if isinstance(temperature, Tensor):
         raise TypeError(
-            "temperature must be a float here; learnable_temperature=True trains it, and "
-            "nt_xent() takes a tensor"
+            "temperature must be a float here; learnable_temperature=True trains it, and the "
+            "functions take a tensor"
         )
     check_temperature(temperature)

@@ -56,18 +56,21 @@ def info_nce(
     tau = positive_temperature(temperature)
     queries, keys = (embed_rows(z, use_cosine_similarity, eps) for z in (query, key))
     logit = out.positive / tau  # (M,)
-    losses = [-F.logsigmoid(logit - out.row_lse)]  # (M,) of each direction
+    negatives = [out.row_lse]  # LSE- of each direction, (M,)
     hits = [out.positive > out.row_max]
     smooth = [queries @ keys.mean(dim=0)]  # (M,) mean similarity of each query
     if symmetric:
-        losses.append(-F.logsigmoid(logit - out.column_lse[positives]))
+        negatives.append(out.column_lse[positives])
         hits.append(out.positive > out.column_max[positives])
         smooth.append(keys[positives] @ queries.mean(dim=0))
+    losses = [-F.logsigmoid(logit - lse) for lse in negatives]
     if label_smoothing > 0:
-        losses = [
-            loss + label_smoothing * (out.positive - mean) / tau
-            for loss, mean in zip(losses, smooth, strict=True)
+        # Without negatives the mean is the positive itself.
+        above = [
+            (out.positive - mean).masked_fill(lse == -torch.inf, 0.0)
+            for mean, lse in zip(smooth, negatives, strict=True)
         ]
+        losses = [loss + label_smoothing * x / tau for loss, x in zip(losses, above, strict=True)]
     loss = reduce(torch.stack(losses).mean(dim=0), reduction)
     with torch.no_grad():
         rows, columns = len(query), len(key)

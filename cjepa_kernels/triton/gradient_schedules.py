@@ -18,7 +18,7 @@ FEATURES_OF_JOB = 256
 # What loading and storing the accumulators of a job takes, in steps of 64 of its sum.
 STEPS_OF_JOB = 5
 SHORTEST_PART = 6  # steps
-COLUMN_BLOCKS_OF_JOB = 1  # the same for owned rows, in blocks of columns
+COLUMN_BLOCKS_OF_JOB = 1  # as STEPS_OF_JOB, for owned rows and in blocks of columns
 # From so many blocks of rows for each program on, owned rows are shared as whole blocks. Then there
 # is one buffer, and at most 3 % of the time is lost.
 WHOLE_BLOCKS_FROM = 32
@@ -42,7 +42,7 @@ class Work:
     Attributes:
         programs: For each program the lines of its table, in order.
         load: The largest load of a program, in steps.
-        total: The sum of all loads.
+        total: The sum of all loads, without what the cut of a job into parts adds.
     """
 
     programs: list[list[tuple[int, ...]]]

@@ -1,9 +1,9 @@
 """The products of G by the Gluon kernels for Hopper GPUs, where they serve.
 
-They serve operands of 16 bits with the constant shift and without a user's mask, on GPUs of compute
-capability 9.0, for combinations that ``proved.py`` allows: owned rows for 64, 128 and 256 features,
-and squares for other multiples of 256. The Triton kernels in ``gradients.py`` serve everything
-else.
+They serve operands of 16 bits with the constant shift, without a user's mask and without positives,
+on GPUs of compute capability 9.0, for combinations that ``proved.py`` allows: owned rows for 64,
+128 and 256 features, and squares for other multiples of 256. The Triton kernels in ``gradients.py``
+serve everything else.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the forward of NT-Xent saves for its backward: packed rows, and weights if it knows them.
+"""Memory that the forward of NT-Xent saves for its backward: packed rows, and weights if known.
 
 Everything lies in one tensor of bytes: the rows, then the weights. This module does not import
 Triton, and torch.compile traces its functions.

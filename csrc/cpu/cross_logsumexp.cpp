@@ -264,7 +264,7 @@ void check_options(const CrossLogSumExpOptions& o) {
         "positives must be a contiguous (M,) tensor of int64");
   const int64_t *from = data_of<int64_t>(p), columns = o.y.size(0);
   check(std::all_of(from, from + p.size(0), [&](int64_t b) { return b >= -1 && b < columns; }),
-        "positives must be columns, or -1");
+        "positives must be numbers of rows of the other side, from 0 on");
 }
 
 void check_saved(const CrossLogSumExpOptions& o, const CrossLogSumExpUpstream& upstream,

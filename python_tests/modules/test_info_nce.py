@@ -51,8 +51,32 @@ def test_logit_scale_takes_the_place_of_the_temperature() -> None:
     (actual,) = torch.autograd.grad(loss, scale)
     (of_temperature,) = torch.autograd.grad(expected, temperature)
     torch.testing.assert_close(actual, -of_temperature / 100)  # d(1 / scale) = -d(scale) / scale^2
-    with pytest.raises(TypeError, match="logit_scale must be a tensor, got float"):
-        InfoNCELoss()(query, key, logit_scale=10.0)
+    # The scale is exact in bf16, and its inverse is not.
+    in_bf16 = InfoNCELoss(symmetric=True)(query, key, logit_scale=torch.tensor(100.0).bfloat16())
+    assert torch.equal(in_bf16["loss"], info_nce(query, key, temperature=0.01, symmetric=True).loss)
+
+
+@pytest.mark.parametrize(
+    ("scale", "error", "message"),
+    [
+        (10.0, TypeError, "logit_scale must be a tensor, got float"),
+        (torch.ones(2), ValueError, r"logit_scale must be .* got a tensor of shape \(2,\)"),
+        (torch.tensor(3), ValueError, "logit_scale must be .* dtype torch.int64"),
+        (torch.ones((), device="meta"), ValueError, "logit_scale must be on the device of query"),
+    ],
+    ids=["number", "shape", "dtype", "device"],
+)
+def test_mistakes_in_the_scale_are_named(scale: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        InfoNCELoss()(*pair(), logit_scale=scale)
+
+
+def test_a_module_pickled_before_return_dict() -> None:
+    loss_fn = NTXentLoss()
+    state = {k: v for k, v in loss_fn.__dict__.items() if k not in ("return_dict", "last_metrics")}
+    older = NTXentLoss.__new__(NTXentLoss)
+    older.__setstate__(state)
+    assert torch.equal(call(older)["loss"], call(loss_fn)["loss"])
 
 
 def test_a_learnable_temperature_trains() -> None:

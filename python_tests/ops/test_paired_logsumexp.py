@@ -272,7 +272,7 @@ def test_a_wrong_number_under_compile_is_an_error_too(wrong: int) -> None:
     expected = paired_logsumexp(x, y, torch.tensor([3, 0, 1]))
     actual = compiled(x, y, torch.tensor([3, 0, 1]))
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    with pytest.raises((ValueError, RuntimeError), match="positives must be columns"):
+    with pytest.raises((ValueError, RuntimeError), match="positives must be numbers of rows"):
         compiled(x, y, torch.tensor([0, wrong, 1]))
 
 

@@ -469,8 +469,13 @@ def _language() -> ModuleType:
         "zeros": lambda shape, dtype, layout: Value(np.zeros(shape, dtype)),
         "where": lambda c, a, b: Value(np.where(plain(c), plain(a), plain(b))),
         "exp2": lambda x: Value(np.exp2(x.array)),
-        "maximum": lambda a, b: Value(np.maximum(plain(a), plain(b))),
-        "minimum": lambda a, b, propagate_nan: Value(np.minimum(plain(a), plain(b))),
+        # Without propagate_nan the GPU takes the number beside a NaN.
+        "maximum": lambda a, b, propagate_nan=None: Value(
+            (np.maximum if propagate_nan else np.fmax)(plain(a), plain(b))
+        ),
+        "minimum": lambda a, b, propagate_nan=None: Value(
+            (np.minimum if propagate_nan else np.fmin)(plain(a), plain(b))
+        ),
         "max": lambda x, axis: Value(x.array.max(axis)),
         "sum": lambda x, axis: Value(x.array.sum(axis)),
         "reshape": lambda x, shape: Value(x.array.reshape(shape)),

@@ -451,11 +451,14 @@ def opposite_rows() -> tuple[Side, Side]:
     return Side(TILE, rows, weight.float()), Side(100, columns, torch.zeros(TILE))
 
 
+@pytest.mark.parametrize("sign", [1, -1], ids=["", "negative"])
 @pytest.mark.parametrize("kept_finite", [True, False])
-def test_padding_adds_nothing_where_its_numbers_exceed_fp16(kept_finite: bool) -> None:
+def test_padding_adds_nothing_where_its_numbers_exceed_fp16(kept_finite: bool, sign: int) -> None:
     """G of the zeros behind the last column exceeds fp16 there, and infinity times 0 is NaN."""
     fault = [] if kept_finite else [("finite(g, TYPE).to(TYPE)", "g.to(TYPE)")]
     x, y = opposite_rows()
+    x.weight.mul_(sign)
+    y.weight.mul_(sign)
     out = two_parts(x)
     Owned(TILE, 100, 64, TILE, 3, True, 1, torch.float16).launch(
         emulated_kernels.load_kernels(hopper_owned=fault), 0, x, y, out

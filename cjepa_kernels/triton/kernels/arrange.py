@@ -1,4 +1,4 @@
-"""What the Hopper kernels of the backward need beside the packed rows."""
+"""Operands that the Hopper kernels of the backward need beside the packed rows."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ KEEP_NAN = gl.constexpr(PropagateNan.ALL)
 
 @gluon.jit
 def finite(g, TYPE: gl.constexpr):
-    """G as it is, but no number above those of its dtype.
+    """G as it is, but no number beyond those of its dtype.
 
     No number of a row and a column inside is: weights are below 2^13 with fp16, and each of the two
     exponentials is at most the sum that its weight divides by. A row behind the last one may give
@@ -68,6 +68,7 @@ def finite(g, TYPE: gl.constexpr):
     """
     if TYPE == gl.float16:  # noqa: SIM300
         g = gl.minimum(g, LARGEST_FP16, propagate_nan=KEEP_NAN)
+        g = gl.maximum(g, -LARGEST_FP16, propagate_nan=KEEP_NAN)
     return g
 
 
