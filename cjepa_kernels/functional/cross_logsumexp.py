@@ -64,33 +64,12 @@ def cross_logsumexp(
         >>> out.row_lse  # log(exp(2) + 3)
         tensor([2.3408, 2.3408, 2.3408, 2.3408])
     """
-    check_backend(backend)
-    temperature = checks.without_arrays(temperature, x)
-    checks.check_temperature(temperature)
-    checks.check_in_range("eps", eps)
-    checks.check_bool("use_cosine_similarity", use_cosine_similarity)
-    checks.check_rectangle(x, y)
-    checks.check_temperature_device(temperature, "x", x)
-    temperature, eps = checks.as_float_or_scalar(temperature), checks.as_float(eps)
-    x, y = checks.promote(x, y)
+    x, y, options = _check(x, y, temperature, use_cosine_similarity, eps, backend)
     if backend == "reference":
         with dispatch.without_autocast(x.device):
-            return reference.cross_logsumexp(
-                ops.saveable(x),
-                ops.saveable(y),
-                temperature=ops.saveable(temperature),
-                use_cosine_similarity=use_cosine_similarity,
-                eps=eps,
-            )
-    out = run_cross_logsumexp(
-        x,
-        y,
-        positives=None,
-        temperature=temperature,
-        use_cosine_similarity=use_cosine_similarity,
-        eps=eps,
-        overload=dispatch.choose_overload(backend, x.device),
-    )
+            return reference.cross_logsumexp(x, y, **options)
+    overload = dispatch.choose_overload(backend, x.device)
+    out = run_cross_logsumexp(x, y, positives=None, overload=overload, **options)
     return CrossLogSumExp(
         row_lse=out.row_lse,
         column_lse=out.column_lse,
@@ -153,35 +132,13 @@ def paired_logsumexp(
         >>> out.row_lse  # log 3: the three other columns are orthogonal to the row
         tensor([1.0986, 1.0986, 1.0986, 1.0986])
     """
-    check_backend(backend)
-    temperature = checks.without_arrays(temperature, x)
-    checks.check_temperature(temperature)
-    checks.check_in_range("eps", eps)
-    checks.check_bool("use_cosine_similarity", use_cosine_similarity)
-    checks.check_rectangle(x, y)
-    positives = checks.as_positives(positives, x, y)
-    checks.check_temperature_device(temperature, "x", x)
-    temperature, eps = checks.as_float_or_scalar(temperature), checks.as_float(eps)
-    x, y = checks.promote(x, y)
+    x, y, options = _check(x, y, temperature, use_cosine_similarity, eps, backend)
+    positives = ops.saveable(checks.as_positives(positives, x, y))
     if backend == "reference":
         with dispatch.without_autocast(x.device):
-            return reference.paired_logsumexp(
-                ops.saveable(x),
-                ops.saveable(y),
-                positives,
-                temperature=ops.saveable(temperature),
-                use_cosine_similarity=use_cosine_similarity,
-                eps=eps,
-            )
-    out = run_cross_logsumexp(
-        x,
-        y,
-        positives=positives,
-        temperature=temperature,
-        use_cosine_similarity=use_cosine_similarity,
-        eps=eps,
-        overload=dispatch.choose_overload(backend, x.device),
-    )
+            return reference.paired_logsumexp(x, y, positives, **options)
+    overload = dispatch.choose_overload(backend, x.device)
+    out = run_cross_logsumexp(x, y, positives=positives, overload=overload, **options)
     return PairedLogSumExp(
         row_lse=out.row_lse,
         column_lse=out.column_lse,
@@ -190,6 +147,33 @@ def paired_logsumexp(
         positive=out.positive,
         mean_similarity=out.mean_similarity,
     )
+
+
+def _check(
+    x: Tensor,
+    y: Tensor,
+    temperature: float | Tensor,
+    use_cosine_similarity: bool,
+    eps: float,
+    backend: Backend,
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Both sides in one dtype, and the other arguments as the back ends take them."""
+    check_backend(backend)
+    temperature = checks.without_arrays(temperature, x)
+    checks.check_temperature(temperature)
+    checks.check_in_range("eps", eps)
+    checks.check_bool("use_cosine_similarity", use_cosine_similarity)
+    checks.check_rectangle(x, y)
+    checks.check_temperature_device(temperature, "x", x)
+    options = {
+        "temperature": checks.as_float_or_scalar(temperature),
+        "use_cosine_similarity": use_cosine_similarity,
+        "eps": checks.as_float(eps),
+    }
+    x, y = checks.promote(x, y)
+    if backend == "reference":
+        x, y, options["temperature"] = map(ops.saveable, (x, y, options["temperature"]))
+    return x, y, options
 
 
 def run_cross_logsumexp(
