@@ -18,15 +18,11 @@ from cjepa_kernels import PairedLogSumExp, ops, paired_logsumexp, reference
 pytestmark = pytest.mark.usefixtures("kernels_only")
 
 # Every row has its own column, rows share columns, or one column is everybody's positive.
-KINDS = ["in_order", "permuted", "repeated", "one_column"]
-SHAPES = [
-    (1, 2, 4),
-    (2, 3, 1),
-    (5, 3, 7),
-    (64, 64, 64),
-    (97, 193, 33),
-    *([] if INTERPRETED else [(200, 1000, 24), (1000, 200, 24)]),
-]
+KINDS = ["repeated", "one_column"]
+SHAPES = [(1, 2, 4), (5, 3, 7), (97, 193, 33)]
+if not INTERPRETED:
+    KINDS += ["in_order", "permuted"]
+    SHAPES += [(2, 3, 1), (64, 64, 64), (200, 1000, 24), (1000, 200, 24)]
 
 
 def positives_of(kind: str, rows: int, columns: int) -> Tensor:
@@ -132,10 +128,10 @@ def test_shapes_dtypes_and_kinds(
 
 
 # A native block has 96 rows, and 192 if a side has 1536 or more. A Triton tile has at most 128.
-SIZES = [(96, 192, 16), (401, 97, 37), (1537, 210, 9), (60, 1700, 9), (1600, 1550, 8)]
+SIZES = [(401, 97, 37), (96, 192, 16), (1537, 210, 9), (60, 1700, 9), (1600, 1550, 8)]
 
 
-@pytest.mark.parametrize("shape", SIZES[:2] if INTERPRETED else SIZES, ids=str)
+@pytest.mark.parametrize("shape", SIZES[:1] if INTERPRETED else SIZES, ids=str)
 @pytest.mark.parametrize("temperature", [0.1, 0.01], ids=["constant_shift", "running_maxima"])
 @pytest.mark.parametrize("kind", ["in_order", "repeated"])
 @pytest.mark.usefixtures("poisoned_memory")
@@ -145,7 +141,10 @@ def test_sizes_around_the_blocks(
     check(*sides(*shape), positives_of(kind, *shape[:2]), backend, temperature=temperature)
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 0.005, 0.02, 0.05, 1.0, 100.0])
+TEMPERATURES = [0.005, 0.05] if INTERPRETED else [1e-3, 0.005, 0.02, 0.05, 1.0, 100.0]
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_aligned_and_opposite_pairs(backend: str, temperature: float, dtype: torch.dtype) -> None:
     """A positive is the row itself or its opposite. Duplicates of positives are negatives."""
