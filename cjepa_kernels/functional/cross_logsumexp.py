@@ -117,9 +117,9 @@ def paired_logsumexp(
 
     Raises:
         TypeError: A tensor of the wrong kind or dtype.
-        ValueError: A wrong shape, device or value; the message names it. On a GPU a positive
-            outside of 0 to N - 1 makes its row's ``positive`` NaN instead, because the host never
-            reads it.
+        ValueError: A wrong shape, device or value; the message names it. On a GPU and under
+            torch.compile the host does not read ``positives``. There a number outside of 0 to N - 1
+            makes its row's ``positive`` NaN. The compiled CPU kernels raise.
         RuntimeError: A back end that was asked for by name and is missing.
 
     Source: InfoNCE, arXiv 1807.03748, equation 4; decoupled sum as in DCL, arXiv 2110.06848.

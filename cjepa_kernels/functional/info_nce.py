@@ -76,8 +76,8 @@ def info_nce(
     Raises:
         TypeError: A tensor of the wrong kind or dtype.
         ValueError: A wrong shape, device or value; the message names it. On a GPU and under
-            torch.compile the host does not read ``positives``: there a number out of range, or with
-            ``symmetric`` one that is repeated, makes the loss NaN on a GPU.
+            torch.compile the host does not read ``positives``. There a number out of range, or with
+            ``symmetric`` a repeated one, makes the loss NaN. The compiled CPU kernels raise.
         RuntimeError: A back end that was asked for by name and is missing.
 
     Source: InfoNCE, arXiv 1807.03748, equation 4; both directions as in CLIP, arXiv 2103.00020.
@@ -223,7 +223,7 @@ def _losses(
         hits = (hits + (positive > out.column_max[of_queries])) / 2
     if operands is not None:
         queries, keys = operands
-        # (M,) what the positive's similarity exceeds the mean by; 0 where it is the only one
+        # (M,) difference of the positive's similarity and the mean; 0 if there is no negative
         above = positive - queries @ keys.mean(dim=0)
         above = above.masked_fill(out.row_log_sum == -torch.inf, 0.0)
         if symmetric:
