@@ -83,8 +83,29 @@ def test_rounding_to_bf16_is_to_the_nearest_and_to_even() -> None:
     torch.testing.assert_close(out, x.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
 
 
+def test_tensors_keep_their_own_handle_shape_and_dtype() -> None:
+    """They share attributes with earlier tensors of their type, and with no other."""
+    types = {
+        "first": tl.block_type(tl.float32, [16, 4]),
+        "other_dtype": tl.block_type(tl.int32, [16, 4]),
+        "same_type": tl.block_type(tl.float32, [16, 4]),
+        "other_shape": tl.block_type(tl.float32, [tl.constexpr(4), tl.constexpr(16)]),
+        "number": tl.float32,
+        "pointer": tl.pointer_type(tl.float32),
+    }
+    tensors = [tl.tensor(handle, one) for handle, one in types.items()]
+    assert [x.handle for x in tensors] == list(types)
+    assert [x.type for x in tensors] == list(types.values())
+    assert [[n.value for n in x.shape] for x in tensors] == [[16, 4]] * 3 + [[4, 16], [], []]
+    assert [x.numel.value for x in tensors] == [64] * 4 + [1, 1]
+    assert [x.dtype for x in tensors] == [one.scalar for one in types.values()]
+    assert types["first"] == types["same_type"]
+    assert types["first"] not in (types["other_dtype"], types["other_shape"])
+
+
 def test_repairs_are_applied_once() -> None:
     builder = interpreter.interpreter.InterpreterBuilder
-    before = builder.create_dot, builder.cast_impl
+    before = builder.create_dot, builder.cast_impl, tl.tensor.__init__, tl.block_type.__init__
     interpreter.repair()
-    assert (builder.create_dot, builder.cast_impl) == before
+    after = builder.create_dot, builder.cast_impl, tl.tensor.__init__, tl.block_type.__init__
+    assert after == before
