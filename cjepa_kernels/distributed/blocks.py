@@ -23,7 +23,7 @@ from cjepa_kernels.definitions import (
     accumulation_dtype,
 )
 from cjepa_kernels.distributed.exchange import count_flops
-from cjepa_kernels.reference.rows import positive_temperature
+from cjepa_kernels.reference.rows import positive_temperature, with_rounding
 
 
 @dataclass(frozen=True)
@@ -156,11 +156,8 @@ class Blocks:
             product_dtype=options.product_dtype,
             keep=False,
         )
-        # The positive comes from another product, which may add up in another order. A negative
-        # within that rounding of the positive is a tie, and so no hit.
-        rounding = torch.finfo(self.wide).eps * x.shape[1] ** 0.5
         row_max, column_max = (
-            largest + rounding * largest.abs() for largest in (out.row_max, out.column_max)
+            with_rounding(largest, x.shape[1]) for largest in (out.row_max, out.column_max)
         )
         return (
             rows_of(out.row_shift, out.row_log_sum, row_max),

@@ -137,10 +137,9 @@ def check_rectangle(x: Tensor, y: Tensor, *, names: tuple[str, str] = ("x", "y")
         check_floating_tensor(name, z)
         if z.ndim != 2:
             raise ValueError(f"{name} must be {shape}, got {tuple(z.shape)}")
-        if 0 in z.shape:
-            raise ValueError(
-                f"{name} must hold at least one row and one feature, got {tuple(z.shape)}"
-            )
+        if 0 in (z.shape[1:] if name == "negatives" else z.shape):
+            least = "one feature" if name == "negatives" else "one row and one feature"
+            raise ValueError(f"{name} must hold at least {least}, got {tuple(z.shape)}")
     if x.shape[1] != y.shape[1]:
         raise ValueError(
             f"{names[0]} and {names[1]} must have the same D, got {x.shape[1]} and {y.shape[1]} "
@@ -208,6 +207,16 @@ def check_label_smoothing(value: float) -> None:
         raise TypeError(f"label_smoothing must be a number, got {value!r}")
     if not 0 <= as_float(value) < 1:
         raise ValueError(f"label_smoothing must lie from 0 to below 1, got {value}")
+
+
+def check_in_batch_negatives(value: bool, *, symmetric: bool) -> None:
+    """Raise unless ``value`` is a bool that goes with ``symmetric``."""
+    check_bool("in_batch_negatives", value)
+    if symmetric and not value:
+        raise ValueError(
+            "symmetric must be False with in_batch_negatives=False: the negatives of its second "
+            "direction are the other queries of the batch"
+        )
 
 
 def check_same_device(names: str, a: Tensor, b: Tensor) -> None:

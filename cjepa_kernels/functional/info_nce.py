@@ -32,6 +32,7 @@ def info_nce(
     temperature: float | Tensor = INFO_NCE_TEMPERATURE,
     symmetric: bool = False,
     label_smoothing: float = 0.0,
+    in_batch_negatives: bool = True,
     use_cosine_similarity: bool = True,
     eps: float = EPS,
     reduction: Reduction = "mean",
@@ -51,8 +52,8 @@ def info_nce(
         query: (M, D), M >= 1. fp64, fp32, bf16 or fp16.
         key: (N, D), N >= 1, same device. Two dtypes become the one that ``torch.promote_types``
             gives; gradients have each input's own.
-        negatives: (K, D) more keys that are nobody's positive: hard negatives, a queue, a memory
-            bank. Their rows may require a gradient. Default: none.
+        negatives: (K, D), K >= 0, more keys that are nobody's positive: hard negatives, a queue, a
+            memory bank. Their rows may require a gradient. Default: none.
         positives: (M,) int64, for each query the row of ``key`` that is its positive. Several
             queries may share one unless ``symmetric``. Default: row a for query a, which needs
             N = M.
@@ -64,6 +65,10 @@ def info_nce(
             part in the first direction only.
         label_smoothing: Share of the target, from 0 to below 1, that is spread over all keys (in
             the second direction over all queries). Default 0.
+        in_batch_negatives: Whether the other keys are negatives of a query. With False only
+            ``negatives`` are, as in MoCo and with a memory bank: a key is the positive of its
+            query and nothing else. ``negatives`` must then be given, and ``symmetric`` be False.
+            Default True.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         eps: Lower bound on the norm used for normalisation; a row below it gets a zero
             gradient. Default 1e-8.
@@ -80,7 +85,8 @@ def info_nce(
             ``symmetric`` a repeated one, makes the loss NaN. The compiled CPU kernels raise.
         RuntimeError: A back end that was asked for by name and is missing.
 
-    Source: InfoNCE, arXiv 1807.03748, equation 4; both directions as in CLIP, arXiv 2103.00020.
+    Source: InfoNCE, arXiv 1807.03748, equation 4; both directions as in CLIP, arXiv 2103.00020;
+    negatives from a queue alone as in MoCo, arXiv 1911.05722, equation 1.
 
     Example:
         >>> query, key = torch.eye(4), torch.eye(4)
@@ -96,6 +102,9 @@ def info_nce(
     checks.check_bool("use_cosine_similarity", use_cosine_similarity)
     checks.check_bool("symmetric", symmetric)
     checks.check_label_smoothing(label_smoothing)
+    checks.check_in_batch_negatives(in_batch_negatives, symmetric=symmetric)
+    if negatives is None and not in_batch_negatives:
+        raise ValueError("negatives must be given with in_batch_negatives=False, got None")
     checks.check_rectangle(query, key, names=("query", "key"))
     checks.check_temperature_device(temperature, "query", query)
     if positives is None:
@@ -112,19 +121,20 @@ def info_nce(
     if negatives is not None:
         checks.check_rectangle(query, negatives, names=("query", "negatives"))
         dtype = torch.promote_types(query.dtype, negatives.dtype)
-        query, key = query.to(dtype), torch.cat([key.to(dtype), negatives.to(dtype)])
-    return _info_nce(
-        query,
-        key,
-        positives,
-        temperature=_wide(checks.as_float_or_scalar(temperature)),
-        symmetric=symmetric,
-        label_smoothing=checks.as_float(label_smoothing),
-        use_cosine_similarity=use_cosine_similarity,
-        eps=checks.as_float(eps),
-        reduction=reduction,
-        backend=backend,
-    )
+        query, key, negatives = query.to(dtype), key.to(dtype), negatives.to(dtype)
+    options: dict[str, Any] = {
+        "temperature": _wide(checks.as_float_or_scalar(temperature)),
+        "label_smoothing": checks.as_float(label_smoothing),
+        "use_cosine_similarity": use_cosine_similarity,
+        "eps": checks.as_float(eps),
+        "reduction": reduction,
+        "backend": backend,
+    }
+    if negatives is not None and not in_batch_negatives:
+        return _queue_info_nce(query, key, negatives, positives, **options)
+    if negatives is not None:
+        key = torch.cat([key, negatives])
+    return _info_nce(query, key, positives, symmetric=symmetric, **options)
 
 
 def _wide(temperature: float | Tensor) -> float | Tensor:
@@ -229,9 +239,7 @@ def _losses(
         if symmetric:
             of_keys = positive - keys[of_queries] @ queries.mean(dim=0)
             above = (above + of_keys.masked_fill(column_log_sum == -torch.inf, 0.0)) / 2
-        smoothed = losses + label_smoothing * above / tau
-        # The exact loss is not negative. Rounding may leave less than 0 where it is 0.
-        losses = smoothed + (smoothed.detach().clamp(min=0) - smoothed.detach())
+        losses = _smoothed(losses, above, label_smoothing, tau)
     rows, columns = out.row_lse.shape[0], out.column_lse.shape[0]
     loss = reference.reduce(losses, reduction)
     with torch.no_grad():
@@ -244,3 +252,107 @@ def _losses(
             negative_similarity=total / (negatives if negatives else math.nan),
             lse=softplus(row_gap) + positive / tau,
         )
+
+
+def _smoothed(losses: Tensor, above: Tensor, smoothing: float, tau: float | Tensor) -> Tensor:
+    """The losses with label smoothing.
+
+    Args:
+        losses: (M,) losses without it.
+        above: (M,) similarity of the positive minus the mean of all candidates.
+        smoothing: Share of the target that is spread.
+        tau: Temperature.
+    """
+    smoothed = losses + smoothing * above / tau
+    # The exact loss is not negative. Rounding may leave less than 0 where it is 0.
+    return smoothed + (smoothed.detach().clamp(min=0) - smoothed.detach())
+
+
+def _queue_info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    positives: Tensor | None,
+    *,
+    temperature: float | Tensor,
+    label_smoothing: float,
+    use_cosine_similarity: bool,
+    eps: float,
+    reduction: Reduction,
+    backend: Backend,
+) -> InfoNCEOutput:
+    """InfoNCE over ``negatives`` alone, with checked arguments.
+
+    The positives are no part of the rectangle of queries and negatives, so a queue that needs no
+    gradient costs no product in the backward.
+    """
+    temperature = ops.saveable(temperature)
+    rows: dict[str, Any] = {"use_cosine_similarity": use_cosine_similarity, "eps": eps}
+    if positives is not None:
+        known = positives < key.shape[0]  # the others are out of range, and nobody could check them
+        key = key[positives.clamp(0, key.shape[0] - 1)].where(known[:, None], torch.nan)  # (M, D)
+    if backend == "reference":
+        with dispatch.without_autocast(query.device):
+            return reference.queue_info_nce(
+                ops.saveable(query),
+                ops.saveable(key),
+                ops.saveable(negatives),
+                temperature=temperature,
+                label_smoothing=label_smoothing,
+                reduction=reduction,
+                **rows,
+            )
+    out: CrossLogSumExpForward | None = None
+    if negatives.shape[0] > 0:
+        out = run_cross_logsumexp(
+            query,
+            negatives,
+            # No row has its positive here. With positives the operator gives the mean similarity.
+            positives=torch.full((query.shape[0],), -1, device=query.device),
+            temperature=temperature,
+            overload=dispatch.choose_overload(backend, query.device),
+            **rows,
+        )
+    queries, keys = (operand_rows(z, backend=backend, **rows) for z in (query, key))
+    others: Tensor | None = None
+    if label_smoothing > 0 and out is not None:
+        others = operand_rows(negatives, backend=backend, **rows)
+    with dispatch.without_autocast(query.device):
+        positive = (queries * keys).sum(dim=1)  # (M,)
+        if out is None:
+            return _without_negatives(positive + negatives.sum(), temperature, reduction)
+        row_gap = gap(out.row_lse, positive, out.row_shift, out.row_log_sum, temperature)
+        losses = softplus(row_gap)  # (M,)
+        if others is not None:
+            # Of the K + 1 candidates the mean is over, one is the positive itself.
+            share = negatives.shape[0] / (negatives.shape[0] + 1)
+            above = share * (positive - queries @ others.mean(dim=0))
+            losses = _smoothed(losses, above, label_smoothing, temperature)
+        loss = reference.reduce(losses, reduction)
+        with torch.no_grad():
+            hits = positive > reference.with_rounding(out.row_max, query.shape[1])
+            mean = positive.mean()
+            # A NaN anywhere makes the accuracy 0. Kernels may leave a NaN out of their maxima.
+            hits = hits & ~(mean + out.mean_similarity).isnan()
+            return InfoNCEOutput(
+                loss=loss,
+                accuracy=hits.to(positive.dtype).mean(),
+                positive_similarity=mean,
+                negative_similarity=out.mean_similarity,
+                lse=softplus(row_gap) + positive / temperature,
+            )
+
+
+def _without_negatives(
+    positive: Tensor, tau: float | Tensor, reduction: Reduction
+) -> InfoNCEOutput:
+    """The result where a queue is empty: a loss of 0, with a gradient of 0 for every input."""
+    loss = reference.reduce(0 * (positive / tau), reduction)
+    positive = positive.detach()
+    return InfoNCEOutput(
+        loss=loss,
+        accuracy=(~positive.isnan()).all().to(positive.dtype),
+        positive_similarity=positive.mean(),
+        negative_similarity=positive.new_full((), torch.nan),
+        lse=positive / tau,
+    )

@@ -11,6 +11,7 @@ from cjepa_kernels.backends import Backend, check_backend
 from cjepa_kernels.definitions import EPS, FLOATING, INFO_NCE_TEMPERATURE, Reduction
 from cjepa_kernels.functional.checks import (
     check_bool,
+    check_in_batch_negatives,
     check_in_range,
     check_label_smoothing,
     check_reduction,
@@ -47,6 +48,9 @@ class InfoNCELoss(TemperatureModule):
             trains.
         label_smoothing: Share of the target, from 0 to below 1, that is spread over all keys.
             Default 0.
+        in_batch_negatives: Whether the other keys are negatives of a query. With False only
+            ``negatives`` are, as in MoCo and with a memory bank; ``symmetric`` must then be False.
+            Default True.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         reduction: ``mean`` over the queries, ``sum`` or ``none``.
         eps: Lower bound on the norm used for normalisation. Default 1e-8.
@@ -63,7 +67,8 @@ class InfoNCELoss(TemperatureModule):
         ValueError, TypeError: A bad argument; the message names it.
         RuntimeError: A back end that was asked for by name and is missing.
 
-    Source: InfoNCE, arXiv 1807.03748, equation 4; both directions as in CLIP, arXiv 2103.00020.
+    Source: InfoNCE, arXiv 1807.03748, equation 4; both directions as in CLIP, arXiv 2103.00020;
+    negatives from a queue alone as in MoCo, arXiv 1911.05722, equation 1.
 
     Example:
         >>> loss_fn = InfoNCELoss(symmetric=True)
@@ -73,6 +78,7 @@ class InfoNCELoss(TemperatureModule):
         1.0
     """
 
+    in_batch_negatives: bool = True  # for modules that were pickled before they had it
     eps: float = float_attribute("eps")
     label_smoothing: float = float_attribute("label_smoothing")
 
@@ -82,6 +88,7 @@ class InfoNCELoss(TemperatureModule):
         *,
         symmetric: bool = False,
         label_smoothing: float = 0.0,
+        in_batch_negatives: bool = True,
         use_cosine_similarity: bool = True,
         reduction: Reduction = "mean",
         eps: float = EPS,
@@ -98,12 +105,14 @@ class InfoNCELoss(TemperatureModule):
         )
         check_bool("symmetric", symmetric)
         check_label_smoothing(label_smoothing)
+        check_in_batch_negatives(in_batch_negatives, symmetric=symmetric)
         check_bool("use_cosine_similarity", use_cosine_similarity)
         check_reduction(reduction)
         check_in_range("eps", eps)
         check_backend(backend)
         self.symmetric = symmetric
         self.label_smoothing = label_smoothing
+        self.in_batch_negatives = in_batch_negatives
         self.use_cosine_similarity = use_cosine_similarity
         self.reduction: Reduction = reduction
         self.eps = eps
@@ -124,7 +133,8 @@ class InfoNCELoss(TemperatureModule):
             query: (M, D).
             key: (N, D); without ``positives`` N = M, and ``key[k]`` is the positive of
                 ``query[k]``.
-            negatives: Optional (K, D) keys that are nobody's positive.
+            negatives: Optional (K, D) keys that are nobody's positive. They must be given with
+                ``in_batch_negatives=False``.
             positives: Optional (M,) int64, the row of ``key`` that is each query's positive.
             logit_scale: Optional tensor of shape () or (1,), the factor 1 / temperature of the
                 logits as CLIP's models return it. It takes the place of the module's temperature
@@ -146,6 +156,7 @@ class InfoNCELoss(TemperatureModule):
             temperature=temperature,
             symmetric=self.symmetric,
             label_smoothing=self.label_smoothing,
+            in_batch_negatives=self.in_batch_negatives,
             use_cosine_similarity=self.use_cosine_similarity,
             eps=self.eps,
             reduction=self.reduction,
@@ -166,6 +177,7 @@ class InfoNCELoss(TemperatureModule):
         return (
             f"temperature={self.describe_temperature()}{learnable}, symmetric={self.symmetric}, "
             f"label_smoothing={self.label_smoothing}, "
+            f"in_batch_negatives={self.in_batch_negatives}, "
             f"use_cosine_similarity={self.use_cosine_similarity}, reduction={self.reduction}, "
             f"backend={self.backend}"
         )

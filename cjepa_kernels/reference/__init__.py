@@ -8,7 +8,7 @@ The letters are those of ``definitions``; a is an anchor (one row) and pos(a) it
 
 from cjepa_kernels.definitions import FLOATING, CrossLogSumExp, NTXentTerms, accumulation_dtype
 from cjepa_kernels.reference.cross_logsumexp import cross_logsumexp, paired_logsumexp
-from cjepa_kernels.reference.info_nce import info_nce
+from cjepa_kernels.reference.info_nce import info_nce, queue_info_nce
 from cjepa_kernels.reference.nt_xent import nt_xent, nt_xent_logits
 from cjepa_kernels.reference.prediction_loss import prediction_loss
 from cjepa_kernels.reference.rows import (
@@ -17,6 +17,7 @@ from cjepa_kernels.reference.rows import (
     positive_temperature,
     reduce,
     scale_of_rows,
+    with_rounding,
 )
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "paired_logsumexp",
     "positive_temperature",
     "prediction_loss",
+    "queue_info_nce",
     "reduce",
     "scale_of_rows",
+    "with_rounding",
 ]

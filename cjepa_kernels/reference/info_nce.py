@@ -8,7 +8,12 @@ from torch import Tensor
 
 from cjepa_kernels.definitions import EPS, INFO_NCE_TEMPERATURE, InfoNCEOutput, Reduction
 from cjepa_kernels.reference.cross_logsumexp import paired_logsumexp
-from cjepa_kernels.reference.rows import embed_rows, positive_temperature, reduce
+from cjepa_kernels.reference.rows import (
+    embed_rows,
+    positive_temperature,
+    reduce,
+    with_rounding,
+)
 
 
 def info_nce(
@@ -82,4 +87,61 @@ def info_nce(
             positive_similarity=out.positive.mean(),
             negative_similarity=total / (rows * columns - rows),
             lse=torch.logaddexp(out.row_lse, logit),
+        )
+
+
+def queue_info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor,
+    *,
+    temperature: float | Tensor = INFO_NCE_TEMPERATURE,
+    label_smoothing: float = 0.0,
+    use_cosine_similarity: bool = True,
+    eps: float = EPS,
+    reduction: Reduction = "mean",
+) -> InfoNCEOutput:
+    """InfoNCE whose negatives come from a queue alone: no key is a negative of another query.
+
+    Args:
+        query: (M, D).
+        key: (M, D), each query's positive.
+        negatives: (K, D), K >= 0.
+        temperature: Float or 0-dim tensor; a tensor outside of 1e-30 to 1e30 gives NaN.
+        label_smoothing: Share of the target that is spread over a query's K + 1 candidates.
+        use_cosine_similarity: Cosine of the rows if true, else their dot product.
+        eps: Lower bound on the norm used for normalisation.
+        reduction: ``mean``, ``sum`` or ``none``.
+
+    Returns:
+        InfoNCEOutput.
+
+    Source: MoCo, arXiv 1911.05722, equation 1.
+    """
+    tau = positive_temperature(temperature)
+    queries, keys, others = (
+        embed_rows(z, use_cosine_similarity, eps) for z in (query, key, negatives)
+    )
+    positive = (queries * keys).sum(dim=1)  # (M,)
+    similarity = queries @ others.T  # (M, K)
+    logit = positive / tau
+    losses, lse = 0 * (logit + others.sum()), logit
+    hits = torch.ones_like(positive, dtype=torch.bool)
+    if len(negatives) > 0:
+        lse_of_negatives = torch.logsumexp(similarity / tau, dim=1)
+        losses = -F.logsigmoid(logit - lse_of_negatives)
+        lse = torch.logaddexp(lse_of_negatives, logit)
+        hits = positive > with_rounding(similarity.amax(dim=1), query.shape[1])
+    if label_smoothing > 0:
+        mean = torch.cat([positive[:, None], similarity], dim=1).mean(dim=1)
+        losses = losses + label_smoothing * (positive - mean) / tau
+    loss = reduce(losses, reduction)
+    with torch.no_grad():
+        finite = queries.isfinite().all() & keys.isfinite().all() & others.isfinite().all()
+        return InfoNCEOutput(
+            loss=loss,
+            accuracy=(hits & finite).to(logit.dtype).mean(),
+            positive_similarity=positive.mean(),
+            negative_similarity=similarity.mean(),
+            lse=lse.detach(),
         )

@@ -66,6 +66,20 @@ def positive_temperature(temperature: float | Tensor) -> float | Tensor:
     return temperature
 
 
+def with_rounding(largest: Tensor, features: int) -> Tensor:
+    """The largest similarity of a negative, raised by the rounding of a product.
+
+    A positive from another product than its negatives may differ by that much from a negative that
+    is the same row. Within it a negative ties with the positive, and so the positive is no hit.
+
+    Args:
+        largest: Similarities in fp32 or fp64; -inf stays -inf.
+        features: D, the number of terms of a product.
+    """
+    rounding: float = torch.finfo(largest.dtype).eps * features**0.5
+    return largest + rounding * largest.abs().masked_fill(largest == -torch.inf, 0.0)
+
+
 def reduce(loss: Tensor, reduction: Reduction) -> Tensor:
     """Apply ``mean``, ``sum`` or ``none`` to per-element losses."""
     if reduction == "mean":

@@ -28,8 +28,9 @@ def pair(rows: int = 12, features: int = 6) -> tuple[Tensor, Tensor]:
         {"temperature": 0.2, "symmetric": True},
         {"label_smoothing": 0.1, "reduction": "sum"},
         {"use_cosine_similarity": False, "temperature": 3.0, "reduction": "none"},
+        {"in_batch_negatives": False},
     ],
-    ids=["default", "symmetric", "smoothed", "dot_product"],
+    ids=["default", "symmetric", "smoothed", "dot_product", "queue"],
 )
 def test_the_module_is_the_function(options: dict[str, Any]) -> None:
     query, key = pair()
@@ -79,6 +80,15 @@ def test_a_module_pickled_before_return_dict() -> None:
     assert torch.equal(call(older)["loss"], call(loss_fn)["loss"])
 
 
+def test_a_module_pickled_before_in_batch_negatives() -> None:
+    loss_fn = InfoNCELoss(symmetric=True)
+    state = {k: v for k, v in loss_fn.__dict__.items() if k != "in_batch_negatives"}
+    older = InfoNCELoss.__new__(InfoNCELoss)
+    older.__setstate__(state)
+    assert torch.equal(call(older)["loss"], call(loss_fn)["loss"])
+    assert repr(older) == repr(loss_fn)
+
+
 def test_a_learnable_temperature_trains() -> None:
     query, key = pair()
     loss_fn = InfoNCELoss(temperature=0.2, learnable_temperature=True)
@@ -110,6 +120,12 @@ def test_copies_and_pickles() -> None:
         ({"symmetric": 1}, TypeError, "symmetric must be True or False, got 1"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing must lie .* got 1.5"),
         ({"reduction": "max"}, ValueError, "reduction must be one of"),
+        ({"in_batch_negatives": None}, TypeError, "in_batch_negatives must be True or False"),
+        (
+            {"symmetric": True, "in_batch_negatives": False},
+            ValueError,
+            "symmetric must be False with in_batch_negatives=False",
+        ),
         ({"eps": 0.0}, ValueError, "eps must be positive"),
         ({"backend": "numpy"}, ValueError, "backend must be one of"),
         ({"return_dict": None}, TypeError, "return_dict must be True or False, got None"),

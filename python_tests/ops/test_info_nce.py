@@ -28,6 +28,7 @@ def cross_entropy(
     temperature: float | Tensor = 0.07,
     symmetric: bool = False,
     label_smoothing: float = 0.0,
+    in_batch_negatives: bool = True,
     use_cosine_similarity: bool = True,
     reduction: str = "mean",
 ) -> Tensor:
@@ -36,7 +37,13 @@ def cross_entropy(
     if use_cosine_similarity:
         query, keys = F.normalize(query, dim=1), F.normalize(keys, dim=1)
     labels = torch.arange(len(query)) if positives is None else positives
-    logits = query @ keys.T / temperature
+    if in_batch_negatives:
+        logits = query @ keys.T / temperature
+    else:  # as MoCo writes it
+        positive = torch.einsum("nc,nc->n", query, keys[labels])
+        of_queue = torch.einsum("nc,kc->nk", query, keys[len(key) :])
+        logits = torch.cat([positive[:, None], of_queue], dim=1) / temperature
+        labels = torch.zeros(len(query), dtype=torch.int64)
     options: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": "none"}
     losses = F.cross_entropy(logits, labels, **options)
     if symmetric:
@@ -59,6 +66,21 @@ CALLS: dict[str, dict[str, Any]] = {
     "sum": {"reduction": "sum"},
     "none": {"reduction": "none"},
     "dot_product": {"use_cosine_similarity": False, "temperature": 4.0},
+    "queue": {"in_batch_negatives": False, "negatives": 60},
+    "queue_smoothed": {"in_batch_negatives": False, "negatives": 1, "label_smoothing": 0.2},
+    "queue_shared": {
+        "in_batch_negatives": False,
+        "negatives": 20,
+        "keys": 5,
+        "positives": "repeated",
+        "reduction": "none",
+    },
+    "queue_dot": {
+        "in_batch_negatives": False,
+        "negatives": 30,
+        "use_cosine_similarity": False,
+        "temperature": 4.0,
+    },
 }
 QUERIES = 33
 
@@ -137,17 +159,27 @@ def test_the_reference_is_cross_entropy(name: str) -> None:
         torch.testing.assert_close(actual, truth)
 
 
-@pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
+FORMS: dict[str, dict[str, Any]] = {
+    "one_direction": {},
+    "symmetric": {"symmetric": True},
+    "queue": {"in_batch_negatives": False},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [0.005, 0.07] if INTERPRETED else [0.005, 0.01, 0.02, 0.07])
 def test_aligned_pairs_at_low_temperature(
-    backend: Any, temperature: float, dtype: torch.dtype, symmetric: bool
+    backend: Any, temperature: float, dtype: torch.dtype, form: str
 ) -> None:
     """The loss is tiny, never negative, and keeps its digits. The usual formula loses them all."""
     query = torch.randn(64, 64, dtype=torch.float64)
     key = query + 0.01 * torch.randn(64, 64, dtype=torch.float64)
-    leaves = [z.to(dtype).requires_grad_() for z in (query, key)]
-    options: dict[str, Any] = {"temperature": temperature, "symmetric": symmetric}
+    rows = [query, key]
+    if form == "queue":
+        rows.append(torch.randn(64, 64, dtype=torch.float64))
+    leaves = [z.to(dtype).requires_grad_() for z in rows]
+    options = {"temperature": temperature, **FORMS[form]}
     out = info_nce(*leaves, **options, backend=backend, reduction="none")
     assert (out.loss >= 0).all()
     assert out.accuracy == 1
@@ -189,33 +221,107 @@ def test_one_pair_without_negatives(
         assert (gradient == 0).all()
 
 
-def test_a_queue_gets_no_gradient(backend: Any) -> None:
+@pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
+def test_empty_negatives_are_none(backend: Any, symmetric: bool) -> None:
+    leaves = [*sides(12, 12, 6), torch.empty(0, 6, requires_grad=True)]
+    options: dict[str, Any] = {"symmetric": symmetric, "backend": backend}
+    loss, expected = info_nce(*leaves, **options).loss, info_nce(*leaves[:2], **options).loss
+    assert torch.equal(loss, expected)
+    gradients = torch.autograd.grad(loss, leaves)
+    for actual, truth in zip(gradients, torch.autograd.grad(expected, leaves[:2]), strict=False):
+        assert torch.equal(actual, truth)
+    assert gradients[2].shape == (0, 6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.5], ids=["", "smoothed"])
+def test_an_empty_queue(smoothing: float) -> None:
+    for backend in ("reference", "chunked", "auto"):
+        temperature = torch.tensor(0.1, requires_grad=True)
+        leaves = [*sides(5, 5, 24), torch.empty(0, 24, requires_grad=True)]
+        out = info_nce(
+            *leaves,
+            temperature=temperature,
+            label_smoothing=smoothing,
+            in_batch_negatives=False,
+            backend=backend,  # type: ignore[arg-type]
+        )
+        assert out.loss == 0
+        assert out.accuracy == 1
+        assert out.negative_similarity.isnan()
+        for gradient in torch.autograd.grad(out.loss, [*leaves, temperature]):
+            assert (gradient == 0).all()
+
+
+def test_a_negative_of_a_queue_that_is_the_positive(backend: Any) -> None:
+    """A tie is a miss, although the positive comes from another product than the negatives."""
+    query, key = sides(64, 64, 131)
+    for scale in (1.0, 3.0):
+        options: dict[str, Any] = {
+            "temperature": 0.005,
+            "in_batch_negatives": False,
+            "reduction": "none",
+            "use_cosine_similarity": scale == 1,
+            "backend": backend,
+        }
+        out = info_nce(query, scale * key, scale * key.detach(), **options)
+        assert out.accuracy == 0
+        exact = [z.detach().double() for z in (query, scale * key, scale * key)]
+        truth = info_nce(*exact, **options | {"backend": "reference"})
+        # The two products differ by roundings of a similarity, which the temperature magnifies.
+        similarity = max(
+            1.0, truth.positive_similarity.abs().item(), (truth.lse * 0.005).max().item()
+        )
+        assert (out.loss - truth.loss).abs().max() <= 4 * METRIC[torch.float32] * similarity / 0.005
+        assert (out.loss >= 0).all()
+
+
+def test_the_keys_of_a_batch_are_no_negatives_of_a_queue(backend: Any) -> None:
+    """Another batch around a pair changes nothing for it."""
     query, key = sides(12, 12, 6)
     queue = torch.randn(20, 6)
-    out = info_nce(query, key.detach(), queue, backend=backend)
-    with_gradient = info_nce(query, key, queue.clone().requires_grad_(), backend=backend)
+    options: dict[str, Any] = {"in_batch_negatives": False, "backend": backend}
+    losses = info_nce(query, key, queue, reduction="none", **options).loss
+    alone = [
+        info_nce(query[k : k + 1], key[k : k + 1], queue, **options).loss for k in range(len(query))
+    ]
+    assert relative_error(torch.stack(alone), losses) <= FLOOR_VALUE[torch.float32]
+
+
+@pytest.mark.parametrize("in_batch", [True, False], ids=["in_batch", "queue"])
+def test_a_queue_gets_no_gradient(backend: Any, in_batch: bool) -> None:
+    query, key = sides(12, 12, 6)
+    queue = torch.randn(20, 6)
+    options: dict[str, Any] = {"backend": backend, "in_batch_negatives": in_batch}
+    out = info_nce(query, key.detach(), queue, **options)
+    with_gradient = info_nce(query, key, queue.clone().requires_grad_(), **options)
     assert torch.equal(out.loss, with_gradient.loss)
     (actual,) = torch.autograd.grad(out.loss, query)
     (expected,) = torch.autograd.grad(with_gradient.loss, query)
     assert relative_error(actual, expected) <= FLOOR_GRADIENT[torch.float32]
 
 
-def test_autocast(backend: Any) -> None:
+@pytest.mark.parametrize("in_batch", [True, False], ids=["in_batch", "queue"])
+def test_autocast(backend: Any, in_batch: bool) -> None:
     query, key = sides(32, 32, 24)
-    expected = info_nce(query, key, label_smoothing=0.1, backend=backend)
+    queue = None if in_batch else torch.randn(40, 24)
+    options: dict[str, Any] = {"label_smoothing": 0.1, "in_batch_negatives": in_batch}
+    expected = info_nce(query, key, queue, **options, backend=backend)
     with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
-        out = info_nce(query, key, label_smoothing=0.1, backend=backend)
+        out = info_nce(query, key, queue, **options, backend=backend)
     assert out.loss.dtype == torch.float32
     # The temperature of 0.07 magnifies the rounding of the rows.
     assert relative_error(out.loss, expected.loss) < 4 * AUTOCAST_LOSS
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="compiled on the CPU")
-def test_compiles_without_a_break() -> None:
+@pytest.mark.parametrize("in_batch", [True, False], ids=["in_batch", "queue"])
+def test_compiles_without_a_break(in_batch: bool) -> None:
     query, key = sides(12, 12, 6)
+    queue = None if in_batch else torch.randn(9, 6)
+    options: dict[str, Any] = {"symmetric": in_batch, "in_batch_negatives": in_batch}
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
-        return info_nce(a, b, symmetric=True, label_smoothing=0.1).loss
+        return info_nce(a, b, queue, label_smoothing=0.1, **options).loss
 
     expected = torch.autograd.grad(loss(query, key), (query, key))
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
@@ -235,7 +341,20 @@ z44 = torch.zeros(4, 4)
         ((z44, [1.0]), {}, TypeError, "key must be a tensor, got list"),
         ((z44[:2], z44), {}, ValueError, "positives must be given where query and key .* 2 and 4"),
         ((z44, z44, z44[:, :2]), {}, ValueError, "query and negatives must have the same D"),
-        ((z44, z44, z44[:0]), {}, ValueError, "negatives must hold at least one row"),
+        ((z44, z44, z44[:, :0]), {}, ValueError, "negatives must hold at least one feature"),
+        (
+            (z44, z44),
+            {"in_batch_negatives": False},
+            ValueError,
+            "negatives must be given with in_batch_negatives=False",
+        ),
+        (
+            (z44, z44, z44),
+            {"in_batch_negatives": False, "symmetric": True},
+            ValueError,
+            "symmetric must be False with in_batch_negatives=False",
+        ),
+        ((z44, z44), {"in_batch_negatives": 0}, TypeError, "in_batch_negatives must be True or"),
         (
             (z44, z44),
             {"positives": torch.tensor([0, 1, 1, 2]), "symmetric": True},
@@ -288,16 +407,23 @@ def test_wrong_positives_where_the_host_does_not_read_them(name: str, backend: A
         assert compiled(wrong).isnan()
 
 
+@pytest.mark.parametrize("in_batch", [True, False], ids=["in_batch", "queue"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_the_gradient_of_a_temperature_in_half_precision(backend: Any, dtype: torch.dtype) -> None:
+def test_the_gradient_of_a_temperature_in_half_precision(
+    backend: Any, dtype: torch.dtype, in_batch: bool
+) -> None:
     """Its two parts nearly cancel for rows in clusters, so neither is rounded before the sum."""
     centers = torch.randn(4, 16)
-    query, key = (centers.repeat(8, 1) + 0.1 * torch.randn(32, 16) for _ in range(2))
+    query, key, queue = (centers.repeat(8, 1) + 0.1 * torch.randn(32, 16) for _ in range(3))
+    negatives = None if in_batch else queue
+    options: dict[str, Any] = {"in_batch_negatives": in_batch}
     value = torch.tensor(0.05).to(dtype)
     gradients = []
     for temperature, name in ((value, backend), (value.double(), "reference")):
         temperature = temperature.clone().requires_grad_()
-        loss = info_nce(query, key, temperature=temperature, backend=name).loss
+        loss = info_nce(
+            query, key, negatives, temperature=temperature, backend=name, **options
+        ).loss
         gradients.append(torch.autograd.grad(loss, temperature)[0])
     assert gradients[0].dtype == dtype
     assert relative_error(*gradients) <= torch.finfo(dtype).eps
