@@ -18,7 +18,7 @@ from ranks import Ranks
 from tolerances import ALIGNED_LOSS, FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor, nn
 
-from cjepa_kernels import info_nce, nt_xent, pair_similarity
+from cjepa_kernels import nt_xent, pair_similarity
 from docs.generate_figures import TEMPLATES
 
 PAGES = sorted(page.stem for page in (DOCS / "migrate").glob("*.md"))
@@ -241,8 +241,9 @@ def test_clip_in_half_precision(dtype: Any) -> None:
         inputs = image_text_pairs(samples, features, noise, torch.float32 if autocast else dtype)
         image, text = (z.requires_grad_() for z in inputs)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            losses = [page["loss_fn"](image, text, logit_scale=scale)]
-            losses += [page["clip_loss_of_all_ranks"](image, text, scale)]
+            losses = [page["loss_fn"](image, text, logit_scale=scale)["loss"]]
+            unit = (F.normalize(z.float(), dim=1).to(z.dtype) for z in (image, text))
+            losses += [page["ClipLoss"]()(*unit, scale)]
             losses += [
                 page["info_nce"](*pair, temperature=0.01).loss
                 for pair in ((image, text), (text, image))
@@ -314,14 +315,13 @@ def test_what_one_gains_is_what_was_recorded(page: str) -> None:
     assert table in (DOCS / "migrate" / f"{page}.md").read_text(encoding="utf-8"), table
 
 
-def clip_of_ranks(function: str) -> tuple[float, dict[str, Tensor]]:
-    """The loss and gradients of the page's function, averaged over the ranks as DDP averages them.
+def clip_of_ranks() -> tuple[float, dict[str, Tensor]]:
+    """The loss and gradients of the page's loss, averaged over the ranks as DDP averages them.
 
     Each rank has an equal share of the batch. Without a group, one process has the whole batch.
     """
     torch.set_default_dtype(torch.float64)
     page = run_under("open_clip", "After")
-    page["info_nce"] = info_nce
     run_under("open_clip", "Many GPUs", page)
     generator = torch.Generator().manual_seed(1)
     images, texts = (
@@ -335,7 +335,8 @@ def clip_of_ranks(function: str) -> tuple[float, dict[str, Tensor]]:
         module.zero_grad()
     page["log_scale"].grad = None
     features = page["image_tower"](images[own]), page["text_tower"](texts[own])
-    loss = page[function](*features, page["log_scale"].exp())
+    unit = (F.normalize(z, dim=1) for z in features)
+    loss = page["loss_fn"](*unit, page["log_scale"].exp())
     loss.backward()
     averaged = gradients(page)
     total = loss.detach().clone()
@@ -348,8 +349,8 @@ def clip_of_ranks(function: str) -> tuple[float, dict[str, Tensor]]:
 
 
 def test_clip_loss_of_all_ranks_is_that_of_one_process(ranks: Callable[[int], Ranks]) -> None:
-    loss, expected = clip_of_ranks("clip_loss_of_all_ranks")
-    for total, averaged in ranks(2).run(clip_of_ranks, "clip_loss_of_all_ranks"):
+    loss, expected = clip_of_ranks()
+    for total, averaged in ranks(2).run(clip_of_ranks):
         assert total == pytest.approx(loss, rel=FLOOR_VALUE[torch.float64])
         for name, gradient in expected.items():
             assert relative_error(averaged[name], gradient) <= FLOOR_GRADIENT[torch.float64], name

@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("distributed",),
     ("functional", "prediction", "tokens"),
     ("modules",),
-    ("config",),
+    ("compat", "config"),
     ("__init__",),
     ("bench", "tune", "train"),
     ("cli",),

@@ -45,7 +45,8 @@ import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         refused = {"numpy", "yaml", "lightning", "sklearn", "datasets", "typer", "rich", "PIL",
-                   "matplotlib", "pydantic", "tensorboard", "pandas", "scipy"}
+                   "matplotlib", "pydantic", "tensorboard", "pandas", "scipy", "open_clip",
+                   "info_nce", "sentence_transformers", "lightly", "pytorch_metric_learning"}
         allowed_importers = ("torch",)
         if name.split(".")[0] in refused:
             frame = sys._getframe(1)
@@ -58,7 +59,7 @@ class Refuse:
                 frame = frame.f_back
         return None
 sys.meta_path.insert(0, Refuse())
-import cjepa_kernels, torch
+import cjepa_kernels, cjepa_kernels.compat, torch
 z = torch.randn(4, 3, requires_grad=True)
 cjepa_kernels.nt_xent(z, torch.randn(4, 3)).loss.backward()
 cjepa_kernels.create_loss_from_config({"type": "cjepa"})

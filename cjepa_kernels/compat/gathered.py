@@ -1,0 +1,34 @@
+"""Rows of all ranks of the default process group, for losses that need the rows themselves."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_rows(rows: Tensor, *, with_gradient: bool) -> Tensor:
+    """The rows of all ranks, in the order of the ranks.
+
+    Args:
+        rows: (B, D), as many on every rank.
+        with_gradient: Each rank's rows get the sum of the gradients that all ranks have for them.
+            Every rank then has to take part in the backward pass.
+
+    Returns:
+        (R * B, D) with R ranks.
+    """
+    rows = rows.contiguous()
+    if with_gradient:
+        from torch.distributed.nn.functional import all_gather
+
+        return torch.cat(all_gather(rows))  # type: ignore[no-untyped-call]
+    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, rows.detach())
+    return torch.cat(gathered)
+
+
+def own_rows(rows: Tensor) -> Tensor:
+    """(B,) int64, where the rows of this rank are among those that ``gather_rows`` returns."""
+    first = dist.get_rank() * len(rows)
+    return torch.arange(first, first + len(rows), device=rows.device)
