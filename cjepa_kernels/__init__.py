@@ -12,7 +12,13 @@ from cjepa_kernels.functional import (
     paired_logsumexp,
     prediction_loss,
 )
-from cjepa_kernels.modules import ContrastiveJEPALoss, HJEPALoss, InfoNCELoss, NTXentLoss
+from cjepa_kernels.modules import (
+    ContrastiveJEPALoss,
+    HJEPALoss,
+    InfoNCELoss,
+    MomentumQueue,
+    NTXentLoss,
+)
 
 __all__ = [
     "BackendStatus",
@@ -21,6 +27,7 @@ __all__ = [
     "HJEPALoss",
     "InfoNCELoss",
     "InfoNCEOutput",
+    "MomentumQueue",
     "NTXentLoss",
     "NTXentOutput",
     "PairedLogSumExp",

@@ -3,7 +3,7 @@
 nt_xent      the loss and its gradient           strategies   all-gather and ring
 group        the ranks and their pairs           ring         the schedule of the ring
 exchange     messages between ranks, counted     blocks       parts of S, by the operators
-reference    the formula on all gathered pairs
+gather       rows of all ranks                   reference    the formula on all gathered pairs
 """
 
 from cjepa_kernels.definitions import STRATEGIES, Strategy

@@ -64,11 +64,15 @@ class Exchange:
     Args:
         group: The ranks.
         backward: Whether this exchange is part of a backward.
+        of: What it is for, for an error.
     """
 
-    def __init__(self, group: dist.ProcessGroup, *, backward: bool = False) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, *, backward: bool = False, of: str = "NT-Xent"
+    ) -> None:
         self.group = group
         self.backward = backward
+        self.of = of
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
 
     def start(self, sent: Sequence[Message], received: Sequence[Message]) -> list[dist.Work]:
@@ -145,8 +149,8 @@ class Exchange:
             direction = "backward" if self.backward else "forward"
             raise RuntimeError(
                 f"rank {self.rank} of {self.ranks} cannot reach the others in the {direction} of "
-                f"NT-Xent: {error}. Most often one of them has ended, or did not take part within "
-                "the process group's timeout: every rank must run every forward and backward"
+                f"{self.of}: {error}. Most often one of them has ended, or did not take part "
+                "within the process group's timeout: every rank must run every forward and backward"
             ) from error
 
 

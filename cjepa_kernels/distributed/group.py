@@ -48,7 +48,7 @@ class SharedGroup:
         if dist.is_initialized() and self.group is dist.group.WORLD:
             return bool, (True,)
         raise TypeError(
-            "a loss whose distributed is a process group other than the default one cannot be "
+            "a module whose distributed is a process group other than the default one cannot be "
             "pickled, because the group exists in this run only: save its state_dict, or set "
             "distributed to True or False before"
         )
@@ -109,13 +109,22 @@ class Setting:
         return struct.unpack("d", struct.pack("q", code))[0]
 
 
-def agree(z_i: Tensor, settings: Sequence[Setting], group: dist.ProcessGroup) -> GlobalBatch:
+def agree(
+    z_i: Tensor,
+    settings: Sequence[Setting],
+    group: dist.ProcessGroup,
+    *,
+    row: str = "pair",
+    of: str = "NT-Xent",
+) -> GlobalBatch:
     """Exchange the numbers of pairs, and check that all ranks have the same options.
 
     Args:
         z_i: (B_r, D) first views of this rank.
         settings: The same names on every rank.
         group: The ranks.
+        row: What a row is, for an error.
+        of: What the ranks do together, for an error.
 
     Raises:
         ValueError: On all ranks alike, if a rank has no pair or another value of an option; the
@@ -124,11 +133,11 @@ def agree(z_i: Tensor, settings: Sequence[Setting], group: dist.ProcessGroup) ->
     features = Setting("the number of features", z_i.shape[1])
     everything = [features, *settings]
     own = [len(z_i), *(setting.encode() for setting in everything)]
-    exchange = Exchange(group)
+    exchange = Exchange(group, of=of)
     described = exchange.numbers(own, z_i.device)
     for rank, (batch, *_) in enumerate(described):
         if batch == 0:
-            raise ValueError(f"every rank must hold at least one pair, rank {rank} has none")
+            raise ValueError(f"every rank must hold at least one {row}, rank {rank} has none")
     for position, setting in enumerate(everything, start=1):
         codes = [numbers[position] for numbers in described]
         for rank, code in enumerate(codes):

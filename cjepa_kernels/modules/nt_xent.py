@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from cjepa_kernels import reference
 from cjepa_kernels.backends import Backend, check_backend
 from cjepa_kernels.definitions import EPS, TEMPERATURE, Reduction, Strategy
-from cjepa_kernels.distributed import SharedGroup, resolve_group
+from cjepa_kernels.distributed import resolve_group
 from cjepa_kernels.functional.checks import (
     check_bool,
     check_in_range,
@@ -18,6 +18,7 @@ from cjepa_kernels.functional.checks import (
     check_strategy,
 )
 from cjepa_kernels.functional.nt_xent import nt_xent
+from cjepa_kernels.modules.distributed_attribute import distributed_attribute
 from cjepa_kernels.modules.float_attribute import float_attribute
 from cjepa_kernels.modules.loss_module import LossResult
 from cjepa_kernels.modules.temperature import TemperatureModule
@@ -65,6 +66,9 @@ class NTXentLoss(TemperatureModule):
     """
 
     eps: float = float_attribute("eps")
+    distributed: bool | ProcessGroup = distributed_attribute(
+        "Whether negatives come from all ranks, or the process group that they come from."
+    )
 
     def __init__(
         self,
@@ -97,20 +101,8 @@ class NTXentLoss(TemperatureModule):
         self.eps = eps
         self.backend = backend
         self.return_logits = return_logits
-        self._distributed: bool | SharedGroup
         self.distributed = distributed
         self.strategy = strategy
-
-    @property
-    def distributed(self) -> bool | ProcessGroup:
-        """Whether negatives come from all ranks, or the process group that they come from."""
-        value = self._distributed
-        return value.group if isinstance(value, SharedGroup) else value
-
-    @distributed.setter
-    def distributed(self, value: bool | ProcessGroup) -> None:
-        resolve_group(value)
-        self._distributed = value if isinstance(value, bool) else SharedGroup(value)
 
     def forward(self, z_i: Tensor, z_j: Tensor, mask: Tensor | None = None) -> LossResult:
         """Loss and metrics of a batch of pairs.
