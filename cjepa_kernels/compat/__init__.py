@@ -6,6 +6,6 @@ do not cover is a ``ValueError`` that names the argument. None of the projects n
 installed.
 """
 
-from cjepa_kernels.compat import open_clip
+from cjepa_kernels.compat import info_nce, lightly, open_clip, sentence_transformers
 
-__all__ = ["open_clip"]
+__all__ = ["info_nce", "lightly", "open_clip", "sentence_transformers"]

@@ -7,6 +7,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def world_size() -> int:
+    """Number of ranks of the default process group; 1 without one."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def gather_rows(rows: Tensor, *, with_gradient: bool) -> Tensor:
     """The rows of all ranks, in the order of the ranks.
 

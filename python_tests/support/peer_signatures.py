@@ -20,7 +20,14 @@ RECORD = Path(__file__).resolve().parents[1] / "compat" / "peer_signatures.json"
 
 # The distribution, its module and the names there, by the module of cjepa_kernels.compat.
 PEERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "info_nce": ("info-nce-pytorch", "info_nce", ("InfoNCE", "info_nce")),
+    "lightly": ("lightly", "lightly.loss", ("NTXentLoss", "DCLLoss", "DCLWLoss")),
     "open_clip": ("open_clip_torch", "open_clip.loss", ("ClipLoss",)),
+    "sentence_transformers": (
+        "sentence-transformers",
+        "sentence_transformers.sentence_transformer.losses",
+        ("MultipleNegativesRankingLoss",),
+    ),
 }
 
 

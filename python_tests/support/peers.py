@@ -5,66 +5,10 @@ from __future__ import annotations
 import importlib.util
 from types import ModuleType
 
-import torch
-import torch.nn.functional as F
+import peer_losses
 from torch import Tensor, nn
 
 from cjepa_kernels.bench import formulas
-
-
-class LightlyMemoryBank(nn.Module):
-    """``NTXentLoss.memory_bank`` of lightly 1.6.0. It holds unit rows and overwrites the oldest."""
-
-    bank: Tensor  # (K, D)
-    bank_ptr: Tensor  # (1,) int64, index of the next row to write
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        super().__init__()
-        rows = F.normalize(torch.randn(size), dim=1)
-        self.register_buffer("bank", rows, persistent=False)
-        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
-
-    @torch.no_grad()
-    def push(self, rows: Tensor) -> None:
-        """Overwrite the oldest rows. Rows beyond the end of the bank are dropped."""
-        for row in rows:
-            self.bank[self.bank_ptr] = row
-            self.bank_ptr += 1
-            if self.bank_ptr == len(self.bank):
-                self.bank_ptr.zero_()
-                break
-
-
-class LightlyNTXentLoss(nn.Module):
-    """``lightly.loss.NTXentLoss``."""
-
-    def __init__(
-        self, temperature: float = 0.5, memory_bank_size: tuple[int, int] | None = None
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.memory_bank = None if memory_bank_size is None else LightlyMemoryBank(memory_bank_size)
-
-    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        if self.memory_bank is None:
-            loss: Tensor = formulas.lightly(out0, out1, temperature=self.temperature)
-            return loss
-        query, key = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
-        positive = (query * key).sum(dim=1, keepdim=True)  # (B, 1)
-        negatives = query @ self.memory_bank.bank.clone().T  # (B, K)
-        if query.requires_grad:
-            self.memory_bank.push(key)
-        logits = torch.cat([positive, negatives], dim=1) / self.temperature
-        return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long))
-
-
-class ClipLoss(nn.Module):
-    """``open_clip.loss.ClipLoss`` of one process: cross-entropy along both sides of the logits."""
-
-    def forward(self, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-        logits = logit_scale * image @ text.T
-        labels = torch.arange(len(logits), device=logits.device)
-        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
 class HJEPALoss(nn.Module):
@@ -102,9 +46,13 @@ class ContrastiveJEPALoss(nn.Module):
         return {"loss": jepa + self.contrastive_weight * contrastive}
 
 
-STAND_INS: dict[str, dict[str, type[nn.Module]]] = {
-    "lightly.loss": {"NTXentLoss": LightlyNTXentLoss},
-    "open_clip.loss": {"ClipLoss": ClipLoss},
+STAND_INS: dict[str, dict[str, object]] = {
+    "info_nce": {"InfoNCE": peer_losses.InfoNCE, "info_nce": peer_losses.info_nce},
+    "lightly.loss": {"NTXentLoss": peer_losses.LightlyNTXentLoss},
+    "open_clip.loss": {"ClipLoss": peer_losses.ClipLoss},
+    "sentence_transformers.sentence_transformer.losses": {
+        "MultipleNegativesRankingLoss": peer_losses.MultipleNegativesRankingLoss
+    },
     "src.losses": {"HJEPALoss": HJEPALoss, "ContrastiveJEPALoss": ContrastiveJEPALoss},
 }
 
@@ -112,10 +60,11 @@ STAND_INS: dict[str, dict[str, type[nn.Module]]] = {
 def stand_ins() -> dict[str, ModuleType]:
     """Modules by name, for ``sys.modules``, of the projects that are not installed."""
     modules = {}
-    for name, classes in STAND_INS.items():
-        package = name.partition(".")[0]
-        if importlib.util.find_spec(package) is None:
-            modules[package] = ModuleType(package)
-            modules[name] = ModuleType(name)
-            vars(modules[name]).update(classes)
+    for name, contents in STAND_INS.items():
+        parts = name.split(".")
+        if importlib.util.find_spec(parts[0]) is None:
+            for depth in range(1, len(parts) + 1):
+                path = ".".join(parts[:depth])
+                modules[path] = ModuleType(path)
+            vars(modules[name]).update(contents)
     return modules

@@ -117,7 +117,8 @@ def describe_signature(function: Callable[..., Any]) -> list[dict[str, str]]:
     for parameter in inspect.signature(function).parameters.values():
         entry = {"name": parameter.name, "kind": parameter.kind.name}
         if parameter.default is not inspect.Parameter.empty:
-            entry["default"] = repr(parameter.default)
+            default = parameter.default
+            entry["default"] = default.__name__ if inspect.isfunction(default) else repr(default)
         parameters.append(entry)
     return parameters
 

@@ -1,0 +1,246 @@
+"""The losses of ``lightly``: ``from cjepa_kernels.compat.lightly import NTXentLoss``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from cjepa_kernels.compat.gathered import gather_rows, own_rows, world_size
+from cjepa_kernels.compat.normalisation import EPS, normalised
+from cjepa_kernels.distributed import resolve_group
+from cjepa_kernels.functional import checks
+from cjepa_kernels.functional.cross_logsumexp import paired_logsumexp
+from cjepa_kernels.functional.info_nce import info_nce
+from cjepa_kernels.functional.nt_xent import nt_xent
+
+SMALLEST_TEMPERATURE = 1e-8
+WeightFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class NTXentLoss(nn.Module):
+    """``lightly.loss.NTXentLoss``: NT-Xent, and MoCo's loss with a memory bank.
+
+    The arguments, their order and their defaults are those of lightly 1.6.0.
+
+    Args:
+        temperature: Float from 1e-8 to 1e30, default 0.5.
+        memory_bank_size: (K, D), rows and features of a memory bank, whose rows are then the
+            only negatives. Default 0: the negatives are those of the batch.
+        gather_distributed: Take the negatives of all ranks, or put the keys of all ranks into the
+            bank. Without a process group this is one process.
+
+    Raises:
+        ValueError, TypeError: A bad argument; the message names it.
+
+    Source: SimCLR, arXiv 2002.05709; with a bank MoCo, arXiv 1911.05722.
+
+    Example:
+        >>> loss_fn = NTXentLoss()
+        >>> loss_fn(torch.eye(4), torch.eye(4))
+        tensor(0.5944)
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        checks.check_temperature(temperature)
+        if not isinstance(temperature, Tensor) and temperature < SMALLEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be at least {SMALLEST_TEMPERATURE}, got {temperature}"
+            )
+        self.memory_bank = MemoryBank(memory_bank_size, gather_distributed)
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The loss of a batch of pairs.
+
+        A call puts the rows of ``out1`` into the bank, unless ``out0`` needs no gradient.
+
+        Args:
+            out0: (B, D) embeddings of the first view.
+            out1: (B, D) embeddings of the second view, or of a momentum encoder.
+
+        Returns:
+            () fp32 (fp64 for fp64 embeddings).
+        """
+        if self.memory_bank.size[0] == 0:
+            return nt_xent(
+                out0,
+                out1,
+                temperature=self.temperature,
+                eps=EPS,
+                group=resolve_group(self.gather_distributed),
+            ).loss
+        bank = self.memory_bank.bank.to(out0, copy=True)  # the backward needs it as it is now
+        loss = info_nce(
+            out0,
+            out1,
+            bank,
+            temperature=self.temperature,
+            in_batch_negatives=False,
+            eps=EPS,
+        ).loss
+        if out0.requires_grad and torch.is_grad_enabled():
+            self.memory_bank.push(out1)
+        return loss
+
+
+class MemoryBank(nn.Module):
+    """The bank of :class:`cjepa_kernels.compat.lightly.NTXentLoss`, ``loss_fn.memory_bank``.
+
+    Its buffers are those of lightly's bank. They are no part of a state dict.
+
+    Args:
+        size: (K, D), or 0 for no bank.
+        gather_distributed: Put the keys of all ranks into the bank.
+
+    Attributes:
+        bank: (K, D) unit rows. It begins with random ones.
+        bank_ptr: (1,) int64, index of the next row to write.
+    """
+
+    bank: Tensor
+    bank_ptr: Tensor
+
+    def __init__(self, size: int | Sequence[int], gather_distributed: bool = False) -> None:
+        super().__init__()
+        self.size = (size,) if isinstance(size, int) else tuple(size)
+        if (self.size != (0,) and len(self.size) != 2) or min(self.size, default=-1) < 0:
+            raise ValueError(
+                "memory_bank_size must be 0 or (rows, features), two numbers of 0 or more, got "
+                f"{size!r}"
+            )
+        self.gather_distributed = gather_distributed
+        rows = normalised(torch.randn(self.size)) if len(self.size) == 2 else torch.empty(0)
+        self.register_buffer("bank", rows, persistent=False)
+        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.long), persistent=False)
+
+    @torch.no_grad()
+    def push(self, keys: Tensor) -> None:
+        """Overwrite the oldest rows with keys (B, D). Keys beyond the end of the bank are dropped.
+
+        The host reads the position, so it waits for the device.
+        """
+        keys = normalised(keys.detach().to(self.bank.dtype))
+        if self.gather_distributed and world_size() > 1:
+            keys = gather_rows(keys, with_gradient=False)
+        start = int(self.bank_ptr)
+        end = min(start + len(keys), len(self.bank))
+        self.bank[start:end] = keys[: end - start]
+        self.bank_ptr.fill_(end % len(self.bank))
+
+
+class DCLLoss(nn.Module):
+    """``lightly.loss.DCLLoss``: NT-Xent without the positive in the denominator.
+
+    The arguments, their order and their defaults are those of lightly 1.6.0.
+
+    Args:
+        temperature: Float from 1e-30 to 1e30, default 0.1.
+        weight_fn: Takes the two normalised views (B, D) and returns the weights (B,) of the
+            positive pairs. It is called a second time with the views swapped. Default: no weights.
+        gather_distributed: Take the negatives of all ranks. Without a process group this is one
+            process.
+
+    Raises:
+        ValueError, TypeError: A bad argument; the message names it.
+
+    Source: Decoupled contrastive learning, arXiv 2110.06848, equation 6.
+
+    Example:
+        >>> DCLLoss(temperature=0.5)(torch.eye(4), torch.eye(4))  # log 6 - 2
+        tensor(-0.2082)
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        weight_fn: WeightFunction | None = None,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        checks.check_temperature(temperature)
+        self.temperature = temperature
+        self.weight_fn = weight_fn
+        self.gather_distributed = gather_distributed
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The loss of a batch of pairs.
+
+        Args:
+            out0: (B, D) embeddings of the first view.
+            out1: (B, D) embeddings of the second view.
+
+        Returns:
+            () fp32 (fp64 for fp64 embeddings). It may be negative.
+        """
+        checks.check_views(out0, out1, allow_empty=False)
+        of_ranks = self.gather_distributed and world_size() > 1
+        if len(out0) == 1 and not of_ranks:
+            raise ValueError("out0 and out1 must hold two pairs or more: one pair has no negatives")
+        if of_ranks:
+            own = own_rows(out0)
+            all0, all1 = (gather_rows(rows, with_gradient=True) for rows in (out0, out1))
+            between = paired_logsumexp(out0, all1, own, temperature=self.temperature, eps=EPS)
+            backward = paired_logsumexp(out1, all0, own, temperature=self.temperature, eps=EPS)
+            lse_between = (between.row_lse, backward.row_lse)
+        else:
+            own = torch.arange(len(out0), device=out0.device)
+            all0, all1 = out0, out1
+            between = paired_logsumexp(out0, out1, own, temperature=self.temperature, eps=EPS)
+            lse_between = (between.row_lse, between.column_lse)
+        loss = torch.zeros((), device=out0.device)
+        for lse, x, others, view in zip(
+            lse_between, (out0, out1), (all0, all1), ((out0, out1), (out1, out0)), strict=True
+        ):
+            within = paired_logsumexp(x, others, own, temperature=self.temperature, eps=EPS)
+            attraction = between.positive / self.temperature  # (B,)
+            if self.weight_fn is not None:
+                attraction = attraction * self.weight_fn(*map(normalised, view))
+            loss = loss + (torch.logaddexp(lse, within.row_lse) - attraction).mean() / 2
+        return loss
+
+
+class DCLWLoss(DCLLoss):
+    """``lightly.loss.DCLWLoss``: DCL with von Mises-Fisher weights of the positive pairs.
+
+    The arguments, their order and their defaults are those of lightly 1.6.0.
+
+    Args:
+        temperature: Float from 1e-30 to 1e30, default 0.1.
+        sigma: Temperature of the weights, default 0.5.
+        gather_distributed: Take the negatives of all ranks.
+
+    Raises:
+        ValueError, TypeError: A bad argument; the message names it.
+
+    Source: Decoupled contrastive learning, arXiv 2110.06848, section 3.3.
+
+    Example:
+        >>> DCLWLoss(temperature=0.5)(torch.eye(4), torch.eye(4))  # all weights are 1
+        tensor(-0.2082)
+    """
+
+    def __init__(
+        self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False
+    ) -> None:
+        checks.check_in_range("sigma", sigma)
+        super().__init__(
+            temperature=temperature,
+            weight_fn=partial(_mises_fisher_weights, sigma=sigma),
+            gather_distributed=gather_distributed,
+        )
+
+
+def _mises_fisher_weights(x: Tensor, y: Tensor, sigma: float) -> Tensor:
+    """(B,) weights 2 - B softmax(x_k . y_k / sigma), without a gradient."""
+    similarity = (x.detach() * y.detach()).sum(dim=1)
+    return 2 - len(x) * torch.softmax(similarity / sigma, dim=0)
