@@ -138,12 +138,22 @@ def agree(
     for rank, (batch, *_) in enumerate(described):
         if batch == 0:
             raise ValueError(f"every rank must hold at least one {row}, rank {rank} has none")
-    for position, setting in enumerate(everything, start=1):
-        codes = [numbers[position] for numbers in described]
-        for rank, code in enumerate(codes):
-            if code != codes[0]:
+    check_settings(everything, [codes for _, *codes in described])
+    return GlobalBatch(exchange.rank, tuple(batch for batch, *_ in described))
+
+
+def check_settings(settings: Sequence[Setting], codes: Sequence[Sequence[int]]) -> None:
+    """Raise unless every rank has the same settings.
+
+    Args:
+        settings: Those of this rank.
+        codes: Of each rank, its settings as integers.
+    """
+    for position, setting in enumerate(settings):
+        first = codes[0][position]
+        for rank, own in enumerate(codes):
+            if own[position] != first:
                 raise ValueError(
                     f"{setting.name} must be the same on every rank, rank 0 has "
-                    f"{setting.decode(codes[0])} and rank {rank} has {setting.decode(code)}"
+                    f"{setting.decode(first)} and rank {rank} has {setting.decode(own[position])}"
                 )
-    return GlobalBatch(exchange.rank, tuple(batch for batch, *_ in described))

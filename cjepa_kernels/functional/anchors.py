@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cjepa_kernels.definitions import CrossLogSumExpForward
 
 
 def gap(
@@ -36,3 +40,73 @@ def gap(
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)); ``F.softplus`` is x itself from 20 on, which fp64 can tell apart."""
     return -F.logsigmoid(-x)
+
+
+class Columns(NamedTuple):
+    """Numbers of the columns of the positives, in the order of the queries, each (M,)."""
+
+    lse: Tensor
+    shift: Tensor
+    log_sum: Tensor
+    largest: Tensor  # largest similarity of a negative
+
+
+class Candidates(NamedTuple):
+    """What label smoothing needs of the rows of the product."""
+
+    queries: Tensor  # (M, D)
+    positives: Tensor  # (M, D) the positive of each query
+    mean_key: Tensor  # (D,) over all candidates of the queries
+    mean_query: Tensor  # (D,) over all candidates of the keys
+
+
+class QueryTerms(NamedTuple):
+    """Numbers of each query."""
+
+    losses: Tensor  # (M,)
+    hits: Tensor  # (M,) 1 where the positive beats every negative
+    lse: Tensor  # (M,) the positive included, detached
+
+
+def query_terms(
+    out: CrossLogSumExpForward,
+    columns: Columns | None,
+    *,
+    smooth: Candidates | None,
+    tau: float | Tensor,
+    label_smoothing: float,
+) -> QueryTerms:
+    """The losses that follow from the numbers of each row and, for both directions, each column."""
+    positive = out.positive
+    row_gap = gap(out.row_lse, positive, out.row_shift, out.row_log_sum, tau)
+    losses = softplus(row_gap)  # (M,)
+    hits = (positive > out.row_max).to(positive.dtype)
+    if columns is not None:
+        column_gap = gap(columns.lse, positive, columns.shift, columns.log_sum, tau)
+        losses = (losses + softplus(column_gap)) / 2
+        hits = (hits + (positive > columns.largest)) / 2
+    if smooth is not None:
+        # (M,) difference of the positive's similarity and the mean; 0 if there is no negative
+        above = positive - smooth.queries @ smooth.mean_key
+        above = above.masked_fill(out.row_log_sum == -torch.inf, 0.0)
+        if columns is not None:
+            of_keys = positive - smooth.positives @ smooth.mean_query
+            above = (above + of_keys.masked_fill(columns.log_sum == -torch.inf, 0.0)) / 2
+        losses = smoothed(losses, above, label_smoothing, tau)
+    with torch.no_grad():
+        lse = softplus(row_gap) + positive / tau
+    return QueryTerms(losses=losses, hits=hits, lse=lse)
+
+
+def smoothed(losses: Tensor, above: Tensor, smoothing: float, tau: float | Tensor) -> Tensor:
+    """The losses with label smoothing.
+
+    Args:
+        losses: (M,) losses without it.
+        above: (M,) similarity of the positive minus the mean of all candidates.
+        smoothing: Share of the target that is spread.
+        tau: Temperature.
+    """
+    loss = losses + smoothing * above / tau
+    # The exact loss is not negative. Rounding may leave less than 0 where it is 0.
+    return loss + (loss.detach().clamp(min=0) - loss.detach())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cjepa_kernels import ops, reference
@@ -185,8 +186,12 @@ def run_cross_logsumexp(
     use_cosine_similarity: bool,
     eps: float,
     overload: str,
+    product_dtype: torch.dtype | None = None,
 ) -> CrossLogSumExpForward:
-    """The operator ``cross_logsumexp`` with checked arguments."""
+    """The operator ``cross_logsumexp`` with checked arguments.
+
+    Operands are rounded to ``product_dtype``, by default to autocast's dtype.
+    """
     tensor, number = checks.split_temperature(temperature)
     out: CrossLogSumExpForward = ops.call(
         "cross_logsumexp",
@@ -198,7 +203,7 @@ def run_cross_logsumexp(
         temperature=number,
         use_cosine_similarity=use_cosine_similarity,
         eps=eps,
-        product_dtype=dispatch.product_dtype(x),
+        product_dtype=product_dtype or dispatch.product_dtype(x),
         keep=dispatch.saves_for_backward(
             lambda limit: ops.rectangle_saves_at_most(limit, overload, x, y), x, y, tensor
         ),

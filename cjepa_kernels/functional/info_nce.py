@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cjepa_kernels import ops, reference
@@ -17,8 +18,19 @@ from cjepa_kernels.definitions import (
     InfoNCEOutput,
     Reduction,
 )
+from cjepa_kernels.distributed import info_nce as distributed_info_nce
+from cjepa_kernels.distributed.exchange import Exchange
+from cjepa_kernels.distributed.gather import gather_rows, gather_trained_rows
+from cjepa_kernels.distributed.info_nce import OF, GroupBatch, merge_columns, sum_over_ranks
 from cjepa_kernels.functional import checks, dispatch
-from cjepa_kernels.functional.anchors import gap, softplus
+from cjepa_kernels.functional.anchors import (
+    Candidates,
+    Columns,
+    gap,
+    query_terms,
+    smoothed,
+    softplus,
+)
 from cjepa_kernels.functional.cross_logsumexp import run_cross_logsumexp
 from cjepa_kernels.functional.operands import operand_rows
 
@@ -36,6 +48,7 @@ def info_nce(
     use_cosine_similarity: bool = True,
     eps: float = EPS,
     reduction: Reduction = "mean",
+    group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> InfoNCEOutput:
     """InfoNCE of queries against keys, with its metrics, without the (M, N) similarity matrix.
@@ -73,6 +86,16 @@ def info_nce(
         eps: Lower bound on the norm used for normalisation; a row below it gets a zero
             gradient. Default 1e-8.
         reduction: ``mean`` over the M queries, ``sum``, or ``none``.
+        group: Take the keys and the ``negatives`` of every rank of this process group as negatives.
+            With R ranks and M queries in all, rank r returns for ``mean``
+
+                (R / M) * sum over its own queries a of loss_a
+
+            whose mean over the ranks is the loss of one process on the whole batch, and so is the
+            gradient that DDP averages. ``sum`` and ``none`` cover this rank's queries, the metrics
+            are global. ``positives`` are rows of this rank's ``key``. Ranks may hold different
+            numbers of rows. If all ranks hold the same queue, give each of them a share of it.
+            Every rank has to take part in every forward and backward. Default: one process.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
 
     Returns:
@@ -80,10 +103,12 @@ def info_nce(
 
     Raises:
         TypeError: A tensor of the wrong kind or dtype.
-        ValueError: A wrong shape, device or value; the message names it. On a GPU and under
+        ValueError: A wrong shape, device or value; the message names it. With a group the other
+            ranks raise one too, as they do for an option that differs. On a GPU and under
             torch.compile the host does not read ``positives``. There a number out of range, or with
             ``symmetric`` a repeated one, makes the loss NaN. The compiled CPU kernels raise.
-        RuntimeError: A back end that was asked for by name and is missing.
+        RuntimeError: A back end that was asked for by name and is missing; a rank of the group that
+            ended, or did not take part within the process group's timeout.
 
     Source: InfoNCE, arXiv 1807.03748, equation 4; both directions as in CLIP, arXiv 2103.00020;
     negatives from a queue alone as in MoCo, arXiv 1911.05722, equation 1.
@@ -94,6 +119,72 @@ def info_nce(
         >>> round(out.loss.item(), 4), out.accuracy.item()
         (0.3408, 1.0)
     """
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a process group or None, got {type(group).__name__}")
+    try:
+        inputs, options = _checked(
+            query,
+            key,
+            negatives,
+            positives,
+            temperature=temperature,
+            symmetric=symmetric,
+            label_smoothing=label_smoothing,
+            in_batch_negatives=in_batch_negatives,
+            use_cosine_similarity=use_cosine_similarity,
+            eps=eps,
+            reduction=reduction,
+            backend=backend,
+        )
+        if group is not None and not in_batch_negatives:
+            raise ValueError(
+                "group must be None with in_batch_negatives=False: the ranks exchange keys when "
+                "they enqueue them, MomentumQueue(distributed=True)"
+            )
+    except (TypeError, ValueError):
+        # The other ranks must not wait for this one. Without a tensor its device is unknown.
+        if group is not None and isinstance(query, Tensor):
+            distributed_info_nce.refuse(query.device, group)
+        raise
+    if not in_batch_negatives:
+        return _queue_info_nce(inputs, **options)
+    if inputs.negatives is not None:
+        inputs = inputs._replace(key=torch.cat([inputs.key, inputs.negatives]))
+    options["symmetric"] = symmetric
+    if group is None:
+        return _info_nce(inputs.query, inputs.key, inputs.positives, **options)
+    of_group_eagerly = _info_nce_of_group
+    # Without the condition disable() would import the compiler, which takes as long as torch.
+    if torch.compiler.is_compiling():
+        of_group_eagerly = torch.compiler.disable(of_group_eagerly)  # type: ignore[no-untyped-call]
+    return of_group_eagerly(inputs.query, inputs.key, inputs.positives, group=group, **options)
+
+
+class _Inputs(NamedTuple):
+    """The checked tensors, in one dtype."""
+
+    query: Tensor  # (M, D)
+    key: Tensor  # (N, D)
+    negatives: Tensor | None  # (K, D)
+    positives: Tensor | None  # (M,)
+
+
+def _checked(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    positives: Tensor | None,
+    *,
+    temperature: float | Tensor,
+    symmetric: bool,
+    label_smoothing: float,
+    in_batch_negatives: bool,
+    use_cosine_similarity: bool,
+    eps: float,
+    reduction: Reduction,
+    backend: Backend,
+) -> tuple[_Inputs, dict[str, Any]]:
+    """The arguments of :func:`info_nce`: the tensors, and the options that all forms have."""
     check_backend(backend)
     temperature = checks.without_arrays(temperature, query)
     checks.check_temperature(temperature)
@@ -122,7 +213,7 @@ def info_nce(
         checks.check_rectangle(query, negatives, names=("query", "negatives"))
         dtype = torch.promote_types(query.dtype, negatives.dtype)
         query, key, negatives = query.to(dtype), key.to(dtype), negatives.to(dtype)
-    options: dict[str, Any] = {
+    return _Inputs(query=query, key=key, negatives=negatives, positives=positives), {
         "temperature": _wide(checks.as_float_or_scalar(temperature)),
         "label_smoothing": checks.as_float(label_smoothing),
         "use_cosine_similarity": use_cosine_similarity,
@@ -130,11 +221,6 @@ def info_nce(
         "reduction": reduction,
         "backend": backend,
     }
-    if negatives is not None and not in_batch_negatives:
-        return _queue_info_nce(query, key, negatives, positives, **options)
-    if negatives is not None:
-        key = torch.cat([key, negatives])
-    return _info_nce(query, key, positives, symmetric=symmetric, **options)
 
 
 def _wide(temperature: float | Tensor) -> float | Tensor:
@@ -190,89 +276,198 @@ def _info_nce(
         overload=dispatch.choose_overload(backend, query.device),
         **rows,
     )
-    smooth = None
+    of_queries = slice(query.shape[0]) if in_order else positives.clamp(0, key.shape[0] - 1)
+    smooth: Candidates | None = None
     if label_smoothing > 0:
-        smooth = [operand_rows(z, backend=backend, **rows) for z in (query, key)]
+        queries, keys = (operand_rows(z, backend=backend, **rows) for z in (query, key))
+        smooth = Candidates(
+            queries=queries,
+            positives=keys[of_queries],
+            mean_key=keys.mean(dim=0),
+            mean_query=queries.mean(dim=0),
+        )
     with dispatch.without_autocast(query.device):
-        return _losses(
+        terms = query_terms(
             out,
-            slice(query.shape[0]) if in_order else positives.clamp(0, key.shape[0] - 1),
-            operands=smooth,
+            _columns(out, of_queries) if symmetric else None,
+            smooth=smooth,
             tau=temperature,
+            label_smoothing=label_smoothing,
+        )
+        loss = reference.reduce(terms.losses, reduction)
+        with torch.no_grad():
+            pairs, all_pairs = query.shape[0], query.shape[0] * key.shape[0]
+            negatives = all_pairs - pairs
+            total = out.mean_similarity * all_pairs - out.positive.sum()
+            return InfoNCEOutput(
+                loss=loss,
+                accuracy=terms.hits.mean(),
+                positive_similarity=out.positive.mean(),
+                negative_similarity=total / (negatives if negatives else math.nan),
+                lse=terms.lse,
+            )
+
+
+def _columns(out: CrossLogSumExpForward, of_queries: slice | Tensor) -> Columns:
+    """The columns that ``of_queries`` takes.
+
+    A positive that is out of range has a similarity of NaN already, so it may take any column.
+    """
+    return Columns(
+        lse=out.column_lse[of_queries],
+        shift=out.column_shift[of_queries],
+        log_sum=out.column_log_sum[of_queries],
+        largest=out.column_max[of_queries],
+    )
+
+
+def _info_nce_of_group(
+    query: Tensor,
+    key: Tensor,
+    positives: Tensor | None,
+    *,
+    temperature: float | Tensor,
+    symmetric: bool,
+    label_smoothing: float,
+    use_cosine_similarity: bool,
+    eps: float,
+    reduction: Reduction,
+    backend: Backend,
+    group: dist.ProcessGroup,
+) -> InfoNCEOutput:
+    """InfoNCE of all ranks of a group, with checked arguments.
+
+    It is not compiled, because the numbers of rows of the ranks are known at run time only.
+    """
+    rows: dict[str, Any] = {"use_cosine_similarity": use_cosine_similarity, "eps": eps}
+    if backend != "reference":
+        ops.refuse_transforms("info_nce", (query, key, temperature))
+    rounded = dispatch.product_dtype(query)
+    needs_gradient = [
+        torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
+        for x in (query, key, temperature)
+    ]
+    batch = distributed_info_nce.agree(
+        query,
+        len(key),
+        distributed_info_nce.settings(
+            query,
+            temperature=temperature,
+            needs_gradient=needs_gradient,
+            product_dtype=rounded,
+            is_reference=backend == "reference",
             symmetric=symmetric,
             label_smoothing=label_smoothing,
             reduction=reduction,
+            **rows,
+        ),
+        group,
+    )
+    query, key, temperature = (ops.saveable(x) for x in (query, key, temperature))
+    if positives is None:
+        positives = torch.arange(len(query), device=query.device)
+    everything = gather_trained_rows(key, batch.columns, group, of=OF)  # (C, D) in fp32
+    of_all_columns = positives + batch.own_columns.start
+    if backend == "reference":
+        with dispatch.without_autocast(query.device):
+            whole = reference.info_nce(
+                gather_trained_rows(query, batch.queries, group, of=OF),
+                everything,
+                positives=gather_rows(of_all_columns, batch.queries, Exchange(group, of=OF)),
+                temperature=temperature,
+                symmetric=symmetric,
+                label_smoothing=label_smoothing,
+                reduction="none",
+                **rows,
+            )
+            own = batch.own_queries
+            loss = _reduce_over_ranks(whole.loss[own], reduction, batch)
+            return whole._replace(loss=loss, lse=whole.lse[own])
+    # Gradients are added up in the accumulation dtype, over the ranks as well.
+    product_dtype = rounded or (None if query.dtype == everything.dtype else query.dtype)
+    query = query.to(everything.dtype)
+    out = run_cross_logsumexp(
+        query,
+        everything,
+        positives=of_all_columns,
+        temperature=temperature,
+        overload=dispatch.choose_overload(backend, query.device),
+        product_dtype=product_dtype,
+        **rows,
+    )
+    of_queries = positives.clamp(0, len(key) - 1)
+    smooth: Candidates | None = None
+    if label_smoothing > 0:
+        queries, keys = (
+            operand_rows(z, backend=backend, product_dtype=product_dtype, **rows)
+            for z in (query, everything)
         )
-
-
-def _losses(
-    out: CrossLogSumExpForward,
-    of_queries: slice | Tensor,
-    *,
-    operands: list[Tensor] | None,
-    tau: float | Tensor,
-    symmetric: bool,
-    label_smoothing: float,
-    reduction: Reduction,
-) -> InfoNCEOutput:
-    """The losses and metrics that follow from the numbers of each row and each column.
-
-    ``of_queries`` takes the positives' columns, in the order of the queries. A positive that is out
-    of range has a similarity of NaN already, so it may take any column.
-    """
-    positive = out.positive
-    row_gap = gap(out.row_lse, positive, out.row_shift, out.row_log_sum, tau)
-    losses = softplus(row_gap)  # (M,)
-    hits = (positive > out.row_max).to(positive.dtype)
-    if symmetric:
-        column_log_sum = out.column_log_sum[of_queries]
-        column_gap = gap(
-            out.column_lse[of_queries], positive, out.column_shift[of_queries], column_log_sum, tau
-        )
-        losses = (losses + softplus(column_gap)) / 2
-        hits = (hits + (positive > out.column_max[of_queries])) / 2
-    if operands is not None:
-        queries, keys = operands
-        # (M,) difference of the positive's similarity and the mean; 0 if there is no negative
-        above = positive - queries @ keys.mean(dim=0)
-        above = above.masked_fill(out.row_log_sum == -torch.inf, 0.0)
+        mean_query = queries.mean(dim=0)
         if symmetric:
-            of_keys = positive - keys[of_queries] @ queries.mean(dim=0)
-            above = (above + of_keys.masked_fill(column_log_sum == -torch.inf, 0.0)) / 2
-        losses = _smoothed(losses, above, label_smoothing, tau)
-    rows, columns = out.row_lse.shape[0], out.column_lse.shape[0]
-    loss = reference.reduce(losses, reduction)
-    with torch.no_grad():
-        negatives = rows * columns - rows
-        total = out.mean_similarity * (rows * columns) - positive.sum()
-        return InfoNCEOutput(
-            loss=loss,
-            accuracy=hits.mean(),
-            positive_similarity=positive.mean(),
-            negative_similarity=total / (negatives if negatives else math.nan),
-            lse=softplus(row_gap) + positive / tau,
+            mean_query = sum_over_ranks(queries.sum(dim=0), group) / sum(batch.queries)
+        smooth = Candidates(
+            queries=queries,
+            positives=keys[batch.own_columns][of_queries],
+            mean_key=keys.mean(dim=0),
+            mean_query=mean_query,
         )
+    with dispatch.without_autocast(query.device):
+        columns: Columns | None = None
+        if symmetric:
+            merged = merge_columns(
+                out.column_lse,
+                shift=out.column_shift,
+                log_sum=out.column_log_sum,
+                largest=out.column_max,
+                features=query.shape[1],
+                tau=temperature,
+                batch=batch,
+            )
+            columns = Columns(*(number[of_queries] for number in merged))
+        terms = query_terms(
+            out, columns, smooth=smooth, tau=temperature, label_smoothing=label_smoothing
+        )
+        loss = _reduce_over_ranks(terms.losses, reduction, batch)
+        with torch.no_grad():
+            own_pairs = len(query) * len(everything)
+            sums = torch.stack(
+                [
+                    terms.hits.sum(dtype=torch.float64),
+                    out.positive.sum(dtype=torch.float64),
+                    out.mean_similarity.double() * own_pairs,
+                ]
+            )
+            hits, of_positives, of_all = sum_over_ranks(sums, group)
+            pairs = sum(batch.queries)
+            negatives = pairs * len(everything) - pairs
+            # A NaN of any rank makes the accuracy 0. Kernels may leave a NaN out of their maxima.
+            hits = hits.where(~of_all.isnan(), 0.0)
+            metrics = [
+                hits / pairs,
+                of_positives / pairs,
+                (of_all - of_positives) / (negatives if negatives else math.nan),
+            ]
+            accuracy, positive_similarity, negative_similarity = (
+                metric.to(terms.losses.dtype) for metric in metrics
+            )
+    return InfoNCEOutput(
+        loss=loss,
+        accuracy=accuracy,
+        positive_similarity=positive_similarity,
+        negative_similarity=negative_similarity,
+        lse=terms.lse,
+    )
 
 
-def _smoothed(losses: Tensor, above: Tensor, smoothing: float, tau: float | Tensor) -> Tensor:
-    """The losses with label smoothing.
-
-    Args:
-        losses: (M,) losses without it.
-        above: (M,) similarity of the positive minus the mean of all candidates.
-        smoothing: Share of the target that is spread.
-        tau: Temperature.
-    """
-    smoothed = losses + smoothing * above / tau
-    # The exact loss is not negative. Rounding may leave less than 0 where it is 0.
-    return smoothed + (smoothed.detach().clamp(min=0) - smoothed.detach())
+def _reduce_over_ranks(losses: Tensor, reduction: Reduction, batch: GroupBatch) -> Tensor:
+    """The loss of this rank, whose mean over the ranks is the loss of the whole batch."""
+    if reduction == "mean":
+        return losses.sum() * (batch.ranks / sum(batch.queries))
+    return reference.reduce(losses, reduction)
 
 
 def _queue_info_nce(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor,
-    positives: Tensor | None,
+    inputs: _Inputs,
     *,
     temperature: float | Tensor,
     label_smoothing: float,
@@ -286,6 +481,8 @@ def _queue_info_nce(
     The positives are no part of the rectangle of queries and negatives, so a queue that needs no
     gradient costs no product in the backward.
     """
+    query, key, negatives, positives = inputs
+    assert negatives is not None  # _checked() makes sure of it
     temperature = ops.saveable(temperature)
     rows: dict[str, Any] = {"use_cosine_similarity": use_cosine_similarity, "eps": eps}
     if positives is not None:
@@ -327,7 +524,7 @@ def _queue_info_nce(
             # Of the K + 1 candidates the mean is over, one is the positive itself.
             share = negatives.shape[0] / (negatives.shape[0] + 1)
             above = share * (positive - queries @ others.mean(dim=0))
-            losses = _smoothed(losses, above, label_smoothing, temperature)
+            losses = smoothed(losses, above, label_smoothing, temperature)
         loss = reference.reduce(losses, reduction)
         with torch.no_grad():
             hits = positive > reference.with_rounding(out.row_max, query.shape[1])

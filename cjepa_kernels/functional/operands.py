@@ -10,7 +10,14 @@ from cjepa_kernels.backends import Backend
 from cjepa_kernels.functional import dispatch
 
 
-def operand_rows(z: Tensor, *, use_cosine_similarity: bool, eps: float, backend: Backend) -> Tensor:
+def operand_rows(
+    z: Tensor,
+    *,
+    use_cosine_similarity: bool,
+    eps: float,
+    backend: Backend,
+    product_dtype: torch.dtype | None = None,
+) -> Tensor:
     """Rows normalised and rounded as the operators of a back end do it.
 
     The gradient is that of the rows before rounding, as in the back ends.
@@ -20,6 +27,7 @@ def operand_rows(z: Tensor, *, use_cosine_similarity: bool, eps: float, backend:
         use_cosine_similarity: Normalise the rows.
         eps: Lower bound on the norm used for normalisation.
         backend: A checked name.
+        product_dtype: The dtype to which the operators round. Default: autocast's, or that of z.
 
     Returns:
         (M, D) in fp32 (fp64 for fp64).
@@ -27,7 +35,7 @@ def operand_rows(z: Tensor, *, use_cosine_similarity: bool, eps: float, backend:
     rounded: torch.dtype | None = None
     tf32 = False
     if backend != "reference":
-        rounded = dispatch.product_dtype(z) or z.dtype  # autocast is still on
+        rounded = product_dtype or dispatch.product_dtype(z) or z.dtype  # autocast is still on
         overload = dispatch.choose_overload(backend, z.device)
         tf32 = rounded == torch.float32 and dispatch.rounds_to_tf32(overload, z)
     with dispatch.without_autocast(z.device):

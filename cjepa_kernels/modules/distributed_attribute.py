@@ -18,11 +18,11 @@ def distributed_attribute(doc: str) -> Any:
     """
 
     def get(module: nn.Module) -> bool | ProcessGroup:
-        value: bool | SharedGroup = module.__dict__["_distributed"]
+        value: bool | SharedGroup = vars(module).get("_distributed", False)
         return value.group if isinstance(value, SharedGroup) else value
 
     def set_value(module: nn.Module, value: bool | ProcessGroup) -> None:
         resolve_group(value)
-        module.__dict__["_distributed"] = value if isinstance(value, bool) else SharedGroup(value)
+        vars(module)["_distributed"] = value if isinstance(value, bool) else SharedGroup(value)
 
     return property(get, set_value, doc=doc)

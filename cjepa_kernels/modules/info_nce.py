@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from cjepa_kernels.backends import Backend, check_backend
 from cjepa_kernels.definitions import EPS, FLOATING, INFO_NCE_TEMPERATURE, Reduction
+from cjepa_kernels.distributed import resolve_group
 from cjepa_kernels.functional.checks import (
     check_bool,
     check_in_batch_negatives,
@@ -17,6 +19,7 @@ from cjepa_kernels.functional.checks import (
     check_reduction,
 )
 from cjepa_kernels.functional.info_nce import info_nce
+from cjepa_kernels.modules.distributed_attribute import distributed_attribute
 from cjepa_kernels.modules.float_attribute import float_attribute
 from cjepa_kernels.modules.loss_module import LossResult
 from cjepa_kernels.modules.temperature import TemperatureModule
@@ -60,6 +63,12 @@ class InfoNCELoss(TemperatureModule):
         temperature_shape: Shape of ``log_temperature``, () or (1,). FSDP cannot shard a 0-dim
             parameter and needs (1,). State dicts of either shape load into either.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
+        distributed: Take the keys and ``negatives`` of all ranks (True) or of those of a process
+            group as negatives, as described for ``group`` in :func:`cjepa_kernels.info_nce`.
+            Without a call of ``init_process_group``, True means one process. A learnable
+            temperature needs its gradient averaged over the ranks, like every parameter: have the
+            loss be a part of the module that DDP wraps. Copies and pickles: as for
+            :class:`NTXentLoss`.
         return_dict: Return a dict. With False a call returns the loss alone, as most losses do, and
             the metrics of the last call are the attribute ``last_metrics``.
 
@@ -79,6 +88,9 @@ class InfoNCELoss(TemperatureModule):
     """
 
     in_batch_negatives: bool = True  # for modules that were pickled before they had it
+    distributed: bool | ProcessGroup = distributed_attribute(
+        "Whether negatives come from all ranks, or the process group that they come from."
+    )
     eps: float = float_attribute("eps")
     label_smoothing: float = float_attribute("label_smoothing")
 
@@ -95,6 +107,7 @@ class InfoNCELoss(TemperatureModule):
         learnable_temperature: bool = False,
         temperature_shape: Sequence[int] = (),
         backend: Backend = "auto",
+        distributed: bool | ProcessGroup = False,
         return_dict: bool = True,
     ) -> None:
         super().__init__(
@@ -117,6 +130,12 @@ class InfoNCELoss(TemperatureModule):
         self.reduction: Reduction = reduction
         self.eps = eps
         self.backend: Backend = backend
+        self.distributed = distributed
+        if distributed is not False and not in_batch_negatives:
+            raise ValueError(
+                "distributed must be False with in_batch_negatives=False: the ranks exchange keys "
+                "when they enqueue them, MomentumQueue(distributed=True)"
+            )
 
     def forward(
         self,
@@ -160,6 +179,7 @@ class InfoNCELoss(TemperatureModule):
             use_cosine_similarity=self.use_cosine_similarity,
             eps=self.eps,
             reduction=self.reduction,
+            group=resolve_group(self.distributed),
             backend=self.backend,
         )
         return self._result(

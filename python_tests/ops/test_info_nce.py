@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from eager import textbook_info_nce
 from overloads import DEVICE, INTERPRETED
 from sample_inputs import DTYPES, sides
 from tolerances import AUTOCAST_LOSS, FLOOR_GRADIENT, FLOOR_VALUE, METRIC, relative_error
@@ -17,41 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cjepa_kernels import InfoNCEOutput, backends, info_nce
 
 pytestmark = pytest.mark.usefixtures("kernels_only")
-
-
-def cross_entropy(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor | None = None,
-    positives: Tensor | None = None,
-    *,
-    temperature: float | Tensor = 0.07,
-    symmetric: bool = False,
-    label_smoothing: float = 0.0,
-    in_batch_negatives: bool = True,
-    use_cosine_similarity: bool = True,
-    reduction: str = "mean",
-) -> Tensor:
-    """The usual formula in the dtype of the inputs, with the whole matrix in memory."""
-    keys = key if negatives is None else torch.cat([key, negatives])
-    if use_cosine_similarity:
-        query, keys = F.normalize(query, dim=1), F.normalize(keys, dim=1)
-    labels = torch.arange(len(query)) if positives is None else positives
-    if in_batch_negatives:
-        logits = query @ keys.T / temperature
-    else:  # as MoCo writes it
-        positive = torch.einsum("nc,nc->n", query, keys[labels])
-        of_queue = torch.einsum("nc,kc->nk", query, keys[len(key) :])
-        logits = torch.cat([positive[:, None], of_queue], dim=1) / temperature
-        labels = torch.zeros(len(query), dtype=torch.int64)
-    options: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": "none"}
-    losses = F.cross_entropy(logits, labels, **options)
-    if symmetric:
-        back = logits.T[labels]  # (M, M): each positive against all queries
-        losses = (losses + F.cross_entropy(back, torch.arange(len(query)), **options)) / 2
-    if reduction == "none":
-        return losses
-    return losses.mean() if reduction == "mean" else losses.sum()
 
 
 CALLS: dict[str, dict[str, Any]] = {
@@ -122,7 +87,7 @@ def test_values_gradients_and_metrics(backend: Any, name: str, dtype: torch.dtyp
     truth, truth_gradients = results(truth_out.loss, exact, upstream)
     eager_leaves = [z.detach().clone().requires_grad_() for z in all_leaves]
     eager = results(
-        cross_entropy(*eager_leaves[:-1], temperature=eager_leaves[-1], **options),
+        textbook_info_nce(*eager_leaves[:-1], temperature=eager_leaves[-1], **options),
         eager_leaves,
         upstream,
     )
@@ -149,7 +114,7 @@ def test_values_gradients_and_metrics(backend: Any, name: str, dtype: torch.dtyp
 def test_the_reference_is_cross_entropy(name: str) -> None:
     leaves, options = make(CALLS[name], torch.float64)
     out = info_nce(*leaves, backend="reference", **options)
-    expected = cross_entropy(*leaves, **options)
+    expected = textbook_info_nce(*leaves, **options)
     torch.testing.assert_close(out.loss, expected)
     for actual, truth in zip(
         torch.autograd.grad(out.loss.sum(), leaves),

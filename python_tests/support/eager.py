@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,3 +53,38 @@ def brute_force_metrics(
         negatives += similarities
     negative = sum(negatives) / len(negatives) if negatives else float("nan")
     return hits / rows, sum(positives) / rows, negative
+
+
+def textbook_info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = None,
+    positives: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.07,
+    symmetric: bool = False,
+    label_smoothing: float = 0.0,
+    in_batch_negatives: bool = True,
+    use_cosine_similarity: bool = True,
+    reduction: str = "mean",
+) -> Tensor:
+    """The usual formula in the dtype of the inputs, with the whole matrix in memory."""
+    keys = key if negatives is None else torch.cat([key, negatives])
+    if use_cosine_similarity:
+        query, keys = F.normalize(query, dim=1), F.normalize(keys, dim=1)
+    labels = torch.arange(len(query)) if positives is None else positives
+    if in_batch_negatives:
+        logits = query @ keys.T / temperature
+    else:  # as MoCo writes it
+        positive = torch.einsum("nc,nc->n", query, keys[labels])
+        of_queue = torch.einsum("nc,kc->nk", query, keys[len(key) :])
+        logits = torch.cat([positive[:, None], of_queue], dim=1) / temperature
+        labels = torch.zeros(len(query), dtype=torch.int64)
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": "none"}
+    losses = F.cross_entropy(logits, labels, **options)
+    if symmetric:
+        back = logits.T[labels]  # (M, M): each positive against all queries
+        losses = (losses + F.cross_entropy(back, torch.arange(len(query)), **options)) / 2
+    if reduction == "none":
+        return losses
+    return losses.mean() if reduction == "mean" else losses.sum()
