@@ -98,7 +98,9 @@ class Binary:
 
     @property
     def spills(self) -> int:
-        """Number of loads from local memory and stores to it."""
+        """Number of loads from the stack and stores to it, which too few registers cause."""
+        if self.stack == 0:
+            return 0
         return sum(opcode.startswith(("LDL", "STL")) for opcode in self.opcodes)
 
 

@@ -34,7 +34,8 @@ meta = gpu_machine_code.meta
 
 ARCHITECTURES = [80, 90, 100]
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # Bytes of one block.
-TENSOR_CORE = {80: "HMMA.", 90: "HGMMA.", 100: "UTC"}  # Prefix of its instructions.
+# PTX of a product on tensor cores, which the assembler cannot compute in another way.
+TENSOR_CORE = {80: "mma.sync.", 90: "wgmma.mma_async.", 100: "tcgen05.mma."}
 # Kernels that multiply matrices.
 PRODUCTS = {
     "tiles_kernel",
@@ -43,7 +44,7 @@ PRODUCTS = {
     "products_kernel",
     "owned_rows_kernel",
 }
-THOROUGH = 90  # Every case is compiled for this architecture.
+THOROUGH = 90  # Every kernel of every case is compiled for this architecture.
 
 
 class Case(NamedTuple):
@@ -56,14 +57,14 @@ class Case(NamedTuple):
     architectures: tuple[int, ...]  # Architectures besides THOROUGH.
 
 
-# Compiling is slow, so each case is compiled for one or two more architectures. Together the cases
-# compile every dtype and every kind of kernel for all of them.
+# Compiling is slow, so few cases are compiled for further architectures. Together they compile
+# every dtype and every kernel that multiplies for all of them.
 CASES = {
-    "small": Case(256, 768, torch.bfloat16, options={}, architectures=(80,)),
-    "one_block": Case(64, 16, torch.bfloat16, options={}, architectures=(100,)),
+    "small": Case(256, 768, torch.bfloat16, options={}, architectures=()),
+    "one_block": Case(64, 16, torch.bfloat16, options={}, architectures=()),
     "strips_64": Case(65536, 64, torch.bfloat16, options={}, architectures=(100,)),
     "strips_256": Case(65536, 256, torch.bfloat16, options={}, architectures=(80,)),
-    "ragged": Case(50000, 100, torch.float16, options={}, architectures=(80,)),
+    "ragged": Case(50000, 100, torch.float16, options={}, architectures=()),
     "wide": Case(65536, 768, torch.bfloat16, options={}, architectures=(80, 100)),
     "running_maxima": Case(
         65536, 768, torch.bfloat16, options={"temperature": 0.01}, architectures=(100,)
@@ -71,18 +72,18 @@ CASES = {
     "temperature_tensor": Case(
         65536, 256, torch.float16, options={"tensor": True}, architectures=(80, 100)
     ),
-    "dot_product": Case(4096, 192, torch.bfloat16, options={"cosine": False}, architectures=(80,)),
-    "mask": Case(4096, 256, torch.bfloat16, options={"mask": True}, architectures=(100,)),
-    "no_reduction": Case(
-        4096, 192, torch.float16, options={"reduction": "none"}, architectures=(80,)
-    ),
-    "fp32": Case(65536, 256, torch.float32, options={}, architectures=(100,)),
+    "dot_product": Case(4096, 192, torch.bfloat16, options={"cosine": False}, architectures=()),
+    "mask": Case(4096, 256, torch.bfloat16, options={"mask": True}, architectures=()),
+    "no_reduction": Case(4096, 192, torch.float16, options={"reduction": "none"}, architectures=()),
+    "fp32": Case(65536, 256, torch.float32, options={}, architectures=()),
     "fp32_mask": Case(
         4096, 768, torch.float32, options={"mask": True, "tensor": True}, architectures=(80, 100)
     ),
     "tf32_128": Case(65536, 128, torch.float32, options={"tf32": True}, architectures=(80,)),
     "tf32_768": Case(65536, 768, torch.float32, options={"tf32": True}, architectures=(100,)),
 }
+# Kernels without a product differ little. These cases compile them for the other architectures.
+WHOLE = ("wide", "fp32_mask")
 
 
 @pytest.fixture
@@ -177,7 +178,10 @@ def prediction_call(features: int, dtype: torch.dtype, normalization: str) -> Ca
     ],
 )
 def test_compiles_without_spills(case: str, architecture: int) -> None:
-    check(gpu_machine_code.launches(architecture, nt_xent_call(case)), architecture)
+    launches = gpu_machine_code.launches(architecture, nt_xent_call(case))
+    if architecture != THOROUGH and case not in WHOLE:
+        launches = [launch for launch in launches if launch.name in PRODUCTS]
+    check(launches, architecture)
 
 
 @pytest.mark.parametrize(
@@ -226,8 +230,7 @@ def check(launches: list[Any], architecture: int) -> None:
         if not product:
             continue
         assert (binary.stack, binary.spills) == (0, 0), text
-        opcodes = [o for o in binary.opcodes if o.startswith(TENSOR_CORE[architecture])]
-        assert opcodes, text
+        assert TENSOR_CORE[architecture] in binary.ptx, text
 
 
 @pytest.mark.parametrize(
