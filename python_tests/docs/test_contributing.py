@@ -71,15 +71,6 @@ def test_the_operator_passes_its_tests(extended: Extension) -> None:
     run_tests(target, tests)
 
 
-def test_the_package_with_the_operator_is_imported(
-    extended: Extension,
-) -> None:
-    target = extended.directory
-    code = "import cjepa_kernels; print(cjepa_kernels.__file__, cjepa_kernels.alignment.__name__)"
-    output = run_python(target, "-c", code)
-    assert output.split() == [str(target / "cjepa_kernels" / "__init__.py"), "alignment"]
-
-
 def test_an_operator_is_one_file_a_layer_and_one_entry_a_register(
     extended: Extension,
 ) -> None:
@@ -99,30 +90,39 @@ def test_an_operator_is_one_file_a_layer_and_one_entry_a_register(
     assert len(registers) == len(set(registers))
 
 
-DOCTESTS = """
-import doctest, importlib, torch
-for layer in ("functional", "modules"):
-    module = importlib.import_module(f"cjepa_kernels.{layer}.alignment")
-    assert doctest.testmod(module, extraglobs={"torch": torch}) == (0, 1)
-"""
-
-
-def test_the_examples_of_its_docstrings_run(extended: Extension) -> None:
-    run_python(extended.directory, "-c", DOCTESTS)
-
-
-CASES = """
+# What one process shows of the package with the operator.
+FINDINGS = """
+import doctest, importlib, json, sys
+import torch
+import cjepa_kernels
+sys.path.insert(0, sys.argv[1])
 from result_cases import alignment_cases, cases_of, run_cases
+
 ours = run_cases(alignment_cases("chunked"))
-assert ours.keys() <= dict(cases_of("functions", quick=True)).keys()
-expected = {"loss", "gradient of x", "gradient of y"}
-assert all(results.keys() == expected for results in ours.values())
+modules = [importlib.import_module(f"cjepa_kernels.{layer}.alignment") for layer in sys.argv[2:]]
+found = {
+    "imported": [cjepa_kernels.__file__, cjepa_kernels.alignment.__name__],
+    "examples": [list(doctest.testmod(m, extraglobs={"torch": torch})) for m in modules],
+    "cases_to_compare": ours.keys() <= dict(cases_of("functions", quick=True)).keys(),
+    "results": sorted({name for results in ours.values() for name in results}),
+    "same_results": len({tuple(results) for results in ours.values()}) == 1,
+}
+print(json.dumps(found))
 """
 
 
-def test_its_cases_are_compared_between_revisions(extended: Extension) -> None:
-    support = str(extended.directory / "python_tests" / "support")
-    run_python(extended.directory, "-c", f"import sys; sys.path.insert(0, {support!r})\n{CASES}")
+def test_the_operator_is_imported_documented_and_compared(extended: Extension) -> None:
+    """Its module is imported, the examples of its docstrings run, and revisions are compared."""
+    target = extended.directory
+    support = str(target / "python_tests" / "support")
+    output = run_python(target, "-c", FINDINGS, support, "functional", "modules")
+    assert json.loads(output) == {
+        "imported": [str(target / "cjepa_kernels" / "__init__.py"), "alignment"],
+        "examples": [[0, 1], [0, 1]],  # failed and tried
+        "cases_to_compare": True,
+        "results": ["gradient of x", "gradient of y", "loss"],
+        "same_results": True,
+    }
 
 
 def test_the_operator_is_recorded(extended: Extension) -> None:
