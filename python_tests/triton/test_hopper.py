@@ -74,6 +74,12 @@ CASES = {
 }
 
 
+# The emulator takes part in both runs of the suite, and once is enough.
+emulator_alone = pytest.mark.skipif(
+    triton_is_interpreted(), reason="the run without the interpreter has this test"
+)
+
+
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
     return gluon_emulator.load_kernels(SOURCE)
@@ -148,6 +154,7 @@ def amax(x: Tensor, dim: int) -> Tensor:
     return x.amax(dim) if x.numel() else x.new_empty(x.shape[1 - dim])
 
 
+@emulator_alone
 @pytest.mark.parametrize("case", CASES)
 def test_sums_and_maxima_are_those_of_the_reference(kernels: ModuleType, case: str) -> None:
     assert largest_error(kernels, CASES[case]) < BOUND
@@ -157,6 +164,7 @@ INTERLEAVED = ["wide", "wide_ring_of_two", "wide_rectangle", "pairs", "pairs_one
 INTERLEAVED += ["pairs_ring_shorter_than_a_tile", "pairs_one_program"]
 
 
+@emulator_alone
 @pytest.mark.parametrize("case", INTERLEAVED)
 def test_any_order_of_the_parts_gives_the_same(kernels: ModuleType, case: str) -> None:
     for seed in range(1, 25):
@@ -228,6 +236,7 @@ FAULTS: dict[str, tuple[str, list[tuple[str, str]]]] = {
 }  # fmt: skip
 
 
+@emulator_alone
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault: str) -> None:
     case, replacements = FAULTS[fault]
