@@ -22,6 +22,7 @@ from cjepa_kernels.functional.info_nce import info_nce
 from cjepa_kernels.modules.distributed_attribute import distributed_attribute
 from cjepa_kernels.modules.float_attribute import float_attribute
 from cjepa_kernels.modules.loss_module import LossResult
+from cjepa_kernels.modules.other_projects import refer
 from cjepa_kernels.modules.temperature import TemperatureModule
 
 
@@ -94,6 +95,11 @@ class InfoNCELoss(TemperatureModule):
     eps: float = float_attribute("eps")
     label_smoothing: float = float_attribute("label_smoothing")
 
+    @refer(
+        negative_mode="cjepa_kernels.compat.info_nce.InfoNCE has info-nce-pytorch's arguments",
+        local_loss="cjepa_kernels.compat.open_clip.ClipLoss has open_clip's arguments",
+        gather_with_grad="cjepa_kernels.compat.open_clip.ClipLoss has open_clip's arguments",
+    )
     def __init__(
         self,
         temperature: float = INFO_NCE_TEMPERATURE,

@@ -2,11 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from cjepa_kernels.functional.checks import check_bool
 
 LossResult = dict[str, Tensor] | Tensor
+
+
+class LossDict(dict[str, Tensor]):
+    """A dict of the loss and its metrics. Its only difference from a dict is one error message."""
+
+    def __getattr__(self, name: str) -> Any:
+        message = f"{type(self).__name__!r} object has no attribute {name!r}"
+        if hasattr(Tensor, name):
+            message = (
+                f"a loss module returns a dict, which has no {name!r}: take it of "
+                'loss_fn(...)["loss"], or make the module with return_dict=False'
+            )
+        raise AttributeError(message)
+
+
+def _flatten(result: LossDict) -> tuple[list[Tensor], list[str]]:
+    return list(result.values()), list(result)
+
+
+def _unflatten(values: Iterable[Any], keys: Any) -> LossDict:
+    return LossDict(zip(keys, values, strict=True))
+
+
+# PyTorch's own tools, DistributedDataParallel among them, look into exact dicts and into the
+# classes that are registered.
+_pytree.register_pytree_node(
+    LossDict,
+    _flatten,
+    _unflatten,
+    serialized_type_name=f"{__name__}.{LossDict.__name__}",
+)
 
 
 class LossModule(nn.Module):
@@ -30,6 +66,7 @@ class LossModule(nn.Module):
     def _result(self, result: dict[str, Tensor]) -> LossResult:
         """Return the dict, or only its ``loss`` and note the others."""
         if self.return_dict:
-            return result
+            # A compiled graph returns what it has in hand, without a call of Python.
+            return result if torch.compiler.is_compiling() else LossDict(result)
         self.last_metrics = {key: x.detach() for key, x in result.items() if key != "loss"}
         return result["loss"]

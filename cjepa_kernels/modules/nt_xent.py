@@ -21,6 +21,7 @@ from cjepa_kernels.functional.nt_xent import nt_xent
 from cjepa_kernels.modules.distributed_attribute import distributed_attribute
 from cjepa_kernels.modules.float_attribute import float_attribute
 from cjepa_kernels.modules.loss_module import LossResult
+from cjepa_kernels.modules.other_projects import refer
 from cjepa_kernels.modules.temperature import TemperatureModule
 
 
@@ -70,6 +71,13 @@ class NTXentLoss(TemperatureModule):
         "Whether negatives come from all ranks, or the process group that they come from."
     )
 
+    @refer(
+        memory_bank_size="cjepa_kernels.compat.lightly.NTXentLoss has lightly's arguments",
+        gather_distributed=(
+            "here it is distributed=True, and cjepa_kernels.compat.lightly.NTXentLoss has "
+            "lightly's arguments"
+        ),
+    )
     def __init__(
         self,
         temperature: float = TEMPERATURE,
