@@ -3,7 +3,13 @@
 from cjepa_kernels._version import __version__
 from cjepa_kernels.backends import BackendStatus, backends
 from cjepa_kernels.config import create_cjepa_loss_from_config, create_loss_from_config
-from cjepa_kernels.definitions import CrossLogSumExp, InfoNCEOutput, NTXentOutput, PairedLogSumExp
+from cjepa_kernels.definitions import (
+    CrossLogSumExp,
+    InfoNCEOutput,
+    NTXentOutput,
+    PairedLogSumExp,
+    SelfLogSumExp,
+)
 from cjepa_kernels.functional import (
     cross_logsumexp,
     info_nce,
@@ -11,6 +17,7 @@ from cjepa_kernels.functional import (
     pair_similarity,
     paired_logsumexp,
     prediction_loss,
+    self_logsumexp,
 )
 from cjepa_kernels.modules import (
     ContrastiveJEPALoss,
@@ -31,6 +38,7 @@ __all__ = [
     "NTXentLoss",
     "NTXentOutput",
     "PairedLogSumExp",
+    "SelfLogSumExp",
     "__version__",
     "backends",
     "create_cjepa_loss_from_config",
@@ -41,4 +49,5 @@ __all__ = [
     "pair_similarity",
     "paired_logsumexp",
     "prediction_loss",
+    "self_logsumexp",
 ]

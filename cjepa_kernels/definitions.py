@@ -192,6 +192,46 @@ class CrossLogSumExpBackward(NamedTuple):
     grad_temperature: Tensor  # (), dtype of the temperature tensor, fp32 without one
 
 
+class SelfLogSumExp(NamedTuple):
+    """Result of :func:`self_logsumexp`: each of M rows against the others, on their device.
+
+    In fp32 (fp64 for fp64 inputs). ``lse`` and ``positive`` carry a gradient.
+
+    Attributes:
+        lse: (M,) log-sum-exp of each row's logits over the rows that count; -inf without any.
+        largest: (M,) each row's largest similarity that counts, not divided by temperature; -inf
+            without any.
+        positive: (M,) similarity of each row and its positive, not divided by temperature; 0
+            without one.
+    """
+
+    lse: Tensor
+    largest: Tensor
+    positive: Tensor
+
+
+class SelfLogSumExpForward(NamedTuple):
+    """Results of the operator ``self_logsumexp``, in the order of its schema.
+
+    lse = shift / tau + log_sum.
+    """
+
+    lse: Tensor  # (M,) fp32, -inf for a row of which no entry counts
+    largest: Tensor  # (M,) fp32, largest similarity that counts, -inf without any
+    shift: Tensor  # (M,) fp32, a similarity
+    log_sum: Tensor  # (M,) fp32, log of the sum of exp((s - shift) / tau)
+    positive: Tensor  # (M,) fp32, similarity of the positive, 0 without one; (0,) without positives
+    saved_for_backward: Tensor  # of the back end alone; empty unless the forward was asked to save
+
+
+class SelfLogSumExpBackward(NamedTuple):
+    """Results of the operator ``self_logsumexp_backward``, in the order of its schema."""
+
+    grad_z_i: Tensor  # (B, D), dtype of z_i
+    grad_z_j: Tensor  # (B, D), dtype of z_j, or (0, D) without one
+    grad_temperature: Tensor  # (), dtype of the temperature tensor, fp32 without one
+
+
 class PredictionLossForward(NamedTuple):
     """Results of the operator ``prediction_loss``, in the order of its schema."""
 

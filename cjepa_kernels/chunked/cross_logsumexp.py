@@ -32,6 +32,7 @@ from cjepa_kernels.chunked.rows import (
     project,
     shift_of,
     sum_of,
+    take_positives,
 )
 from cjepa_kernels.definitions import CrossLogSumExpBackward, CrossLogSumExpForward
 
@@ -64,7 +65,7 @@ def forward(
             tile, by_column = buffers[:, : chunk.stop - start]
             torch.mm(x[chunk], y.T, out=tile)  # (chunk, N)
             if positives is not None:
-                positive[chunk] = _take_positives(tile, positives[chunk])
+                positive[chunk] = take_positives(tile, positives[chunk])
             row_max[chunk] = tile.amax(dim=1)
             largest = torch.maximum(column_max, tile.amax(dim=0))
             shift = shift_of(largest)
@@ -132,7 +133,7 @@ def backward(
             tile, by_column = buffers[:, : chunk.stop - start]
             torch.mm(x_rows[chunk], y_rows.T, out=tile)
             if positives is not None:
-                _take_positives(tile, positives[chunk])
+                take_positives(tile, positives[chunk])
             torch.sub(tile, column_shift, out=by_column).div_(tau).exp_().mul_(column_weight)
             tile.sub_(row_shift[chunk, None]).div_(tau).exp_().mul_(row_weight[chunk, None])
             tile.add_(by_column)
@@ -161,19 +162,3 @@ def backward(
             grad_y=grad_y.to(y.dtype),
             grad_temperature=grad_temperature.to(like.dtype),
         )
-
-
-def _take_positives(tile: Tensor, positives: Tensor) -> Tensor:
-    """The similarities of positives in a tile, where -inf then takes their place.
-
-    Args:
-        tile: (chunk, N).
-        positives: (chunk,) the columns of the positives. -1 stands for none, whose similarity is 0.
-            Another number out of range gives NaN: on a GPU nobody could check it.
-    """
-    column = positives.clamp(0, tile.shape[1] - 1)[:, None]
-    similarity = tile.gather(1, column)
-    none = (positives == -1)[:, None]
-    tile.scatter_(1, column, similarity.where(none, -torch.inf))
-    known = (positives >= -1) & (positives < tile.shape[1])
-    return similarity.masked_fill(none, 0.0).squeeze(1).masked_fill(~known, torch.nan)

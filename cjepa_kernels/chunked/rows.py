@@ -48,6 +48,22 @@ def sum_of(log_sum: Tensor) -> Tensor:
     return log_sum.exp().masked_fill(log_sum == -torch.inf, 1.0)
 
 
+def take_positives(tile: Tensor, positives: Tensor) -> Tensor:
+    """The similarities of positives in a tile, where -inf then takes their place.
+
+    Args:
+        tile: (chunk, N).
+        positives: (chunk,) the columns of the positives. -1 stands for none, whose similarity is 0.
+            Another number out of range gives NaN: on a GPU nobody could check it.
+    """
+    column = positives.clamp(0, tile.shape[1] - 1)[:, None]
+    similarity = tile.gather(1, column)
+    none = (positives == -1)[:, None]
+    tile.scatter_(1, column, similarity.where(none, -torch.inf))
+    known = (positives >= -1) & (positives < tile.shape[1])
+    return similarity.masked_fill(none, 0.0).squeeze(1).masked_fill(~known, torch.nan)
+
+
 def project(grad: Tensor, z: Tensor, eps: float) -> None:
     """Take a gradient back through the normalisation, in place.
 

@@ -6,6 +6,7 @@ from cjepa_kernels.definitions import (
     InfoNCEOutput,
     NTXentOutput,
     PairedLogSumExp,
+    SelfLogSumExp,
 )
 from cjepa_kernels.functional.cls_tokens import cls_tokens
 from cjepa_kernels.functional.cross_logsumexp import (
@@ -17,6 +18,7 @@ from cjepa_kernels.functional.hierarchy import hierarchical_prediction_loss
 from cjepa_kernels.functional.info_nce import info_nce
 from cjepa_kernels.functional.nt_xent import nt_xent
 from cjepa_kernels.functional.prediction_loss import prediction_loss
+from cjepa_kernels.functional.self_logsumexp import self_logsumexp
 
 __all__ = [
     "CrossLogSumExp",
@@ -24,6 +26,7 @@ __all__ = [
     "InfoNCEOutput",
     "NTXentOutput",
     "PairedLogSumExp",
+    "SelfLogSumExp",
     "cls_tokens",
     "cross_logsumexp",
     "hierarchical_prediction_loss",
@@ -32,4 +35,5 @@ __all__ = [
     "pair_similarity",
     "paired_logsumexp",
     "prediction_loss",
+    "self_logsumexp",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor
 from cjepa_kernels.definitions import FLOATING, LARGEST, REDUCTIONS, SMALLEST, STRATEGIES
 
 NO_COLUMN = 2**62  # in place of a positive that is out of range
+NO_POSITIVE = -1  # in place of the positive of a row that has none
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -127,19 +128,21 @@ def check_views(z_i: Tensor, z_j: Tensor, *, allow_empty: bool) -> None:
     check_same_device("z_i and z_j", z_i, z_j)
 
 
+def check_rows(name: str, z: Tensor, *, letter: str = "M", may_be_empty: bool = False) -> None:
+    """Raise unless it is a tensor of (M, D) features, M standing for ``letter``."""
+    check_floating_tensor(name, z)
+    if z.ndim != 2:
+        raise ValueError(f"{name} must be ({letter}, D), got {tuple(z.shape)}")
+    if 0 in (z.shape[1:] if may_be_empty else z.shape):
+        least = "one feature" if may_be_empty else "one row and one feature"
+        raise ValueError(f"{name} must hold at least {least}, got {tuple(z.shape)}")
+
+
 def check_rectangle(x: Tensor, y: Tensor, *, names: tuple[str, str] = ("x", "y")) -> None:
     """Raise unless they are (M, D) and (N, D) features on the same device."""
-    for name, z, letter in (
-        (names[0], x, "M"),
-        (names[1], y, "K" if names[1] == "negatives" else "N"),
-    ):
-        shape = f"({letter}, D)"
-        check_floating_tensor(name, z)
-        if z.ndim != 2:
-            raise ValueError(f"{name} must be {shape}, got {tuple(z.shape)}")
-        if 0 in (z.shape[1:] if name == "negatives" else z.shape):
-            least = "one feature" if name == "negatives" else "one row and one feature"
-            raise ValueError(f"{name} must hold at least {least}, got {tuple(z.shape)}")
+    check_rows(names[0], x)
+    of_negatives = names[1] == "negatives"
+    check_rows(names[1], y, letter="K" if of_negatives else "N", may_be_empty=of_negatives)
     if x.shape[1] != y.shape[1]:
         raise ValueError(
             f"{names[0]} and {names[1]} must have the same D, got {x.shape[1]} and {y.shape[1]} "
@@ -199,6 +202,55 @@ def as_unique(positives: Tensor, columns: int) -> Tensor:
             f"{int(positives[repeated][0])} more than once"
         )
     return positives
+
+
+def as_mutual(positives: Tensor, z: Tensor) -> Tensor:
+    """The checked rows of positives among the rows themselves, as the operator takes them.
+
+    Where the host does not read them, a wrong number becomes ``NO_COLUMN``.
+    """
+    rows = z.shape[0]
+    if not isinstance(positives, Tensor) or positives.dtype != torch.int64:
+        got = positives.dtype if isinstance(positives, Tensor) else type(positives).__name__
+        raise TypeError(f"positives must be a tensor of int64, got {got}")
+    if positives.shape != (rows,):
+        raise ValueError(
+            f"positives must be ({rows},), one number for each row, got {tuple(positives.shape)}"
+        )
+    check_same_device("positives and the rows", positives, z)
+    positives = positives.contiguous()
+    number = torch.arange(rows, device=positives.device)
+    inside = positives.clamp(0, rows - 1)
+    is_mutual = (positives == inside) & (positives[inside] == number) & (inside != number)
+    wrong = ~(is_mutual | (positives == NO_POSITIVE))  # (M,)
+    if not _host_reads(positives):
+        return positives.masked_fill(wrong, NO_COLUMN)
+    if wrong.any():
+        row = int(number[wrong][0])
+        raise ValueError(
+            f"positives must hold {NO_POSITIVE} or a row from 0 to {rows - 1} whose positive is "
+            f"the row itself, got {int(positives[row])} for row {row}"
+        )
+    return positives
+
+
+def as_classes(labels: Tensor, rows: int, device: torch.device, *, of: str) -> Tensor:
+    """The checked labels as the operator takes them: any numbers, of int64.
+
+    Args:
+        labels: Integers.
+        rows: How many there must be.
+        device: Where they must be.
+        of: What each of them belongs to, for the error.
+    """
+    if not isinstance(labels, Tensor) or labels.dtype not in LABELS:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels must be a tensor of integers, got {got}")
+    if labels.shape != (rows,):
+        raise ValueError(f"labels must be ({rows},), one for each {of}, got {tuple(labels.shape)}")
+    if labels.device != device:
+        raise ValueError(f"labels must be on the device of the rows, {device}, got {labels.device}")
+    return labels.to(torch.int64).contiguous()
 
 
 def check_label_smoothing(value: float) -> None:

@@ -19,6 +19,7 @@ from cjepa_kernels.reference.rows import (
     scale_of_rows,
     with_rounding,
 )
+from cjepa_kernels.reference.self_logsumexp import self_logsumexp
 
 __all__ = [
     "FLOATING",
@@ -37,5 +38,9 @@ __all__ = [
     "queue_info_nce",
     "reduce",
     "scale_of_rows",
+<<<<<<< HEAD
     "with_rounding",
+=======
+    "self_logsumexp",
+>>>>>>> 0e213e8 (The operator self_logsumexp: each row against the others, in chunks and as reference)
 ]

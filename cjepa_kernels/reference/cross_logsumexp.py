@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels.definitions import EPS, TEMPERATURE, CrossLogSumExp, PairedLogSumExp
-from cjepa_kernels.reference.rows import embed_rows, positive_temperature
+from cjepa_kernels.reference.rows import embed_rows, logsumexp_without, positive_temperature
 
 
 def cross_logsumexp(
@@ -73,18 +73,10 @@ def paired_logsumexp(
     detached = similarity.detach()
     largest = detached.masked_fill(of_positive, -torch.inf)
     return PairedLogSumExp(
-        row_lse=_negative_logsumexp(logits, of_positive, dim=1),
-        column_lse=_negative_logsumexp(logits, of_positive, dim=0),
+        row_lse=logsumexp_without(logits, of_positive, dim=1),
+        column_lse=logsumexp_without(logits, of_positive, dim=0),
         row_max=largest.amax(dim=1),
         column_max=largest.amax(dim=0),
         positive=similarity.where(of_positive, 0.0).sum(dim=1),
         mean_similarity=detached.mean(),
     )
-
-
-def _negative_logsumexp(logits: Tensor, of_positive: Tensor, dim: int) -> Tensor:
-    """Log-sum-exp over negatives; over none it is -inf and has no gradient."""
-    anything = ~of_positive.all(dim=dim, keepdim=True)
-    # Over nothing the gradient would be NaN. So the entries stay here, and the result is replaced.
-    lse = torch.logsumexp(logits.masked_fill(of_positive & anything, -torch.inf), dim=dim)
-    return torch.where(anything.squeeze(dim), lse, -torch.inf)

@@ -117,3 +117,4 @@ OPERATORS = {
     operator: (_implementation(operator, "forward"), _implementation(operator, "backward"))
     for operator in ("nt_xent", "cross_logsumexp", "prediction_loss")
 }
+OPERATORS["self_logsumexp"] = chunked.OPERATORS["self_logsumexp"]
