@@ -50,9 +50,11 @@ struct Rectangle {
                .exclusion = {.rows = views[0].rows,
                              .columns = views[1].rows,
                              .self = false,
+                             .pairs = false,
                              .mask = nullptr,
                              .mask_stride = 0,
-                             .positives = positives_of(o)},
+                             .positives = positives_of(o),
+                             .class_ends = nullptr},
                .exponent = shift.exponent} {}
   Rectangle(const Rectangle&) = delete;
   Rectangle& operator=(const Rectangle&) = delete;
@@ -73,18 +75,6 @@ double mean_similarity(const PackedBatch<T, P>& x, const PackedBatch<T, P>& y) {
   double total = 0;
   for (size_t d = 0; d < of_x.size(); ++d) total += of_x[d] * of_y[d];
   return total / (static_cast<double>(x.layout.rows) * static_cast<double>(y.layout.rows));
-}
-
-// The positives of each row of X.
-template <typename T>
-PositiveRows<T> positives_of_rows(Source columns, const int64_t* positives, int64_t rows,
-                                  const T* weight) {
-  PositiveRows<T> out{.other = columns, .of_y = false, .starts = {0}, .rows = {}, .weight = weight};
-  for (int64_t a = 0; a < rows; ++a) {
-    if (positives[a] >= 0) out.rows.push_back(positives[a]);
-    out.starts.push_back(static_cast<int64_t>(out.rows.size()));
-  }
-  return out;
 }
 
 // The rows of X whose positive each row of Y is, in order.

@@ -210,8 +210,7 @@ struct Finisher {
       const int64_t rows = std::min<int64_t>(2, end - a);
       T norm[2];
       for (int64_t v = 0; v < rows; ++v) {
-        const View& view = source.views[(a + v) % source.count];
-        const T* row = view.row((a + v) / source.count, raw.get());
+        const T* row = source.row(a + v, raw.get());
         norm[v] = rounding.apply(core, row, features, unit.get() + v * features,
                                  rounded.get() + v * features);
       }
@@ -235,7 +234,7 @@ struct Finisher {
         if (rounding.cosine && norm[v] <= rounding.eps)
           std::fill(f.gradient, f.gradient + features, T{0});
         if (!in_place)
-          write_row(grads[(a + v) % source.count], (a + v) / source.count, features, f.gradient);
+          write_row(grads[source.view_of(a + v)], source.row_of(a + v), features, f.gradient);
       }
     }
   }
@@ -249,8 +248,7 @@ struct Finisher {
     for (int64_t k = positive_rows->starts[a]; k < positive_rows->starts[a + 1]; ++k) {
       const int64_t b = positive_rows->rows[k];
       const T weight = positive_rows->weight[positive_rows->of_y ? b : a];
-      const View& view = positive_rows->other.views[b % positive_rows->other.count];
-      rounding.apply(core, view.row(b / positive_rows->other.count, raw), features, unit, positive);
+      rounding.apply(core, positive_rows->other.row(b, raw), features, unit, positive);
       for (int64_t d = 0; d < features; ++d) sum[d] -= weight * positive[d];
       product += weight * core.dot(own, positive, features);
     }

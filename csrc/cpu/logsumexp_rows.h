@@ -59,6 +59,18 @@ Tensor positive_result(const PartialSums<T>& sums, bool finite, int64_t rows, co
   return out;
 }
 
+// The positives of each row of X: at most one, -1 stands for none.
+template <typename T>
+PositiveRows<T> positives_of_rows(Source columns, const int64_t* positives, int64_t rows,
+                                  const T* weight) {
+  PositiveRows<T> out{.other = columns, .of_y = false, .starts = {0}, .rows = {}, .weight = weight};
+  for (int64_t a = 0; a < rows; ++a) {
+    if (positives[a] >= 0) out.rows.push_back(positives[a]);
+    out.starts.push_back(static_cast<int64_t>(out.rows.size()));
+  }
+  return out;
+}
+
 // The upstream gradient of one side's log-sum-exps, and what the forward saved of them.
 struct SideInputs {
   const Tensor &grad, &shift, &log_sum;

@@ -54,9 +54,11 @@ struct Pairs {
                .exclusion = {.rows = z.layout.rows,
                              .columns = z.layout.rows,
                              .self = true,
+                             .pairs = true,
                              .mask = mask.get(),
                              .mask_stride = mask.stride,
-                             .positives = nullptr},
+                             .positives = nullptr,
+                             .class_ends = nullptr},
                .exponent = shift.exponent} {}
   Pairs(const Pairs&) = delete;
   Pairs& operator=(const Pairs&) = delete;

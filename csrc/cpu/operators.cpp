@@ -6,6 +6,7 @@
 #include "nt_xent.h"
 #include "pad_tokens.h"
 #include "prediction_loss.h"
+#include "self_logsumexp.h"
 
 namespace cjepa {
 namespace {
@@ -15,6 +16,7 @@ using torch::stable::detail::StableLibrary;
 void implement(StableLibrary& library) {
   implement_nt_xent(library);
   implement_cross_logsumexp(library);
+  implement_self_logsumexp(library);
   implement_prediction_loss(library);
   implement_pad_tokens(library);
 }

@@ -106,11 +106,25 @@ struct Layout {
 inline constexpr int64_t kPackedRows = 32;  // packed at a time; a multiple of every core's panel
 
 // The rows of one tensor, or of two interleaved ones: row 2k is row k of the first tensor, and row
-// 2k + 1 is row k of the second.
+// 2k + 1 is row k of the second. If `order` is not null, row a of the source is row order[a] of
+// that sequence.
 struct Source {
   const View* views;
   int64_t count;
+  const int64_t* order = nullptr;
+
   int64_t rows() const { return count * views->rows; }
+  int64_t view_of(int64_t a) const { return in_order(a) % count; }
+  int64_t row_of(int64_t a) const { return in_order(a) / count; }  // of that view
+
+  // The row itself if it lies contiguous in memory as numbers T, else a copy of it in `space`.
+  template <typename T>
+  const T* row(int64_t a, T* space) const {
+    return views[view_of(a)].row(row_of(a), space);
+  }
+
+ private:
+  int64_t in_order(int64_t a) const { return order == nullptr ? a : order[a]; }
 };
 
 // The rows of a source as operands: P is the type of an operand, T that of the sums (see
@@ -184,8 +198,7 @@ struct PackedBatch {
         for (int64_t r = 0; r < count; ++r) {
           const int64_t a = first + r;
           T* row = rows.get() + r * features;
-          const View& view = source.views[a % source.count];
-          const T* raw = view.row(a / source.count, space.get());
+          const T* raw = source.row(a, space.get());
           rounding.apply(core, raw, features, row, row);
           const T square = core.dot(row, row, features);
           group_squares += square;

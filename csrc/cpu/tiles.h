@@ -127,7 +127,7 @@ struct PartialSums {
   // (chunks, columns). With `self` they are empty, because S is symmetric and the sums of a tile's
   // columns are added to those of rows.
   Buffer<T> column_sum, column_max;
-  Buffer<T> positive;                // (rows) with `self` or `positives`, else empty
+  Buffer<T> positive;                // (rows) with `pairs` or `positives`, else empty
   std::vector<double> negative_sum;  // (chunks) sums of the negatives' similarities, with a mask
 
   ChunkSums<T> of_rows() const { return {row_sum.get(), row_max.get(), chunks, rows}; }
@@ -139,7 +139,8 @@ template <typename T, typename P>
 PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* saved) {
   const Layout &x = logits.x.layout, &y = logits.y.layout;
   const bool self = logits.self();
-  const bool positives = self || logits.exclusion.positives != nullptr;
+  const bool pairs = logits.exclusion.pairs;
+  const bool positives = pairs || logits.exclusion.positives != nullptr;
   const int64_t block = x.block, area = block * block, panels = block / logits.core.panel;
   const int64_t tiles = self ? x.blocks * (x.blocks + 1) / 2 : x.blocks * y.blocks;
   const int64_t most_chunks = block == kLargeBlock ? 64 : 16;
@@ -195,7 +196,7 @@ PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* saved) {
         t.row_max = row_max + t.row;
         t.column_sum = column_sum + t.column;
         t.column_max = column_max + t.column;
-        t.positive = positives && (!self || i == j) ? sums.positive.get() + t.row : nullptr;
+        t.positive = positives && (!pairs || i == j) ? sums.positive.get() + t.row : nullptr;
         t.negative_sum = t.exclusion.mask == nullptr ? nullptr : &sums.negative_sum[c];
         t.scratch = scratch.get();
         logits.core.similarity(t);

@@ -67,8 +67,10 @@ struct SimilarityCore : MicroTile<T, Operand> {
     I lane;
     for (int l = 0; l < L; ++l) lane[l] = kLanes[l];
     // Columns in [first, columns) are included; with `self` these are the ones to the right of the
-    // row and of its positive.
-    const int64_t first = e.self ? (a | 1) + 1 - b : 0, last = e.columns - b;
+    // row, of its pair and of its class.
+    int64_t first = e.self ? (e.pairs ? a | 1 : a) + 1 - b : 0;
+    if (e.class_ends != nullptr && e.class_ends[a] - b > first) first = e.class_ends[a] - b;
+    const int64_t last = e.columns - b;
     using Lane = decltype(lane[0] + 0);
     const auto bound = [](int64_t x) { return static_cast<Lane>(x < 0 ? 0 : least(x, L)); };
     I included = (lane >= bound(first)) & (lane < bound(last));
@@ -85,11 +87,11 @@ struct SimilarityCore : MicroTile<T, Operand> {
     return included;
   }
 
-  // Whether some entry of the micro-tile is excluded. With `self` the same holds for the
-  // micro-tiles below it.
+  // Whether some entry of the micro-tile is excluded.
   static bool needs_mask(const Exclusion& e, int64_t a, int64_t b) {
     if (a + MR > e.rows || b + NR > e.columns) return true;
-    if (e.self) return e.mask != nullptr || a + MR > b;
+    if (e.self && (e.mask != nullptr || a + MR > b)) return true;
+    if (e.class_ends != nullptr && e.class_ends[a + MR - 1] > b) return true;
     if (e.positives == nullptr) return false;
     bool found = false;
     for (int m = 0; m < MR; ++m) {
@@ -121,12 +123,13 @@ struct SimilarityCore : MicroTile<T, Operand> {
   static void read_positive(const Similarity& t, V s, int64_t a, int64_t b) {
     const Exclusion& e = t.exclusion;
     if (a >= e.rows) return;
-    const int64_t lane = (e.self ? a ^ 1 : e.positives[a]) - b;
+    const int64_t positive = e.pairs ? a ^ 1 : e.positives[a];
+    const int64_t lane = positive - b;
     if (lane < 0 || lane >= L) return;
     if (!e.self) {
       t.positive[a - t.row] = s[lane];
-    } else if ((a & 1) == 0) {
-      t.positive[a - t.row] = t.positive[a + 1 - t.row] = s[lane];
+    } else if (a < positive) {  // above the diagonal the entry stands for both rows
+      t.positive[a - t.row] = t.positive[positive - t.row] = s[lane];
     }
   }
 

@@ -21,18 +21,22 @@ using Bf16Pair = uint32_t;  // first number in the low half
 
 // Which entries of S count.
 //
-// With `self`, X and Y are one batch whose rows are interleaved: row 2k is view i of sample k, and
-// row 2k + 1 is view j of it. Then only pairs above the diagonal count, and the positive of a row
-// (row ^ 1) is not among its negatives. A mask excludes more pairs of samples: bit l % 8 of byte l
-// / 8 of row k is set if the pair (k, l) is excluded. It is symmetric.
+// A row's positive does not count: `positives` has its column, or -1 for a row without one.
 //
-// Without `self`, `positives` has the column of each row's positive, or -1. It does not count.
+// With `self`, X and Y are one batch, and only entries above the diagonal count. `positives` then
+// holds rows that are each other's positive. With `pairs` the rows are interleaved: row 2k is view
+// i of sample k, row 2k + 1 is view j of it, and each is the other's positive (row ^ 1). A mask
+// excludes more pairs of samples: bit l % 8 of byte l / 8 of row k is set if the pair (k, l) is
+// excluded. It is symmetric. If rows are sorted by class and no two rows of one class count,
+// `class_ends` has for each row the first row of the next class.
 struct Exclusion {
   int64_t rows, columns;  // rows and columns beyond these are padding
   bool self;
-  const uint8_t* mask;       // or null
-  int64_t mask_stride;       // bytes of a row
-  const int64_t* positives;  // (rows) or null
+  bool pairs;                 // only with `self`
+  const uint8_t* mask;        // or null; only with `pairs`
+  int64_t mask_stride;        // bytes of a row
+  const int64_t* positives;   // (rows) or null; not with `pairs`
+  const int64_t* class_ends;  // (rows) or null; only with `self`
 };
 
 // How a similarity s becomes an exponential e. Exponents have base 2: scale = log2(e) / tau. With a
