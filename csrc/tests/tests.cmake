@@ -34,15 +34,27 @@ function(cjepa_add_test name program)
     ENVIRONMENT "${ARGN}" SKIP_RETURN_CODE 77 TIMEOUT 600)
 endfunction()
 
-# Code with sanitizers compiles slowly. It is compiled without them for instruction sets that this
-# machine lacks, because their tests skip themselves.
+# Code with sanitizers compiles slowly, so some instruction sets are compiled without them, and the
+# sanitizers' tests leave them out. All of them have the same source; only the size of registers and
+# of tiles differs. The address sanitizer takes the smallest and the largest ones of this machine. The
+# thread sanitizer takes those that the operators choose, because the cores know nothing of threads.
+set(checked_sets ${instruction_sets})
 if(CJEPA_SANITIZE AND EXISTS /proc/cpuinfo)
   file(STRINGS /proc/cpuinfo flags REGEX "avx512vl" LIMIT_COUNT 1)
   if(NOT flags)
-    set_property(SOURCE ${core}_avx512.cpp ${core}_avx512_bf16.cpp APPEND
-      PROPERTY COMPILE_OPTIONS -O0 -fno-sanitize=all)
+    list(REMOVE_ITEM checked_sets avx512 avx512_bf16)
+  elseif(CJEPA_SANITIZE STREQUAL "thread")
+    list(REMOVE_ITEM checked_sets baseline avx2)
+  else()
+    list(REMOVE_ITEM checked_sets avx2)
   endif()
 endif()
+foreach(set ${instruction_sets})
+  if(NOT set IN_LIST checked_sets)
+    set_property(SOURCE ${core}_${set}.cpp APPEND
+      PROPERTY COMPILE_OPTIONS -O0 -fno-sanitize=all)
+  endif()
+endforeach()
 
 # Every header includes what it uses: a file that includes nothing else compiles. A header of the core
 # is compiled as the baseline compiles it.
@@ -99,22 +111,31 @@ cjepa_add_test(memory memory_test)
 cjepa_add_test(plan plan_test)
 set(poisoned CJEPA_POISON_MEMORY=1)
 if(CJEPA_SANITIZE STREQUAL "thread")
-  # One instruction set is enough, because the cores know nothing of threads.
   foreach(name ${operators})
     cjepa_add_test(${name} ${name}_test ${poisoned})
   endforeach()
   return()
 endif()
 add_dependencies(cpp_tests tile_core_test)
-foreach(set ${instruction_sets})
+foreach(set ${checked_sets})
   cjepa_add_test(tile_core.${set} tile_core_test CJEPA_INSTRUCTION_SET=${set})
-  # The cache is off. A block from the cache may be larger than what was asked for, so an address
-  # sanitizer would not see a write beyond that.
-  foreach(name ${operators})
-    cjepa_add_test(${name}.${set} ${name}_test ${poisoned} CJEPA_INSTRUCTION_SET=${set}
-      CJEPA_CACHE_MIB=0)
-  endforeach()
 endforeach()
+# The cache is off. A block from the cache may be larger than what was asked for, so an address
+# sanitizer would not see a write beyond that.
+set(uncached CJEPA_CACHE_MIB=0)
+if(CJEPA_SANITIZE)
+  # The operators run with the smallest and with the largest registers of this machine, and the thread
+  # sanitizer runs them with the cache.
+  foreach(name ${operators})
+    cjepa_add_test(${name}.baseline ${name}_test ${poisoned} CJEPA_INSTRUCTION_SET=baseline
+      ${uncached})
+    cjepa_add_test(${name} ${name}_test ${poisoned} ${uncached})
+  endforeach()
+  return()
+endif()
 foreach(name ${operators})
+  foreach(set ${instruction_sets})
+    cjepa_add_test(${name}.${set} ${name}_test ${poisoned} CJEPA_INSTRUCTION_SET=${set} ${uncached})
+  endforeach()
   cjepa_add_test(${name}.cached ${name}_test ${poisoned})
 endforeach()
