@@ -128,7 +128,7 @@ def backward(
         z = operands(rows.z, use_cosine_similarity, eps, product_dtype)
         tau = choose_temperature(temperature_tensor, temperature)
         weight = grad_lse / sum_of(log_sum)  # (M,), w_a
-        grad = torch.zeros_like(z)  # (M, D)
+        grad = z.new_zeros(z.shape)  # (M, D)
         step = chunk_rows(len(z))
         buffer = z.new_empty(step, len(z))
         for start in range(0, len(z), step):

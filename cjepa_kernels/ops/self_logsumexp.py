@@ -25,9 +25,9 @@ from cjepa_kernels.ops.nt_xent import saved_exponentials_size
 # else (M,).
 # An entry of S counts in the sums unless it is that of a row and itself, of a row and its positive,
 # or, with classes, of two rows of the same class.
-# lse, largest, shift, log_sum: (M,), of the entries that count: lse = shift / tau + log_sum. largest
-# is a similarity, and lse and largest are -inf without any entry. The backward takes any such shift
-# and log_sum, also those of a larger S of which these rows are a part.
+# lse, largest, shift, log_sum: (M,), of the entries that count: lse = shift / tau + log_sum.
+# largest is a similarity, and lse and largest are -inf without any entry. The backward takes any
+# such shift and log_sum, also those of a larger S of which these rows are a part.
 # positive: (M,), the similarity of each row's positive, 0 without one. (0,) without positives.
 # keep, kept: as those of nt_xent.
 SCHEMA = (

@@ -48,9 +48,7 @@ def self_logsumexp(
     if classes is not None:
         excluded = excluded | (classes[:, None] == classes)
     return SelfLogSumExp(
-        lse=logsumexp_without(
-            similarity / positive_temperature(temperature), excluded, dim=1
-        ),
+        lse=logsumexp_without(similarity / positive_temperature(temperature), excluded, dim=1),
         largest=similarity.detach().masked_fill(excluded, -torch.inf).amax(dim=1),
         positive=similarity.where(of_positive, 0.0).sum(dim=1),
     )

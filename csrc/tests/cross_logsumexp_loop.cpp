@@ -62,9 +62,13 @@ CrossOutput cross_logsumexp_loop(const CrossInput& in) {
   const int64_t D = in.features;
   CrossOutput out;
   Sums x = prepare(in, 0, out.sides[0]), y = prepare(in, 1, out.sides[1]);
+  const auto is_positive = [&](int64_t a, int64_t b) {
+    return !in.positives.empty() && in.positives[a] == b;
+  };
   const auto for_each_pair = [&](const auto& visit) {
     for (int64_t a = 0; a < in.rows(0); ++a) {
       for (int64_t b = 0; b < in.rows(1); ++b) {
+        if (in.excluded && !is_positive(a, b) && in.excluded(a, b)) continue;
         Exact s = 0;
         for (int64_t d = 0; d < D; ++d) s += x.own[a * D + d] * y.own[b * D + d];
         visit(a, b, s, std::exp(s / in.tau));  // the range of long double has room for it
@@ -73,9 +77,6 @@ CrossOutput cross_logsumexp_loop(const CrossInput& in) {
   };
   const auto raise = [](double& largest, Exact s) {
     largest = std::max(largest, static_cast<double>(s));
-  };
-  const auto is_positive = [&](int64_t a, int64_t b) {
-    return !in.positives.empty() && in.positives[a] == b;
   };
   Exact total = 0;
   if (!in.positives.empty()) out.positive.assign(in.rows(0), 0);
@@ -95,7 +96,7 @@ CrossOutput cross_logsumexp_loop(const CrossInput& in) {
     Sums& s = side == 0 ? x : y;
     for (int64_t a = 0; a < in.rows(side); ++a) {
       out.sides[side].lse.push_back(static_cast<double>(std::log(s.sum[a])));
-      s.weight[a] = in.grad[side][a] / s.sum[a];
+      s.weight[a] = s.sum[a] == 0 ? 0 : in.grad[side][a] / s.sum[a];
     }
   }
   Exact coefficients_dot_s = 0;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace cjepa::test {
@@ -15,6 +16,8 @@ struct CrossInput {
   std::vector<double> grad[2];  // (M), (N)
   std::vector<int64_t> positives{};     // (M): the column of each row's positive, or -1; or none
   std::vector<double> grad_positive{};  // (M), with positives
+  // Whether entry (a, b) counts in no sum although it is no positive; or none.
+  std::function<bool(int64_t, int64_t)> excluded{};
   int64_t rows(int side) const { return static_cast<int64_t>(z[side].size()) / features; }
 };
 

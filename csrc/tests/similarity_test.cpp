@@ -129,9 +129,11 @@ class TileCheck {
     t.exclusion = {.rows = place_.rows,
                    .columns = place_.columns,
                    .self = place_.self,
+                   .pairs = place_.self,
                    .mask = mask_ ? mask_->get() : nullptr,
                    .mask_stride = mask_stride(),
-                   .positives = nullptr};
+                   .positives = nullptr,
+                   .class_ends = nullptr};
     t.exponent = exponent_;
     t.out = mode_.stored ? out_.get() + begin : nullptr;
     t.out_stride = stride_;

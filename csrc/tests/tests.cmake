@@ -89,7 +89,7 @@ cjepa_link_torch(test_threads)
 add_executable(tile_core_test ${tests}/similarity_test.cpp ${tests}/product_test.cpp
   ${tests}/rows_test.cpp)
 cjepa_configure_tests(tile_core_test test_main core)
-set(operators nt_xent cross_logsumexp prediction_loss)
+set(operators nt_xent cross_logsumexp self_logsumexp prediction_loss)
 foreach(name ${operators} memory)
   add_executable(${name}_test ${tests}/${name}_test.cpp)
   cjepa_configure_tests(${name}_test test_main test_threads driver core test_loop)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cjepa_kernels.definitions import CrossLogSumExpForward, NTXentForward
+from cjepa_kernels.definitions import CrossLogSumExpForward, NTXentForward, SelfLogSumExpForward
 from cjepa_kernels.ops import registry
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -77,6 +77,36 @@ def cross_logsumexp_backward_inputs(
     }
 
 
+def self_logsumexp_inputs(z_i: Tensor, z_j: Tensor | None = None, **changed: Any) -> dict[str, Any]:
+    """All arguments of the operator ``self_logsumexp``, with defaults for those not given."""
+    defaults: dict[str, Any] = {
+        "positives": None,
+        "classes": None,
+        "temperature_tensor": None,
+        "temperature": 0.1,
+        "use_cosine_similarity": True,
+        "eps": 1e-8,
+        "product_dtype": None,
+        "keep": False,
+    }
+    return {"z_i": z_i, "z_j": z_j} | defaults | changed
+
+
+def self_logsumexp_backward_inputs(
+    inputs: dict[str, Any], out: SelfLogSumExpForward
+) -> dict[str, Any]:
+    """All arguments of ``self_logsumexp_backward`` after a forward, for upstream gradients of 1."""
+    shared = {name: value for name, value in inputs.items() if name != "keep"}
+    paired = inputs["z_j"] is not None or inputs["positives"] is not None
+    return shared | {
+        "grad_lse": torch.ones_like(out.lse),
+        "grad_positive": torch.ones_like(out.positive) if paired else None,
+        "shift": out.shift,
+        "log_sum": out.log_sum,
+        "kept": out.saved_for_backward,
+    }
+
+
 def in_order(name: str, inputs: dict[str, Any]) -> tuple[Any, ...]:
     """The arguments in the order of the operator's schema, which opcheck needs."""
     return tuple(registry.arguments[name](**inputs))
@@ -125,6 +155,30 @@ def cross_inputs(dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
         cross_logsumexp_inputs(strided, z(2, 3), temperature=2.0, use_cosine_similarity=False),
         cross_logsumexp_inputs(z(3, 5), z(4, 5), positives=torch.tensor([3, -1, 0])),
         cross_logsumexp_inputs(z(4, 3), z(2, 3), positives=torch.tensor([1, 1, 0, 1]), **learnt),
+    ]
+
+
+def self_inputs(dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
+    """Arguments of the operator ``self_logsumexp``, for opcheck and gradcheck."""
+
+    def z(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype).requires_grad_()
+
+    learnable = torch.tensor(0.3, dtype=dtype, requires_grad=True)
+    learnt = {"temperature_tensor": learnable, "temperature": 1.0}
+    strided = torch.randn(3, 6, dtype=dtype).T.requires_grad_()
+    return [
+        self_logsumexp_inputs(z(5, 4), temperature=0.2),
+        self_logsumexp_inputs(z(3, 4), z(3, 4), **learnt),
+        self_logsumexp_inputs(strided, positives=torch.tensor([4, -1, 3, 2, 0, -1]), **learnt),
+        self_logsumexp_inputs(z(4, 3), z(4, 3), classes=torch.tensor([7, -2, 7, 9])),
+        self_logsumexp_inputs(
+            z(5, 2),
+            positives=torch.tensor([1, 0, 3, 2, -1]),
+            classes=torch.tensor([2, 1, 1, 0, 2]),
+            temperature=2.0,
+            use_cosine_similarity=False,
+        ),
     ]
 
 
