@@ -38,9 +38,6 @@ __all__ = [
     "queue_info_nce",
     "reduce",
     "scale_of_rows",
-<<<<<<< HEAD
-    "with_rounding",
-=======
     "self_logsumexp",
->>>>>>> 0e213e8 (The operator self_logsumexp: each row against the others, in chunks and as reference)
+    "with_rounding",
 ]

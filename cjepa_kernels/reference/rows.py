@@ -66,7 +66,6 @@ def positive_temperature(temperature: float | Tensor) -> float | Tensor:
     return temperature
 
 
-<<<<<<< HEAD
 def with_rounding(largest: Tensor, features: int) -> Tensor:
     """The largest similarity of a negative, raised by the rounding of a product.
 
@@ -79,7 +78,8 @@ def with_rounding(largest: Tensor, features: int) -> Tensor:
     """
     rounding: float = torch.finfo(largest.dtype).eps * features**0.5
     return largest + rounding * largest.abs().masked_fill(largest == -torch.inf, 0.0)
-=======
+
+
 def logsumexp_without(logits: Tensor, excluded: Tensor, dim: int) -> Tensor:
     """Log-sum-exp over the entries that are not excluded; over none it is -inf, without a gradient.
 
@@ -95,7 +95,6 @@ def logsumexp_without(logits: Tensor, excluded: Tensor, dim: int) -> Tensor:
     # Over nothing the gradient would be NaN. So the entries stay here, and the result is replaced.
     lse = torch.logsumexp(logits.masked_fill(excluded & anything, -torch.inf), dim=dim)
     return torch.where(anything.squeeze(dim), lse, -torch.inf)
->>>>>>> 0e213e8 (The operator self_logsumexp: each row against the others, in chunks and as reference)
 
 
 def reduce(loss: Tensor, reduction: Reduction) -> Tensor:
