@@ -6,4 +6,10 @@ from cjepa_kernels.modules.info_nce import InfoNCELoss
 from cjepa_kernels.modules.momentum_queue import MomentumQueue
 from cjepa_kernels.modules.nt_xent import NTXentLoss
 
-__all__ = ["ContrastiveJEPALoss", "HJEPALoss", "InfoNCELoss", "MomentumQueue", "NTXentLoss"]
+__all__ = [
+    "ContrastiveJEPALoss",
+    "HJEPALoss",
+    "InfoNCELoss",
+    "MomentumQueue",
+    "NTXentLoss",
+]
