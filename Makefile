@@ -50,6 +50,9 @@ $(VENV)/.docs: $(VENV)/.base $(BUILD_INPUTS)
 demo: $(VENV)/.train ## train C-JEPA, JEPA and the contrastive term alone, and write a report (SEEDS=0,1,2)
 	$(BIN)/cjepa compare --config configs/cjepa.yaml --seeds $(SEEDS) --out $(DEMO_OUT)
 
+# Containers often forbid Python to keep bytecode. Every process would then compile the tests again.
+test coverage: export PYTHONDONTWRITEBYTECODE :=
+
 # Twice: Triton's kernels run in its interpreter, which has to be asked for from the start.
 test: $(VENV)/.dev ## run the test suite
 	$(BIN)/python -m pytest -n 2
