@@ -232,6 +232,20 @@ class SelfLogSumExpBackward(NamedTuple):
     grad_temperature: Tensor  # (), dtype of the temperature tensor, fp32 without one
 
 
+class ClassSimilarityForward(NamedTuple):
+    """Results of the operator ``class_similarity``, in the order of its schema."""
+
+    within: Tensor  # (M,) fp32, mean similarity of a row and the rest of its class, 0 without any
+    across: Tensor  # () fp32, mean similarity of two rows of different classes, NaN without any
+
+
+class ClassSimilarityBackward(NamedTuple):
+    """Results of the operator ``class_similarity_backward``, in the order of its schema."""
+
+    grad_z_i: Tensor  # (B, D), dtype of z_i
+    grad_z_j: Tensor  # (B, D), dtype of z_j, or (0, D) without one
+
+
 class PredictionLossForward(NamedTuple):
     """Results of the operator ``prediction_loss``, in the order of its schema."""
 

@@ -168,7 +168,7 @@ def as_positives(positives: Tensor, x: Tensor, y: Tensor) -> Tensor:
         )
     check_same_device("positives and the rows", positives, x)
     positives = positives.contiguous()
-    if not _host_reads(positives):
+    if not host_reads(positives):
         return positives.where((positives >= 0) & (positives < columns), NO_COLUMN)
     smallest, largest = (int(bound) for bound in positives.aminmax())
     if smallest < 0 or largest >= columns:
@@ -179,11 +179,11 @@ def as_positives(positives: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return positives
 
 
-def _host_reads(positives: Tensor) -> bool:
+def host_reads(numbers: Tensor) -> bool:
     """Whether the host may look at the numbers: not on a GPU, nor of a tensor without numbers."""
-    if positives.device.type != "cpu" or torch.compiler.is_compiling():
+    if numbers.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return type(positives) is Tensor  # no FakeTensor
+    return type(numbers) is Tensor  # no FakeTensor
 
 
 def as_unique(positives: Tensor, columns: int) -> Tensor:
@@ -194,7 +194,7 @@ def as_unique(positives: Tensor, columns: int) -> Tensor:
     inside = positives.clamp(0, columns - 1)
     times = positives.new_zeros(columns).index_add_(0, inside, torch.ones_like(positives))
     repeated = times[inside] > 1  # (M,)
-    if not _host_reads(positives):
+    if not host_reads(positives):
         return positives.masked_fill(repeated, NO_COLUMN)
     if repeated.any():
         raise ValueError(
@@ -223,7 +223,7 @@ def as_mutual(positives: Tensor, z: Tensor) -> Tensor:
     inside = positives.clamp(0, rows - 1)
     is_mutual = (positives == inside) & (positives[inside] == number) & (inside != number)
     wrong = ~(is_mutual | (positives == NO_POSITIVE))  # (M,)
-    if not _host_reads(positives):
+    if not host_reads(positives):
         return positives.masked_fill(wrong, NO_COLUMN)
     if wrong.any():
         row = int(number[wrong][0])
@@ -289,7 +289,10 @@ def check_negatives_mask(mask: Tensor, z_i: Tensor) -> None:
     """Raise unless the mask is (B, B) of bool on the device of the views."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, got {got}")
+        hint = ""
+        if isinstance(mask, Tensor) and mask.ndim == 1 and mask.dtype in LABELS:
+            hint = "; labels of the samples go by labels="
+        raise TypeError(f"mask must be a bool tensor, got {got}{hint}")
     batch = z_i.shape[0]
     if mask.shape != (batch, batch):
         raise ValueError(
@@ -321,6 +324,17 @@ def as_float_or_scalar(temperature: float | Tensor) -> float | Tensor:
     if not isinstance(temperature, Tensor):
         return as_float(temperature)
     return temperature.reshape(()) if temperature.ndim else temperature
+
+
+def wide(temperature: float | Tensor) -> float | Tensor:
+    """The temperature in fp32 or fp64.
+
+    In the losses of anchors its gradient comes in two parts, that of the log-sum-exp and that of
+    the positive. They nearly cancel, so neither may be rounded to half precision.
+    """
+    if not isinstance(temperature, Tensor):
+        return temperature
+    return temperature.to(torch.promote_types(temperature.dtype, torch.float32))
 
 
 def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:

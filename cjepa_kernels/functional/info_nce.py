@@ -214,24 +214,13 @@ def _checked(
         dtype = torch.promote_types(query.dtype, negatives.dtype)
         query, key, negatives = query.to(dtype), key.to(dtype), negatives.to(dtype)
     return _Inputs(query=query, key=key, negatives=negatives, positives=positives), {
-        "temperature": _wide(checks.as_float_or_scalar(temperature)),
+        "temperature": checks.wide(checks.as_float_or_scalar(temperature)),
         "label_smoothing": checks.as_float(label_smoothing),
         "use_cosine_similarity": use_cosine_similarity,
         "eps": checks.as_float(eps),
         "reduction": reduction,
         "backend": backend,
     }
-
-
-def _wide(temperature: float | Tensor) -> float | Tensor:
-    """The temperature in fp32 or fp64.
-
-    Its gradient comes in two parts, that of the log-sum-exp and that of the positive. They nearly
-    cancel, so neither may be rounded to half precision.
-    """
-    if not isinstance(temperature, Tensor):
-        return temperature
-    return temperature.to(torch.promote_types(temperature.dtype, torch.float32))
 
 
 def _info_nce(

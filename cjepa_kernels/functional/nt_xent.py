@@ -19,6 +19,7 @@ from cjepa_kernels.definitions import (
 from cjepa_kernels.distributed import Options
 from cjepa_kernels.distributed import nt_xent as distributed_nt_xent
 from cjepa_kernels.functional import checks, dispatch
+from cjepa_kernels.functional.nt_xent_by_anchors import nt_xent_by_anchors
 
 
 def nt_xent(
@@ -30,6 +31,8 @@ def nt_xent(
     eps: float = EPS,
     reduction: Reduction = "mean",
     mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    decoupled: bool = False,
     group: dist.ProcessGroup | None = None,
     strategy: Strategy = "auto",
     backend: Backend = "auto",
@@ -49,6 +52,11 @@ def nt_xent(
         reduction: ``mean`` over the 2B anchors, ``sum``, or ``none``.
         mask: (B, B) bool (B*N for 3-D inputs); True takes the pair of samples (k, l) out of the
             negatives, in all four blocks of views and both ways. The diagonal is ignored.
+        labels: Integers, any numbers: samples of equal label are no negatives of each other. (B,),
+            for 3-D inputs also (B, N), where (B,) holds for all N pairs of a sample. It does what
+            the mask of equal labels does, in memory that grows with B.
+        decoupled: Leave the positive out of the sum over the negatives (DCL): the loss of anchor a
+            is LSE-_a - s_a / tau. It may be negative, and has no minimum.
         group: Take the negatives from every rank of this process group. With R ranks and M rows
             in all, rank r returns for ``mean``
 
@@ -69,12 +77,16 @@ def nt_xent(
 
     Raises:
         TypeError: A tensor of the wrong kind or dtype.
-        ValueError: A wrong shape, device or value; the message names it. With a group also, on
-            all ranks alike, a rank without pairs or one that asks for something else.
+        ValueError: A wrong shape, device or value; the message names it. ``labels`` with a mask;
+            ``labels`` or ``decoupled`` with a group; ``decoupled`` with a mask, or if a sample has
+            no negatives. On a GPU and under torch.compile the host does not read the labels, and
+            the loss is then -inf. With a group also, on all ranks alike, a rank without pairs or
+            one that asks for something else.
         RuntimeError: A back end that was asked for by name and is missing; a rank of the group that
             ended, or did not take part within the process group's timeout.
 
-    Source: SimCLR, arXiv 2002.05709, equation 1.
+    Source: SimCLR, arXiv 2002.05709, equation 1; ``decoupled`` as in DCL, arXiv 2110.06848,
+    equation 6.
 
     Example:
         >>> z_i, z_j = torch.eye(4), torch.eye(4)
@@ -89,10 +101,14 @@ def nt_xent(
     checks.check_in_range("eps", eps)
     checks.check_strategy(strategy)
     checks.check_bool("use_cosine_similarity", use_cosine_similarity)
+    checks.check_bool("decoupled", decoupled)
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a process group or None, got {type(group).__name__}")
     # Under a group, a rank without pairs must not raise here and leave the other ranks waiting.
     checks.check_views(z_i, z_j, allow_empty=group is not None)
+    _check_combination(mask=mask, labels=labels, decoupled=decoupled, group=group)
+    if labels is not None:
+        labels = classes_of_pairs(labels, z_i)
     if z_i.ndim == 3:
         z_i, z_j = z_i.flatten(0, 1), z_j.flatten(0, 1)
     if mask is not None:
@@ -102,6 +118,20 @@ def nt_xent(
     checks.check_temperature_device(temperature, "z_i", z_i)
     temperature, eps = checks.as_float_or_scalar(temperature), checks.as_float(eps)
     z_i, z_j = checks.promote(z_i, z_j)
+    if labels is not None or decoupled:
+        if decoupled:
+            _check_negatives(z_i, labels)
+        return nt_xent_by_anchors(
+            z_i,
+            z_j,
+            labels,
+            temperature=temperature,
+            use_cosine_similarity=use_cosine_similarity,
+            eps=eps,
+            reduction=reduction,
+            decoupled=decoupled,
+            backend=backend,
+        )
     if group is None:
         return _nt_xent(
             z_i,
@@ -130,6 +160,50 @@ def nt_xent(
         strategy=strategy,
         backend=backend,
     )
+
+
+def _check_combination(
+    *,
+    mask: Tensor | None,
+    labels: Tensor | None,
+    decoupled: bool,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Raise for arguments that do not go together."""
+    if labels is not None and mask is not None:
+        raise ValueError("labels must be None with a mask: both name pairs that are no negatives")
+    if decoupled and mask is not None:
+        raise ValueError(
+            "decoupled must be False with a mask; labels, which name classes of samples in place "
+            "of pairs, go with decoupled=True"
+        )
+    for name, given in (("labels", labels is not None), ("decoupled", decoupled)):
+        if given and group is not None:
+            raise ValueError(
+                f"{name} must be {'None' if name == 'labels' else 'False'} with a group: the "
+                "negatives of several ranks are not implemented for it"
+            )
+
+
+def classes_of_pairs(labels: Tensor, z_i: Tensor) -> Tensor:
+    """The checked labels: (B,) int64, or (B * N,) for 3-D views, before these are flattened."""
+    if z_i.ndim == 2 or not isinstance(labels, Tensor) or labels.ndim != 2:
+        classes = checks.as_classes(labels, z_i.shape[0], z_i.device, of="sample")
+        return classes if z_i.ndim == 2 else classes.repeat_interleave(z_i.shape[1])
+    if labels.shape != z_i.shape[:2]:
+        raise ValueError(
+            f"labels must be ({z_i.shape[0]},) or {tuple(z_i.shape[:2])}, got {tuple(labels.shape)}"
+        )
+    return checks.as_classes(labels.flatten(), labels.numel(), z_i.device, of="pair")
+
+
+def _check_negatives(z_i: Tensor, labels: Tensor | None) -> None:
+    """Raise if the host can see that an anchor has no negatives."""
+    without = "decoupled must be False without negatives, whose log-sum-exp is -inf, got "
+    if z_i.shape[0] == 1:
+        raise ValueError(f"{without}one pair")
+    if labels is not None and checks.host_reads(labels) and (labels == labels[0]).all():
+        raise ValueError(f"{without}labels that are all {int(labels[0])}")
 
 
 def _nt_xent_of_group(

@@ -42,12 +42,5 @@ def operand_rows(
         rows = reference.embed_rows(ops.saveable(z), use_cosine_similarity, eps)
         if rounded is None:
             return rows
-        return rows + (_round(rows.detach(), rounded, tf32) - rows.detach())
-
-
-def _round(rows: Tensor, dtype: torch.dtype, tf32: bool) -> Tensor:
-    """Operands of the product: rounded, in the accumulation dtype."""
-    if tf32:  # to 10 bits of mantissa, as round_to_tf32 in triton/kernels/operands.py
-        bits = (rows.view(torch.int32) + 0x1000) & ~0x1FFF
-        return torch.where(rows == rows, bits.view(torch.float32), rows)
-    return rows.to(dtype).to(rows.dtype)
+        operands = reference.round_operands(rows.detach(), rounded, tf32=tf32)
+        return rows + (operands - rows.detach())

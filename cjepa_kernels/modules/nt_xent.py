@@ -17,7 +17,7 @@ from cjepa_kernels.functional.checks import (
     check_reduction,
     check_strategy,
 )
-from cjepa_kernels.functional.nt_xent import nt_xent
+from cjepa_kernels.functional.nt_xent import classes_of_pairs, nt_xent
 from cjepa_kernels.modules.distributed_attribute import distributed_attribute
 from cjepa_kernels.modules.float_attribute import float_attribute
 from cjepa_kernels.modules.loss_module import LossResult
@@ -40,6 +40,8 @@ class NTXentLoss(TemperatureModule):
         temperature_shape: Shape of ``log_temperature``, () or (1,). FSDP cannot shard a 0-dim
             parameter and needs (1,). State dicts of either shape load into either.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
+        decoupled: Leave the positive out of the sum over the negatives (DCL). The loss may then be
+            negative, and has no minimum.
         return_logits: Add ``logits`` (2B, 2B + 1) to the result, the positive in column 0,
             divided by the temperature. This builds the matrix that the loss otherwise avoids;
             with ``distributed`` it covers this rank's pairs.
@@ -57,7 +59,7 @@ class NTXentLoss(TemperatureModule):
         ValueError, TypeError: A bad argument; the message names it.
         RuntimeError: A back end that was asked for by name and is missing.
 
-    Source: SimCLR, arXiv 2002.05709.
+    Source: SimCLR, arXiv 2002.05709; ``decoupled`` as in DCL, arXiv 2110.06848.
 
     Example:
         >>> loss_fn = NTXentLoss(temperature=0.1)
@@ -70,6 +72,7 @@ class NTXentLoss(TemperatureModule):
     distributed: bool | ProcessGroup = distributed_attribute(
         "Whether negatives come from all ranks, or the process group that they come from."
     )
+    decoupled: bool = False  # for modules that were pickled before they had it
 
     @refer(
         memory_bank_size="cjepa_kernels.compat.lightly.NTXentLoss has lightly's arguments",
@@ -87,6 +90,7 @@ class NTXentLoss(TemperatureModule):
         *,
         learnable_temperature: bool = False,
         temperature_shape: Sequence[int] = (),
+        decoupled: bool = False,
         backend: Backend = "auto",
         return_logits: bool = False,
         distributed: bool | ProcessGroup = False,
@@ -102,23 +106,34 @@ class NTXentLoss(TemperatureModule):
         check_bool("use_cosine_similarity", use_cosine_similarity)
         check_reduction(reduction)
         check_in_range("eps", eps)
+        check_bool("decoupled", decoupled)
         check_backend(backend)
         check_strategy(strategy)
         self.use_cosine_similarity = use_cosine_similarity
         self.reduction = reduction
         self.eps = eps
         self.backend = backend
+        self.decoupled = decoupled
         self.return_logits = return_logits
         self.distributed = distributed
         self.strategy = strategy
 
-    def forward(self, z_i: Tensor, z_j: Tensor, mask: Tensor | None = None) -> LossResult:
+    def forward(
+        self,
+        z_i: Tensor,
+        z_j: Tensor,
+        mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+    ) -> LossResult:
         """Loss and metrics of a batch of pairs.
 
         Args:
             z_i: (B, D) or (B, N, D) embeddings of the first view.
             z_j: Same shape; ``z_j[k]`` is the positive of ``z_i[k]``.
             mask: Optional (B, B) bool, True takes the pair of samples out of the negatives.
+            labels: Optional (B,) integers; samples of equal label are no negatives of each other.
+                With 3-D views also (B, N).
 
         Returns:
             ``loss``, ``accuracy``, ``positive_similarity``, ``negative_similarity`` and, with
@@ -134,6 +149,8 @@ class NTXentLoss(TemperatureModule):
             eps=self.eps,
             reduction=self.reduction,
             mask=mask,
+            labels=labels,
+            decoupled=self.decoupled,
             group=resolve_group(self.distributed),
             strategy=self.strategy,
             backend=self.backend,
@@ -145,6 +162,9 @@ class NTXentLoss(TemperatureModule):
             "negative_similarity": out.negative_similarity,
         }
         if self.return_logits:
+            if labels is not None:
+                classes = classes_of_pairs(labels, z_i)
+                mask = classes[:, None] == classes
             result["logits"] = reference.nt_xent_logits(
                 z_i.flatten(0, -2),
                 z_j.flatten(0, -2),
@@ -158,8 +178,9 @@ class NTXentLoss(TemperatureModule):
     def extra_repr(self) -> str:
         """Settings as ``name=value``, for ``print(module)``."""
         learnable = "" if self.log_temperature is None else ", learnable_temperature=True"
+        decoupled = ", decoupled=True" if self.decoupled else ""
         return (
-            f"temperature={self.describe_temperature()}{learnable}, "
+            f"temperature={self.describe_temperature()}{learnable}{decoupled}, "
             f"use_cosine_similarity={self.use_cosine_similarity}, reduction={self.reduction}, "
             f"backend={self.backend}"
         )

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from cjepa_kernels import chunked, triton
 from cjepa_kernels.backends import HAS_NATIVE, HAS_TRITON, add_note
-from cjepa_kernels.ops import cross_logsumexp, nt_xent, pad_tokens, prediction_loss, self_logsumexp
+from cjepa_kernels.ops import (
+    class_similarity,
+    cross_logsumexp,
+    nt_xent,
+    pad_tokens,
+    prediction_loss,
+    self_logsumexp,
+)
 from cjepa_kernels.ops.calls import call, is_transformed, refuse_transforms, run, saveable
 from cjepa_kernels.ops.cross_logsumexp import rectangle_saves_at_most, saved_rectangle_size
 from cjepa_kernels.ops.nt_xent import saved_exponentials_size, saves_at_most
@@ -27,6 +34,7 @@ from cjepa_kernels.triton import planned, proved
 define(nt_xent.DEFINITION)
 define(cross_logsumexp.DEFINITION)
 define(self_logsumexp.DEFINITION)
+define(class_similarity.DEFINITION)
 define(prediction_loss.DEFINITION)
 register_plain("copy", "(Tensor x) -> Tensor", Tensor.clone, torch.empty_like)
 register_plain("pad_tokens", pad_tokens.SCHEMA, pad_tokens.pad_tokens, pad_tokens.fake)

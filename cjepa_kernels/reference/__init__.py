@@ -7,6 +7,7 @@ The letters are those of ``definitions``; a is an anchor (one row) and pos(a) it
 """
 
 from cjepa_kernels.definitions import FLOATING, CrossLogSumExp, NTXentTerms, accumulation_dtype
+from cjepa_kernels.reference.class_similarity import class_similarity
 from cjepa_kernels.reference.cross_logsumexp import cross_logsumexp, paired_logsumexp
 from cjepa_kernels.reference.info_nce import info_nce, queue_info_nce
 from cjepa_kernels.reference.nt_xent import nt_xent, nt_xent_logits
@@ -16,6 +17,7 @@ from cjepa_kernels.reference.rows import (
     normalize_rows,
     positive_temperature,
     reduce,
+    round_operands,
     scale_of_rows,
     with_rounding,
 )
@@ -26,6 +28,7 @@ __all__ = [
     "CrossLogSumExp",
     "NTXentTerms",
     "accumulation_dtype",
+    "class_similarity",
     "cross_logsumexp",
     "embed_rows",
     "info_nce",
@@ -37,6 +40,7 @@ __all__ = [
     "prediction_loss",
     "queue_info_nce",
     "reduce",
+    "round_operands",
     "scale_of_rows",
     "self_logsumexp",
     "with_rounding",

@@ -27,6 +27,7 @@ def nt_xent(
     use_cosine_similarity: bool = True,
     eps: float = EPS,
     mask: Tensor | None = None,
+    decoupled: bool = False,
 ) -> NTXentTerms:
     """NT-Xent per anchor, with the positive left out of the sum.
 
@@ -41,12 +42,14 @@ def nt_xent(
         use_cosine_similarity: Cosine of the rows if true, else their dot product.
         eps: Lower bound on the norm used for normalisation.
         mask: (B, B) bool, True takes the pair of samples out of the negatives in both directions.
+        decoupled: Leave the positive out of the sum altogether: loss_a = LSE-_a - l_pos.
 
     Returns:
         NTXentTerms; ``lse`` includes the positive and is detached, like the metrics. An embedding
         that holds a NaN or an infinity makes the accuracy 0.
 
-    Source: SimCLR, arXiv 2002.05709, equation 1; decoupled sum as in DCL, arXiv 2110.06848.
+    Source: SimCLR, arXiv 2002.05709, equation 1; decoupled sum as in DCL, arXiv 2110.06848,
+    equation 6.
     """
     batch, rows = z_i.shape[0], 2 * z_i.shape[0]
     z = embed_rows(torch.cat([z_i, z_j]), use_cosine_similarity, eps)  # (M, D)
@@ -63,7 +66,7 @@ def nt_xent(
     lse_neg = torch.logsumexp((similarity / tau).masked_fill(ignored, -torch.inf), dim=1)
     lse_neg = torch.where(has_negatives, lse_neg, -torch.inf)
     positive_logit = positive / tau
-    loss = -F.logsigmoid(positive_logit - lse_neg)
+    loss = lse_neg - positive_logit if decoupled else -F.logsigmoid(positive_logit - lse_neg)
 
     with torch.no_grad():
         largest_negative = similarity.masked_fill(excluded, -torch.inf).amax(dim=1)

@@ -58,6 +58,20 @@ def embed_rows(z: Tensor, use_cosine_similarity: bool, eps: float) -> Tensor:
     return z + (z - z).detach()
 
 
+def round_operands(rows: Tensor, dtype: torch.dtype, *, tf32: bool) -> Tensor:
+    """Operands of a product: rounded to a dtype or to tf32, in the accumulation dtype.
+
+    Args:
+        rows: (M, D) in fp32 or fp64.
+        dtype: The dtype to which a back end rounds.
+        tf32: Round fp32 to the 10 bits of mantissa that the GPU's tensor cores take.
+    """
+    if tf32:  # as round_to_tf32 in triton/kernels/operands.py
+        bits = (rows.view(torch.int32) + 0x1000) & ~0x1FFF
+        return torch.where(rows == rows, bits.view(torch.float32), rows)
+    return rows.to(dtype).to(rows.dtype)
+
+
 def positive_temperature(temperature: float | Tensor) -> float | Tensor:
     """NaN in place of a tensor temperature out of range, without reading it on the host."""
     if isinstance(temperature, Tensor):

@@ -1,0 +1,108 @@
+"""Mean similarities within and across classes against the reference, in values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import FLOOR_GRADIENT, METRIC, relative_error
+from torch import Tensor
+
+from cjepa_kernels import chunked, ops, reference
+from cjepa_kernels.functional.class_similarity import class_similarity
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+ROWS = 150
+LABELS = {
+    "random": lambda: torch.randint(7, (ROWS,)),
+    "one_class": lambda: torch.zeros(ROWS, dtype=torch.int64),
+    "all_different": lambda: torch.randperm(ROWS),
+    "huge": lambda: torch.tensor([-(2**63), 2**63 - 1, 0]).repeat(ROWS // 3),
+    "one_alone": lambda: torch.tensor([3] * (ROWS - 1) + [-4]),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot_product"])
+@pytest.mark.parametrize("small", [True, False], ids=["small_chunks", ""])
+def test_values_and_gradients(
+    name: str, dtype: torch.dtype, cosine: bool, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if small:  # several columns, rows and bags at a time, with a rest
+        monkeypatch.setattr(chunked.class_similarity, "CHUNK_ELEMENTS", 4 * ROWS)
+        monkeypatch.setattr(chunked.class_similarity, "BAG_ROWS", 8)
+    classes = LABELS[name]()
+    z = (0.2 * torch.randn(ROWS, 17) + torch.randn(17)).to(dtype).requires_grad_()
+    exact = z.detach().double().requires_grad_()
+    # The back end rounds unit rows to the dtype before it multiplies them.
+    rounded = reference.embed_rows(exact, cosine, 1e-8).to(dtype).double()
+    options = {"use_cosine_similarity": cosine, "eps": 1e-8}
+    out = class_similarity(z, None, classes, **options, backend="chunked")
+    truth = reference.class_similarity(rounded, classes, use_cosine_similarity=False)
+    truth_gradient = class_similarity(exact, None, classes, **options, backend="reference")
+    scale = (rounded @ rounded.T).abs().max().item()
+    bound = METRIC[torch.float64 if dtype == torch.float64 else torch.float32] * scale
+    assert (out.within - truth.within).abs().max() <= bound
+    assert torch.equal(out.across.isnan(), truth.across.isnan())
+    assert truth.across.isnan() or (out.across - truth.across).abs() <= bound
+    upstream = torch.rand(ROWS)
+    (actual,) = torch.autograd.grad(out.within, z, upstream.to(out.within))
+    (expected,) = torch.autograd.grad(truth_gradient.within, exact, upstream.double())
+    assert actual.dtype == dtype
+    assert relative_error(actual, expected) <= 2 * FLOOR_GRADIENT[dtype]
+
+
+def test_two_views_are_rows_one_after_the_other() -> None:
+    z_i, z_j = torch.randn(2, 9, 5, dtype=torch.float64, requires_grad=True)
+    classes = torch.randint(3, (9,))
+    options = {"use_cosine_similarity": True, "eps": 1e-8, "backend": "chunked"}
+    both = class_similarity(z_i, z_j, classes, **options)
+    one = class_similarity(torch.cat([z_i, z_j]), None, classes.repeat(2), **options)
+    for actual, expected in zip(both, one, strict=True):
+        assert torch.equal(actual, expected)
+    assert torch.equal(*(torch.autograd.grad(x.within.sum(), z_j)[0] for x in (both, one)))
+
+
+def test_one_row_more_than_the_rest_loses_no_digits() -> None:
+    """Across one large class and a single row, the difference of two large sums is exact."""
+    near = torch.randn(8) + 1e-3 * torch.randn(20000, 8)
+    z = torch.cat([near, torch.randn(1, 8)])
+    classes = torch.tensor([1] * 20000 + [2])
+    out = class_similarity(
+        z, None, classes, use_cosine_similarity=True, eps=1e-8, backend="chunked"
+    )
+    unit = reference.normalize_rows(z, 1e-8).double()
+    expected = (unit[:-1] @ unit[-1]).mean()
+    assert (out.across - expected).abs() <= METRIC[torch.float32]
+
+
+@pytest.mark.parametrize("overload", ["", ".chunked"], ids=["dispatched", "chunked"])
+@pytest.mark.parametrize("views", [1, 2])
+def test_opcheck_and_gradcheck(overload: str, views: int) -> None:
+    z_i = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    z_j = torch.randn(9, 5, dtype=torch.float64, requires_grad=True) if views == 2 else None
+    classes = torch.tensor([1, 1, 2, 2, 2, 3, 4, 4, 4])
+    operator = ops.operator("class_similarity", overload)
+    options = (classes, True, 1e-8, None, False)
+    torch.library.opcheck(operator, (z_i, z_j, *options))
+
+    def within(*z: Tensor) -> Tensor:
+        return operator(*z, *([None] if views == 1 else []), *options)[0]
+
+    assert torch.autograd.gradcheck(within, [z for z in (z_i, z_j) if z is not None])
+
+
+def test_the_same_bits_on_every_call() -> None:
+    z = torch.randn(3000, 40, requires_grad=True)
+    classes = torch.randint(-5, 5, (3000,))
+
+    def results() -> tuple[Tensor, Tensor]:
+        out = class_similarity(
+            z, None, classes, use_cosine_similarity=True, eps=1e-8, backend="chunked"
+        )
+        return out.within, torch.autograd.grad(out.within.sum(), z)[0]
+
+    first = results()
+    torch.set_num_threads(2)
+    for actual, expected in zip(results(), first, strict=True):
+        assert torch.equal(actual, expected)
