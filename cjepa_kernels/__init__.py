@@ -9,6 +9,7 @@ from cjepa_kernels.definitions import (
     NTXentOutput,
     PairedLogSumExp,
     SelfLogSumExp,
+    SupConOutput,
 )
 from cjepa_kernels.functional import (
     cross_logsumexp,
@@ -18,6 +19,7 @@ from cjepa_kernels.functional import (
     paired_logsumexp,
     prediction_loss,
     self_logsumexp,
+    sup_con,
 )
 from cjepa_kernels.modules import (
     ContrastiveJEPALoss,
@@ -25,6 +27,7 @@ from cjepa_kernels.modules import (
     InfoNCELoss,
     MomentumQueue,
     NTXentLoss,
+    SupConLoss,
 )
 
 __all__ = [
@@ -39,6 +42,8 @@ __all__ = [
     "NTXentOutput",
     "PairedLogSumExp",
     "SelfLogSumExp",
+    "SupConLoss",
+    "SupConOutput",
     "__version__",
     "backends",
     "create_cjepa_loss_from_config",
@@ -50,4 +55,5 @@ __all__ = [
     "paired_logsumexp",
     "prediction_loss",
     "self_logsumexp",
+    "sup_con",
 ]

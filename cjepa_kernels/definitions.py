@@ -122,6 +122,30 @@ class InfoNCEOutput(NamedTuple):
     lse: Tensor
 
 
+class SupConOutput(NamedTuple):
+    """Result of :func:`sup_con`. Everything but ``loss`` is detached and stays on the device.
+
+    There is no accuracy: it would take each anchor's nearest positive and nearest negative, and the
+    sums over classes that make the loss cheap do not hold them.
+
+    Attributes:
+        loss: () for ``mean`` and ``sum``, (M,) for ``none``, 0 for an anchor without a positive;
+            fp32 (fp64 for fp64 inputs).
+        positive_similarity: () mean similarity of pairs of one class, not divided by temperature;
+            NaN without any.
+        negative_similarity: () mean similarity of pairs of different classes; NaN without any.
+        lse: (M,) log-sum-exp of each anchor's logits, positives included, itself excluded; -inf for
+            a row that is alone.
+        num_anchors: () int64, the number of anchors with a positive.
+    """
+
+    loss: Tensor
+    positive_similarity: Tensor
+    negative_similarity: Tensor
+    lse: Tensor
+    num_anchors: Tensor
+
+
 class CrossLogSumExp(NamedTuple):
     """Result of ``cross_logsumexp``: M rows against N columns, everything on the device.
 

@@ -7,6 +7,7 @@ from cjepa_kernels.definitions import (
     NTXentOutput,
     PairedLogSumExp,
     SelfLogSumExp,
+    SupConOutput,
 )
 from cjepa_kernels.functional.cls_tokens import cls_tokens
 from cjepa_kernels.functional.cross_logsumexp import (
@@ -19,6 +20,7 @@ from cjepa_kernels.functional.info_nce import info_nce
 from cjepa_kernels.functional.nt_xent import nt_xent
 from cjepa_kernels.functional.prediction_loss import prediction_loss
 from cjepa_kernels.functional.self_logsumexp import self_logsumexp
+from cjepa_kernels.functional.sup_con import sup_con
 
 __all__ = [
     "CrossLogSumExp",
@@ -27,6 +29,7 @@ __all__ = [
     "NTXentOutput",
     "PairedLogSumExp",
     "SelfLogSumExp",
+    "SupConOutput",
     "cls_tokens",
     "cross_logsumexp",
     "hierarchical_prediction_loss",
@@ -36,4 +39,5 @@ __all__ = [
     "paired_logsumexp",
     "prediction_loss",
     "self_logsumexp",
+    "sup_con",
 ]

@@ -5,6 +5,7 @@ from cjepa_kernels.modules.hjepa import HJEPALoss
 from cjepa_kernels.modules.info_nce import InfoNCELoss
 from cjepa_kernels.modules.momentum_queue import MomentumQueue
 from cjepa_kernels.modules.nt_xent import NTXentLoss
+from cjepa_kernels.modules.sup_con import SupConLoss
 
 __all__ = [
     "ContrastiveJEPALoss",
@@ -12,4 +13,5 @@ __all__ = [
     "InfoNCELoss",
     "MomentumQueue",
     "NTXentLoss",
+    "SupConLoss",
 ]

@@ -16,12 +16,15 @@ from cjepa_kernels.reference.rows import (
     embed_rows,
     normalize_rows,
     positive_temperature,
+    raise_to_bound,
     reduce,
+    reduce_counted,
     round_operands,
     scale_of_rows,
     with_rounding,
 )
 from cjepa_kernels.reference.self_logsumexp import self_logsumexp
+from cjepa_kernels.reference.sup_con import sup_con
 
 __all__ = [
     "FLOATING",
@@ -39,9 +42,12 @@ __all__ = [
     "positive_temperature",
     "prediction_loss",
     "queue_info_nce",
+    "raise_to_bound",
     "reduce",
+    "reduce_counted",
     "round_operands",
     "scale_of_rows",
     "self_logsumexp",
+    "sup_con",
     "with_rounding",
 ]

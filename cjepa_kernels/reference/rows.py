@@ -116,3 +116,29 @@ def reduce(loss: Tensor, reduction: Reduction) -> Tensor:
     if reduction == "mean":
         return loss.mean()
     return loss.sum() if reduction == "sum" else loss
+
+
+def raise_to_bound(losses: Tensor, positives: Tensor) -> Tensor:
+    """SupCon losses of anchors, at least log of the number of positives, their exact lower bound.
+
+    Rounding may leave less. The gradient stays as it is.
+
+    Args:
+        losses: (M,)
+        positives: (M,) int64, the number of each anchor's positives.
+    """
+    bound = positives.clamp(min=1).to(losses.dtype).log()
+    return losses + (bound - losses.detach()).clamp(min=0)
+
+
+def reduce_counted(loss: Tensor, counts: Tensor, reduction: Reduction) -> Tensor:
+    """Apply a reduction to the losses that count; the others are 0 already.
+
+    Args:
+        loss: (M,)
+        counts: (M,) bool. If nothing counts, the mean is 0.
+        reduction: ``mean`` over the losses that count, ``sum`` or ``none``.
+    """
+    if reduction == "mean":
+        return loss.sum() / counts.sum().clamp(min=1)
+    return reduce(loss, reduction)

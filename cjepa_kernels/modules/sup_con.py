@@ -1,0 +1,118 @@
+"""SupCon as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.definitions import EPS, TEMPERATURE, Reduction
+from cjepa_kernels.functional.checks import check_bool, check_in_range, check_reduction
+from cjepa_kernels.functional.sup_con import sup_con
+from cjepa_kernels.modules.float_attribute import float_attribute
+from cjepa_kernels.modules.loss_module import LossResult
+from cjepa_kernels.modules.temperature import TemperatureModule
+
+
+class SupConLoss(TemperatureModule):
+    """Supervised contrastive loss, or that of several views, with monitoring metrics.
+
+    The rows of one process count. Negatives of other ranks are not implemented for this loss yet.
+
+    Args:
+        temperature: Float from 1e-30 to 1e30, default 0.1. A lower temperature separates hard
+            negatives more sharply.
+        use_cosine_similarity: Cosine similarity, else the plain dot product.
+        reduction: ``mean`` over the anchors that have a positive, ``sum`` or ``none``.
+        eps: Lower bound on the norm used for normalisation. Default 1e-8.
+        learnable_temperature: Train log(temperature) as the parameter ``log_temperature``,
+            starting at ``temperature``: it stays positive whatever the optimiser does. Keep it out
+            of weight decay, which pulls the temperature towards 1.
+        temperature_shape: Shape of ``log_temperature``, () or (1,). FSDP cannot shard a 0-dim
+            parameter and needs (1,). State dicts of either shape load into either.
+        backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
+        return_dict: Return a dict. With False a call returns the loss alone, as most losses do, and
+            the metrics of the last call are the attribute ``last_metrics``.
+
+    Raises:
+        ValueError, TypeError: A bad argument; the message names it.
+        RuntimeError: A back end that was asked for by name and is missing.
+
+    Source: SupCon, arXiv 2004.11362, equation 2 (the mean outside of the logarithm).
+
+    Example:
+        >>> loss_fn = SupConLoss()
+        >>> out = loss_fn(torch.eye(4), torch.tensor([0, 0, 1, 2]))
+        >>> out["num_anchors"].item()  # the last two rows have no positive
+        2
+    """
+
+    eps: float = float_attribute("eps")
+
+    def __init__(
+        self,
+        temperature: float = TEMPERATURE,
+        *,
+        use_cosine_similarity: bool = True,
+        reduction: Reduction = "mean",
+        eps: float = EPS,
+        learnable_temperature: bool = False,
+        temperature_shape: Sequence[int] = (),
+        backend: Backend = "auto",
+        return_dict: bool = True,
+    ) -> None:
+        super().__init__(
+            temperature,
+            learnable_temperature=learnable_temperature,
+            temperature_shape=temperature_shape,
+            return_dict=return_dict,
+        )
+        check_bool("use_cosine_similarity", use_cosine_similarity)
+        check_reduction(reduction)
+        check_in_range("eps", eps)
+        check_backend(backend)
+        self.use_cosine_similarity = use_cosine_similarity
+        self.reduction: Reduction = reduction
+        self.eps = eps
+        self.backend: Backend = backend
+
+    def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> LossResult:
+        """Loss and metrics of a batch.
+
+        Args:
+            embeddings: (M, D) with labels, or (B, V, D), V views of B samples.
+            labels: (M,) or (B,) integers; rows of equal label are each other's positives. Without
+                labels the views of a sample are.
+
+        Returns:
+            ``loss``, ``positive_similarity``, ``negative_similarity`` and ``num_anchors``, the
+            number of rows that have a positive. The metrics are detached 0-dim tensors on the
+            device. With ``return_dict=False`` the loss alone.
+        """
+        out = sup_con(
+            embeddings,
+            labels,
+            temperature=self.temperature,
+            use_cosine_similarity=self.use_cosine_similarity,
+            eps=self.eps,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+        return self._result(
+            {
+                "loss": out.loss,
+                "positive_similarity": out.positive_similarity,
+                "negative_similarity": out.negative_similarity,
+                "num_anchors": out.num_anchors,
+            }
+        )
+
+    def extra_repr(self) -> str:
+        """Settings as ``name=value``, for ``print(module)``."""
+        learnable = "" if self.log_temperature is None else ", learnable_temperature=True"
+        return (
+            f"temperature={self.describe_temperature()}{learnable}, "
+            f"use_cosine_similarity={self.use_cosine_similarity}, reduction={self.reduction}, "
+            f"backend={self.backend}"
+        )
