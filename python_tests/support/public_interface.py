@@ -158,6 +158,8 @@ def _make_module(cls: type[nn.Module]) -> nn.Module:
     """A module of the class, with the options that give it all of its parameters."""
     if cls.__name__ == "NTXentLoss":
         return cls(learnable_temperature=True, return_logits=True)
+    if cls.__name__ == "SupConLoss":
+        return cls(learnable_temperature=True)
     if cls.__name__ == "HJEPALoss":
         return cls(num_hierarchies=2)
     if cls.__name__ == "ContrastiveJEPALoss":
@@ -179,6 +181,8 @@ def _results(module: nn.Module) -> Sequence[str]:
         return list(
             module(levels, levels, context_features_i=features, context_features_j=features)
         )
+    if type(module).__name__ == "SupConLoss":
+        return list(module(features))
     return list(module(features[:, 0], features[:, 1]))
 
 
