@@ -35,6 +35,7 @@ JEPA_KEYS = {
 }
 CONTRASTIVE_KEYS = {
     "jepa_weight": "jepa_weight",
+    "contrastive_type": "contrastive_type",
     "contrastive_weight": "contrastive_weight",
     "contrastive_temperature": "contrastive_temperature",
     "use_cosine_similarity": "use_cosine_similarity",
@@ -96,9 +97,11 @@ def create_loss_from_config(config: Mapping[str, Any] | str | Path) -> nn.Module
         config: A mapping, or the path of a YAML file: a whole experiment with a ``loss``
             section, or that section itself. ``type: "cjepa"`` (alias ``contrastive_jepa``)
             gives C-JEPA; ``hjepa``, ``jepa``, ``smoothl1`` or ``mse`` the JEPA loss alone, and
-            C-JEPA as well when ``use_contrastive: true``. ``num_hierarchies`` may stand in the
-            ``model`` section, or follow from the length of ``hierarchy_weights``. Keys for VICReg
-            and SIGReg, which H-JEPA ignores with these types, are ignored with a warning.
+            C-JEPA as well when ``use_contrastive: true``. ``contrastive_type`` chooses among
+            NT-Xent, DCL, InfoNCE and SupCon, whose labels go to the loss's ``forward``.
+            ``num_hierarchies`` may stand in the ``model`` section, or follow from the length of
+            ``hierarchy_weights``. Keys for VICReg and SIGReg, which H-JEPA ignores with these
+            types, are ignored with a warning.
 
     Returns:
         ContrastiveJEPALoss or HJEPALoss.

@@ -21,6 +21,8 @@ LOSS_TYPES: tuple[str, ...] = get_args(PredictionLossType)
 TargetNorm = Literal["layer"]
 Strategy = Literal["auto", "all_gather", "ring"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
+ContrastiveType = Literal["nt_xent", "dcl", "info_nce", "sup_con"]
+CONTRASTIVE_TYPES: tuple[str, ...] = get_args(ContrastiveType)
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # dtypes of inputs
 

@@ -143,18 +143,18 @@ def _sup_con(
         overload=dispatch.choose_overload(backend, z.device),
         **rows,
     )
-    is_sole, counts = positives.count == 1, positives.count > 0
+    is_sole, counts = positives.number == 1, positives.number > 0
     with dispatch.without_autocast(z.device):
         mean = torch.where(is_sole, out.positive, of_classes.within)  # (M,)
         difference = gap(out.lse, mean, out.shift, out.log_sum, temperature)
         losses = torch.where(is_sole, softplus(difference), difference)
-        losses = reference.raise_to_bound(losses, positives.count).where(counts, 0.0)
+        losses = reference.raise_to_bound(losses, positives.number).where(counts, 0.0)
         loss = reference.reduce_counted(losses, counts, reduction)
     with torch.no_grad():
         of_pair = softplus(difference) + mean / temperature  # log-sum-exp with the positive
         return SupConOutput(
             loss=loss,
-            positive_similarity=(mean * positives.count).sum() / positives.count.sum(),
+            positive_similarity=(mean * positives.number).sum() / positives.number.sum(),
             negative_similarity=of_classes.across,
             lse=torch.where(is_sole, of_pair, out.lse),
             num_anchors=counts.sum(),
@@ -162,7 +162,7 @@ def _sup_con(
 
 
 class _Positives(NamedTuple):
-    count: Tensor  # (M,) int64, of the other rows in a row's class
+    number: Tensor  # (M,) int64, of the other rows in a row's class
     sole: Tensor  # (M,) int64, the other row of a class of two, else -1
 
 

@@ -1,4 +1,4 @@
-"""C-JEPA: a JEPA loss plus NT-Xent on the CLS tokens of two views."""
+"""C-JEPA: a JEPA loss plus a contrastive loss on the CLS tokens of two views."""
 
 from __future__ import annotations
 
@@ -13,28 +13,34 @@ from torch.distributed import ProcessGroup
 
 from cjepa_kernels.backends import Backend
 from cjepa_kernels.definitions import (
+    CONTRASTIVE_TYPES,
     CONTRASTIVE_WEIGHT,
     EPS,
     JEPA_WEIGHT,
     TEMPERATURE,
+    ContrastiveType,
     Reduction,
     Strategy,
 )
-from cjepa_kernels.functional import cls_tokens
+from cjepa_kernels.distributed import SharedGroup, resolve_group
+from cjepa_kernels.functional import cls_tokens, nt_xent
 from cjepa_kernels.functional.checks import (
     as_float,
     check_bool,
     check_floating_tensor,
+    check_strategy,
     is_number,
 )
 from cjepa_kernels.modules.float_attribute import float_attribute
 from cjepa_kernels.modules.hjepa import Levels
+from cjepa_kernels.modules.info_nce import InfoNCELoss
 from cjepa_kernels.modules.loss_module import LossModule, LossResult
 from cjepa_kernels.modules.nt_xent import NTXentLoss
+from cjepa_kernels.modules.sup_con import SupConLoss
 
 
 class ContrastiveJEPALoss(LossModule):
-    """``jepa_weight`` x JEPA + ``contrastive_weight`` x NT-Xent of the CLS tokens.
+    """``jepa_weight`` x JEPA + ``contrastive_weight`` x contrastive loss of the CLS tokens.
 
     The weights are plain attributes: setting them takes effect at the next call. A term whose
     weight is 0 is computed for monitoring only, without a gradient.
@@ -45,15 +51,20 @@ class ContrastiveJEPALoss(LossModule):
         jepa_weight: Weight of the JEPA term, finite and not negative. Default 1.0.
         contrastive_weight: Weight of the contrastive term, finite and not negative.
             Default 0.1.
-        contrastive_temperature: Temperature of NT-Xent. Default 0.1.
+        contrastive_temperature: Temperature of the contrastive term. Default 0.1.
         use_cosine_similarity: Cosine similarity, else the plain dot product.
         contrastive_on_context: Contrast the context features. The default takes the target
             features where they are given, which under an EMA encoder carry no gradient.
-        reduction: Reduction of NT-Xent: ``mean``, ``sum`` or ``none``.
+        reduction: Reduction of the contrastive term: ``mean``, ``sum`` or ``none``.
         eps: Lower bound on the norm used for normalisation. Default 1e-8.
-        backend: Back end of NT-Xent, see :func:`cjepa_kernels.backends`.
-        distributed: Take NT-Xent's negatives from all ranks (True) or from those of a process
-            group, as described for ``group`` in :func:`cjepa_kernels.nt_xent`.
+        contrastive_type: The contrastive loss of the two views. ``nt_xent`` (default).
+            ``dcl``: NT-Xent without the positive in the sum. ``info_nce``: each view among the rows
+            of the other view, in both directions, as CLIP trains. ``sup_con``: SupCon, which takes
+            ``labels`` and has both views of all samples of a label as positives.
+        backend: Back end of the contrastive term, see :func:`cjepa_kernels.backends`.
+        distributed: Take the negatives from all ranks (True) or from those of a process group, as
+            described for ``group`` in :func:`cjepa_kernels.nt_xent`. Only ``nt_xent`` does; for the
+            other types several ranks are an error.
         strategy: How the ranks work together: ``auto``, ``all_gather`` or ``ring``.
         return_dict: Return a dict. With False a call returns the loss alone, as most losses do, and
             the metrics of the last call are the attribute ``last_metrics``.
@@ -62,7 +73,8 @@ class ContrastiveJEPALoss(LossModule):
         ValueError, TypeError: A bad argument; the message names it.
 
     Source: the sum as in H-JEPA (github.com/jonwiggins/H-JEPA); NT-Xent from SimCLR, arXiv
-    2002.05709. The published C-JEPA (arXiv 2410.19560) regularises with VICReg instead.
+    2002.05709; DCL, arXiv 2110.06848; SupCon, arXiv 2004.11362. The published C-JEPA (arXiv
+    2410.19560) regularises with VICReg instead.
 
     Example:
         >>> from cjepa_kernels import HJEPALoss
@@ -88,6 +100,7 @@ class ContrastiveJEPALoss(LossModule):
         reduction: Reduction = "mean",
         eps: float = EPS,
         *,
+        contrastive_type: ContrastiveType = "nt_xent",
         backend: Backend = "auto",
         distributed: bool | ProcessGroup = False,
         strategy: Strategy = "auto",
@@ -111,16 +124,56 @@ class ContrastiveJEPALoss(LossModule):
         self.contrastive_weight = contrastive_weight
         check_bool("contrastive_on_context", contrastive_on_context)
         self.contrastive_on_context = contrastive_on_context
-        self.contrastive = NTXentLoss(
-            temperature=contrastive_temperature,
-            use_cosine_similarity=use_cosine_similarity,
-            reduction=reduction,
-            eps=eps,
-            backend=backend,
-            distributed=distributed,
-            strategy=strategy,
-        )
+        if contrastive_type not in CONTRASTIVE_TYPES:
+            raise ValueError(
+                f"contrastive_type must be one of {list(CONTRASTIVE_TYPES)}, got "
+                f"{contrastive_type!r}"
+            )
+        options: dict[str, Any] = {
+            "temperature": contrastive_temperature,
+            "use_cosine_similarity": use_cosine_similarity,
+            "reduction": reduction,
+            "eps": eps,
+            "backend": backend,
+        }
+        self.contrastive: NTXentLoss | InfoNCELoss | SupConLoss
+        check_strategy(strategy)
+        if contrastive_type == "info_nce":
+            self.contrastive = InfoNCELoss(**options, symmetric=True)
+        elif contrastive_type == "sup_con":
+            self.contrastive = SupConLoss(**options)
+        else:
+            self.contrastive = NTXentLoss(
+                **options, decoupled=contrastive_type == "dcl", strategy=strategy
+            )
+        self._distributed: bool | SharedGroup = False  # of the losses without this argument
+        self.distributed = distributed
         self._warned_no_gradient = False
+
+    @property
+    def contrastive_type(self) -> ContrastiveType:
+        """Name of the contrastive loss."""
+        if isinstance(self.contrastive, SupConLoss):
+            return "sup_con"
+        if isinstance(self.contrastive, InfoNCELoss):
+            return "info_nce"
+        return "dcl" if self.contrastive.decoupled else "nt_xent"
+
+    @property
+    def distributed(self) -> bool | ProcessGroup:
+        """Whether negatives come from all ranks, or the process group that they come from."""
+        if isinstance(self.contrastive, NTXentLoss):
+            return self.contrastive.distributed
+        held = self._distributed
+        return held.group if isinstance(held, SharedGroup) else held
+
+    @distributed.setter
+    def distributed(self, value: bool | ProcessGroup) -> None:
+        resolve_group(value)  # raises for what is neither
+        if isinstance(self.contrastive, NTXentLoss):
+            self.contrastive.distributed = value
+        else:
+            self._distributed = value if isinstance(value, bool) else SharedGroup(value)
 
     @property
     def eps(self) -> float:
@@ -138,6 +191,7 @@ class ContrastiveJEPALoss(LossModule):
         masks: Levels | None = None,
         *,
         context_features: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> LossResult:
         """Both terms, their weighted sum and the metrics.
 
@@ -150,15 +204,20 @@ class ContrastiveJEPALoss(LossModule):
             target_features_j: Same for view j.
             masks: Optional, one (B, N_l) bool tensor per level, True keeps the patch.
             context_features: Ignored beside a pair of views; alone it is an error.
+            labels: (B,) integers. ``sup_con`` needs them. With ``nt_xent`` and ``dcl`` they are
+                optional, and samples of equal label are then no negatives of each other.
 
         Returns:
             ``loss``, ``jepa_loss``, ``contrastive_loss``, ``contrastive_accuracy``,
             ``contrastive_pos_sim``, ``contrastive_neg_sim`` and the parts of the JEPA loss. With
-            ``return_dict=False`` the loss alone.
+            ``return_dict=False`` the loss alone. The accuracy is the share of anchors whose other
+            view beats every negative; with labels, those are the rows of other labels.
 
         Raises:
-            ValueError: No pair of features to contrast, or wrong shapes.
+            ValueError: No pair of features to contrast, wrong shapes, or labels that are missing or
+                that the contrastive loss does not take.
         """
+        self._check_labels(labels)
         features_i, features_j = self._choose_features(
             (context_features_i, context_features_j),
             (target_features_i, target_features_j),
@@ -167,7 +226,7 @@ class ContrastiveJEPALoss(LossModule):
         with nullcontext() if self.jepa_weight else torch.no_grad():
             jepa = self.jepa_loss(predictions, targets, masks)
         with nullcontext() if self.contrastive_weight else torch.no_grad():
-            contrastive = self.contrastive(cls_tokens(features_i), cls_tokens(features_j))
+            contrastive = self._contrast(cls_tokens(features_i), cls_tokens(features_j), labels)
 
         terms = []
         if self.jepa_weight:
@@ -188,6 +247,39 @@ class ContrastiveJEPALoss(LossModule):
                 "contrastive_neg_sim": contrastive["negative_similarity"],
             }
         )
+
+    def _check_labels(self, labels: Tensor | None) -> None:
+        kind = self.contrastive_type
+        if kind == "sup_con" and labels is None:
+            raise ValueError("labels must be given with contrastive_type='sup_con', got None")
+        if kind == "info_nce" and labels is not None:
+            raise ValueError("labels must be None with contrastive_type='info_nce'")
+
+    def _contrast(self, z_i: Tensor, z_j: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        """The contrastive loss and its metrics; (B, D) each."""
+        loss_fn = self.contrastive
+        if isinstance(loss_fn, NTXentLoss):
+            return _as_dict(loss_fn(z_i, z_j, labels=labels))
+        if resolve_group(self.distributed) is not None:
+            raise ValueError(
+                f"distributed must be False with contrastive_type={self.contrastive_type!r}: the "
+                "negatives of several ranks are not implemented for it"
+            )
+        if isinstance(loss_fn, InfoNCELoss):
+            return _as_dict(loss_fn(z_i, z_j))
+        result = _as_dict(loss_fn(torch.stack([z_i, z_j], dim=1), labels))
+        with torch.no_grad():
+            # SupCon has no accuracy, so it is that of the pairs of views.
+            pairs = nt_xent(
+                z_i,
+                z_j,
+                labels=labels,
+                temperature=loss_fn.temperature,
+                use_cosine_similarity=loss_fn.use_cosine_similarity,
+                eps=loss_fn.eps,
+                backend=loss_fn.backend,
+            )
+        return {**result, "accuracy": pairs.accuracy}
 
     def _choose_features(
         self,
@@ -281,8 +373,16 @@ class ContrastiveJEPALoss(LossModule):
 
     def extra_repr(self) -> str:
         """Settings as ``name=value``, for ``print(module)``."""
+        kind = self.contrastive_type
         return (
+            f"{'' if kind == 'nt_xent' else f'contrastive_type={kind}, '}"
             f"jepa_weight={self.jepa_weight}, contrastive_weight={self.contrastive_weight}, "
             f"temperature={self.contrastive.describe_temperature()}, "
             f"contrastive_on_context={self.contrastive_on_context}"
         )
+
+
+def _as_dict(result: LossResult) -> dict[str, Tensor]:
+    """The result of a contrastive loss, which returns a dict here."""
+    assert isinstance(result, dict)
+    return result

@@ -399,6 +399,19 @@ def config_to_dict(config: ExperimentConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def uses_labels(config: ExperimentConfig) -> bool:
+    """Whether the pretraining itself uses the labels of the images.
+
+    Args:
+        config: The experiment.
+
+    Returns:
+        True for SupCon with a weight; the probes use labels in every experiment.
+    """
+    weight = config.loss.get("contrastive_weight", CONTRASTIVE_WEIGHT)
+    return bool(config.loss.get("contrastive_type") == "sup_con" and weight)
+
+
 def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
     """List the dotted keys in which two nested mappings differ.
 

@@ -27,6 +27,7 @@ from cjepa_kernels.train.config import (
     ExperimentConfig,
     config_from_dict,
     config_to_dict,
+    uses_labels,
 )
 from cjepa_kernels.train.data.batches import PretrainData
 from cjepa_kernels.train.data.dataset import (
@@ -306,6 +307,12 @@ def check_against_data(config: ExperimentConfig, dataset: Dataset) -> Tensor:
     check_dataset(dataset, classes)
     check_probe_images(dataset, config.evaluation, classes)
     samples = pretrain_indices(config.data, dataset)
+    labels = dataset.train.labels[samples]
+    if uses_labels(config) and (labels == labels[:1]).all():
+        raise ValueError(
+            "loss.contrastive_type: 'sup_con' trains with the labels (data.label_column), and the "
+            f"{len(samples)} images to pretrain on are all of one class"
+        )
     if config.trainer.batch_size > len(samples):
         raise ValueError(
             f"trainer.batch_size: expected at most the {len(samples)} images to pretrain on, "
@@ -411,6 +418,7 @@ def _advisor(config: ExperimentConfig, module: CJEPAModule) -> Advisor:
         jepa_weight=module.loss.jepa_weight,
         batch_size=config.trainer.batch_size // ranks,  # what a rank contrasts
         temperature=float(module.loss.contrastive.temperature),
+        contrastive_type=module.loss.contrastive_type,
     )
 
 

@@ -15,6 +15,7 @@ from repository import ROOT
 from cjepa_kernels import (
     ContrastiveJEPALoss,
     HJEPALoss,
+    NTXentLoss,
     create_cjepa_loss_from_config,
     create_loss_from_config,
 )
@@ -25,6 +26,7 @@ from cjepa_kernels.suggestions import edits, nearest
 CONFIGS = ROOT / "configs"
 KEYS: dict[str, Any] = {
     "jepa_weight": 0.9,
+    "contrastive_type": "dcl",
     "contrastive_weight": 0.2,
     "contrastive_temperature": 0.07,
     "use_cosine_similarity": False,
@@ -69,7 +71,9 @@ def test_every_key_reaches_the_loss(method: dict[str, Any], wrap: bool) -> None:
     assert loss.contrastive_on_context is True
     assert (contrastive.temperature, contrastive.use_cosine_similarity) == (0.07, False)
     assert (contrastive.reduction, contrastive.eps, contrastive.backend) == ("sum", 1e-6, "chunked")
-    assert (contrastive.distributed, contrastive.strategy) == (True, "ring")
+    assert isinstance(contrastive, NTXentLoss)
+    assert (loss.distributed, contrastive.strategy) == (True, "ring")
+    assert contrastive.decoupled
     assert (jepa.loss_type, jepa.hierarchy_weights) == ("huber", [1.0, 0.5])
     assert (jepa.normalize_embeddings, jepa.target_norm) == (False, "layer")
     assert (jepa.huber_delta, jepa.smoothl1_beta) == (0.5, 0.25)
@@ -145,6 +149,11 @@ def test_shipped_configs_build_and_list_every_key(path: Path) -> None:
             "contrastive_temperature: must lie between .*-1",
         ),
         ({"hierarchy_weights": [1, 2], "num_hierarchies": 3}, ValueError, "got 2"),
+        (
+            {"contrastive_type": "simclr"},
+            ValueError,
+            r"contrastive_type: must be one of \['nt_xent', 'dcl', 'info_nce', 'sup_con'\], got 's",
+        ),
         ({"jepa_loss_type": "l1"}, ValueError, "jepa_loss_type: must be one of"),
         ({"loss": 3}, TypeError, "loss section must be a mapping, got 3"),
         (3, TypeError, "config must be a mapping or a path, got int"),

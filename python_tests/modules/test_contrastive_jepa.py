@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cjepa_kernels import ContrastiveJEPALoss, HJEPALoss, NTXentLoss, nt_xent
+from cjepa_kernels import (
+    ContrastiveJEPALoss,
+    HJEPALoss,
+    NTXentLoss,
+    info_nce,
+    nt_xent,
+    sup_con,
+)
 
 KEYS = {
     "loss",
@@ -55,6 +62,60 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(backend: Any) -> None:
     for features in (inputs["context_features_i"], inputs["context_features_j"]):
         assert (features.grad[:, 0] != 0).any()
         assert (features.grad[:, 1:] == 0).all()
+
+
+LABELS = torch.tensor([5, 6, 5, 6])
+TERMS: dict[str, Any] = {
+    "nt_xent": lambda a, b: nt_xent(a, b, temperature=0.2),
+    "nt_xent_labels": lambda a, b: nt_xent(a, b, temperature=0.2, labels=LABELS),
+    "dcl": lambda a, b: nt_xent(a, b, temperature=0.2, decoupled=True),
+    "dcl_labels": lambda a, b: nt_xent(a, b, temperature=0.2, decoupled=True, labels=LABELS),
+    "info_nce": lambda a, b: info_nce(a, b, temperature=0.2, symmetric=True),
+    "sup_con_labels": lambda a, b: sup_con(torch.stack([a, b], dim=1), LABELS, temperature=0.2),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_contrastive_types(name: str) -> None:
+    inputs = batch()
+    kind = name.removesuffix("_labels")
+    loss_fn = cjepa(contrastive_type=kind, contrastive_temperature=0.2)
+    assert loss_fn.contrastive_type == kind
+    assert (f"contrastive_type={kind}" in repr(loss_fn)) == (kind != "nt_xent")
+    out = loss_fn(**inputs, labels=LABELS if name.endswith("_labels") else None)
+    assert set(out) == KEYS
+    cls = [inputs[f"context_features_{view}"][:, 0] for view in "ij"]
+    expected = TERMS[name](*cls)
+    torch.testing.assert_close(out["contrastive_loss"], expected.loss)
+    torch.testing.assert_close(out["contrastive_pos_sim"], expected.positive_similarity)
+    torch.testing.assert_close(out["contrastive_neg_sim"], expected.negative_similarity)
+    of_pairs = nt_xent(*cls, labels=LABELS) if kind == "sup_con" else expected
+    torch.testing.assert_close(out["contrastive_accuracy"], of_pairs.accuracy)
+    out["loss"].backward()
+    for view in "ij":
+        assert (inputs[f"context_features_{view}"].grad[:, 0] != 0).any()
+
+
+def test_labels_that_are_missing_or_not_taken() -> None:
+    with pytest.raises(ValueError, match="labels must be given with contrastive_type='sup_con'"):
+        cjepa(contrastive_type="sup_con")(**batch())
+    with pytest.raises(ValueError, match="labels must be None with contrastive_type='info_nce'"):
+        cjepa(contrastive_type="info_nce")(**batch(), labels=LABELS)
+
+
+@pytest.mark.parametrize("kind", ["nt_xent", "dcl", "info_nce", "sup_con"])
+def test_distributed_means_one_process_without_a_group(kind: Any) -> None:
+    inputs = batch() | {"labels": LABELS if kind == "sup_con" else None}
+    loss_fn = cjepa(contrastive_type=kind, distributed=True)
+    assert loss_fn.distributed is True
+    alone = cjepa(contrastive_type=kind)
+    assert torch.equal(loss_fn(**inputs)["loss"], alone(**inputs)["loss"])
+    loss_fn.distributed = False
+    assert loss_fn.distributed is False
+    if kind != "nt_xent":
+        loss_fn.distributed = torch.distributed.ProcessGroup(0, 1)
+        with pytest.raises(ValueError, match=r"(distributed|decoupled) must be False with"):
+            loss_fn(**inputs)
 
 
 @pytest.mark.parametrize("off", ["jepa_weight", "contrastive_weight"])
@@ -135,6 +196,13 @@ def test_bad_features_are_refused(options: Any, inputs: Any, message: str) -> No
         ({"contrastive_temperature": 0}, ValueError, "Temperature must be positive"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of"),
         ({"backend": "fast"}, ValueError, "backend must be one of"),
+        ({"contrastive_type": "vicreg"}, ValueError, "contrastive_type must be one of .*'vicreg'"),
+        ({"strategy": "star"}, ValueError, "strategy must be one of"),
+        (
+            {"contrastive_type": "sup_con", "distributed": 1},
+            TypeError,
+            "distributed must be a bool",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

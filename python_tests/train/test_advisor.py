@@ -208,6 +208,15 @@ def test_weight_zero_knows_the_collapse_rule_alone() -> None:
     assert rules(watch(baseline, collapsed)) == ["collapse"]
 
 
+def test_other_contrastive_losses_know_the_collapse_rule_alone() -> None:
+    unhealthy = steady(contrastive_accuracy=0.99, contrastive_loss=0.01, term_ratio=50.0)
+    assert rules(watch(advisor(), unhealthy)) != []
+    other = advisor(contrastive_type="sup_con")  # type: ignore[arg-type]
+    assert watch(other, unhealthy) == []
+    collapsed = steady(contrastive_pos_sim=1.0, contrastive_neg_sim=1.0)
+    assert rules(watch(other, collapsed)) == ["collapse"]
+
+
 @pytest.mark.parametrize("ratio", [math.inf, math.nan])
 def test_a_missing_jepa_term_does_not_dominate(ratio: float) -> None:
     assert watch(advisor(jepa_weight=0.0), steady(term_ratio=ratio)) == []

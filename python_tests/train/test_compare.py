@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +448,18 @@ def test_a_small_test_set_stands_beside_its_deviation() -> None:
         assert f"- {note}" in page
     (row,) = [line for line in page.splitlines() if "C-JEPA − Contrastive alone" in line][:1]
     assert row == "| C-JEPA − Contrastive alone | +20.0 ± 0.0 | +20.0 ± 0.0 | +20.0 ± 0.0 | - |"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("sup_con", "trained with the labels of the training images"), ("dcl", "term is DCL")],
+)
+def test_tables_say_which_contrastive_loss_was_trained(kind: str, words: str) -> None:
+    values = {"cjepa": (60.0,), "jepa": (60.0,), "contrastive": (40.0,)}
+    comparison = sized(values, images=5)
+    assert words not in comparison_markdown(comparison)
+    other = replace(comparison, config={**comparison.config, "loss": {"contrastive_type": kind}})
+    assert words in comparison_markdown(other)
 
 
 def test_the_terminal_has_the_same_cells_in_bold() -> None:

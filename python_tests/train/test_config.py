@@ -43,7 +43,7 @@ def test_complete_experiment_shows_every_key() -> None:
         *("use_cosine_similarity", "contrastive_on_context", "jepa_weight", "jepa_loss_type"),
         *("hierarchy_weights", "num_hierarchies", "normalize_embeddings", "target_norm"),
         *("smoothl1_beta", "huber_delta", "detach_targets", "reduction", "eps", "backend"),
-        *("gather_distributed", "strategy"),
+        *("gather_distributed", "strategy", "contrastive_type"),
     }
 
 

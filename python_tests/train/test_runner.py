@@ -27,6 +27,7 @@ from cjepa_kernels.train.data.batches import EpochBatches
 from cjepa_kernels.train.data.dataset import load_dataset
 from cjepa_kernels.train.loop.checkpoints import AtomicCheckpointIO
 from cjepa_kernels.train.loop.metric_history import DivergenceError, MetricHistory, to_csv
+from cjepa_kernels.train.loop.module import CJEPAModule
 from cjepa_kernels.train.loop.run_directory import RunResult, load_result
 from cjepa_kernels.train.model.vit import VisionTransformer
 
@@ -145,6 +146,17 @@ def test_another_configuration_in_the_directory_names_the_keys(tmp_path: Path) -
         pytest.param(
             ["loss.contrastive_weight=0", "loss.jepa_weight=0"], "must not both be 0", id="no-loss"
         ),
+        pytest.param(["loss.contrastive_type=simclr"], "contrastive_type: must be one", id="kind"),
+        pytest.param(
+            ["loss.contrastive_type=sup_con", "data.pretrain_classes=[3]"],
+            r"contrastive_type.*data\.label_column.*all of one class",
+            id="one-label",
+        ),
+        pytest.param(
+            ["loss.contrastive_type=dcl", "trainer.devices=2"],
+            r"contrastive_type: 'dcl' .*loss\.gather_distributed=false.*devices=2",
+            id="kind-devices",
+        ),
         pytest.param(["loss.type=hjepa"], r"loss\.type.*contrastive_weight", id="loss-type"),
         pytest.param(["loss.reduction=none"], r"loss\.reduction", id="reduction"),
         pytest.param(["data.pretrain_classes=[0,10]"], r"pretrain_classes.*0\.\.9", id="classes"),
@@ -175,6 +187,36 @@ def test_bad_experiment_stops_before_training(
     with pytest.raises(ValueError, match=message):
         runner.train(tiny(*overrides), tmp_path / "run", progress_bar=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["sup_con", "dcl", "info_nce"])
+def test_contrastive_types_train(kind: str, tmp_path: Path) -> None:
+    config = tiny(f"loss.contrastive_type={kind}", "trainer.epochs=1")
+    result = runner.train(config, tmp_path, progress_bar=False)
+    assert math.isfinite(result.history[-1]["loss"])
+    assert 0 <= result.history[-1]["contrastive_accuracy"] <= 1
+    log = (tmp_path / "log.txt").read_text()
+    assert ("trains with the labels of the training images" in log) == (kind == "sup_con")
+
+
+def test_sup_con_takes_the_labels_of_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    config = tiny("loss.contrastive_type=sup_con", "trainer.epochs=1")
+    labels = load_dataset(config.data).train.labels
+    transfer = CJEPAModule.on_after_batch_transfer
+
+    def recorded(self: CJEPAModule, batch: Any, index: int) -> Any:
+        views = transfer(self, batch, index)
+        seen.append((batch.samples, views.labels))
+        return views
+
+    monkeypatch.setattr(CJEPAModule, "on_after_batch_transfer", recorded)
+    runner.train(config, tmp_path, progress_bar=False)
+    assert seen
+    for samples, of_views in seen:
+        assert torch.equal(of_views, labels[samples])
 
 
 def test_one_class_stops_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from cjepa_kernels.train.data.dataset import Dataset
+from cjepa_kernels.train.data.dataset import Dataset, LabeledImages
 from cjepa_kernels.train.data.randomness import permutation, stream_key
 
 _ORDER_STREAM = 0
@@ -21,6 +21,7 @@ class IndexedImages(NamedTuple):
 
     images: Tensor  # (B, C, H, W) uint8
     samples: Tensor  # (B,) int64, indices in the whole training set
+    labels: Tensor | None = None  # (B,) int64, the classes of the images
 
 
 class EpochBatches(Sampler[list[int]]):
@@ -57,10 +58,10 @@ class EpochBatches(Sampler[list[int]]):
 
 
 class _PretrainImages(TorchDataset[IndexedImages]):
-    """Whole batches by position, with each image's index in the training set."""
+    """Whole batches by position, with each image's index in the training set and its class."""
 
-    def __init__(self, images: Tensor, samples: Tensor) -> None:
-        self.images = images
+    def __init__(self, data: LabeledImages, samples: Tensor) -> None:
+        self.data = data
         self.samples = samples
 
     def __len__(self) -> int:
@@ -68,7 +69,7 @@ class _PretrainImages(TorchDataset[IndexedImages]):
 
     def __getitem__(self, positions: Any) -> IndexedImages:
         samples = self.samples[positions]
-        return IndexedImages(self.images[samples], samples)
+        return IndexedImages(self.data.images[samples], samples, self.data.labels[samples])
 
 
 class PretrainData(L.LightningDataModule):
@@ -83,7 +84,7 @@ class PretrainData(L.LightningDataModule):
 
     def __init__(self, dataset: Dataset, samples: Tensor, batch_size: int, seed: int) -> None:
         super().__init__()
-        self.images = _PretrainImages(dataset.train.images, samples)
+        self.images = _PretrainImages(dataset.train, samples)
         self.batch_size = batch_size
         self.seed = seed
 

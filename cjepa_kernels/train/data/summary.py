@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cjepa_kernels.train.config import ExperimentConfig, MaskingConfig
+from cjepa_kernels.train.config import ExperimentConfig, MaskingConfig, uses_labels
 from cjepa_kernels.train.data.dataset import (
     Dataset,
     EncodedDataset,
@@ -141,6 +141,11 @@ def summarize(config: ExperimentConfig, dataset: Dataset | EncodedDataset) -> Da
         seen = sorted(set(labels["train"][chosen].tolist()))
         classes = ", ".join(names[index] for index in seen)
         notes.append(f"Pretraining sees {len(chosen):,} images, those of the classes {classes}.")
+    if uses_labels(config):
+        notes.append(
+            "The contrastive term trains with the labels of the training images "
+            "(loss.contrastive_type: sup_con), so the pretraining is supervised."
+        )
     return DataSummary(
         source=dataset.name,
         train=len(labels["train"]),

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cjepa_kernels.definitions import ContrastiveType
+
 WINDOW = 3  # epochs whose median is judged, so that no rule fires on a single noisy epoch
 PATIENCE = 8  # epochs after which a quantity that should have moved is expected to have moved
 EARLY = 10  # epochs after warm-up within which near-perfect accuracy is suspicious
@@ -94,7 +96,8 @@ class Advisor:
     """Watches epoch means and reports each finding once, after warm-up.
 
     With ``contrastive_weight`` 0 (the JEPA baseline) only the collapse rule applies, since the
-    contrastive metrics are then monitored and not trained.
+    contrastive metrics are then monitored and not trained. It is the only one with another
+    contrastive loss than NT-Xent too, because the other thresholds come from runs with NT-Xent.
 
     Args:
         warmup_epochs: Length of the learning rate's warm-up in epochs (fractions allowed), >= 0.
@@ -102,6 +105,7 @@ class Advisor:
         jepa_weight: Weight of the JEPA term, >= 0.
         batch_size: Pairs per batch, over all ranks, >= 1.
         temperature: Temperature of the contrastive term, > 0.
+        contrastive_type: Name of the contrastive loss.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -114,6 +118,7 @@ class Advisor:
         jepa_weight: float,
         batch_size: int,
         temperature: float,
+        contrastive_type: ContrastiveType = "nt_xent",
     ) -> None:
         for name, value in (
             ("warmup_epochs", warmup_epochs),
@@ -131,6 +136,7 @@ class Advisor:
         self.jepa_weight = jepa_weight
         self.batch_size = batch_size
         self.temperature = temperature
+        self.contrastive_type = contrastive_type
         self._rows: list[dict[str, float]] = []  # after warm-up, the last PATIENCE + WINDOW
         self._epochs = 0  # seen after warm-up
         self._fired: list[str] = []
@@ -164,7 +170,7 @@ class Advisor:
         if len(self._rows) < WINDOW:
             return []
         rules = [self._collapse]
-        if self.contrastive_weight > 0:
+        if self.contrastive_weight > 0 and self.contrastive_type == "nt_xent":
             rules += [self._shortcut, self._high_accuracy, self._at_chance]
             rules += [self._dominates, self._gap]
         findings = []

@@ -39,6 +39,7 @@ class MaskedViews(NamedTuple):
     images: Tensor  # (2B, C, H, W) fp32 in [0, 1]
     visible: Tensor  # (2B, K) int64
     predicted: Tensor  # (2B, M) int64
+    labels: Tensor | None = None  # (B,) int64, the classes of the images
 
 
 class CJEPAModule(L.LightningModule):
@@ -72,8 +73,8 @@ class CJEPAModule(L.LightningModule):
         self.total_steps = total_steps
         self.data = data
         self.loss = build_loss(config, image_shape)
-        self.gathers = bool(self.loss.contrastive.distributed)
-        self.loss.contrastive.distributed = False  # until there are several processes
+        self.gathers = bool(self.loss.distributed)
+        self.loss.distributed = False  # until there are several processes
         self.levels = hierarchy_levels(self.loss)
         self.metric_names = metric_names(self.levels)
         # The global generator keeps its state. The weights are the same in every arm of a
@@ -90,7 +91,7 @@ class CJEPAModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the negatives from all processes, where there are several."""
-        self.loss.contrastive.distributed = self.gathers and self.trainer.world_size > 1
+        self.loss.distributed = self.gathers and self.trainer.world_size > 1
 
     def on_after_batch_transfer(self, batch: IndexedImages, dataloader_idx: int) -> MaskedViews:
         """Augment and mask on the device, outside of autocast."""
@@ -114,7 +115,7 @@ class CJEPAModule(L.LightningModule):
             seed=seed,
             epoch=epoch,
         )
-        return MaskedViews(images, both.visible, both.predicted)
+        return MaskedViews(images, both.visible, both.predicted, batch.labels)
 
     def training_step(self, batch: MaskedViews, batch_idx: int) -> dict[str, Tensor]:
         """Return the loss and the metrics of one step."""
@@ -132,6 +133,7 @@ class CJEPAModule(L.LightningModule):
             targets=targets,
             context_features_i=cls[:pairs],
             context_features_j=cls[pairs:],
+            labels=batch.labels if self.loss.contrastive_type == "sup_con" else None,
         )
         metrics = torch.stack([out[name].detach().float() for name in self.metric_names])
         return {"loss": out["loss"], "metrics": metrics}
@@ -233,6 +235,13 @@ def build_loss(
                 "loss.reduction: several devices average their gradients and need 'mean', got "
                 f"'sum' with trainer.devices={config.trainer.devices}"
             )
+    kind = loss.contrastive_type
+    if kind != "nt_xent" and config.trainer.devices > 1 and loss.distributed:
+        raise ValueError(
+            f"loss.contrastive_type: {kind!r} does not take the negatives of several devices yet; "
+            "loss.gather_distributed=false takes those of each device alone; got "
+            f"trainer.devices={config.trainer.devices}"
+        )
     levels = hierarchy_levels(loss)
     needed = 2 ** (levels - 1)
     predicted = config.masking.predicted

@@ -22,6 +22,16 @@ from cjepa_kernels.train.evaluation.comparison import (
 from cjepa_kernels.train.evaluation.probes import ProbeSizes
 from cjepa_kernels.train.evaluation.uncertainty import CONFIDENCE, wilson
 
+# What a table says of a contrastive term other than NT-Xent.
+_CONTRASTIVE_NOTES = {
+    "sup_con": [
+        "C-JEPA and the contrastive arm were trained with the labels of the training images "
+        "(SupCon). JEPA alone and the baselines were not."
+    ],
+    "dcl": ["The contrastive term is DCL."],
+    "info_nce": ["The contrastive term is InfoNCE in both directions between the views."],
+}
+
 
 @dataclass(frozen=True)
 class TextTable:
@@ -122,6 +132,8 @@ def _notes(
         notes = [f"± is the sample standard deviation over {seeds}."]
     else:
         notes = ["A single seed has no deviation over seeds."]
+    kind = comparison.config.get("loss", {}).get("contrastive_type", "nt_xent")
+    notes += _CONTRASTIVE_NOTES.get(kind, [])
     if sizes is None:
         return [
             *notes,
