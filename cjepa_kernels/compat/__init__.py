@@ -6,6 +6,18 @@ do not cover is a ``ValueError`` that names the argument. None of the projects n
 installed.
 """
 
-from cjepa_kernels.compat import info_nce, lightly, open_clip, sentence_transformers
+from cjepa_kernels.compat import (
+    info_nce,
+    lightly,
+    open_clip,
+    pytorch_metric_learning,
+    sentence_transformers,
+)
 
-__all__ = ["info_nce", "lightly", "open_clip", "sentence_transformers"]
+__all__ = [
+    "info_nce",
+    "lightly",
+    "open_clip",
+    "pytorch_metric_learning",
+    "sentence_transformers",
+]

@@ -111,17 +111,6 @@ def test_nothing_above_the_bound_is_zero_with_a_gradient() -> None:
     assert torch.equal(gradient, torch.zeros(4, 4))
 
 
-def test_labels_in_any_order() -> None:
-    by_label = run_page("pytorch-metric-learning")["nt_xent_by_label"]
-    order = torch.randperm(128)
-    embeddings, labels = torch.cat(views_with_hard_pairs())[order], torch.arange(128)[order] % 64
-    expected = losses.NTXentLoss()(embeddings, labels)
-    assert relative_error(by_label(embeddings, labels), expected) <= FLOOR_VALUE[torch.float32]
-    for wrong in (torch.zeros_like(labels), torch.arange(128)):
-        with pytest.raises(ValueError, match="exactly twice"):
-            by_label(embeddings, wrong)
-
-
 def test_without_negatives() -> None:
     """There are no negatives with a single pair, or with a mask that is True everywhere."""
     z = torch.randn(2, 8, 16, requires_grad=True)

@@ -23,6 +23,11 @@ PEERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "info_nce": ("info-nce-pytorch", "info_nce", ("InfoNCE", "info_nce")),
     "lightly": ("lightly", "lightly.loss", ("NTXentLoss", "DCLLoss", "DCLWLoss")),
     "open_clip": ("open_clip_torch", "open_clip.loss", ("ClipLoss",)),
+    "pytorch_metric_learning": (
+        "pytorch-metric-learning",
+        "pytorch_metric_learning.losses",
+        ("NTXentLoss", "SupConLoss", "SelfSupervisedLoss"),
+    ),
     "sentence_transformers": (
         "sentence-transformers",
         "sentence_transformers.sentence_transformer.losses",
