@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 
-DEFAULT_MEBIBYTES = 256.0  # of every variable; kDefaultMebibytes in csrc/cpu/constants.h as well
+# CJEPA_KEPT_MIB and CJEPA_CACHE_MIB; kDefaultMebibytes in csrc/cpu/constants.h as well. The
+# exponentials of 8192 x 8192 similarities in fp32 fit.
+DEFAULT_MEBIBYTES = 288.0
+DEFAULT_WORKSPACE_MEBIBYTES = 256.0  # CJEPA_WORKSPACE_MIB
 
 _problems: list[str] = []
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cjepa_kernels.environment import read_mebibytes
+from cjepa_kernels.environment import DEFAULT_WORKSPACE_MEBIBYTES, read_mebibytes
 from cjepa_kernels.triton import configs
 from cjepa_kernels.triton.configs import TILE, Config, Kernel
 from cjepa_kernels.triton.operands import depth_block, planes_of, rounded_dtype
@@ -117,7 +117,7 @@ def run_length(row_blocks: int) -> int:
 
 def workspace_bytes() -> int:
     """Bytes that partial results may take at a time."""
-    return int(read_mebibytes("CJEPA_WORKSPACE_MIB") * 2**20)
+    return int(read_mebibytes("CJEPA_WORKSPACE_MIB", DEFAULT_WORKSPACE_MEBIBYTES) * 2**20)
 
 
 def column_panels(row_blocks: int, column_blocks: int) -> tuple[list[Panel], int]:

@@ -49,7 +49,8 @@ inline constexpr double kLargestExponent64 = 1000;  // base 2, in fp64
 // shift.
 inline constexpr int64_t kFewRows = 8;
 
-// The limit in MiB that an environment variable about memory gives if it is not set.
-inline constexpr double kDefaultMebibytes = 256;
+// The limit in MiB that an environment variable about memory gives if it is not set. The
+// exponentials of 8192 x 8192 similarities in fp32 fit.
+inline constexpr double kDefaultMebibytes = 288;
 
 }  // namespace cjepa
