@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cjepa_kernels.definitions import CrossLogSumExpForward
+from cjepa_kernels.distributed.blocks import merge_rows, rows_of
+from cjepa_kernels.reference.rows import positive_temperature, with_rounding
 
 
 def gap(
@@ -40,6 +42,49 @@ def gap(
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)); ``F.softplus`` is x itself from 20 on, which fp64 can tell apart."""
     return -F.logsigmoid(-x)
+
+
+def add_negatives(
+    out: CrossLogSumExpForward, more: CrossLogSumExpForward, *, features: int, tau: float | Tensor
+) -> CrossLogSumExpForward:
+    """The rows' numbers over the negatives of both, and their mean similarity over all entries.
+
+    The columns' numbers stay those of ``out``. The gradient of a row's LSE- goes to both in the
+    shares that they have in its sum. The shares come from shifts and log-sums, because exp(LSE-)
+    would be rounded at low temperature.
+
+    Args:
+        out: The rows against their keys.
+        more: The same rows against further negatives, without positives.
+        features: D.
+        tau: Temperature, a number or 0-dim.
+    """
+    with torch.no_grad():
+        exact = positive_temperature(tau.double()) if isinstance(tau, Tensor) else tau
+        parts = [
+            rows_of(out.row_shift, out.row_log_sum, out.row_max),
+            rows_of(more.row_shift, more.row_log_sum, with_rounding(more.row_max, features)),
+        ]
+        merged = merge_rows(parts[0], parts[1], exact)  # (M, 3)
+        shares = [
+            ((part[:, 0] - merged[:, 0]) / exact + part[:, 1] - merged[:, 1])
+            .exp()
+            .masked_fill(part[:, 1] == -torch.inf, 0.0)
+            .to(out.row_lse.dtype)
+            for part in parts
+        ]
+        counts = out.column_lse.shape[0], more.column_lse.shape[0]
+        similarity = out.mean_similarity * counts[0] + more.mean_similarity * counts[1]
+        shift, log_sum, largest = merged.to(out.row_lse.dtype).unbind(1)
+    # The value is not LSE-, which ``gap`` takes from shift and log_sum. The gradient is its own.
+    row_lse = shares[0] * out.row_lse.masked_fill(out.row_log_sum == -torch.inf, 0.0)
+    return out._replace(
+        row_lse=row_lse + shares[1] * more.row_lse,
+        row_shift=shift,
+        row_log_sum=log_sum,
+        row_max=largest,
+        mean_similarity=similarity / sum(counts),
+    )
 
 
 class Columns(NamedTuple):

@@ -18,21 +18,23 @@ from cjepa_kernels.definitions import (
     InfoNCEOutput,
     Reduction,
 )
-from cjepa_kernels.distributed import info_nce as distributed_info_nce
-from cjepa_kernels.distributed.exchange import Exchange
-from cjepa_kernels.distributed.gather import gather_rows, gather_trained_rows
-from cjepa_kernels.distributed.info_nce import OF, GroupBatch, merge_columns, sum_over_ranks
+from cjepa_kernels.distributed.info_nce import refuse
 from cjepa_kernels.functional import checks, dispatch
 from cjepa_kernels.functional.anchors import (
     Candidates,
     Columns,
+    add_negatives,
     gap,
     query_terms,
     smoothed,
     softplus,
 )
 from cjepa_kernels.functional.cross_logsumexp import run_cross_logsumexp
-from cjepa_kernels.functional.operands import operand_rows
+from cjepa_kernels.functional.group_info_nce import info_nce_of_group
+from cjepa_kernels.functional.operands import operand_rows, widened
+
+# From so many similarities on, constant negatives beside trained keys are multiplied apart.
+CONSTANT_ENTRIES = 2**24
 
 
 def info_nce(
@@ -144,16 +146,18 @@ def info_nce(
     except (TypeError, ValueError):
         # The other ranks must not wait for this one. Without a tensor its device is unknown.
         if group is not None and isinstance(query, Tensor):
-            distributed_info_nce.refuse(query.device, group)
+            refuse(query.device, group)
         raise
     if not in_batch_negatives:
         return _queue_info_nce(inputs, **options)
-    if inputs.negatives is not None:
-        inputs = inputs._replace(key=torch.cat([inputs.key, inputs.negatives]))
     options["symmetric"] = symmetric
+    if group is None and _are_constant(inputs, **options):
+        options["constant"] = inputs.negatives
+    elif inputs.negatives is not None:
+        inputs = inputs._replace(key=torch.cat([inputs.key, inputs.negatives]))
     if group is None:
         return _info_nce(inputs.query, inputs.key, inputs.positives, **options)
-    of_group_eagerly = _info_nce_of_group
+    of_group_eagerly = info_nce_of_group
     # Without the condition disable() would import the compiler, which takes as long as torch.
     if torch.compiler.is_compiling():
         of_group_eagerly = torch.compiler.disable(of_group_eagerly)  # type: ignore[no-untyped-call]
@@ -223,11 +227,32 @@ def _checked(
     }
 
 
+def _are_constant(inputs: _Inputs, *, label_smoothing: float, backend: Backend, **_: Any) -> bool:
+    """Whether the negatives are multiplied apart from the keys, because they need no gradient.
+
+    That saves the product for their gradient, for one more call of the operator. It was measured on
+    a CPU alone, and there it pays from ``CONSTANT_ENTRIES`` on. In half precision it does not.
+    """
+    query, key, negatives, _positives = inputs
+    if negatives is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return (
+        key.requires_grad
+        and not negatives.requires_grad
+        and label_smoothing == 0
+        and backend != "reference"
+        and query.device.type == "cpu"
+        and query.dtype.itemsize >= 4
+        and query.shape[0] * negatives.shape[0] >= CONSTANT_ENTRIES
+    )
+
+
 def _info_nce(
     query: Tensor,
     key: Tensor,
     positives: Tensor | None,
     *,
+    constant: Tensor | None = None,
     temperature: float | Tensor,
     symmetric: bool,
     label_smoothing: float,
@@ -238,7 +263,8 @@ def _info_nce(
 ) -> InfoNCEOutput:
     """InfoNCE with checked arguments; ``key`` holds the further negatives too.
 
-    Without ``positives``, key a is the positive of query a.
+    Without ``positives``, key a is the positive of query a. ``constant`` are further negatives that
+    need no gradient.
     """
     in_order = positives is None
     if positives is None:
@@ -257,14 +283,17 @@ def _info_nce(
                 reduction=reduction,
                 **rows,
             )
-    out = run_cross_logsumexp(
-        query,
-        key,
-        positives=positives,
-        temperature=temperature,
-        overload=dispatch.choose_overload(backend, query.device),
-        **rows,
-    )
+    overload = dispatch.choose_overload(backend, query.device)
+    options: dict[str, Any] = {"temperature": temperature, "overload": overload, **rows}
+    out = run_cross_logsumexp(query, key, positives=positives, **options)
+    columns = key.shape[0]
+    if constant is not None:
+        columns += constant.shape[0]
+        # No row has its positive here. With positives the operator gives the mean similarity.
+        none = torch.full_like(positives, -1)
+        more = run_cross_logsumexp(query, constant, positives=none, **options)
+        with dispatch.without_autocast(query.device):
+            out = add_negatives(out, more, features=query.shape[1], tau=temperature)
     of_queries = slice(query.shape[0]) if in_order else positives.clamp(0, key.shape[0] - 1)
     smooth: Candidates | None = None
     if label_smoothing > 0:
@@ -285,7 +314,7 @@ def _info_nce(
         )
         loss = reference.reduce(terms.losses, reduction)
         with torch.no_grad():
-            pairs, all_pairs = query.shape[0], query.shape[0] * key.shape[0]
+            pairs, all_pairs = query.shape[0], query.shape[0] * columns
             negatives = all_pairs - pairs
             total = out.mean_similarity * all_pairs - out.positive.sum()
             return InfoNCEOutput(
@@ -308,151 +337,6 @@ def _columns(out: CrossLogSumExpForward, of_queries: slice | Tensor) -> Columns:
         log_sum=out.column_log_sum[of_queries],
         largest=out.column_max[of_queries],
     )
-
-
-def _info_nce_of_group(
-    query: Tensor,
-    key: Tensor,
-    positives: Tensor | None,
-    *,
-    temperature: float | Tensor,
-    symmetric: bool,
-    label_smoothing: float,
-    use_cosine_similarity: bool,
-    eps: float,
-    reduction: Reduction,
-    backend: Backend,
-    group: dist.ProcessGroup,
-) -> InfoNCEOutput:
-    """InfoNCE of all ranks of a group, with checked arguments.
-
-    It is not compiled, because the numbers of rows of the ranks are known at run time only.
-    """
-    rows: dict[str, Any] = {"use_cosine_similarity": use_cosine_similarity, "eps": eps}
-    if backend != "reference":
-        ops.refuse_transforms("info_nce", (query, key, temperature))
-    rounded = dispatch.product_dtype(query)
-    needs_gradient = [
-        torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad
-        for x in (query, key, temperature)
-    ]
-    batch = distributed_info_nce.agree(
-        query,
-        len(key),
-        distributed_info_nce.settings(
-            query,
-            temperature=temperature,
-            needs_gradient=needs_gradient,
-            product_dtype=rounded,
-            is_reference=backend == "reference",
-            symmetric=symmetric,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-            **rows,
-        ),
-        group,
-    )
-    query, key, temperature = (ops.saveable(x) for x in (query, key, temperature))
-    if positives is None:
-        positives = torch.arange(len(query), device=query.device)
-    everything = gather_trained_rows(key, batch.columns, group, of=OF)  # (C, D) in fp32
-    of_all_columns = positives + batch.own_columns.start
-    if backend == "reference":
-        with dispatch.without_autocast(query.device):
-            whole = reference.info_nce(
-                gather_trained_rows(query, batch.queries, group, of=OF),
-                everything,
-                positives=gather_rows(of_all_columns, batch.queries, Exchange(group, of=OF)),
-                temperature=temperature,
-                symmetric=symmetric,
-                label_smoothing=label_smoothing,
-                reduction="none",
-                **rows,
-            )
-            own = batch.own_queries
-            loss = _reduce_over_ranks(whole.loss[own], reduction, batch)
-            return whole._replace(loss=loss, lse=whole.lse[own])
-    # Gradients are added up in the accumulation dtype, over the ranks as well.
-    product_dtype = rounded or (None if query.dtype == everything.dtype else query.dtype)
-    query = query.to(everything.dtype)
-    out = run_cross_logsumexp(
-        query,
-        everything,
-        positives=of_all_columns,
-        temperature=temperature,
-        overload=dispatch.choose_overload(backend, query.device),
-        product_dtype=product_dtype,
-        **rows,
-    )
-    of_queries = positives.clamp(0, len(key) - 1)
-    smooth: Candidates | None = None
-    if label_smoothing > 0:
-        queries, keys = (
-            operand_rows(z, backend=backend, product_dtype=product_dtype, **rows)
-            for z in (query, everything)
-        )
-        mean_query = queries.mean(dim=0)
-        if symmetric:
-            mean_query = sum_over_ranks(queries.sum(dim=0), group) / sum(batch.queries)
-        smooth = Candidates(
-            queries=queries,
-            positives=keys[batch.own_columns][of_queries],
-            mean_key=keys.mean(dim=0),
-            mean_query=mean_query,
-        )
-    with dispatch.without_autocast(query.device):
-        columns: Columns | None = None
-        if symmetric:
-            merged = merge_columns(
-                out.column_lse,
-                shift=out.column_shift,
-                log_sum=out.column_log_sum,
-                largest=out.column_max,
-                features=query.shape[1],
-                tau=temperature,
-                batch=batch,
-            )
-            columns = Columns(*(number[of_queries] for number in merged))
-        terms = query_terms(
-            out, columns, smooth=smooth, tau=temperature, label_smoothing=label_smoothing
-        )
-        loss = _reduce_over_ranks(terms.losses, reduction, batch)
-        with torch.no_grad():
-            own_pairs = len(query) * len(everything)
-            sums = torch.stack(
-                [
-                    terms.hits.sum(dtype=torch.float64),
-                    out.positive.sum(dtype=torch.float64),
-                    out.mean_similarity.double() * own_pairs,
-                ]
-            )
-            hits, of_positives, of_all = sum_over_ranks(sums, group)
-            pairs = sum(batch.queries)
-            negatives = pairs * len(everything) - pairs
-            # A NaN of any rank makes the accuracy 0. Kernels may leave a NaN out of their maxima.
-            hits = hits.where(~of_all.isnan(), 0.0)
-            metrics = [
-                hits / pairs,
-                of_positives / pairs,
-                (of_all - of_positives) / (negatives if negatives else math.nan),
-            ]
-            accuracy, positive_similarity, negative_similarity = (
-                metric.to(terms.losses.dtype) for metric in metrics
-            )
-    return InfoNCEOutput(
-        loss=loss,
-        accuracy=accuracy,
-        positive_similarity=positive_similarity,
-        negative_similarity=negative_similarity,
-        lse=terms.lse,
-    )
-
-
-def _reduce_over_ranks(losses: Tensor, reduction: Reduction, batch: GroupBatch) -> Tensor:
-    """The loss of this rank, whose mean over the ranks is the loss of the whole batch."""
-    if reduction == "mean":
-        return losses.sum() * (batch.ranks / sum(batch.queries))
-    return reference.reduce(losses, reduction)
 
 
 def _queue_info_nce(
@@ -488,6 +372,7 @@ def _queue_info_nce(
                 reduction=reduction,
                 **rows,
             )
+    (query, key, negatives), product_dtype = widened(query, key, negatives)
     out: CrossLogSumExpForward | None = None
     if negatives.shape[0] > 0:
         out = run_cross_logsumexp(
@@ -497,12 +382,14 @@ def _queue_info_nce(
             positives=torch.full((query.shape[0],), -1, device=query.device),
             temperature=temperature,
             overload=dispatch.choose_overload(backend, query.device),
+            product_dtype=product_dtype,
             **rows,
         )
-    queries, keys = (operand_rows(z, backend=backend, **rows) for z in (query, key))
+    rows |= {"backend": backend, "product_dtype": product_dtype}
+    queries, keys = (operand_rows(z, **rows) for z in (query, key))
     others: Tensor | None = None
     if label_smoothing > 0 and out is not None:
-        others = operand_rows(negatives, backend=backend, **rows)
+        others = operand_rows(negatives, **rows)
     with dispatch.without_autocast(query.device):
         positive = (queries * keys).sum(dim=1)  # (M,)
         if out is None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cjepa_kernels import ops, reference
 from cjepa_kernels.backends import Backend
+from cjepa_kernels.definitions import accumulation_dtype
 from cjepa_kernels.functional import dispatch
 
 
@@ -44,3 +45,15 @@ def operand_rows(
             return rows
         operands = reference.round_operands(rows.detach(), rounded, tf32=tf32)
         return rows + (operands - rows.detach())
+
+
+def widened(*sides: Tensor) -> tuple[list[Tensor], torch.dtype | None]:
+    """The sides in the accumulation dtype, and the dtype to which the product rounds them.
+
+    The gradient of a query then comes in parts that are not rounded to half precision before they
+    are added. The parts nearly cancel where a negative is close to the positive.
+    """
+    dtype = sides[0].dtype
+    wide = accumulation_dtype(dtype)
+    product_dtype = dispatch.product_dtype(sides[0]) or (None if dtype == wide else dtype)
+    return [side.to(wide) for side in sides], product_dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -9,12 +10,14 @@ import pytest
 import torch
 from eager import textbook_info_nce
 from overloads import DEVICE, INTERPRETED
-from sample_inputs import DTYPES, sides
+from sample_inputs import DTYPES, cross_logsumexp_inputs, sides
 from tolerances import AUTOCAST_LOSS, FLOOR_GRADIENT, FLOOR_VALUE, METRIC, relative_error
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cjepa_kernels import InfoNCEOutput, backends, info_nce
+from cjepa_kernels.definitions import CrossLogSumExpForward
+from cjepa_kernels.functional.anchors import add_negatives
 
 pytestmark = pytest.mark.usefixtures("kernels_only")
 
@@ -265,6 +268,78 @@ def test_a_queue_gets_no_gradient(backend: Any, in_batch: bool) -> None:
     assert relative_error(actual, expected) <= FLOOR_GRADIENT[torch.float32]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_queue_that_holds_positives_in_half_precision(backend: Any, dtype: torch.dtype) -> None:
+    """The pull of a positive and the push of a negative nearly cancel in a query's gradient.
+
+    Each would lose its digits if it were rounded to half precision before the sum.
+    """
+    query = torch.randn(33, 64)
+    key = query + torch.randn(33, 64)
+    leaves = [z.to(dtype).requires_grad_() for z in (query, key)]
+    queue = torch.cat([key[:16], torch.randn(40, 64)]).to(dtype)
+    exact = [z.detach().double().requires_grad_() for z in leaves]
+    options: dict[str, Any] = {"in_batch_negatives": False}
+    truth = info_nce(*exact, queue.double(), **options, backend="reference").loss
+    loss = info_nce(*leaves, queue, **options, backend=backend).loss
+    eager = textbook_info_nce(*leaves, queue, **options)
+    (expected,) = torch.autograd.grad(truth, exact[0])
+    error, of_eager = (
+        relative_error(torch.autograd.grad(x, leaves[0])[0], expected) for x in (loss, eager)
+    )
+    assert error <= of_eager / 4
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="only on a CPU they are multiplied apart")
+@pytest.mark.parametrize(
+    ("queries", "temperature", "symmetric"),
+    [(33, 0.07, False), (33, 0.07, True), (1, 0.07, False), (20, 0.005, True)],
+    ids=["one_direction", "symmetric", "one_pair", "aligned"],
+)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_constant_negatives_beside_trained_keys(
+    backend: Any,
+    dtype: torch.dtype,
+    queries: int,
+    temperature: float,
+    symmetric: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are multiplied apart from the keys; nothing but rounding changes."""
+    aligned = temperature < 0.01
+    query = torch.randn(queries, 64, dtype=torch.float64)
+    key = query + (0.01 if aligned else 1.0) * torch.randn(queries, 64)
+    # Positives among the negatives are ties. Their gradients cancel where the pairs are aligned.
+    queue = torch.cat([key[: 0 if aligned else queries // 2], torch.randn(40, 64)]).to(dtype)
+    leaves = [z.to(dtype).requires_grad_() for z in (query, key)]
+    options: dict[str, Any] = {"symmetric": symmetric, "backend": backend}
+    value = torch.tensor(temperature, dtype=torch.float64, requires_grad=True)
+    module = importlib.import_module("cjepa_kernels.functional.info_nce")
+    calls: list[int] = []
+    run = module.run_cross_logsumexp
+    monkeypatch.setattr(
+        module, "run_cross_logsumexp", lambda *a, **k: calls.append(len(a[1])) or run(*a, **k)
+    )
+    results = []
+    for entries in (0, 2**30):
+        monkeypatch.setattr(module, "CONSTANT_ENTRIES", entries)
+        out = info_nce(*leaves, queue, temperature=value, **options)
+        gradients = torch.autograd.grad(out.loss, [*leaves, value])
+        assert out.loss >= 0
+        results.append((out, gradients))
+    assert calls == ([] if backend == "reference" else [queries, len(queue), queries + len(queue)])
+    (out, gradients), (expected, truths) = results
+    # An aligned loss is as large as the rounding of a similarity, divided by the temperature.
+    allowed = 1e-3 if aligned and dtype == torch.float32 else 4 * FLOOR_GRADIENT[dtype]
+    assert relative_error(out.loss, expected.loss) <= allowed
+    assert relative_error(out.lse, expected.lse) <= FLOOR_VALUE[dtype]
+    for gradient, truth in zip(gradients, truths, strict=True):
+        assert relative_error(gradient, truth) <= allowed
+    for field in ("positive_similarity", "negative_similarity"):
+        assert abs(getattr(out, field) - getattr(expected, field)) <= METRIC[dtype]
+    assert out.accuracy == expected.accuracy
+
+
 @pytest.mark.parametrize("in_batch", [True, False], ids=["in_batch", "queue"])
 def test_autocast(backend: Any, in_batch: bool) -> None:
     query, key = sides(32, 32, 24)
@@ -437,3 +512,20 @@ def test_tensors_without_numbers() -> None:
         query, key = torch.randn(4, 6), torch.randn(7, 6)
         positives = torch.arange(4)
         assert info_nce(query, key, positives=positives, symmetric=True).loss.shape == ()
+
+
+def test_a_constant_negative_within_rounding_is_a_tie() -> None:
+    """It comes from another product than the positive, which may add up in another order."""
+    query = torch.randn(3, 16)
+    out, more = (
+        CrossLogSumExpForward(*torch.ops.cjepa_kernels.cross_logsumexp(**inputs))
+        for inputs in (
+            cross_logsumexp_inputs(query, query, positives=torch.full((3,), positive))
+            for positive in (0, -1)
+        )
+    )
+    below = more.row_max * (1 - torch.finfo(torch.float32).eps)
+    merged = add_negatives(out, more._replace(row_max=below), features=16, tau=0.1)
+    assert (merged.row_max >= more.row_max).all()
+    kept = add_negatives(out, more._replace(row_max=-2 * below), features=16, tau=0.1)
+    assert torch.equal(kept.row_max, out.row_max)
