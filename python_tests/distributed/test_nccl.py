@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from eager import textbook_nt_xent
+from eager import textbook_info_nce, textbook_nt_xent
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, METRIC, relative_error
 from torch import Tensor
 
-from cjepa_kernels import NTXentLoss, nt_xent
+from cjepa_kernels import MomentumQueue, NTXentLoss, info_nce, nt_xent
 
 RANKS, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 FEATURES = 72
@@ -117,6 +117,41 @@ def test_ranks_get_the_result_of_the_whole_batch(
     error = relative_error(z.grad / RANKS, own(exact.grad))
     allowed = 2 * relative_error(own(plain.grad), own(exact.grad)) + FLOOR_GRADIENT[dtype]
     assert error <= allowed
+
+
+@DTYPES
+@pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
+def test_info_nce_of_the_whole_batch(member: Member, dtype: torch.dtype, symmetric: bool) -> None:
+    whole = whole_batch(member.device, dtype)
+    z = own(whole).requires_grad_()
+    options: dict[str, Any] = {"temperature": 0.05, "symmetric": symmetric}
+    out = info_nce(z[0], z[1], group=member.group, **options)
+    (gradient,) = torch.autograd.grad(out.loss, z)
+    exact = whole.double().requires_grad_()
+    truth = info_nce(exact[0], exact[1], backend="reference", **options)
+    (expected,) = torch.autograd.grad(truth.loss, exact)
+    plain = whole.clone().requires_grad_()
+    eager = textbook_info_nce(plain[0], plain[1], **options)
+    (of_eager,) = torch.autograd.grad(eager, plain)
+
+    error = relative_error(member.mean(out.loss), truth.loss)
+    assert error <= 2 * relative_error(eager, truth.loss) + FLOOR_VALUE[dtype]
+    for name in METRICS:
+        value = getattr(out, name)
+        assert torch.equal(member.mean(value), value.double()), "the ranks differ"
+        assert (value - getattr(truth, name)).abs() <= 4 * METRIC[dtype]
+    allowed = 2 * relative_error(own(of_eager), own(expected)) + FLOOR_GRADIENT[dtype]
+    assert relative_error(gradient / RANKS, own(expected)) <= allowed
+
+
+def test_a_queue_holds_the_keys_of_all_ranks(member: Member) -> None:
+    keys = whole_batch(member.device, torch.float32)[:1]
+    queue = MomentumQueue(500, FEATURES, distributed=member.group, device=member.device)
+    alone = MomentumQueue(500, FEATURES, device=member.device)
+    for scale in (1.0, 2.0):
+        queue.enqueue(scale * own(keys)[0])
+        alone.enqueue(scale * keys[0])
+    assert torch.equal(queue.negatives(), alone.negatives())
 
 
 @STRATEGIES
