@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -186,25 +187,32 @@ class DCLLoss(nn.Module):
         of_ranks = self.gather_distributed and world_size() > 1
         if len(out0) == 1 and not of_ranks:
             raise ValueError("out0 and out1 must hold two pairs or more: one pair has no negatives")
+        if self.weight_fn is None and not of_ranks:
+            return nt_xent(out0, out1, temperature=self.temperature, decoupled=True, eps=EPS).loss
+        return self._of_rectangles(out0, out1, of_ranks=of_ranks)
+
+    def _of_rectangles(self, out0: Tensor, out1: Tensor, *, of_ranks: bool) -> Tensor:
+        """The loss from the log-sum-exps of each view against each view, with any weights."""
         if of_ranks:
             own = own_rows(out0)
             all0, all1 = (gather_rows(rows, with_gradient=True) for rows in (out0, out1))
-            between = paired_logsumexp(out0, all1, own, temperature=self.temperature, eps=EPS)
-            backward = paired_logsumexp(out1, all0, own, temperature=self.temperature, eps=EPS)
-            lse_between = (between.row_lse, backward.row_lse)
         else:
             own = torch.arange(len(out0), device=out0.device)
             all0, all1 = out0, out1
-            between = paired_logsumexp(out0, out1, own, temperature=self.temperature, eps=EPS)
+        options: dict[str, Any] = {"temperature": self.temperature, "eps": EPS}
+        between = paired_logsumexp(out0, all1, own, **options)
+        if of_ranks:
+            lse_between = (between.row_lse, paired_logsumexp(out1, all0, own, **options).row_lse)
+        else:
             lse_between = (between.row_lse, between.column_lse)
         loss = torch.zeros((), device=out0.device)
-        for lse, x, others, view in zip(
+        for lse, rows, all_rows, views in zip(
             lse_between, (out0, out1), (all0, all1), ((out0, out1), (out1, out0)), strict=True
         ):
-            within = paired_logsumexp(x, others, own, temperature=self.temperature, eps=EPS)
+            within = paired_logsumexp(rows, all_rows, own, **options)
             attraction = between.positive / self.temperature  # (B,)
             if self.weight_fn is not None:
-                attraction = attraction * self.weight_fn(*map(normalised, view))
+                attraction = attraction * self.weight_fn(*map(normalised, views))
             loss = loss + (torch.logaddexp(lse, within.row_lse) - attraction).mean() / 2
         return loss
 

@@ -111,7 +111,8 @@ def check_views(z_i: Tensor, z_j: Tensor, *, allow_empty: bool) -> None:
         raise TypeError(
             "z_j must be the embeddings of the second view, got what looks like labels, a tensor "
             f"of shape {tuple(z_j.shape)} and dtype {z_j.dtype}: row k of z_i and row k of z_j are "
-            "a pair, and labels are not needed (docs/migrate/pytorch-metric-learning.md)"
+            "a pair. cjepa_kernels.compat.pytorch_metric_learning.NTXentLoss takes embeddings and "
+            "labels"
         )
     check_floating_tensor("z_j", z_j)
     shape = z_i.shape
