@@ -42,7 +42,6 @@ def nt_xent_by_anchors(
         backend: A checked name.
     """
     temperature = ops.saveable(checks.wide(temperature))
-    classes = ops.saveable(classes)
     rows: dict[str, Any] = {"use_cosine_similarity": use_cosine_similarity, "eps": eps}
     if backend == "reference":
         with dispatch.without_autocast(z_i.device):

@@ -123,7 +123,7 @@ def _sup_con(
     backend: Backend,
 ) -> SupConOutput:
     """SupCon with checked arguments; ``of_pairs`` says that every class has two rows."""
-    classes, temperature = ops.saveable(classes), ops.saveable(temperature)
+    temperature = ops.saveable(temperature)
     rows: dict[str, Any] = {"use_cosine_similarity": use_cosine_similarity, "eps": eps}
     if backend == "reference":
         with dispatch.without_autocast(z.device):

@@ -76,8 +76,7 @@ def test_one_row_more_than_the_rest_loses_no_digits() -> None:
     assert (out.across - expected).abs() <= METRIC[torch.float32]
 
 
-@pytest.mark.parametrize("overload", ["", ".chunked"], ids=["dispatched", "chunked"])
-@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize(("overload", "views"), [("", 1), (".chunked", 2)], ids=str)
 def test_opcheck_and_gradcheck(overload: str, views: int) -> None:
     z_i = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
     z_j = torch.randn(9, 5, dtype=torch.float64, requires_grad=True) if views == 2 else None

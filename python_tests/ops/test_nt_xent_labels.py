@@ -222,13 +222,12 @@ def test_the_gradient_of_a_temperature_in_half_precision(backend: Any, dtype: to
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="compiled on the CPU")
-@pytest.mark.parametrize("decoupled", [False, True], ids=["", "decoupled"])
-def test_compiles_without_a_break(decoupled: bool) -> None:
+def test_compiles_without_a_break() -> None:
     z_i, z_j = sides(12, 12, 6)
     labels = torch.arange(12) // 3
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
-        return nt_xent(a, b, labels=labels, decoupled=decoupled).loss
+        return nt_xent(a, b, labels=labels, decoupled=True).loss
 
     expected = torch.autograd.grad(loss(z_i, z_j), (z_i, z_j))
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
@@ -244,12 +243,11 @@ class Model(nn.Module):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="exported on the CPU")
-@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
-def test_exports_with_any_batch(strict: bool) -> None:
+def test_exports_with_any_batch() -> None:
     batch = torch.export.Dim("batch", min=2)
     example = (torch.randn(4, 6), torch.randn(4, 6), torch.tensor([1, 2, 2, 3]))
     program = torch.export.export(
-        Model(), example, dynamic_shapes=({0: batch}, {0: batch}, {0: batch}), strict=strict
+        Model(), example, dynamic_shapes=({0: batch}, {0: batch}, {0: batch})
     )
     assert "cjepa_kernels.self_logsumexp" in str(program.graph)
     other = (torch.randn(9, 6), torch.randn(9, 6), torch.arange(9) % 4)
