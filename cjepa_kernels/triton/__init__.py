@@ -1,6 +1,7 @@
 """The GPU back end: what each operator calls. Triton is imported when one is first called.
 
-nt_xent.py, cross_logsumexp.py, prediction_loss.py    each operator, both directions
+nt_xent.py, cross_logsumexp.py, self_logsumexp.py,
+prediction_loss.py                                    each operator, both directions
 tiles.py, gradients.py                                the tiles of S = X Y^T, and their backward
 pack.py, operands.py, launch.py, configs.py           operands, sizes of launches, compilation
 saved_rows.py                                         what a forward saves for its backward
@@ -115,6 +116,5 @@ def _implementation(operator: str, direction: str) -> Implementation:
 # The implementations of each operator and of its backward. Their first call imports Triton.
 OPERATORS = {
     operator: (_implementation(operator, "forward"), _implementation(operator, "backward"))
-    for operator in ("nt_xent", "cross_logsumexp", "prediction_loss")
+    for operator in ("nt_xent", "cross_logsumexp", "self_logsumexp", "prediction_loss")
 }
-OPERATORS["self_logsumexp"] = chunked.OPERATORS["self_logsumexp"]

@@ -50,6 +50,7 @@ def forward(
     tiles = Tiles(
         packed_x,
         packed_y,
+        operator="cross_logsumexp",
         operands=operands,
         temperature=tau,
         constant=constant,
@@ -161,11 +162,18 @@ def backward(
         )
     )
     if grad_positive is not None:
-        weigh_positives(packed_x, grad_positive, largest_grad=largest_grad, temperature=tau)
+        weigh_positives(
+            packed_x,
+            grad_positive,
+            largest_grad=largest_grad,
+            temperature=tau,
+            in_products=True,
+        )
     with_x = of_x or not of_y  # The temperature's gradient needs one side.
     gradients = Gradients(
         packed_x,
         packed_y,
+        operator="cross_logsumexp",
         operands=operands,
         temperature=tau,
         cosine=use_cosine_similarity,

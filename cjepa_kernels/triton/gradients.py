@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from cjepa_kernels.triton.pack import (
 from cjepa_kernels.triton.prepare import symmetric
 from cjepa_kernels.triton.recording import run_kernel
 from cjepa_kernels.triton.temperature import Temperature
+
+PositivesOfLoss = Literal["", "logits", "similarities"]  # as ``finish_kernel`` defines them
 
 
 @dataclass(frozen=True)
@@ -69,20 +72,25 @@ class Gradients:
         x: Packed,
         y: Packed,
         *,
+        operator: str,
         operands: Operands,
         temperature: Temperature,
         cosine: bool,
         eps: float,
         mask: Tensor | None = None,
         positives: Tensor | None = None,
+        classes: Tensor | None = None,
         of_x: bool = True,
         of_y: bool = True,
     ) -> None:
+        self.operator = operator
         self.x, self.y, self.operands, self.temperature = x, y, operands, temperature
         self.of_x, self.of_y = of_x, of_y
         self.cosine, self.eps, self.self_contrast = cosine, eps, x is y
         self.mask = None if mask is None else symmetric(mask)
-        self.positives = positives
+        self.positives, self.classes = positives, classes
+        # Any tile may hold entries that do not count.
+        self.every_tile_is_masked = mask is not None or classes is not None
         self.tma = launch.has_tma(x.z.device)
         self.constant = temperature.constant_shift(cosine)
         self.dots = x.z.new_empty(0, dtype=torch.float64)
@@ -95,7 +103,7 @@ class Gradients:
         by_gluon = hopper_gradients.products(self)
         if by_gluon is not None:
             return by_gluon
-        plain = self.constant and self.mask is None
+        plain = self.constant and not self.every_tile_is_masked
         if not (plain and launch.fits_a_strip(self.x) and launch.has("owned", self.x)):
             return self._products_by_squares()
         nothing = self.x.z.new_empty(0, dtype=torch.float32)
@@ -120,8 +128,8 @@ class Gradients:
             **self._positive_arguments(),
             temperature=self.temperature.argument, rows=x.rows, columns=y.rows,
             padded_rows=x.padded_rows, column_blocks=column_blocks, splits=splits,
-            SELF=self.self_contrast, PAIRED=paired, WIDTH=width, BM=config.rows, BN=config.columns,
-            PRECISION=self.operands.precision, TMA=self.tma,
+            SELF=self.self_contrast, VIEWS=len(x.views), PAIRED=paired, WIDTH=width,
+            BM=config.rows, BN=config.columns, PRECISION=self.operands.precision, TMA=self.tma,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         return out
@@ -193,13 +201,14 @@ class Gradients:
             column_weight=y_weights.weight, column_shift=y_weights.shift,
             **self._positive_arguments(),
             temperature=self.temperature.argument, mask=x.z if self.mask is None else self.mask,
+            classes=x.z if self.classes is None else self.classes,
             rows=x.rows, columns=y.rows, x_plane=x.padded_rows, y_plane=y.padded_rows,
             first_row=square.first_row, first_column=square.first_column,
             row_blocks=square.row_blocks, g_stride=g.stride(0), dots=self.dots,
             filled_slots=filled_slots, multiplicity=2 if self.self_contrast else 1,
-            SELF=self.self_contrast, PAIRED=self.positives is not None, SQUARE=square.diagonal,
-            MASKED=self.mask is not None, CONSTANT=self.constant,
-            TAU_TENSOR=self.temperature.is_tensor,
+            SELF=self.self_contrast, VIEWS=len(x.views), PAIRED=self.positives is not None,
+            SQUARE=square.diagonal, MASKED=self.mask is not None, CLASSED=self.classes is not None,
+            CONSTANT=self.constant, TAU_TENSOR=self.temperature.is_tensor,
             DEPTH=x.padded_features, PLANES=x.planes, BM=TILE, BK=depth,
             PRECISION=self.operands.precision, TMA=self.tma,
             num_warps=config.warps, num_stages=config.stages,
@@ -237,6 +246,7 @@ class Gradients:
         grad_factor: float,
         temperature_factor: float,
         like: Tensor,
+        positives: PositivesOfLoss = "",
     ) -> tuple[list[Tensor], Tensor]:
         """Gradients of the views of one side, and the temperature's gradient that follows from it.
 
@@ -247,6 +257,7 @@ class Gradients:
             grad_factor: All gradients are multiplied by it.
             temperature_factor: See ``finish_kernel``.
             like: The temperature's gradient has the dtype and device of this tensor.
+            positives: See ``finish_kernel``.
         """
         views, weights = packed.views, weights_of(packed)
         grads = [view.new_empty(view.shape) for view in views]
@@ -257,14 +268,14 @@ class Gradients:
         run_kernel(
             finish_kernel, programs,
             **view_arguments(views), z=packed.z, products=products,
-            positive_weight=weights.positive, grad_0=grads[0], grad_1=grads[-1],
+            **self._positive_arguments(), grad_0=grads[0], grad_1=grads[-1],
             largest_grad=largest_grad, partial=packed.z.new_empty(programs, dtype=torch.float64),
             dots=self.dots, counter=packed.counter, grad_temperature=grad_temperature,
             temperature=self.temperature.argument, rows=packed.rows, features=packed.features,
             padded_rows=packed.padded_rows, eps=self.eps, splits=products.shape[0],
             product_factor=1 / weights.scale, grad_factor=grad_factor,
             temperature_factor=temperature_factor, dot_count=self.dots.shape[0],
-            PAIRS=len(views) == 2, PLANES=packed.planes, COSINE=self.cosine,
+            POSITIVES=positives, PLANES=packed.planes, COSINE=self.cosine,
             TAU_TENSOR=self.temperature.is_tensor, VIEWS=len(views),
             PADDED=packed.padded_features, WIDTH=width, ROWS=rows, num_warps=4,
         )  # fmt: skip

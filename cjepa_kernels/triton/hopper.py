@@ -159,10 +159,10 @@ def compiles(key: tuple[Any, ...], name: str, compile_kernel: Callable[[], None]
 
 def _config(tiles: Tiles) -> Config | None:
     """The entry of the table that serves these tiles, if any does and may be used."""
-    x, y = tiles.x, tiles.y
+    x = tiles.x
     if (
         not tiles.constant
-        or tiles.mask is not None
+        or tiles.every_tile_is_masked
         or tiles.row_blocks * tiles.column_blocks < SMALLEST_BLOCKS**2
         or x.planes != 1
         or configs.architecture(x.z.device) != ARCHITECTURE
@@ -174,7 +174,7 @@ def _config(tiles: Tiles) -> Config | None:
         architecture=ARCHITECTURE,
         dtype=x.z.dtype,
         features=x.features,
-        operator="nt_xent" if x is y else "cross_logsumexp",
+        operator=tiles.operator,
         direction="forward",
     )
     return _fitting_entry(x) if allowed else None

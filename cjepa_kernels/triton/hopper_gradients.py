@@ -1,9 +1,9 @@
 """The products of G by the Gluon kernels for Hopper GPUs, where they serve.
 
-They serve operands of 16 bits with the constant shift, without a user's mask and without positives,
-on GPUs of compute capability 9.0, for combinations that ``proved.py`` allows: owned rows for 64,
-128 and 256 features, and squares for other multiples of 256. The Triton kernels in ``gradients.py``
-serve everything else.
+They serve operands of 16 bits with the constant shift, without a user's mask, without classes and
+without positives, on GPUs of compute capability 9.0, for combinations that ``proved.py`` allows:
+owned rows for 64, 128 and 256 features, and squares for other multiples of 256. Rows against
+themselves must be those of two views. The Triton kernels in ``gradients.py`` serve everything else.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ def _serves(gradients: Gradients) -> bool:
     blocks = x.padded_rows * y.padded_rows // TILE**2
     if (
         not gradients.constant
-        or gradients.mask is not None
+        or gradients.every_tile_is_masked
         or gradients.positives is not None
+        # Of one view the row a ^ 1 counts, which these kernels leave out.
+        or (gradients.self_contrast and len(x.views) == 1)
         or blocks < hopper.SMALLEST_BLOCKS**2
         or x.planes != 1
         or x.padded_features < LEAST_FEATURES
@@ -63,7 +65,7 @@ def _serves(gradients: Gradients) -> bool:
         architecture=hopper.ARCHITECTURE,
         dtype=x.z.dtype,
         features=x.features,
-        operator="nt_xent" if x is y else "cross_logsumexp",
+        operator=gradients.operator,
         direction="backward",
     )
 

@@ -54,6 +54,7 @@ def forward(
     tiles = Tiles(
         z,
         z,
+        operator="nt_xent",
         operands=operands,
         temperature=tau,
         constant=tau.constant_shift(use_cosine_similarity),
@@ -155,6 +156,7 @@ def backward(
     gradients = Gradients(
         z,
         z,
+        operator="nt_xent",
         operands=operands,
         temperature=tau,
         cosine=use_cosine_similarity,
@@ -170,5 +172,6 @@ def backward(
         # L is a function of z z^T / tau, so dL/dtau = -(1 / 2 tau) sum of z . dL/dz (Euler).
         temperature_factor=-0.5,
         like=shift if temperature_tensor is None else temperature_tensor,
+        positives="logits",
     )
     return NTXentBackward(grad_z_i, grad_z_j, grad_temperature)

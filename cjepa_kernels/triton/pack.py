@@ -38,7 +38,7 @@ class Upstream:
     Attributes:
         shift: (rows,) fp32, as the forward returned it.
         log_sum: (rows,) fp32, as the forward returned it.
-        positive: (rows,) fp32, as the forward returned it; None without pairs.
+        positive: (rows,) fp32, as the forward of NT-Xent returned it; None elsewhere.
         grad: () or (rows,).
         largest_grad: () the largest |grad|, or ``grad`` itself if that is one number.
         temperature: The temperature.
@@ -61,7 +61,7 @@ class Weights:
     Attributes:
         weight: (padded rows,) fp32, w_a times ``scale``.
         shift: (padded rows,) fp32, the shift of the row's exponentials.
-        positive: (padded rows,) fp32, the positive's weight w+_a; not written without pairs.
+        positive: (padded rows,) fp32, the positive's weight w+_a; not written without positives.
         scale: Products with the weights must be divided by it.
     """
 
@@ -177,6 +177,7 @@ def _weigh_arguments(
             "temperature": 1.0,
             "grad_stride": 0,
             "weight_scale": 1.0,
+            "PAIRS": False,
             "PER_ROW": False,
             "CONSTANT": False,
             "TAU_TENSOR": False,
@@ -194,6 +195,7 @@ def _weigh_arguments(
         "temperature": upstream.temperature.argument,
         "grad_stride": upstream.grad.stride(0) if per_row else 0,
         "weight_scale": weights.scale,
+        "PAIRS": upstream.positive is not None,
         "PER_ROW": per_row,
         "CONSTANT": upstream.constant,
         "TAU_TENSOR": upstream.temperature.is_tensor,
@@ -267,23 +269,28 @@ def pack(
 
 
 def weigh_positives(
-    packed: Packed, grad: Tensor, *, largest_grad: Tensor, temperature: Temperature
+    packed: Packed,
+    grad: Tensor,
+    *,
+    largest_grad: Tensor,
+    temperature: Temperature,
+    in_products: bool,
 ) -> None:
-    """Compute the weights of a rectangle's positives, into those of its packed rows.
+    """Compute the weights of positives, into those of the packed rows.
 
     Args:
         packed: The rows, with weights.
         grad: (rows,) upstream gradients of the similarities of the rows' positives.
         largest_grad: () the number by which all weights are divided.
         temperature: The temperature.
+        in_products: Whether the products add the positives, and not ``finish_kernel``.
     """
-    if packed.weights is None:
-        raise ValueError("rows have no weights: pack the rows with `upstream` before a backward")
+    weights = weights_of(packed)
     run_kernel(
         positive_weights_kernel, cdiv(packed.rows, TILE), grad=grad, stride=grad.stride(0),
         largest_grad=largest_grad, temperature=temperature.argument, rows=packed.rows,
-        weight_scale=packed.weights.scale, weight_out=packed.weights.positive,
-        TAU_TENSOR=temperature.is_tensor, ROWS=TILE, num_warps=4,
+        weight_scale=weights.scale if in_products else -1.0, weight_out=weights.positive,
+        VIEWS=len(packed.views), TAU_TENSOR=temperature.is_tensor, ROWS=TILE, num_warps=4,
     )  # fmt: skip
 
 
@@ -313,7 +320,7 @@ def restore(views: tuple[Tensor, ...], saved: SavedRows, upstream: Upstream) -> 
     if not form.has_weights:
         run_kernel(
             weights_kernel, form.padded_rows // TILE, counter=counter, rows=rows,
-            **_weigh_arguments(upstream, weights, saved.z), PAIRS=len(views) == 2, ROWS=TILE,
+            **_weigh_arguments(upstream, weights, saved.z), VIEWS=len(views), ROWS=TILE,
             num_warps=4,
         )  # fmt: skip
     return Packed(

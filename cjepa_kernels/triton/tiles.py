@@ -29,8 +29,9 @@ class Tiles:
         row_max: The same shape, the maxima of the same entries.
         column_sum: (slots, columns of the panel) fp32.
         column_max: The same shape, the maxima of the same entries.
-        positive: (padded rows,) fp32, the similarity of each row and its positive, where X is Y.
-            With ``positives`` it is (rows,), and nothing is written for a row without one.
+        positive: (padded rows,) fp32, the similarity of each row and its other view, where X is Y
+            and has two. With ``positives`` it is (rows,), and nothing is written for a row without
+            one.
         negative_sum: Parts of the sum of the similarities that a user's mask leaves, fp32.
         negative_count: How many these are, in as many parts, int32.
         run_length: Row blocks of a slot of the columns, unless ``hopper`` counts the slots.
@@ -42,15 +43,19 @@ class Tiles:
         x: Packed,
         y: Packed,
         *,
+        operator: str,
         operands: Operands,
         temperature: Temperature,
         constant: bool,
         mask: Tensor | None = None,
         positives: Tensor | None = None,
+        classes: Tensor | None = None,
     ) -> None:
         self.x, self.y, self.operands, self.temperature = x, y, operands, temperature
-        self.positives = positives
+        self.operator, self.positives, self.classes = operator, positives, classes
         self.constant, self.self_contrast = constant, x is y
+        # Any tile may hold entries that do not count.
+        self.every_tile_is_masked = mask is not None or classes is not None
         self.mask = None if mask is None else symmetric(mask)
         self.row_blocks = x.padded_rows // TILE
         self.column_blocks = y.padded_rows // TILE
@@ -60,7 +65,8 @@ class Tiles:
         self.row_sum, self.row_max = self.new_floats(size), self.new_floats(size)
         self.column_sum, self.column_max = self.new_floats(size), self.new_floats(size)
         paired_rows = 0 if positives is None else x.rows
-        self.positive = self.new_floats(x.padded_rows if self.self_contrast else paired_rows)
+        views_are_paired = self.self_contrast and len(x.views) == 2
+        self.positive = self.new_floats(x.padded_rows if views_are_paired else paired_rows)
         parts = sum(map(self._programs, self.panels)) if mask is not None else 0
         self.negative_sum = new_zeros(x.z, parts, dtype=torch.float32)
         self.negative_count = new_zeros(x.z, parts, dtype=torch.int32)
@@ -68,7 +74,7 @@ class Tiles:
         self.strips = (
             self.hopper is None
             and constant
-            and mask is None
+            and not self.every_tile_is_masked
             and positives is None  # they would take registers that a strip does not have
             and not self.one_launch
             and launch.fits_a_strip(x)
@@ -84,7 +90,7 @@ class Tiles:
         """Compute a panel, then hand it out to be reduced."""
         first_part = 0
         for panel in self.panels:
-            if self.one_launch or self.mask is not None:
+            if self.one_launch or self.every_tile_is_masked:
                 programs = self._programs(panel)
                 self._launch_tiles(panel, "all", programs, first_part)
                 first_part += programs if self.mask is not None else 0
@@ -149,11 +155,12 @@ class Tiles:
             negative_count=self.negative_count[first_part:],
             temperature=self.temperature.argument,
             mask=self.positive if self.mask is None else self.mask,
+            classes=self.positive if self.classes is None else self.classes,
             rows=x.rows, columns=y.rows, x_plane=x.padded_rows, y_plane=y.padded_rows,
             row_blocks=self.row_blocks, column_blocks=self.column_blocks, first_column=panel.first,
             last_column=panel.last, row_tiles=self._edge_row_tiles(panel),
-            SELF=self.self_contrast, PAIRED=self.positives is not None,
-            MASKED=self.mask is not None, CONSTANT=self.constant,
+            SELF=self.self_contrast, VIEWS=len(x.views), PAIRED=self.positives is not None,
+            MASKED=self.mask is not None, CLASSED=self.classes is not None, CONSTANT=self.constant,
             TAU_TENSOR=self.temperature.is_tensor, PLACE=place, DEPTH=x.padded_features,
             PLANES=x.planes, BM=TILE, BK=depth, GROUP=self.group,
             PRECISION=self.operands.precision, TMA=launch.has_tma(x.z.device),

@@ -10,6 +10,7 @@ dtype have too few exponents.
 
 With positives p(a) (PAIRED), G_a,p(a) holds tau dL/ds_a,p(a) from the upstream gradient of the
 positives' similarities in place of exponentials. The products then add the positives on both sides.
+Where X = Y it holds 0, and ``finish_kernel`` adds the positives.
 
 There are two schedules. *Squares* writes a square of blocks of G to a workspace and multiplies it
 from there, by rows and by columns. Where X = Y it computes G above the diagonal only, and takes
@@ -71,11 +72,12 @@ def times_similarity(g, s):
 )  # fmt: skip
 def coefficient_tiles_kernel(
     x, y, g_out, row_weight, row_shift, column_weight, column_shift, positives, positive_weight,
-    temperature, mask, rows, columns, x_plane, y_plane,
+    temperature, mask, classes, rows, columns, x_plane, y_plane,
     first_row, first_column, row_blocks, g_stride, dots, filled_slots, multiplicity,
-    SELF: tl.constexpr, PAIRED: tl.constexpr, SQUARE: tl.constexpr, MASKED: tl.constexpr,
-    CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SELF: tl.constexpr, VIEWS: tl.constexpr, PAIRED: tl.constexpr, SQUARE: tl.constexpr,
+    MASKED: tl.constexpr, CLASSED: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
+    DEPTH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """G of a square of blocks from (first_row, first_column), one tile for each program.
 
@@ -110,10 +112,11 @@ def coefficient_tiles_kernel(
     if SQUARE:
         edge = edge | (i == j)
     # With three planes every tile is masked, as that costs nothing beside their six products.
-    if MASKED or PLANES > 1 or edge:
+    if MASKED or CLASSED or PLANES > 1 or edge:
         is_negative = negatives(
-            a=a, b=b, rows=rows, columns=columns, mask=mask, SELF=SELF, MASKED=MASKED
-        )
+            a=a, b=b, rows=rows, columns=columns, mask=mask, classes=classes,
+            SELF=SELF, VIEWS=VIEWS, MASKED=MASKED, CLASSED=CLASSED,
+        )  # fmt: skip
         g = tl.where(is_negative, g, 0.0)
     if PAIRED:
         p = load_positives(positives=positives, row=a, rows=rows, others=columns)
@@ -125,7 +128,7 @@ def coefficient_tiles_kernel(
         dot = tl.sum(times_similarity(g, s))
         before = tl.load(dots + program, mask=program < filled_slots, other=0.0)
         tl.store(dots + program, before + dot.to(tl.float64) * multiplicity)
-    if PAIRED:
+    if PAIRED and not SELF:
         g = put_positives(g=g, p=p, weight=tl.load(positive_weight + a), other=b)
     if PRECISION == "tf32":
         g = round_to_tf32(g)
@@ -217,8 +220,8 @@ def products_kernel(
 def add_owned_tile(
     acc, own_rows, y, a, j, row_weight, column_weight, positives, positive_weight, own_positives,
     scale, rows, columns,
-    SELF: tl.constexpr, PAIRED: tl.constexpr, EDGE: tl.constexpr, WIDTH: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SELF: tl.constexpr, VIEWS: tl.constexpr, PAIRED: tl.constexpr, EDGE: tl.constexpr,
+    WIDTH: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """acc + G Y of the rows ``a`` and the j-th block of columns; EDGE masks G."""
     b = j * BN + tl.arange(0, BN)
@@ -232,11 +235,16 @@ def add_owned_tile(
     )  # fmt: skip
     if EDGE:
         is_negative = negatives(
-            a=a, b=b, rows=rows, columns=columns, mask=None, SELF=SELF, MASKED=False
-        )
+            a=a, b=b, rows=rows, columns=columns, mask=None, classes=None,
+            SELF=SELF, VIEWS=VIEWS, MASKED=False, CLASSED=False,
+        )  # fmt: skip
         g = tl.where(is_negative, g, 0.0)
     if PAIRED == "rows":
-        g = put_positives(g=g, p=own_positives, weight=tl.load(positive_weight + a), other=b)
+        if SELF:
+            weight = tl.zeros(a.shape, tl.float32)
+        else:
+            weight = tl.load(positive_weight + a)
+        g = put_positives(g=g, p=own_positives, weight=weight, other=b)
     if PAIRED == "columns":
         p = load_positives(positives=positives, row=b, rows=columns, others=rows)
         weight = tl.load(positive_weight + b)
@@ -250,13 +258,13 @@ def add_owned_tile(
 def owned_rows_kernel(
     x, y, out, row_weight, column_weight, positives, positive_weight, temperature,
     rows, columns, padded_rows, column_blocks, splits,
-    SELF: tl.constexpr, PAIRED: tl.constexpr, WIDTH: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    SELF: tl.constexpr, VIEWS: tl.constexpr, PAIRED: tl.constexpr, WIDTH: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """out[split, a] = sum of G_ab y_b over the columns b of a split; out: (splits, M, D).
 
-    The kernel serves a constant shift without a user's mask. PAIRED says whose ``positives`` there
-    are: those of the "rows", or of the "columns"; "" without positives.
+    The kernel serves a constant shift without a user's mask or classes. PAIRED says whose
+    ``positives`` there are: those of the "rows", or of the "columns"; "" without positives.
 
     The tiles that need a mask come first: with SELF the ``diagonal_count`` tiles on the diagonal,
     which begin at column block ``diagonal``, and the last tile if the columns do not fill it.
@@ -288,7 +296,8 @@ def owned_rows_kernel(
             j=tl.where(t < diagonal_count, diagonal + t, last - 1), row_weight=weights,
             column_weight=column_weight, positives=positives, positive_weight=positive_weight,
             own_positives=own_positives, scale=scale, rows=rows, columns=columns,
-            SELF=SELF, PAIRED=PAIRED, EDGE=True, WIDTH=WIDTH, BN=BN, PRECISION=PRECISION, TMA=TMA,
+            SELF=SELF, VIEWS=VIEWS, PAIRED=PAIRED, EDGE=True, WIDTH=WIDTH, BN=BN,
+            PRECISION=PRECISION, TMA=TMA,
         )  # fmt: skip
     for t in range(0, last - first - diagonal_count - ragged.to(tl.int32)):
         j = first + t
@@ -297,7 +306,8 @@ def owned_rows_kernel(
             acc=acc, own_rows=own_rows, y=y, a=a, j=j, row_weight=weights,
             column_weight=column_weight, positives=positives, positive_weight=positive_weight,
             own_positives=own_positives, scale=scale, rows=rows, columns=columns,
-            SELF=SELF, PAIRED=PAIRED, EDGE=False, WIDTH=WIDTH, BN=BN, PRECISION=PRECISION, TMA=TMA,
+            SELF=SELF, VIEWS=VIEWS, PAIRED=PAIRED, EDGE=False, WIDTH=WIDTH, BN=BN,
+            PRECISION=PRECISION, TMA=TMA,
         )  # fmt: skip
     feature = tl.arange(0, WIDTH)
     row = split.to(tl.int64) * padded_rows + a

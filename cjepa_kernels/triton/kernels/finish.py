@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cjepa_kernels.triton.kernels.coefficients import load_positives
 from cjepa_kernels.triton.kernels.pack import load_rows, unit_rows
 from cjepa_kernels.triton.kernels.reduction import sum_in_order
 from cjepa_kernels.triton.kernels.temperature import LN2, read_scale
@@ -12,12 +13,12 @@ from cjepa_kernels.triton.kernels.temperature import LN2, read_scale
 
 @triton.jit(do_not_specialize=["rows", "padded_rows", "splits", "dot_count"])
 def finish_kernel(
-    view_0, view_1, z, products, positive_weight, grad_0, grad_1, largest_grad, partial, dots,
-    counter,
+    view_0, view_1, z, products, positives, positive_weight, grad_0, grad_1, largest_grad, partial,
+    dots, counter,
     grad_temperature, temperature, rows, features, padded_rows, stride_0, feature_stride_0,
     stride_1, feature_stride_1, eps, splits, product_factor, grad_factor, temperature_factor,
     dot_count,
-    PAIRS: tl.constexpr, PLANES: tl.constexpr, COSINE: tl.constexpr, TAU_TENSOR: tl.constexpr,
+    POSITIVES: tl.constexpr, PLANES: tl.constexpr, COSINE: tl.constexpr, TAU_TENSOR: tl.constexpr,
     VIEWS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the views from the products of G, and the gradient of the temperature.
@@ -31,6 +32,11 @@ def finish_kernel(
 
     The gradient of a temperature that is a number is 0. An upstream gradient that is one number
     is ``largest_grad`` itself.
+
+    POSITIVES says what L contains of the positives that the products do not add: nothing (""), the
+    "logits" s_a / tau of NT-Xent, or the "similarities" s_a, whose part of L does not depend on tau
+    and is left out of the sum over a. The positive of a is its other view or, of one view, the row
+    that ``positives`` has for it.
 
     The terms of the sum over a nearly cancel, so the sum must not contain the rounding of G. It is
     taken from ``dots``, which are the parts of the sum of G_ab s_ab from before G was rounded, and
@@ -49,17 +55,24 @@ def finish_kernel(
         grad_z += tl.load(products + split * plane + offsets, mask=inside, other=0.0)
     grad_z *= product_factor
     positive_dot = tl.zeros((ROWS,), tl.float32)
-    if PAIRS:
+    if POSITIVES != "":
+        if VIEWS == 2:
+            pos = row ^ 1
+            has_positive = valid
+        else:
+            pos = load_positives(positives=positives, row=row, rows=rows, others=rows)
+            has_positive = pos >= 0
+        with_positive = inside & has_positive[:, None]
         positive_z = tl.zeros((ROWS, WIDTH), tl.float32)
-        positive_offsets = (row ^ 1).to(tl.int64)[:, None] * PADDED + column[None, :]
+        positive_offsets = pos.to(tl.int64)[:, None] * PADDED + column[None, :]
         for p in tl.static_range(PLANES):
-            positive_z += tl.load(z + p * plane + positive_offsets, mask=inside, other=0.0).to(
-                tl.float32
-            )
-        weight = tl.load(positive_weight + row, mask=valid, other=0.0)
-        weight += tl.load(positive_weight + (row ^ 1), mask=valid, other=0.0)
+            positive_z += tl.load(
+                z + p * plane + positive_offsets, mask=with_positive, other=0.0
+            ).to(tl.float32)
+        weight = tl.load(positive_weight + row, mask=has_positive, other=0.0)
+        weight += tl.load(positive_weight + pos, mask=has_positive, other=0.0)
         grad_z -= weight[:, None] * positive_z
-        if TAU_TENSOR:
+        if TAU_TENSOR and POSITIVES == "logits":
             own_z = tl.zeros((ROWS, WIDTH), tl.float32)
             for p in tl.static_range(PLANES):
                 own_z += tl.load(z + p * plane + offsets, mask=inside, other=0.0).to(tl.float32)

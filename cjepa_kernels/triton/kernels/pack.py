@@ -59,7 +59,8 @@ def pack_kernel(
     grad, largest_grad, temperature, grad_stride, weight_scale,
     VIEWS: tl.constexpr, PLANES: tl.constexpr, COSINE: tl.constexpr, ROUND: tl.constexpr,
     TF32: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    WEIGH: tl.constexpr, PER_ROW: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
+    WEIGH: tl.constexpr, PAIRS: tl.constexpr, PER_ROW: tl.constexpr, CONSTANT: tl.constexpr,
+    TAU_TENSOR: tl.constexpr,
 ):  # fmt: skip
     """Write z: (PLANES * padded_rows, PADDED), the operands of the matrix products.
 
@@ -96,7 +97,8 @@ def pack_kernel(
                 saved_log_sum=saved_log_sum, saved_positive=saved_positive, grad=grad,
                 largest_grad=largest_grad, temperature=temperature, rows=rows,
                 grad_stride=grad_stride, weight_scale=weight_scale,
-                PAIRS=VIEWS == 2, PER_ROW=PER_ROW, CONSTANT=CONSTANT, TAU_TENSOR=TAU_TENSOR,
+                VIEWS=VIEWS, PAIRS=PAIRS, PER_ROW=PER_ROW, CONSTANT=CONSTANT,
+                TAU_TENSOR=TAU_TENSOR,
             )  # fmt: skip
         for p in tl.static_range(PLANES):  # Each plane holds what the planes before it leave.
             part = unit.to(z.dtype.element_ty)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from cjepa_kernels.triton.kernels.temperature import LN2, read_scale
-from cjepa_kernels.triton.kernels.weights import store_weights
+from cjepa_kernels.triton.kernels.weights import place_of, store_weights
 
 FEATURE_BLOCK = tl.constexpr(16)  # features whose sums over all rows a program squares at a time
 FEATURE_SUM_ROWS = tl.constexpr(128)  # rows of those sums that it reads at a time
@@ -89,6 +89,47 @@ def load_running(sums, maxima, offsets, valid, FIRST: tl.constexpr):
         total = tl.load(sums + offsets, mask=valid, other=0.0)
         maximum = tl.load(maxima + offsets, mask=valid, other=float("-inf"))
     return total, maximum
+
+
+@triton.jit
+def add_triangle(
+    row_sum, row_max, column_sum, column_max, running_sum, running_max, a, block, scale, rows,
+    blocks, first_column, last_column, run_length, slot_counts,
+    CONSTANT: tl.constexpr, FIRST: tl.constexpr, COUNTED: tl.constexpr, BM: tl.constexpr,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The sums and maxima of rows ``a`` of a symmetric S, to which one panel of tiles is added.
+
+    The rows are in row block ``block``. A tile above the diagonal has added to its rows, and to its
+    columns for the rows of the same numbers.
+    """
+    total, maximum = load_running(
+        sums=running_sum, maxima=running_max, offsets=a, valid=block < first_column, FIRST=FIRST
+    )
+    if block >= first_column and block < last_column:
+        total, maximum = add_column_slots(
+            total=total, maximum=maximum, sums=column_sum, maxima=column_max,
+            stride=(last_column - first_column) * BM, offsets=a - first_column * BM, block=block,
+            whole_columns=rows // BM, row_blocks=blocks, whole_rows=rows // BM,
+            run_length=run_length, slot_counts=slot_counts, scale=scale, SELF=True,
+            CONSTANT=CONSTANT, COUNTED=COUNTED, SLOTS=SLOTS,
+        )  # fmt: skip
+    return add_slots(
+        total=total, maximum=maximum, sums=row_sum, maxima=row_max, offsets=a, stride=blocks * BM,
+        first=tl.maximum(block - first_column, 0), last=last_column - first_column, scale=scale,
+        CONSTANT=CONSTANT, SLOTS=SLOTS,
+    )  # fmt: skip
+
+
+@triton.jit
+def smaller_of_pair(tile_positive, a, valid):
+    """The similarity of each row and its other view.
+
+    S_ab and S_ba may differ in their last bit, and a tile holds only one of a tied negative's two.
+    With the smaller one as the positive, a tie with a negative never counts as a hit.
+    """
+    s = tl.load(tile_positive + a, mask=valid, other=0.0)
+    return tl.minimum(s, tl.load(tile_positive + (a ^ 1), mask=valid, other=0.0))
 
 
 @triton.jit
@@ -198,35 +239,23 @@ def nt_xent_rows_kernel(
     block = program // (BM // ROWS)
     a = program * ROWS + tl.arange(0, ROWS)
     scale = read_scale(temperature, TAU_TENSOR)
-    total, maximum = load_running(
-        sums=running_sum, maxima=running_max, offsets=a, valid=block < first_column, FIRST=FIRST
-    )
-    if block >= first_column and block < last_column:
-        total, maximum = add_column_slots(
-            total=total, maximum=maximum, sums=column_sum, maxima=column_max,
-            stride=(last_column - first_column) * BM, offsets=a - first_column * BM, block=block,
-            whole_columns=rows // BM, row_blocks=blocks, whole_rows=rows // BM,
-            run_length=run_length, slot_counts=slot_counts, scale=scale, SELF=True,
-            CONSTANT=CONSTANT, COUNTED=COUNTED, SLOTS=SLOTS,
-        )  # fmt: skip
-    total, maximum = add_slots(
-        total=total, maximum=maximum, sums=row_sum, maxima=row_max, offsets=a, stride=blocks * BM,
-        first=tl.maximum(block - first_column, 0), last=last_column - first_column, scale=scale,
-        CONSTANT=CONSTANT, SLOTS=SLOTS,
+    total, maximum = add_triangle(
+        row_sum=row_sum, row_max=row_max, column_sum=column_sum, column_max=column_max,
+        running_sum=running_sum, running_max=running_max, a=a, block=block, scale=scale,
+        rows=rows, blocks=blocks, first_column=first_column, last_column=last_column,
+        run_length=run_length, slot_counts=slot_counts,
+        CONSTANT=CONSTANT, FIRST=FIRST, COUNTED=COUNTED, BM=BM, SLOTS=SLOTS,
     )  # fmt: skip
     if not LAST:
         tl.store(running_sum + a, total)
         tl.store(running_max + a, maximum)
         return
     valid = a < rows
-    # S_ab and S_ba may differ in their last bit, and a tile holds only one of a tied negative's
-    # two. With the smaller one as the positive, a tie with a negative never counts as a hit.
-    s = tl.load(tile_positive + a, mask=valid, other=0.0)
-    s = tl.minimum(s, tl.load(tile_positive + (a ^ 1), mask=valid, other=0.0))
+    s = smaller_of_pair(tile_positive, a, valid)
     shift, log_sum = log_sum_of(total, maximum, CONSTANT)
     inverse_tau = (scale * LN2).to(tl.float64)
     row_loss = softplus((shift.to(tl.float64) - s) * inverse_tau + log_sum)
-    offsets = (a % 2) * (rows // 2) + a // 2  # The caller's order: all of one view, then the other.
+    offsets = place_of(a, rows, 2)
     if NONE:
         tl.store(row_loss_out + offsets, row_loss.to(tl.float32), mask=valid)
     tl.store(lse_out + offsets, (s * inverse_tau + row_loss).to(tl.float32), mask=valid)
@@ -326,3 +355,50 @@ def logsumexp_kernel(
         tl.store(positive + a, tl.where(p == -1, 0.0, float("nan")), mask=valid & nowhere)
     tl.store(shift_out + a, shift, mask=valid)
     tl.store(log_sum_out + a, log_sum.to(tl.float32), mask=valid)
+
+
+@triton.jit(
+    do_not_specialize=["rows", "blocks", "first_column", "last_column", "run_length"]
+)  # fmt: skip
+def self_logsumexp_kernel(
+    row_sum, row_max, column_sum, column_max, running_sum, running_max, tile_positive,
+    lse_out, max_out, shift_out, log_sum_out, positives, positive_out, temperature,
+    rows, blocks, first_column, last_column, run_length, slot_counts,
+    CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    COUNTED: tl.constexpr, PAIRED: tl.constexpr, VIEWS: tl.constexpr, BM: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Add one panel of tiles to ROWS rows and, after the LAST panel, compute their log-sum-exps.
+
+    With PAIRED the tiles have written the positives' similarities. The kernel adds those that no
+    tile has: 0 for a row without a positive (-1), NaN for a row that does not exist.
+    """
+    program = tl.program_id(0)
+    block = program // (BM // ROWS)
+    a = program * ROWS + tl.arange(0, ROWS)
+    scale = read_scale(temperature, TAU_TENSOR)
+    total, maximum = add_triangle(
+        row_sum=row_sum, row_max=row_max, column_sum=column_sum, column_max=column_max,
+        running_sum=running_sum, running_max=running_max, a=a, block=block, scale=scale,
+        rows=rows, blocks=blocks, first_column=first_column, last_column=last_column,
+        run_length=run_length, slot_counts=slot_counts,
+        CONSTANT=CONSTANT, FIRST=FIRST, COUNTED=COUNTED, BM=BM, SLOTS=SLOTS,
+    )  # fmt: skip
+    if not LAST:
+        tl.store(running_sum + a, total)
+        tl.store(running_max + a, maximum)
+        return
+    valid = a < rows
+    place = place_of(a, rows, VIEWS)
+    shift, log_sum = log_sum_of(total, maximum, CONSTANT)
+    lse = shift.to(tl.float64) * (scale * LN2) + log_sum
+    tl.store(lse_out + place, lse.to(tl.float32), mask=valid)
+    tl.store(max_out + place, maximum, mask=valid)
+    tl.store(shift_out + place, shift, mask=valid)
+    tl.store(log_sum_out + place, log_sum.to(tl.float32), mask=valid)
+    if VIEWS == 2:
+        tl.store(positive_out + place, smaller_of_pair(tile_positive, a, valid), mask=valid)
+    if PAIRED:
+        p = tl.load(positives + a, mask=valid, other=0)
+        nowhere = (p < 0) | (p >= rows)
+        tl.store(positive_out + a, tl.where(p == -1, 0.0, float("nan")), mask=valid & nowhere)

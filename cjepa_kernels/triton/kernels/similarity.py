@@ -16,7 +16,8 @@ maxima, and its similarity is stored by row.
 
 With SELF only the tiles on and above the diagonal are computed. S is symmetric: a tile above the
 diagonal serves its rows by row_sum and its columns by column_sum. A tile on the diagonal is
-computed whole and serves its rows only.
+computed whole and serves its rows only. With SELF and PAIRED two rows are each other's positive,
+and their one similarity is stored for both.
 """
 
 from __future__ import annotations
@@ -79,17 +80,25 @@ def product(
 
 @triton.jit
 def negatives(
-    a, b, rows, columns, mask,
-    SELF: tl.constexpr, MASKED: tl.constexpr,
+    a, b, rows, columns, mask, classes,
+    SELF: tl.constexpr, VIEWS: tl.constexpr, MASKED: tl.constexpr, CLASSED: tl.constexpr,
 ):  # fmt: skip
     """Which of the pairs (a, b) count in the sums.
 
-    Padding does not count. With SELF neither does an anchor with itself or with its positive, and
-    with MASKED no pair of samples that the user's mask excludes.
+    Padding does not count. With SELF neither does a row with itself or, of two views, with its
+    positive. With MASKED no pair of samples counts that the user's mask excludes, and with CLASSED
+    no pair of one class. ``classes`` has one number for each sample.
     """
     is_negative = (a < rows)[:, None] & (b < columns)[None, :]
     if SELF:
-        is_negative = is_negative & ((a[:, None] ^ b[None, :]) > 1)
+        if VIEWS == 2:
+            is_negative = is_negative & ((a[:, None] ^ b[None, :]) > 1)
+        else:
+            is_negative = is_negative & (a[:, None] != b[None, :])
+    if CLASSED:
+        class_of_row = tl.load(classes + a // VIEWS, mask=a < rows, other=0)
+        class_of_column = tl.load(classes + b // VIEWS, mask=b < columns, other=0)
+        is_negative = is_negative & (class_of_row[:, None] != class_of_column[None, :])
     if MASKED:  # The mask has one entry for a pair of samples, which stands for four pairs of rows.
         batch = rows // 2
         BM: tl.constexpr = a.shape[0] // 2
@@ -105,16 +114,21 @@ def negatives(
 
 
 @triton.jit
-def take_positives(s, positives, positive, a, b, rows):
+def take_positives(s, positives, positive, a, b, rows, SELF: tl.constexpr):
     """The tile of S without the entries of positives, whose similarities are stored.
 
-    Few tiles hold one, so the others pass by.
+    Few tiles hold one, so the others pass by. Of a symmetric S the entry above the diagonal is the
+    similarity of both rows of a pair: the one below may differ in its last bit.
     """
     p = tl.load(positives + a, mask=a < rows, other=-1)
     here = (p >= tl.min(b, 0)) & (p <= tl.max(b, 0))
     if tl.max(here.to(tl.int32), 0) > 0:
         is_positive = tl.where(here, p, -1).to(tl.int32)[:, None] == b[None, :]
-        tl.store(positive + a, tl.sum(tl.where(is_positive, s, 0.0), 1), mask=here)
+        similarity = tl.sum(tl.where(is_positive, s, 0.0), 1)
+        if SELF:
+            here = here & (a < p) & (p < rows)
+            tl.store(positive + p, similarity, mask=here)
+        tl.store(positive + a, similarity, mask=here)
         s = tl.where(is_positive, float("-inf"), s)
     return s
 
@@ -154,12 +168,12 @@ def reduce_tile(
 )  # fmt: skip
 def tiles_kernel(
     x, y, row_sum, row_max, column_sum, column_max, positives, positive, negative_sum,
-    negative_count, temperature, mask, rows, columns, x_plane, y_plane,
+    negative_count, temperature, mask, classes, rows, columns, x_plane, y_plane,
     row_blocks, column_blocks, first_column, last_column, row_tiles,
-    SELF: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr, CONSTANT: tl.constexpr,
-    TAU_TENSOR: tl.constexpr, PLACE: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    SELF: tl.constexpr, VIEWS: tl.constexpr, PAIRED: tl.constexpr, MASKED: tl.constexpr,
+    CLASSED: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, PLACE: tl.constexpr,
+    DEPTH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One square tile for each program, from the column blocks [first_column, last_column).
 
@@ -198,14 +212,19 @@ def tiles_kernel(
     )  # fmt: skip
     a = i * BM + tl.arange(0, BM)
     b = j * BM + tl.arange(0, BM)
+    if PAIRED:  # First: a positive may be of the same class as its row, which the mask excludes.
+        s = take_positives(
+            s=s, positives=positives, positive=positive, a=a, b=b, rows=rows, SELF=SELF
+        )
     if PLACE != "inner":
-        if SELF and i == j:
+        if SELF and VIEWS == 2 and i == j:
             # The positive comes from the same arithmetic as a negative, so equal rows give equal
             # numbers, and a tie is seen as one.
             tl.store(positive + a, tl.sum(tl.where((a ^ 1)[:, None] == b[None, :], s, 0.0), 1))
         is_negative = negatives(
-            a=a, b=b, rows=rows, columns=columns, mask=mask, SELF=SELF, MASKED=MASKED
-        )
+            a=a, b=b, rows=rows, columns=columns, mask=mask, classes=classes,
+            SELF=SELF, VIEWS=VIEWS, MASKED=MASKED, CLASSED=CLASSED,
+        )  # fmt: skip
         if MASKED:
             # A tile above the diagonal stands for two tiles of S.
             multiplicity = tl.where(i == j, 1, 2)
@@ -213,8 +232,6 @@ def tiles_kernel(
             tl.store(negative_sum + slot, tl.sum(tl.where(is_negative, s, 0.0)) * multiplicity)
             tl.store(negative_count + slot, tl.sum(is_negative.to(tl.int32)) * multiplicity)
         s = tl.where(is_negative, s, float("-inf"))
-    if PAIRED:
-        s = take_positives(s=s, positives=positives, positive=positive, a=a, b=b, rows=rows)
     reduce_tile(
         s=s, scale=scale, row_sum=row_sum, row_max=row_max, column_sum=column_sum,
         column_max=column_max,

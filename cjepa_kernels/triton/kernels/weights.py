@@ -1,14 +1,15 @@
 """Weights of rows for a backward.
 
 The weights of a row follow from what the forward saved of it and from its upstream gradient g_a.
-With pairs, L_a = softplus(LSE-_a - s_a / tau), so that
+In NT-Xent (PAIRS), L_a = softplus(LSE-_a - s_a / tau), so that
 
     r_a   = sigmoid(LSE-_a - s_a / tau)
     w_a   = g_a r_a / sum_a            the factor of the row's exponentials in dL/ds_ab
     w+_a  = g_a r_a                    the same for the positive: dL/ds_a = -w+_a / tau
 
-and without pairs, L_a = LSE_a and w_a = g_a / sum_a. Positives of a rectangle have an upstream
-gradient u_a of their own, the one of their similarity, and w+_a = tau u_a.
+and elsewhere L_a = LSE_a and w_a = g_a / sum_a. There the similarities of positives have an
+upstream gradient u_a of their own. In a rectangle w+_a = tau u_a, and the products add it. For rows
+against themselves w+_a = -tau u_a, and ``finish_kernel`` subtracts it as it does for NT-Xent.
 
 Gradients of rows are divided by the largest of them, and a gradient that is one number is left out:
 the kernel that finishes the backward multiplies by it. The weights thus stay in the range of their
@@ -22,6 +23,15 @@ import triton
 import triton.language as tl
 
 from cjepa_kernels.triton.kernels.temperature import LN2, read_scale
+
+
+@triton.jit
+def place_of(row, rows, VIEWS: tl.constexpr):
+    """Where packed rows stand in the caller's order: all of one view, then the other."""
+    place = row
+    if VIEWS == 2:
+        place = (row % 2) * (rows // 2) + row // 2
+    return place
 
 
 @triton.jit
@@ -51,13 +61,12 @@ def store_weights(
 def weigh(
     row, weight_out, shift_out, positive_weight_out, saved_shift, saved_log_sum, saved_positive,
     grad, largest_grad, temperature, rows, grad_stride, weight_scale,
-    PAIRS: tl.constexpr, PER_ROW: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
+    VIEWS: tl.constexpr, PAIRS: tl.constexpr, PER_ROW: tl.constexpr, CONSTANT: tl.constexpr,
+    TAU_TENSOR: tl.constexpr,
 ):  # fmt: skip
     """Weights of padded rows from what the forward saved, with gradients of rows if PER_ROW."""
     valid = row < rows
-    offsets = row
-    if PAIRS:
-        offsets = (row % 2) * (rows // 2) + row // 2
+    offsets = place_of(row, rows, VIEWS)
     inverse_tau = (read_scale(temperature, TAU_TENSOR) * LN2).to(tl.float64)
     shift = tl.load(saved_shift + offsets, mask=valid, other=0.0)
     log_sum = tl.load(saved_log_sum + offsets, mask=valid, other=0.0).to(tl.float64)
@@ -80,8 +89,8 @@ def weigh(
 def weights_kernel(
     counter, weight_out, shift_out, positive_weight_out, saved_shift, saved_log_sum, saved_positive,
     grad, largest_grad, temperature, rows, grad_stride, weight_scale,
-    PAIRS: tl.constexpr, PER_ROW: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
-    ROWS: tl.constexpr,
+    VIEWS: tl.constexpr, PAIRS: tl.constexpr, PER_ROW: tl.constexpr, CONSTANT: tl.constexpr,
+    TAU_TENSOR: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Weights of ROWS padded rows that a forward packed; ``counter`` becomes 0."""
     program = tl.program_id(0)
@@ -92,7 +101,7 @@ def weights_kernel(
         positive_weight_out=positive_weight_out, saved_shift=saved_shift,
         saved_log_sum=saved_log_sum, saved_positive=saved_positive, grad=grad,
         largest_grad=largest_grad, temperature=temperature, rows=rows, grad_stride=grad_stride,
-        weight_scale=weight_scale, PAIRS=PAIRS, PER_ROW=PER_ROW, CONSTANT=CONSTANT,
+        weight_scale=weight_scale, VIEWS=VIEWS, PAIRS=PAIRS, PER_ROW=PER_ROW, CONSTANT=CONSTANT,
         TAU_TENSOR=TAU_TENSOR,
     )  # fmt: skip
 
@@ -100,12 +109,16 @@ def weights_kernel(
 @triton.jit
 def positive_weights_kernel(
     grad, stride, largest_grad, temperature, rows, weight_scale, weight_out,
-    TAU_TENSOR: tl.constexpr, ROWS: tl.constexpr,
+    VIEWS: tl.constexpr, TAU_TENSOR: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The weights of a rectangle's positives, from the upstream gradients of their similarities."""
+    """The weights of positives, from the upstream gradients of their similarities.
+
+    ``weight_scale`` has their sign.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
-    u = tl.load(grad + row.to(tl.int64) * stride, mask=valid, other=0.0).to(tl.float64)
+    place = place_of(row, rows, VIEWS).to(tl.int64)
+    u = tl.load(grad + place * stride, mask=valid, other=0.0).to(tl.float64)
     largest = tl.load(largest_grad).to(tl.float64)
     u = tl.where(largest > 0, u / largest, u)
     inverse_tau = (read_scale(temperature, TAU_TENSOR) * LN2).to(tl.float64)
