@@ -28,6 +28,7 @@ PARITY = (
     "cross_logsumexp_calls",
     "paired_logsumexp",
     "info_nce",
+    "self_logsumexp",
     "limits",
     "prediction_loss",
     "registration",

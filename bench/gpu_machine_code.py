@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.script_options import read_options, save
 from cjepa_kernels.tables import print_table
-from cjepa_kernels.triton import configs, nt_xent
+from cjepa_kernels.triton import configs, nt_xent, self_logsumexp
 from cjepa_kernels.triton.configs import TILE
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -239,6 +239,54 @@ def nt_xent_call(
             shift=out.shift,
             log_sum=out.log_sum,
             positive=out.positive,
+            saved_for_backward=out.saved_for_backward,
+        )
+
+    return call
+
+
+def self_logsumexp_call(
+    rows: int,
+    features: int,
+    dtype: torch.dtype,
+    *,
+    views: int = 1,
+    paired: bool = False,
+    classed: bool = False,
+    tensor: bool = False,
+) -> Callable[[], None]:
+    """Forward and backward of the log-sum-exps of rows against themselves on "meta".
+
+    Args:
+        rows: M.
+        features: D.
+        dtype: Of the features.
+        views: Tensors of which the rows are made, 1 or 2.
+        paired: Whether the rows of one view have positives.
+        classed: Whether the samples have classes.
+        tensor: Whether the temperature is a tensor.
+    """
+
+    def call() -> None:
+        samples = rows // views
+        common: dict[str, Any] = {
+            "z_i": meta(samples, features, dtype=dtype),
+            "z_j": meta(samples, features, dtype=dtype) if views == 2 else None,
+            "positives": meta(rows, dtype=torch.int64) if paired else None,
+            "classes": meta(samples, dtype=torch.int64) if classed else None,
+            "temperature_tensor": meta() if tensor else None,
+            "temperature": 0.1,
+            "use_cosine_similarity": True,
+            "eps": 1e-8,
+            "product_dtype": None,
+        }
+        out = self_logsumexp.forward(**common, save_for_backward=False)
+        self_logsumexp.backward(
+            **common,
+            grad_lse=meta(rows),
+            grad_positive=meta(rows) if paired or views == 2 else None,
+            shift=out.shift,
+            log_sum=out.log_sum,
             saved_for_backward=out.saved_for_backward,
         )
 

@@ -289,7 +289,7 @@ def extra_memory(size: Size) -> None:
 
 def small() -> None:
     """Call every kernel of the contrastive losses on small inputs, for compute-sanitizer."""
-    from cjepa_kernels import cross_logsumexp
+    from cjepa_kernels import cross_logsumexp, self_logsumexp
 
     torch.manual_seed(0)
     for batch, features, dtype in (
@@ -306,6 +306,12 @@ def small() -> None:
             torch.autograd.grad(nt_xent(z[0], z[1], backend=BACKEND, **options).loss, z)
         out = cross_logsumexp(z[0], z[1][: batch // 2 + 1], backend=BACKEND)
         torch.autograd.grad(out.row_lse.sum() + out.column_lse.sum(), z)
+        order = torch.arange(batch, device=DEVICE)
+        labels = order % 5
+        positives = order.flip(0).where(order.flip(0) != order, -1)
+        for options in ({}, {"labels": labels}, {"positives": positives}):
+            own = self_logsumexp(z[0], backend=BACKEND, **options)
+            torch.autograd.grad(own.lse.sum() + own.positive.sum(), z[0])
     waiting_for(DEVICE)()
 
 

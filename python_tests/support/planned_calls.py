@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cjepa_kernels.ops import cross_logsumexp, nt_xent, prediction_loss
+from cjepa_kernels.ops import cross_logsumexp, nt_xent, prediction_loss, self_logsumexp
 from cjepa_kernels.triton import OPERATORS, planned
 
 NAMESPACE = "cjepa_planned"
-DEFINITIONS = {m.DEFINITION.name: m.DEFINITION for m in (nt_xent, cross_logsumexp, prediction_loss)}
+DEFINITIONS = {
+    module.DEFINITION.name: module.DEFINITION
+    for module in (nt_xent, cross_logsumexp, self_logsumexp, prediction_loss)
+}
 
 
 def same(a: Any, b: Any) -> None:
@@ -115,6 +118,41 @@ def rectangle_backward(call: int, *, of_x: bool, of_y: bool, **options: Any) -> 
     grads = randn(call, 30), randn(call + 1, 17), None if positives is None else randn(call, 30)
     sums = out.row_shift, out.row_log_sum, out.column_shift, out.column_log_sum
     return *grads, x, y, positives, tau, *sums, out.saved_for_backward, *others, of_x, of_y
+
+
+SELF = {
+    "plain": {"dtype": torch.bfloat16},
+    "views_and_classes": {"views": 2, "classed": True, "tensor": True},
+    "positives": {"dtype": torch.float16, "paired": True},
+}
+
+
+def rows_of_a_batch(
+    call: int,
+    *,
+    views: int = 1,
+    dtype: torch.dtype = torch.float32,
+    paired: bool = False,
+    classed: bool = False,
+    tensor: bool = False,
+) -> tuple[Any, ...]:
+    z = randn(call, 34, 24, dtype=dtype)
+    z_i, z_j = z.chunk(2) if views == 2 else (z, None)
+    # In each call another pair is missing, and other samples are of one class.
+    other = torch.arange(34).flip(0)
+    positives = other.where(torch.minimum(other, other.flip(0)) != call, -1) if paired else None
+    classes = torch.arange(len(z_i)) * (call + 1) % 5 if classed else None
+    tau = torch.tensor(temperature(call)) if tensor else None
+    number = 1.0 if tensor else temperature(call)
+    return z_i, z_j, positives, classes, tau, number, True, 1e-8 * (call + 1), None, False
+
+
+def rows_of_a_batch_backward(call: int, **options: Any) -> tuple[Any, ...]:
+    *args, _ = rows_of_a_batch(call, **options)
+    out = OPERATORS["self_logsumexp"][0](*args, False)
+    grad_positive = randn(call + 1, 34) if out.positive.numel() > 0 else None
+    saved = out.shift, out.log_sum, out.saved_for_backward
+    return randn(call, 34), grad_positive, *args[:5], *saved, *args[5:]
 
 
 def hierarchy(

@@ -196,6 +196,30 @@ def test_rectangles_compile_without_spills(features: int, architecture: int, pai
     check(gpu_machine_code.launches(architecture, call), architecture)
 
 
+# What these calls share with NT-Xent is compiled above.
+OWN_VARIANTS = {"tiles_kernel", "coefficient_tiles_kernel", "owned_rows_kernel"}
+OWN_VARIANTS |= {"self_logsumexp_kernel", "finish_kernel"}
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype", "options", "architecture"),
+    [
+        (128, torch.bfloat16, {"paired": True}, 90),
+        (256, torch.bfloat16, {"views": 2, "classed": True}, 90),
+        (256, torch.float32, {"paired": True, "classed": True, "tensor": True}, 80),
+    ],
+    ids=str,
+)
+def test_rows_against_themselves_compile_without_spills(
+    features: int, dtype: torch.dtype, options: dict[str, Any], architecture: int
+) -> None:
+    call = gpu_machine_code.self_logsumexp_call(4096, features, dtype, **options)
+    launches = gpu_machine_code.launches(architecture, call)
+    own = [launch for launch in launches if launch.name in OWN_VARIANTS]
+    assert {"tiles_kernel", "self_logsumexp_kernel", "finish_kernel"} < {x.name for x in own}
+    check(own, architecture)
+
+
 @pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_large_products_of_planes_are_added_apart(architecture: int) -> None:

@@ -287,6 +287,33 @@ def test_which_kernels_take_the_backward(
 
 
 @compiler
+@pytest.mark.usefixtures("call")
+@pytest.mark.parametrize(
+    ("options", "tiles", "products"),
+    [
+        ({"views": 2}, "wide_kernel", "hopper_owned_kernel"),
+        ({}, "wide_kernel", "owned_rows_kernel"),
+        ({"paired": True}, "tiles_kernel", "owned_rows_kernel"),
+        ({"views": 2, "classed": True}, "tiles_kernel", "coefficient_tiles_kernel"),
+    ],
+    ids=str,
+)
+def test_which_kernels_take_rows_against_themselves(
+    options: dict[str, Any], tiles: str, products: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Gluon kernels of the backward leave out two views' positives, and nothing else."""
+    monkeypatch.setenv("CJEPA_GLUON", "1")
+    gpu_machine_code = importlib.import_module("gpu_machine_code")
+    call = gpu_machine_code.self_logsumexp_call(32768, 128, torch.bfloat16, **options)
+    names = [one.name for one in gpu_machine_code.launches(90, call)]
+    assert names[:2] == ["pack_kernel", tiles]
+    backward = names[len(names) - names[::-1].index("self_logsumexp_kernel") :]
+    assert products in backward
+    others = {"hopper_owned_kernel", "owned_rows_kernel", "coefficient_tiles_kernel"} - {products}
+    assert not others & set(backward)
+
+
+@compiler
 @pytest.mark.parametrize(
     ("features", "title", "kernels"),
     [(256, "squares", STRIPS), (512, "tiles", TILES), (128, "64 columns", OWNED)],

@@ -15,7 +15,8 @@ import torch
 from tolerances import relative_error
 from torch import Tensor
 
-from cjepa_kernels import backends, cross_logsumexp, nt_xent
+from cjepa_kernels import backends, cross_logsumexp, nt_xent, reference
+from cjepa_kernels.functional.self_logsumexp import run_self_logsumexp
 
 if not backends()["triton"].available:
     pytest.skip(backends()["triton"].reason, allow_module_level=True)
@@ -113,6 +114,70 @@ def check_rectangle(rows: int, columns: int, features: int, dtype: torch.dtype) 
         results.append([*out, *torch.autograd.grad(total, tensors)])
     for value, expected in zip(*results, strict=True):
         assert relative_error(value, expected) <= 2 * BOUND[dtype]
+
+
+def random_pairs(rows: int) -> Tensor:
+    """(rows,) the positive of each row, or -1 for a sixth of them; pairs lie anywhere."""
+    positives = torch.full((rows,), -1, device=DEVICE)
+    first, second = torch.randperm(rows, device=DEVICE)[: rows // 12 * 10].view(2, -1)
+    positives[first], positives[second] = second, first
+    return positives
+
+
+def check_rows(
+    rows: int,
+    features: int,
+    dtype: torch.dtype,
+    *,
+    views: int = 1,
+    positives: Tensor | None = None,
+    classes: Tensor | None = None,
+    temperature: float | Tensor = 0.1,
+    cosine: bool = True,
+) -> None:
+    """Compare rows against themselves with the reference in fp64: all results and gradients."""
+    z = torch.randn(rows, features, device=DEVICE).to(dtype)
+    learnt = isinstance(temperature, Tensor)
+    leaves = [*z.chunk(views), *([temperature] if isinstance(temperature, Tensor) else [])]
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out = run_self_logsumexp(
+        leaves[0],
+        leaves[1] if views == 2 else None,
+        positives=positives,
+        classes=classes,
+        temperature=leaves[-1] if learnt else temperature,
+        use_cosine_similarity=cosine,
+        eps=1e-8,
+        overload=".triton",
+    )
+    if views == 2:
+        positives = torch.arange(rows, device=DEVICE).roll(rows // 2)
+        classes = None if classes is None else classes.repeat(2)
+    truth = reference.self_logsumexp(
+        torch.cat(exact[:views]),
+        positives=positives,
+        classes=classes,
+        temperature=exact[-1] if learnt else temperature,
+        use_cosine_similarity=cosine,
+    )
+    pairs: list[tuple[Tensor, Tensor]] = [(out.lse, truth.lse), (out.largest, truth.largest)]
+    if positives is not None:
+        pairs.append((out.positive, truth.positive))
+    upstream = [torch.randn(rows, device=DEVICE) for _ in pairs]
+    gradients = []
+    for tensors, values in zip((leaves, exact), zip(*pairs, strict=True), strict=True):
+        counted = values[0].isfinite()  # the log-sum-exp of a row without any entry is -inf
+        total = (values[0].where(counted, 0.0) * upstream[0].to(values[0])).sum()
+        for value in values[2:]:
+            total = total + (value * upstream[2].to(value)).sum()
+        gradients.append(torch.autograd.grad(total, tensors))
+    for value, expected in pairs:
+        assert torch.equal(value.isfinite(), expected.isfinite())
+        finite = expected.isfinite()
+        assert relative_error(value[finite], expected[finite]) <= 2 * BOUND[dtype]
+    for gradient, expected in zip(*gradients, strict=True):
+        assert relative_error(gradient, expected) <= 2 * BOUND[dtype]
 
 
 @pytest.mark.usefixtures("loads")
@@ -216,12 +281,66 @@ def test_rectangles_in_panels_and_squares() -> None:
     check_rectangle(300, 260, 20, torch.float32)
 
 
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(("rows", "views"), [(127, 1), (128, 1), (129, 1), (520, 1), (512, 2)])
+def test_rows_by_strips_and_edges(rows: int, views: int) -> None:
+    check_rows(rows, 16, torch.float16, views=views)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("rows", [127, 129, 300])
+def test_positives_in_inner_tiles_and_edges(rows: int) -> None:
+    check_rows(rows, 40, torch.float16, positives=random_pairs(rows))
+    # The first tiles hold no pair, the last ones many. Two rows in the middle have no positive.
+    number = torch.arange(rows, device=DEVICE)
+    positives = number.flip(0).where((2 * number - rows + 1).abs() > 1, -1)
+    check_rows(rows, 16, torch.bfloat16, positives=positives)
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("samples", [64, 150])
+def test_classes_in_every_tile(views: int, samples: int) -> None:
+    # The numbers differ in their upper 32 bits alone.
+    classes = torch.randint(-2, 2, (samples,), device=DEVICE) * 2**40
+    check_rows(views * samples, 40, torch.bfloat16, views=views, classes=classes)
+    apart = torch.arange(samples, device=DEVICE) * -3
+    check_rows(views * samples, 16, torch.float16, views=views, classes=apart)
+    check_rows(views * samples, 16, torch.float16, views=views, classes=classes)
+
+
+@pytest.mark.usefixtures("small_workspace")
+@pytest.mark.parametrize(
+    ("options", "paired", "classed"),
+    [
+        ({}, True, False),
+        ({"temperature": 0.005}, True, True),
+        ({"temperature": torch.tensor(0.3, device=DEVICE), "views": 2}, False, True),
+        ({"temperature": torch.tensor(0.02, device=DEVICE)}, True, False),
+        ({"cosine": False, "temperature": 5.0}, True, True),
+    ],
+    ids=["constant", "running", "views", "tensor", "dot"],
+)
+def test_rows_in_panels_and_squares(options: dict[str, Any], paired: bool, classed: bool) -> None:
+    classes = torch.randint(5, (300 // options.get("views", 1),), device=DEVICE)
+    check_rows(
+        300,
+        20,
+        torch.float32,
+        positives=random_pairs(300) if paired else None,
+        classes=classes if classed else None,
+        **options,
+    )
+
+
 @pytest.mark.parametrize("splits", [1, 2, 3])
 def test_owned_rows_in_splits(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "splits", lambda *_: splits)
     check_nt_xent(100, 64, torch.float16)
     check_nt_xent(96, 64, torch.bfloat16)
     check_rectangle(150, 200, 64, torch.float16)
+    check_rows(150, 64, torch.float16)
+    check_rows(150, 64, torch.bfloat16, positives=random_pairs(150))
 
 
 @pytest.mark.parametrize("rows", [64, 128])
@@ -304,6 +423,23 @@ def test_a_dot_product_of_inf_is_nan_though_it_may_be_minus_inf(
     z_j = torch.tensor([[1.0], [-1.0], [-1.0]], device=DEVICE).to(dtype)
     out = nt_xent(z_i, z_j, use_cosine_similarity=False, temperature=1.0, backend="triton")
     assert out.loss.isnan()
+
+
+@pytest.mark.usefixtures("large")
+def test_a_pair_has_one_similarity_wherever_it_lies() -> None:
+    z, positives = torch.randn(300, 33, device=DEVICE), random_pairs(300)
+    out = run_self_logsumexp(
+        z,
+        None,
+        positives=positives,
+        temperature=0.1,
+        use_cosine_similarity=True,
+        eps=1e-8,
+        overload=".triton",
+    )
+    paired = positives >= 0
+    assert torch.equal(out.positive[paired], out.positive[positives[paired]])
+    assert (out.positive[~paired] == 0).all()
 
 
 def test_fewer_rows_than_a_tile_beside_many_columns() -> None:

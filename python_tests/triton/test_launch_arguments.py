@@ -29,6 +29,7 @@ def launches(source: str) -> Iterator[ast.Call]:
         "hopper_gradients",
         "nt_xent",
         "cross_logsumexp",
+        "self_logsumexp",
         "prediction_loss",
         "prepare",
     ],

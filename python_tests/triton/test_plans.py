@@ -32,6 +32,7 @@ import triton.language as tl
 from planned_calls import (
     NAMESPACE,
     NT_XENT,
+    SELF,
     Operators,
     hierarchy,
     hierarchy_backward,
@@ -39,6 +40,8 @@ from planned_calls import (
     nt_xent_forward,
     rectangle,
     rectangle_backward,
+    rows_of_a_batch,
+    rows_of_a_batch_backward,
     same,
 )
 
@@ -139,6 +142,17 @@ def test_cross_logsumexp_is_replayed(
                 call, of_x=of_x, of_y=of_y, **options
             ),
         )
+
+
+@pytest.mark.parametrize("case", SELF)
+def test_self_logsumexp_is_replayed(operators: Operators, case: str) -> None:
+    options: dict[str, Any] = SELF[case]
+    check_replays(operators, "self_logsumexp", lambda call: rows_of_a_batch(call, **options))
+    check_replays(
+        operators,
+        "self_logsumexp_backward",
+        lambda call: rows_of_a_batch_backward(call, **options),
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,15 @@ import pytest
 import torch
 from planned_calls import (
     NT_XENT,
+    SELF,
     hierarchy,
     hierarchy_backward,
     nt_xent_backward,
     nt_xent_forward,
     rectangle,
     rectangle_backward,
+    rows_of_a_batch,
+    rows_of_a_batch_backward,
     same,
 )
 from torch import Tensor
@@ -97,6 +100,13 @@ def test_cross_logsumexp_is_replayed(tensor: bool) -> None:
         "cross_logsumexp_backward",
         lambda call: rectangle_backward(call, of_x=True, of_y=True, **options),
     )
+
+
+@pytest.mark.parametrize("case", SELF)
+def test_self_logsumexp_is_replayed(case: str) -> None:
+    options: dict[str, Any] = SELF[case]
+    check_replays("self_logsumexp", lambda call: rows_of_a_batch(call, **options))
+    check_replays("self_logsumexp_backward", lambda call: rows_of_a_batch_backward(call, **options))
 
 
 @pytest.mark.parametrize("mask", [False, True], ids=["whole", "mask"])
