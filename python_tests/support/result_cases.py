@@ -350,6 +350,8 @@ def operator_cases(overload: str) -> Iterator[Case]:
         ) -> Results:
             values = {
                 "mask": make_mask("mask", 40, 40),
+                "positives": None,
+                "classes": torch.arange(40) % 7,
                 "temperature_tensor": None,
                 "temperature": 0.2,
                 "use_cosine_similarity": cosine,
@@ -388,6 +390,10 @@ def operator_cases(overload: str) -> Iterator[Case]:
         yield (
             f"operator cross_logsumexp{suffix}",
             lambda run=similarities: run("cross_logsumexp"),
+        )
+        yield (
+            f"operator self_logsumexp{suffix}",
+            lambda run=similarities: run("self_logsumexp"),
         )
         yield f"operator prediction_loss{suffix}", predictions
 
