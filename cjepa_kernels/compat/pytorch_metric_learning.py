@@ -192,7 +192,7 @@ class SupConLoss(_LabelledLoss):
     def _loss(self, embeddings: Tensor, ref_emb: Tensor | None, classes: Classes) -> Tensor:
         losses = self._rows(embeddings, ref_emb, classes).sup_con()
         # The library's losses below this bound round to 0, which its mean leaves out.
-        counts = losses.detach() > torch.finfo(losses.dtype).eps / 2
+        counts = ~(losses.detach() <= torch.finfo(losses.dtype).eps / 2)  # a NaN counts
         return losses.where(counts, 0.0).sum() / counts.sum().clamp(min=1)
 
 

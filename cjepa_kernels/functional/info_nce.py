@@ -317,9 +317,11 @@ def _info_nce(
             pairs, all_pairs = query.shape[0], query.shape[0] * columns
             negatives = all_pairs - pairs
             total = out.mean_similarity * all_pairs - out.positive.sum()
+            # A NaN makes the accuracy 0. Back ends may leave a NaN out of their maxima.
+            hits = terms.hits.where(~out.mean_similarity.isnan(), 0.0)
             return InfoNCEOutput(
                 loss=loss,
-                accuracy=terms.hits.mean(),
+                accuracy=hits.mean(),
                 positive_similarity=out.positive.mean(),
                 negative_similarity=total / (negatives if negatives else math.nan),
                 lse=terms.lse,

@@ -149,6 +149,7 @@ def _sup_con(
         difference = gap(out.lse, mean, out.shift, out.log_sum, temperature)
         losses = torch.where(is_sole, softplus(difference), difference)
         losses = reference.raise_to_bound(losses, positives.number).where(counts, 0.0)
+        losses = losses.masked_fill(out.lse.isnan(), torch.nan)  # of anchors without positives too
         loss = reference.reduce_counted(losses, counts, reduction)
     with torch.no_grad():
         of_pair = softplus(difference) + mean / temperature  # log-sum-exp with the positive

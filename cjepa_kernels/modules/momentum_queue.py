@@ -177,12 +177,33 @@ class MomentumQueue(nn.Module):
         self.counters[0], self.counters[1] = position, filled
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         counters = state_dict.get(f"{prefix}counters")
+        position, filled = self._position, self._filled
         if isinstance(counters, Tensor) and counters.shape == (2,) and not counters.is_meta:
-            self._position, self._filled = counters.tolist()
+            position, filled = (int(number) for number in counters.tolist())
+            if not (0 <= position < self.size and 0 <= filled <= self.size):
+                error_msgs.append(
+                    f"{prefix}counters must hold a position from 0 to {self.size - 1} and a number "
+                    f"of keys from 0 to {self.size}, got {position} and {filled}"
+                )
+                return
+        errors = len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if len(error_msgs) == errors:
+            self._position, self._filled = position, filled
+        else:  # PyTorch has taken what fits all the same
+            self._count(self._position, self._filled)
 
     def extra_repr(self) -> str:
         """Settings as ``name=value``, for ``print(module)``."""

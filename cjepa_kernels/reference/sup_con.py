@@ -62,6 +62,7 @@ def sup_con(
     )
     losses = torch.where(alone, -F.logsigmoid(logit - lse), lse - logit)
     losses = raise_to_bound(losses, positives).where(positives > 0, 0.0)
+    losses = losses.masked_fill(embedded.isnan().any(), torch.nan)
     loss = reduce_counted(losses, positives > 0, reduction)
     with torch.no_grad():
         return SupConOutput(

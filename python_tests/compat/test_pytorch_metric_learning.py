@@ -287,3 +287,15 @@ def test_a_wrong_call_is_named(arguments: dict[str, Any], message: str) -> None:
 def test_other_losses_are_not_wrapped() -> None:
     with pytest.raises(ValueError, match="loss must be NTXentLoss or SupConLoss of cjepa_kernels"):
         SelfSupervisedLoss(losses.TripletMarginLoss())
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_give_nan(name: str, value: float) -> None:
+    rows, labels = torch.randn(6, 5), torch.tensor([0, 0, 1, 1, 1, 2])
+    rows[1, 0] = value
+    assert getattr(losses, name)()(rows, labels).isnan()
+    rows.requires_grad_()
+    loss = OURS[name]()(rows, labels)
+    assert loss.isnan()
+    assert torch.autograd.grad(loss, rows)[0].isnan().any()

@@ -145,8 +145,21 @@ def test_state_moves_and_copies() -> None:
     moved = queue.to(torch.float64)
     assert moved.keys.dtype == torch.float64
     assert moved.counters.dtype == torch.int64
+    larger = MomentumQueue(6, 3)
     with pytest.raises(RuntimeError, match="size mismatch for keys"):
-        MomentumQueue(6, 3).load_state_dict(queue.state_dict())
+        larger.load_state_dict(queue.state_dict())
+    assert larger.filled == 0
+    assert larger.counters.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("counters", [[5, 5], [-1, 2], [0, 6], [99, 99]], ids=str)
+def test_wrong_counters_are_refused(counters: list[int]) -> None:
+    queue = MomentumQueue(5, 3)
+    queue.enqueue(keys_of([1, 2]))
+    state = MomentumQueue(5, 3).state_dict() | {"counters": torch.tensor(counters)}
+    with pytest.raises(RuntimeError, match=r"counters must hold a position from 0 to 4 .* got"):
+        queue.load_state_dict(state)
+    assert numbers_in(queue) == [1, 2]
 
 
 def test_the_meta_device() -> None:

@@ -189,6 +189,17 @@ def test_one_pair_without_negatives(
         assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("side", [0, 1], ids=["query", "key"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
+def test_nan_and_infinity_give_nan(backend: Any, symmetric: bool, side: int, value: float) -> None:
+    leaves = [z.detach().clone() for z in sides(6, 6, 24)]
+    leaves[side][1, 0] = value
+    out = info_nce(*leaves, symmetric=symmetric, backend=backend)
+    assert out.loss.isnan()
+    assert out.accuracy == 0
+
+
 @pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
 def test_empty_negatives_are_none(backend: Any, symmetric: bool) -> None:
     leaves = [*sides(12, 12, 6), torch.empty(0, 6, requires_grad=True)]

@@ -185,6 +185,18 @@ def test_duplicates_have_the_lower_bound(backend: Any, rows: int) -> None:
     assert gradient.abs().max() <= 1e-3 / 0.005 / rows  # rounding, divided by the temperature
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 1, 2, 2], [0] * 6], ids=str)
+def test_nan_and_infinity_give_nan(backend: Any, value: float, labels: list[int]) -> None:
+    """The loss says so even if no anchor has a positive, because the gradient is NaN."""
+    z = torch.randn(6, 5)
+    z[1, 0] = value
+    z.requires_grad_()
+    out = sup_con(z, torch.tensor(labels), backend=backend)
+    assert out.loss.isnan()
+    assert torch.autograd.grad(out.loss, z)[0].isnan().any()
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_no_anchor_has_a_positive(backend: Any, rows: int, reduction: Any) -> None:
