@@ -42,12 +42,14 @@ class Sizes:
     Attributes:
         latency: Sizes of the latency as called.
         loss: Sizes of the device time of both directions.
+        losses: Rows and features of the losses beside NT-Xent.
         prediction: Rows and features of the prediction loss.
         memory: The largest batch.
     """
 
     latency: tuple[Size, ...]
     loss: tuple[Size, ...]
+    losses: tuple[Size, ...]
     prediction: Size
     memory: Size
 
@@ -58,6 +60,7 @@ FULL = Sizes(
     loss=tuple(
         Size(rows, features) for features in (256, 512, 128, 768) for rows in (65536, 16384)
     ),
+    losses=tuple(Size(rows, 256) for rows in (8192, 2048, 32768)),
     prediction=Size(128 * 196, 768),
     memory=Size(2**21, 256),
 )
@@ -65,6 +68,7 @@ FULL = Sizes(
 TINY = Sizes(
     latency=(Size(64, 16),),
     loss=(Size(64, 16), Size(128, 16)),
+    losses=(Size(64, 16),),
     prediction=Size(32, 16),
     memory=Size(512, 16),
 )
@@ -208,6 +212,7 @@ def measurements(sizes: Sizes) -> list[Step]:
         Step("Gluon kernels", [sys.executable, str(ROOT / "bench" / "gpu_hopper.py")], 60),
         Step("prediction", measure("prediction", [sizes.prediction]), 15, reserved=8),
         Step("memory", measure("memory", [sizes.memory]), 40, reserved=22),
+        Step("other losses", measure("losses", sizes.losses), 45),
     ]
 
 

@@ -30,9 +30,12 @@ from cjepa_kernels.bench import candidates, memory, sizes
 from cjepa_kernels.bench.candidates import BOTH, DIRECTIONS, FORWARD, one_pass, products
 from cjepa_kernels.bench.formulas import TEMPERATURE, Formula, eager
 from cjepa_kernels.bench.latency import latencies, waiting_for
+from cjepa_kernels.bench.losses import LOSSES
 from cjepa_kernels.bench.sizes import Size
 from cjepa_kernels.bench.timing import (
     Build,
+    BusyDevice,
+    DeviceClock,
     IdleDevice,
     Run,
     graphed,
@@ -166,11 +169,26 @@ def latency(size: Size, *, only_usual: bool = False) -> None:
         fail("latency", size, name, error)
 
 
-def device_times(part: str, size: Size, direction: str, builds: dict[str, Build]) -> None:
-    """The time of each candidate on the device alone; without a GPU that of the whole call."""
+def device_times(
+    part: str,
+    size: Size,
+    direction: str,
+    builds: dict[str, Build],
+    *,
+    clock: Callable[[], DeviceClock] = BusyDevice,
+) -> None:
+    """The time of each candidate by a clock; without a GPU that of the whole call.
+
+    Args:
+        part: What is measured.
+        size: Rows and features.
+        direction: ``FORWARD`` or ``BOTH``.
+        builds: Makers of the candidates' calls.
+        clock: Makes the timer of one candidate. Default: the time on the device alone.
+    """
     times: dict[str, dict[str, Any]]
     if ON_GPU:
-        times, errors = interleaved_on_gpu(builds, seconds=DEVICE_SECONDS)
+        times, errors = interleaved_on_gpu(builds, seconds=DEVICE_SECONDS, clock=clock)
     else:
         runs = {name: build() for name, build in builds.items()}
         errors = {}
@@ -194,6 +212,22 @@ def loss(size: Size, *, only_usual: bool = False) -> None:
             MM if direction == FORWARD else MM3: partial(products, inputs, direction),
         }
         device_times("loss", size, direction, usual(builds) if only_usual else builds)
+
+
+def losses(size: Size) -> None:
+    """The losses beside NT-Xent, each beside other projects' formulas, on a device that waits.
+
+    One of these waits for the device within its call, so the time of the device alone is not known.
+    """
+    for part, of in LOSSES.items():
+        inputs = views(of.size(size.rows, size.features))
+        builds: dict[str, Build] = {}
+        for name, candidate in of.candidates().items():
+            try:
+                builds[name] = partial(one_pass, candidate.make(TEMPERATURE), inputs, BOTH)
+            except ImportError as error:
+                leave_out(part, size, name, kind_and_first_line(error))
+        device_times(part, size, BOTH, builds, clock=IdleDevice)
 
 
 def prediction_call(size: Size) -> Run:
@@ -318,6 +352,7 @@ def small() -> None:
 PARTS: dict[str, Callable[..., None]] = {
     "latency": latency,
     "loss": loss,
+    "losses": losses,
     "prediction": prediction,
     "memory": extra_memory,
 }

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from cjepa_kernels.bench.candidates import BOTH, COMPILED, EAGER, FORWARD, MM, OURS
+from cjepa_kernels.bench.losses import LOSSES
 from cjepa_kernels.bench.records import RESULTS
 from cjepa_kernels.bench.sources import since
 from cjepa_kernels.environment import DEFAULT_MEBIBYTES
@@ -261,6 +262,81 @@ def memory_cpu() -> str:
         sizes = (f"{of[n]['extra_bytes'] / MIB:.0f}" if n in of else "not run" for n in names)
         rows.append([count, *sizes, f"{of['native']['over_input']:.1f}"])
     return table("M | `native` | `chunked` | `reference` | `native` / input", rows)
+
+
+def record_of_losses(name: str) -> Fields | None:
+    """A record of the losses beside NT-Xent, if there is one."""
+    path = f"bench/results/{name}_cpu.json"
+    return record(path) if (ROOT / path).is_file() else None
+
+
+def not_recorded(script: str) -> str:
+    return f"There is no record yet: `python bench/{script}.py` has to be run on a quiet machine."
+
+
+@template
+def losses_cpu() -> str:
+    content = record_of_losses("losses")
+    if content is None:
+        return not_recorded("losses")
+    rows = []
+    for name, loss in LOSSES.items():
+        for count in sorted({r["M"] for r in select(content, "rows", loss=name)}):
+            cell = {"loss": name, "M": count}
+            memory = {r["name"]: r["extra_bytes"] for r in select(content, "memory", **cell)}
+            errors = {r["name"]: r["error_of_gradient"] for r in select(content, "errors", **cell)}
+            for one in loss.candidates().values():
+                cells = [loss.title, one.title, f"{count:,}"]
+                timed = select(content, "rows", **cell, name=one.name)
+                if not timed:
+                    rows.append([*cells, "not run", "", "", ""])
+                    continue
+                ratio = timed[0].get("ours_over_it")
+                share = "" if ratio is None else f"{ratio['value']:.3f}"
+                if ratio is not None and ratio["low"] is not None:
+                    share += f" ({ratio['low']:.3f} to {ratio['high']:.3f})"
+                size = mebibytes(memory[one.name]) if one.name in memory else "-"
+                error = f"{errors[one.name]:.1e}" if one.name in errors else "-"
+                rows.append([*cells, milliseconds(timed[0]["median"]), share, size, error])
+    heads = (
+        "loss | computed by | rows | ms | ours / this (99 % interval) | extra MiB "
+        "| error of the gradient"
+    )
+    return f"{measured(content)}\n\n{table(heads, rows, text_columns=2)}"
+
+
+@template
+def losses_targets() -> str:
+    content = record_of_losses("losses")
+    if content is None:
+        return not_recorded("losses")
+    rows = []
+    for t in content["targets"]:
+        if t["target"] is not None:
+            loss = LOSSES[t["loss"]]
+            other = loss.candidates()[t["other"]].title
+            value = "not run" if t["ratio"] is None else f"{t['ratio']:.3f}"
+            rows.append([loss.title, other, f"{t['target']:g}", value, t["verdict"]])
+    return table("loss | over | at most | measured | ", rows, text_columns=2)
+
+
+@template
+def losses_memory() -> str:
+    content = record_of_losses("losses_memory")
+    if content is None:
+        return not_recorded("losses_memory")
+    rows = [
+        [
+            r["title"],
+            f"{r['M']:,}",
+            mebibytes(r["input_bytes"]),
+            mebibytes(r["extra_bytes"]),
+            f"{r['over_input']:.2f}",
+        ]
+        for r in content["rows"]
+    ]
+    heads = "loss | rows | input, MiB | extra memory, MiB | extra / input"
+    return f"{measured(content)}\n\n{table(heads, rows, text_columns=1)}"
 
 
 STAGES = "bench/results/cpu_kernel_stages.json"

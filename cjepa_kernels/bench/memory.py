@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cjepa_kernels.bench import candidates
+from cjepa_kernels.bench import candidates, losses
 from cjepa_kernels.bench.sizes import DTYPES, Size, views
 from cjepa_kernels.bench.timing import Run
 from cjepa_kernels.error_lines import kind_and_first_line
@@ -66,7 +66,7 @@ def _on_cpu(name: str, size: Size, dtype: str, temperature: float) -> int:
     """Growth of the peak resident memory in bytes, in a new process."""
     # A compiled formula is compiled first, so that the compiler's memory is not counted.
     warm_up = size if name == candidates.COMPILED else WARM_UP
-    formula = candidates.find(name).make(temperature)
+    formula = losses.find(name).make(temperature)
     inputs = views(size, dtype=DTYPES[dtype])
     before = views(warm_up, dtype=DTYPES[dtype])
     torch.autograd.grad(formula(*before), before)
@@ -89,7 +89,7 @@ def _status(field: str) -> int:
 
 
 def _on_cuda(name: str, size: Size, *, device: str, dtype: str, temperature: float) -> int:
-    formula = candidates.find(name).make(temperature)
+    formula = losses.find(name).make(temperature)
     inputs = views(size, device=device, dtype=DTYPES[dtype])
     torch.autograd.grad(formula(*inputs), inputs)
     gc.collect()
