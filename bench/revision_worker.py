@@ -87,10 +87,13 @@ def time_training_step(configuration: str, seconds: float) -> dict[str, float]:
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         """The loss with its gradients, on detached copies of its inputs."""
-        targets = kwargs.get("targets")
-        detached = {key: _detach(value) for key, value in kwargs.items() if key != "targets"}
+        detached = {
+            key: _detach(value)
+            for key, value in kwargs.items()
+            if key != "targets" and _has_gradient(value)
+        }
         start = time.perf_counter()
-        out = forward(*args, **detached, targets=targets)
+        out = forward(*args, **(kwargs | detached))
         inputs = [x for value in detached.values() for x in _list(value)]
         torch.autograd.grad(out["loss"], inputs)
         losses.append(time.perf_counter() - start)
@@ -116,6 +119,11 @@ def time_training_step(configuration: str, seconds: float) -> dict[str, float]:
 
 def _list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _has_gradient(value: Any) -> bool:
+    """Labels, masks and arguments that are None have none."""
+    return all(isinstance(x, torch.Tensor) and x.is_floating_point() for x in _list(value))
 
 
 def _detach(value: Any) -> Any:
