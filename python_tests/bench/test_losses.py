@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from cjepa_kernels.bench import candidates, losses, memory, records, script_opti
 from cjepa_kernels.bench.candidates import Candidate
 from cjepa_kernels.bench.losses import COMPARED, LOSSES, classes, classes_of_rows
 from cjepa_kernels.bench.sizes import Size
+from docs import generate_figures
 
 bench, memories, measure = map(load, ("losses", "losses_memory", "gpu_measure"))
 
@@ -115,6 +117,7 @@ def test_a_measurement_has_times_ratios_memory_and_errors(name: str, quick: Any)
     for other in loss.others:
         ratio = rows[other.name]["ours_over_it"]
         assert 0 < ratio["low"] <= ratio["value"] <= ratio["high"]
+    assert quick.calls == {(name, one): (64, rows[one]["p20"]) for one in rows}
     assert quick.asked == [(one, Size(64 * loss.sides, 256)) for one in loss.candidates()]
     checked = {row["name"]: row for row in quick.sections["errors"]}
     assert checked.keys() == rows.keys() - {candidates.OURS}
@@ -151,13 +154,19 @@ def test_what_does_not_fit_takes_long_or_is_missing_is_not_run(
     monkeypatch.setitem(LOSSES, "sup_con", losses.replace(loss, others=others))
     quick.calls["sup_con", plain.name] = (32, 2 * bench.LONGEST)
     quick.measure("sup_con", 64)
+    with monkeypatch.context() as patched:  # A candidate that has a target is waited for.
+        patched.setattr(bench, "COMPARED", Size(48, 256))
+        patched.setattr(bench, "LONGEST", 0.0)
+        quick.measure("sup_con", 48)
+        assert [row["name"] for row in quick.sections["rows"][1:]] == ["sup_con", plain.name]
+        del quick.sections["rows"][1:]
     monkeypatch.setattr(bench.machine, "free_memory", lambda: 2**16)
     quick.measure("sup_con", 128)
     assert {row["name"] for row in quick.sections["rows"]} == {"sup_con"}
     reasons = [row["reason"] for row in quick.sections["left_out"] if row["name"] == plain.name]
     assert reasons[0] == f"would take about {8 * bench.LONGEST:.0f} s a call"
     assert reasons[1].endswith("and at most 80 % of the free 0.0 GiB may be taken")
-    (reason, _) = (
+    (reason, _, _) = (
         row["reason"] for row in quick.sections["left_out"] if row["name"] == library.name
     )
     assert reason == "no such library"
@@ -207,6 +216,52 @@ def test_only_a_whole_run_is_recorded(
         content = json.loads((tmp_path / "losses_cpu.json").read_text())
         assert {"environment", "rows", "memory", "errors", "left_out", "targets"} == content.keys()
         assert content["memory"][0]["extra_bytes"] == 2**20
+
+
+@needs_native
+def test_the_page_shows_what_a_record_has(quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick.calls["sup_con", "metric_learning_sup_con"] = (32, bench.LONGEST)
+    for name in ("sup_con", "labels"):
+        quick.measure(name, 64)
+    for row in quick.sections["rows"]:
+        row["median"] = 0.125
+    judged = [{"loss": "sup_con", "other": "plain_sup_con", "ratio": None, "target": 0.1}]
+    judged += [{"loss": "labels", "other": candidates.OURS, "ratio": 1.25, "target": 1.15}]
+    content = {"environment": bench.machine.environment(), **quick.sections}
+    content["targets"] = [
+        {**t, "verdict": verdict} for t, verdict in zip(judged, ("not run", "missed"), strict=True)
+    ]
+    cell = {"title": "CLIP", "M": 65536, "over_input": 3.456}
+    sizes = {"input_bytes": 2**27, "extra_bytes": 2**28}
+    fields = generate_figures.Fields
+    found = {
+        "losses": fields(
+            {
+                name: part if name == "environment" else [*map(fields, part)]
+                for name, part in content.items()
+            }
+        ),
+        "losses_memory": fields(
+            environment=content["environment"], rows=[fields({**cell, **sizes})]
+        ),
+    }
+    monkeypatch.setattr(generate_figures, "record_of_losses", found.get)
+    lines = generate_figures.losses_cpu().splitlines()
+    assert lines[0].startswith("Measured by `")
+    assert "| SupCon | pytorch-metric-learning | 64 | not run |  |  |  |" in lines
+    (ours,) = (
+        line for line in lines if line.startswith("| SupCon | cjepa_kernels | 64 | 125 |  |")
+    )
+    assert ours.split(" | ")[5] == "0.0"
+    ratios = [line for line in lines if line.startswith("| NT-Xent with labels | plain formula")]
+    assert re.search(r"\| 64 \| 125 \| [\d.]+ \([\d.]+ to [\d.]+\) \| 0.0 \| [\d.e-]+ \|$", *ratios)
+    assert sum(line.startswith(("| SupCon", "| NT-Xent")) for line in lines) == 6
+    targets = generate_figures.losses_targets()
+    assert "| SupCon | plain formula | 0.1 | not run | not run |" in targets
+    assert "| NT-Xent with labels | NT-Xent without labels | 1.15 | 1.250 | missed |" in targets
+    assert "| CLIP | 65,536 | 128 | 256 | 3.46 |" in generate_figures.losses_memory()
+    monkeypatch.setattr(generate_figures, "record_of_losses", lambda name: None)
+    assert "no record yet: `python bench/losses.py`" in generate_figures.losses_targets()
 
 
 @pytest.mark.parametrize(
