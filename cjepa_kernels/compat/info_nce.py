@@ -67,6 +67,8 @@ def info_nce(
                 'negative_keys must be (M, D) with negative_mode="unpaired", got '
                 f"{tuple(negative_keys.shape)}"
             )
+        checks.check_rows("negative_keys", negative_keys, may_be_empty=True)
+        checks.check_same_features(query, negative_keys, names=("query", "negative_keys"))
     return functional.info_nce(
         query,
         positive_key,

@@ -22,6 +22,7 @@ from cjepa_kernels.functional.anchors import gap, softplus
 from cjepa_kernels.functional.cross_logsumexp import cross_logsumexp, run_cross_logsumexp
 from cjepa_kernels.functional.operands import operand_rows
 from cjepa_kernels.functional.self_logsumexp import run_self_logsumexp
+from cjepa_kernels.functional.sup_con import sup_con
 
 PAIRS_AT_ONCE = 2**22  # similarities of one part of the pairs of a class
 
@@ -65,14 +66,11 @@ class Classes:
 
     @property
     def only_positives(self) -> Tensor:
-        """(M,) the positive of each row that has exactly one, else -1."""
+        """(M,) the only key of the class of each row, or -1 for another number of keys."""
         sizes = self.sizes
         order = self.of_keys.argsort(stable=True)
-        ends = sizes.cumsum(0)
-        first = order[(ends - sizes).clamp(max=len(order) - 1)][self.of_rows]
-        last = order[(ends - 1).clamp(min=0)][self.of_rows]
-        only = first + last - torch.arange(len(first), device="cpu") if self.without_own else first
-        return only.where(self.positives == 1, -1)
+        first = order[(sizes.cumsum(0) - sizes).clamp(max=len(order) - 1)][self.of_rows]
+        return first.where(sizes[self.of_rows] == 1, -1)
 
 
 class RowSums(NamedTuple):
@@ -119,12 +117,15 @@ class LabelledRows:
         A row with one positive has softplus(LSE- - s / tau), which does not cancel. With n > 1
         positives the loss is not below log n, and is clamped there against rounding.
         """
+        if self.keys is None:
+            labels = self.classes.of_rows.to(self.rows.device)
+            options = {"temperature": self.tau, **self.options}
+            return sup_con(self.rows, labels, reduction="none", **options).loss
         # A rectangle leaves one key of each row out of its sum: its own, or else its only positive.
-        without_own_key = self.keys is not None and self.classes.without_own
         left_out = self.classes.only_positives
-        if without_own_key:
+        if self.classes.without_own:
             left_out = torch.arange(len(left_out), device="cpu")
-        sums = self._sums(positives=left_out.to(self.rows.device))
+        sums = self._sums(self.keys, positives=left_out.to(self.rows.device))
         rows, keys = self._operands()
         count = self.classes.positives.to(rows.device)
         row_class, key_class = (
@@ -140,7 +141,7 @@ class LabelledRows:
             several = gap(sums.lse, mean, sums.shift, sums.log_sum, self.tau)
             bound = count.clamp(min=1).to(several.dtype).log()
             several = several + (several.detach().maximum(bound) - several.detach())
-            if not without_own_key:
+            if not self.classes.without_own:
                 one = softplus(gap(sums.lse, sums.positive, sums.shift, sums.log_sum, self.tau))
                 several = torch.where(count == 1, one, several)
             return several.where(count > 0, 0.0)
@@ -151,8 +152,8 @@ class LabelledRows:
         LSE_a is over the rows of other classes.
         """
         count = self.classes.positives
-        if not self.classes.without_own and count.max() <= 1:
-            sums = self._sums(positives=self.classes.only_positives.to(self.rows.device))
+        if self.keys is not None and not self.classes.without_own and count.max() <= 1:
+            sums = self._sums(self.keys, positives=self.classes.only_positives.to(self.rows.device))
             chosen = (count == 1).nonzero().squeeze(1).to(self.rows.device)
             with dispatch.without_autocast(self.rows.device):
                 lse, shift, log_sum, positive = (x[chosen] for x in sums)
@@ -185,14 +186,16 @@ class LabelledRows:
             return rows, rows
         return rows, operand_rows(self.keys, backend="auto", **self.options)
 
-    def _sums(self, *, positives: Tensor) -> RowSums:
-        """Over all keys but ``positives``, and of a row against the others without itself."""
-        overload = dispatch.choose_overload("auto", self.rows.device)
-        options = {"temperature": self.tau, "overload": overload, **self.options}
-        if self.keys is None:
-            own = run_self_logsumexp(self.rows, None, positives=positives, **options)
-            return RowSums(own.lse, own.shift, own.log_sum, own.positive)
-        out = run_cross_logsumexp(self.rows, self.keys, positives=positives, **options)
+    def _sums(self, keys: Tensor, *, positives: Tensor) -> RowSums:
+        """Over all keys but ``positives``."""
+        out = run_cross_logsumexp(
+            self.rows,
+            keys,
+            positives=positives,
+            temperature=self.tau,
+            overload=dispatch.choose_overload("auto", self.rows.device),
+            **self.options,
+        )
         return RowSums(out.row_lse, out.row_shift, out.row_log_sum, out.positive)
 
     def _other_classes(self) -> RowSums:

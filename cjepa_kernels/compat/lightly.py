@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -56,6 +57,7 @@ class NTXentLoss(nn.Module):
             raise ValueError(
                 f"temperature must be at least {SMALLEST_TEMPERATURE}, got {temperature}"
             )
+        checks.check_bool("gather_distributed", gather_distributed)
         self.memory_bank = MemoryBank(memory_bank_size, gather_distributed)
         self.temperature = temperature
         self.gather_distributed = gather_distributed
@@ -73,13 +75,16 @@ class NTXentLoss(nn.Module):
             () fp32 (fp64 for fp64 embeddings).
         """
         if self.memory_bank.size[0] == 0:
-            return nt_xent(
-                out0,
-                out1,
-                temperature=self.temperature,
-                eps=EPS,
-                group=resolve_group(self.gather_distributed),
-            ).loss
+            group = resolve_group(self.gather_distributed)
+            # A rank without pairs must not raise here and leave the other ranks waiting.
+            _check_pairs(out0, out1, self.temperature, allow_empty=group is not None)
+            return nt_xent(out0, out1, temperature=self.temperature, eps=EPS, group=group).loss
+        _check_pairs(out0, out1, self.temperature)
+        if out0.shape[1] != self.memory_bank.size[1]:
+            raise ValueError(
+                f"memory_bank_size must be (rows, {out0.shape[1]}) for out0 and out1 of "
+                f"{out0.shape[1]} features, got {self.memory_bank.size}"
+            )
         bank = self.memory_bank.bank.to(out0, copy=True)  # the backward needs it as it is now
         loss = info_nce(
             out0,
@@ -113,7 +118,7 @@ class MemoryBank(nn.Module):
 
     def __init__(self, size: int | Sequence[int], gather_distributed: bool = False) -> None:
         super().__init__()
-        self.size = (size,) if isinstance(size, int) else tuple(size)
+        self.size = _as_shape(size)
         if (self.size != (0,) and len(self.size) != 2) or min(self.size, default=-1) < 0:
             raise ValueError(
                 "memory_bank_size must be 0 or (rows, features), two numbers of 0 or more, got "
@@ -169,6 +174,7 @@ class DCLLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_temperature(temperature)
+        checks.check_bool("gather_distributed", gather_distributed)
         self.temperature = temperature
         self.weight_fn = weight_fn
         self.gather_distributed = gather_distributed
@@ -183,7 +189,7 @@ class DCLLoss(nn.Module):
         Returns:
             () fp32 (fp64 for fp64 embeddings). It may be negative.
         """
-        checks.check_views(out0, out1, allow_empty=False)
+        _check_pairs(out0, out1, self.temperature)
         of_ranks = self.gather_distributed and world_size() > 1
         if len(out0) == 1 and not of_ranks:
             raise ValueError("out0 and out1 must hold two pairs or more: one pair has no negatives")
@@ -246,6 +252,24 @@ class DCLWLoss(DCLLoss):
             weight_fn=partial(_mises_fisher_weights, sigma=sigma),
             gather_distributed=gather_distributed,
         )
+
+
+def _check_pairs(
+    out0: Tensor, out1: Tensor, temperature: float | Tensor, *, allow_empty: bool = False
+) -> None:
+    """Raise unless both are (B, D) of the same shape, and on the device of the temperature."""
+    checks.check_views(out0, out1, allow_empty=allow_empty, names=("out0", "out1"))
+    if out0.ndim != 2:
+        raise ValueError(f"out0 and out1 must be (B, D), got {tuple(out0.shape)}")
+    checks.check_temperature_device(temperature, "out0", out0)
+
+
+def _as_shape(size: object) -> tuple[int, ...]:
+    """The numbers of ``memory_bank_size``, or none if it holds anything else than integers."""
+    try:
+        return tuple(map(operator.index, size if isinstance(size, Iterable) else (size,)))
+    except TypeError:
+        return ()
 
 
 def _mises_fisher_weights(x: Tensor, y: Tensor, sigma: float) -> Tensor:

@@ -105,6 +105,10 @@ class ClipLoss(nn.Module):
                 )
             # DDP expects a gradient for every parameter.
             loss = loss + 0 * logit_bias.reshape(()).to(loss)
+        elif logit_bias is not None and not checks.is_number(logit_bias):
+            raise TypeError(
+                f"logit_bias must be a number or a tensor of one element, got {logit_bias!r}"
+            )
         return {"contrastive_loss": loss} if output_dict else loss
 
     def _loss(self, image: Tensor, text: Tensor, temperature: float | Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class _LabelledLoss(nn.Module):
         collect_stats: Must not be True.
         embedding_regularizer: Must be None.
         embedding_reg_weight: Not used.
+        unknown: Must be empty.
     """
 
     default_reducer = ""
@@ -40,8 +41,14 @@ class _LabelledLoss(nn.Module):
         collect_stats: bool | None = None,
         embedding_regularizer: Any = None,
         embedding_reg_weight: float = 1,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}.__init__() got an unexpected keyword argument "
+                f"{next(iter(unknown))!r}"
+            )
         checks.check_temperature(temperature)
         if reducer is not None and type(reducer).__name__ != self.default_reducer:
             raise ValueError(
@@ -76,8 +83,9 @@ class _LabelledLoss(nn.Module):
             indices_tuple: Must be None.
             ref_emb: Optional (N, D) rows that ``embeddings`` are compared with. Default:
                 ``embeddings`` themselves, each but with itself.
-            ref_labels: (N,) classes of ``ref_emb``. If it is ``labels`` itself and not a copy, row
-                k is not compared with row k of ``ref_emb``, as in the library.
+            ref_labels: (N,) classes of ``ref_emb``; not used without ``ref_emb``. If it is
+                ``labels`` itself and not a copy, row k is not compared with row k of ``ref_emb``,
+                as in the library.
 
         Returns:
             () fp32 (fp64 for fp64 embeddings); 0 with a gradient of 0 where there is no positive or
@@ -90,9 +98,12 @@ class _LabelledLoss(nn.Module):
             embeddings if ref_emb is None else ref_emb,
             names=("embeddings", "ref_emb"),
         )
+        checks.check_temperature_device(self.temperature, "embeddings", embeddings)
         _check_labels("labels", labels, "embeddings", embeddings)
         assert labels is not None
-        if ref_emb is not None:
+        if ref_emb is None:
+            ref_labels = None
+        else:
             _check_labels("ref_labels", ref_labels, "ref_emb", ref_emb)
             # The library takes the same tensor of labels as a sign that row k and row k of ref_emb
             # are the same sample, and leaves these pairs out. It moves labels to the device first.
@@ -234,7 +245,8 @@ class SelfSupervisedLoss(nn.Module):
             embeddings: (B, D).
             ref_emb: (B, D); row k is a view of the sample of row k of ``embeddings``.
         """
-        checks.check_views(embeddings, ref_emb, allow_empty=False)
+        names = ("embeddings", "ref_emb")
+        checks.check_views(embeddings, ref_emb, allow_empty=False, names=names)
         labels = torch.arange(len(embeddings), device="cpu")
         loss: Tensor
         if self.symmetric:

@@ -126,6 +126,7 @@ class MultipleNegativesRankingLoss(nn.Module):
             raise ValueError(
                 f"sentence_features must have two columns or more, got {len(embeddings)}"
             )
+        self._check(embeddings)
         query, *documents = embeddings
         own: Tensor | None = None  # (B,) where this rank's rows are among those of all ranks
         all_queries, all_documents = query, documents
@@ -149,6 +150,20 @@ class MultipleNegativesRankingLoss(nn.Module):
             of_documents = info_nce(documents[0], all_queries, positives=own, **options).loss
             loss = (loss + of_documents) / 2
         return loss
+
+    def _check(self, embeddings: list[Tensor]) -> None:
+        """Raise unless the columns are rows of the same features, with one document per query."""
+        for number, column in enumerate(embeddings[1:], start=1):
+            names = ("embeddings[0]", f"embeddings[{number}]")
+            checks.check_rows(names[0], embeddings[0], letter="B")
+            checks.check_rows(names[1], column, letter="B", may_be_empty=number > 1)
+            checks.check_same_features(embeddings[0], column, names=names)
+            one_per_query = number == 1 or "doc_to_doc" in self.directions
+            if one_per_query and len(column) != len(embeddings[0]):
+                raise ValueError(
+                    f"{names[1]} must have as many rows as embeddings[0], {len(embeddings[0])}, "
+                    f"got {len(column)}"
+                )
 
     def _joint(
         self,

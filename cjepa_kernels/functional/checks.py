@@ -104,29 +104,33 @@ def check_floating_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be of fp64, fp32, bf16 or fp16, got {value.dtype}")
 
 
-def check_views(z_i: Tensor, z_j: Tensor, *, allow_empty: bool) -> None:
+def check_views(
+    z_i: Tensor, z_j: Tensor, *, allow_empty: bool, names: tuple[str, str] = ("z_i", "z_j")
+) -> None:
     """Raise unless both are (B, D) or (B, N, D) embeddings of the same shape and device."""
-    check_floating_tensor("z_i", z_i)
+    first, second = names
+    check_floating_tensor(first, z_i)
     if isinstance(z_j, Tensor) and z_j.ndim == 1 and z_j.dtype in LABELS:
         raise TypeError(
-            "z_j must be the embeddings of the second view, got what looks like labels, a tensor "
-            f"of shape {tuple(z_j.shape)} and dtype {z_j.dtype}: row k of z_i and row k of z_j are "
-            "a pair. cjepa_kernels.compat.pytorch_metric_learning.NTXentLoss takes embeddings and "
-            "labels"
+            f"{second} must be the embeddings of the second view, got what looks like labels, a "
+            f"tensor of shape {tuple(z_j.shape)} and dtype {z_j.dtype}: row k of {first} and row k "
+            f"of {second} are a pair. cjepa_kernels.compat.pytorch_metric_learning.NTXentLoss "
+            "takes embeddings and labels"
         )
-    check_floating_tensor("z_j", z_j)
+    check_floating_tensor(second, z_j)
     shape = z_i.shape
     if shape != z_j.shape:
         raise ValueError(
-            f"z_i and z_j must have the same shape, got {tuple(shape)} and {tuple(z_j.shape)}"
+            f"{first} and {second} must have the same shape, got {tuple(shape)} and "
+            f"{tuple(z_j.shape)}"
         )
     if len(shape) not in (2, 3):
-        raise ValueError(f"z_i and z_j must be (B, D) or (B, N, D), got {tuple(shape)}")
+        raise ValueError(f"{first} and {second} must be (B, D) or (B, N, D), got {tuple(shape)}")
     if 0 in (shape[-1:] if allow_empty else shape):
         raise ValueError(
-            f"z_i and z_j must hold at least one pair and one feature, got {tuple(shape)}"
+            f"{first} and {second} must hold at least one pair and one feature, got {tuple(shape)}"
         )
-    check_same_device("z_i and z_j", z_i, z_j)
+    check_same_device(f"{first} and {second}", z_i, z_j)
 
 
 def check_rows(name: str, z: Tensor, *, letter: str = "M", may_be_empty: bool = False) -> None:
@@ -144,6 +148,11 @@ def check_rectangle(x: Tensor, y: Tensor, *, names: tuple[str, str] = ("x", "y")
     check_rows(names[0], x)
     of_negatives = names[1] == "negatives"
     check_rows(names[1], y, letter="K" if of_negatives else "N", may_be_empty=of_negatives)
+    check_same_features(x, y, names=names)
+
+
+def check_same_features(x: Tensor, y: Tensor, *, names: tuple[str, str]) -> None:
+    """Raise unless the rows have as many features as each other and are on the same device."""
     if x.shape[1] != y.shape[1]:
         raise ValueError(
             f"{names[0]} and {names[1]} must have the same D, got {x.shape[1]} and {y.shape[1]} "

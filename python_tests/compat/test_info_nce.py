@@ -113,8 +113,13 @@ def test_aligned_pairs_lose_no_digits() -> None:
             {"negative_keys": torch.ones(2, 2, 3), "negative_mode": "paired"},
             r"negative_keys must be \(3, M, 3\) .* got \(2, 2, 3\)",
         ),
+        ({"negative_keys": torch.ones(2, 4)}, "query and negative_keys must have the same D"),
+        (
+            {"negative_keys": torch.ones(2, 3, device="meta")},
+            "query and negative_keys must be on the same device",
+        ),
     ],
-    ids=["mode", "temperature", "reduction", "rows", "unpaired", "paired"],
+    ids=["mode", "temperature", "reduction", "rows", "unpaired", "paired", "features", "device"],
 )
 def test_what_is_wrong_is_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -214,14 +214,59 @@ def test_dcl_of_aligned_pairs(temperature: float) -> None:
         (NTXentLoss, {"memory_bank_size": 4096}, "memory_bank_size must be 0 or .* got 4096"),
         (NTXentLoss, {"memory_bank_size": (-1, 8)}, r"memory_bank_size .* got \(-1, 8\)"),
         (NTXentLoss, {"memory_bank_size": ()}, "memory_bank_size must be"),
+        (NTXentLoss, {"memory_bank_size": None}, "memory_bank_size must be 0 or .* got None"),
+        (NTXentLoss, {"memory_bank_size": (4.0, 8)}, r"memory_bank_size .* got \(4.0, 8\)"),
         (DCLLoss, {"temperature": 0.0}, "Temperature must be positive"),
         (DCLWLoss, {"sigma": 0.0}, "sigma must be positive"),
     ],
-    ids=["negative", "small", "int", "below_0", "empty", "dcl", "sigma"],
+    ids=["negative", "small", "int", "below_0", "empty", "none", "float", "dcl", "sigma"],
 )
 def test_what_is_wrong_is_named(make: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_gathering_is_a_bool(name: str) -> None:
+    with pytest.raises(TypeError, match="gather_distributed must be True or False, got 'yes'"):
+        OURS[name](gather_distributed="yes")
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [NTXentLoss(), NTXentLoss(memory_bank_size=(6, 4)), DCLLoss(), DCLWLoss()],
+    ids=["nt_xent", "memory_bank", "dcl", "dclw"],
+)
+@pytest.mark.parametrize(
+    ("out0", "out1", "error", "message"),
+    [
+        (torch.eye(4), torch.ones(3, 4), ValueError, "out0 and out1 must have the same shape"),
+        (torch.eye(4), torch.arange(4), TypeError, "out1 must be the embeddings .* row k of out0"),
+        (torch.eye(4), torch.eye(4).long(), TypeError, "out1 must be of fp64"),
+        (torch.ones(4), torch.ones(4), ValueError, "out0 and out1 must be"),
+        (torch.ones(2, 3, 4), torch.ones(2, 3, 4), ValueError, r"out0 and out1 must be \(B, D\)"),
+        (torch.ones(0, 4), torch.ones(0, 4), ValueError, "out0 and out1 must hold at least one"),
+    ],
+    ids=["rows", "labels", "int", "1d", "3d", "empty"],
+)
+def test_views_that_are_wrong_are_named(
+    loss_fn: nn.Module, out0: Tensor, out1: Tensor, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        loss_fn(out0, out1)
+
+
+@pytest.mark.parametrize("make", [NTXentLoss, DCLLoss])
+def test_the_device_of_the_temperature_is_named(make: Any) -> None:
+    loss_fn = make(torch.tensor(0.5, device="meta"))
+    with pytest.raises(ValueError, match="temperature must be on the device of out0, cpu"):
+        loss_fn(torch.eye(4), torch.eye(4))
+
+
+def test_a_bank_of_other_features_is_named() -> None:
+    message = r"memory_bank_size must be \(rows, 4\) .* got \(6, 5\)"
+    with pytest.raises(ValueError, match=message):
+        NTXentLoss(memory_bank_size=(6, 5))(torch.eye(4), torch.eye(4))
 
 
 def test_dcl_of_one_pair_is_an_error() -> None:

@@ -126,6 +126,11 @@ def test_what_is_not_covered_is_named(
         call(options, arguments)
 
 
+def test_a_bias_that_is_no_number_is_named() -> None:
+    with pytest.raises(TypeError, match=r"logit_bias must be a number or a tensor .* got 'x'"):
+        call({}, {"logit_bias": "x"})
+
+
 def call(options: dict[str, Any], arguments: dict[str, Any] | None) -> None:
     """Make the loss and, with arguments, call it with them."""
     loss_fn = ClipLoss(**options)

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from cjepa_kernels.compat import labelled
 from cjepa_kernels.compat.labelled import Classes, pair_blocks
+from cjepa_kernels.compat.normalisation import EPS
 from cjepa_kernels.compat.pytorch_metric_learning import NTXentLoss, SelfSupervisedLoss, SupConLoss
+from cjepa_kernels.functional.sup_con import sup_con
 
 metric_learning = pytest.importorskip(
     "pytorch_metric_learning", reason="pytorch-metric-learning is part of the extra [bench]"
@@ -171,6 +173,19 @@ def test_references_of_the_same_samples(
         assert relative_error(actual, expected) <= FLOOR_GRADIENT[torch.float64]
 
 
+@pytest.mark.parametrize("count", [10, 3])
+@pytest.mark.parametrize("name", OURS)
+def test_labels_of_references_that_are_not_given(name: str, count: int) -> None:
+    """The library then compares the rows with themselves, whatever these labels are."""
+    labels = torch.tensor(LABELS["few_classes"])
+    rows = torch.randn(10, 6, dtype=torch.float64)
+    losses_of = [
+        make()(rows, labels, ref_labels=labels[:count].clone())
+        for make in (OURS[name], getattr(losses, name))
+    ]
+    assert relative_error(*losses_of) <= FLOOR_VALUE[torch.float64]
+
+
 @pytest.mark.parametrize("normalised", [True, False], ids=["cosine", "dot_product"])
 @pytest.mark.parametrize("name", OURS)
 def test_distances_that_are_known(name: str, normalised: bool) -> None:
@@ -207,6 +222,17 @@ def test_sup_con_is_not_below_its_bound() -> None:
     for seed in range(8):
         rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
         assert SupConLoss(0.005)(rows.repeat_interleave(3, 0), labels) >= torch.tensor(2.0).log()
+
+
+def test_sup_con_within_the_batch_is_that_of_the_package() -> None:
+    """The same bits: sums of classes in an order of their own would take memory, and differ."""
+    labels = torch.tensor(LABELS["few_classes"])
+    rows = torch.randn(10, 6).requires_grad_()
+    ours = SupConLoss()(rows, labels)
+    expected = sup_con(rows, labels, eps=EPS).loss
+    assert torch.equal(ours, expected)
+    gradient, expected = (torch.autograd.grad(loss, rows)[0] for loss in (ours, expected))
+    assert torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize("at_once", [1, 7, 2**22])
@@ -264,7 +290,7 @@ def test_what_is_not_covered_is_named(name: str, options: dict[str, Any], messag
 def test_defaults_may_be_given() -> None:
     NTXentLoss(reducer=reducers.MeanReducer(), collect_stats=False, embedding_reg_weight=2)
     SupConLoss(reducer=reducers.AvgNonZeroReducer())
-    with pytest.raises(TypeError, match="unexpected keyword argument 'margin'"):
+    with pytest.raises(TypeError, match=r"^NTXentLoss.* unexpected keyword argument 'margin'"):
         NTXentLoss(margin=0.1)
 
 
@@ -275,13 +301,36 @@ def test_defaults_may_be_given() -> None:
         ({"labels": torch.arange(3)}, r"labels must be \(4,\), one for each row .* got \(3,\)"),
         ({"indices_tuple": (torch.arange(2),) * 3}, "indices_tuple must be None: .* miners"),
         ({"ref_emb": torch.ones(3, 4)}, "ref_labels must be given with ref_emb"),
-        ({"ref_emb": torch.ones(3, 5)}, "must have the same D"),
+        ({"ref_emb": torch.ones(3, 5)}, "embeddings and ref_emb must have the same D"),
     ],
     ids=["none", "shape", "miner", "ref_labels", "features"],
 )
 def test_a_wrong_call_is_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NTXentLoss()(**{"embeddings": torch.eye(4), "labels": torch.arange(4), **arguments})
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("ref_emb", "error", "message"),
+    [
+        (torch.ones(3, 4), ValueError, "embeddings and ref_emb must have the same shape"),
+        (torch.arange(4), TypeError, "ref_emb must be the embeddings .* row k of embeddings"),
+    ],
+    ids=["rows", "labels"],
+)
+def test_two_views_that_do_not_fit_are_named(
+    ref_emb: Tensor, error: type[Exception], message: str, symmetric: bool
+) -> None:
+    with pytest.raises(error, match=message):
+        SelfSupervisedLoss(NTXentLoss(), symmetric=symmetric)(torch.eye(4), ref_emb)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_device_of_the_temperature_is_named(name: str) -> None:
+    loss_fn = OURS[name](temperature=torch.tensor(0.1, device="meta"))
+    with pytest.raises(ValueError, match="temperature must be on the device of embeddings, cpu"):
+        loss_fn(torch.eye(4), torch.arange(4).repeat(2)[:4] % 2)
 
 
 def test_other_losses_are_not_wrapped() -> None:

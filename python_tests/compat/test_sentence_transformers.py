@@ -188,6 +188,36 @@ def test_a_mode_without_strength_warns() -> None:
         MultipleNegativesRankingLoss(Embed(), hardness_mode="all_negatives")
 
 
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((6, 4), (3, 4)), r"embeddings\[1\] must have as many rows as embeddings\[0\], 6, got 3"),
+        (((6, 4), (6, 5)), r"embeddings\[0\] and embeddings\[1\] must have the same D"),
+        (((6, 4), (6, 4), (6, 5)), r"embeddings\[0\] and embeddings\[2\] must have the same D"),
+        (((4,), (4,)), r"embeddings\[0\] must be \(B, D\), got \(4,\)"),
+    ],
+    ids=["rows", "features", "third", "shape"],
+)
+def test_columns_that_do_not_fit_are_named(
+    options: dict[str, Any], shapes: tuple[tuple[int, ...], ...], message: str
+) -> None:
+    loss_fn = MultipleNegativesRankingLoss(Embed(), **options)
+    with pytest.raises(ValueError, match=message):
+        loss_fn(columns([torch.ones(shape) for shape in shapes]), None)
+
+
+def test_a_third_column_of_other_length() -> None:
+    """Only similarities of documents with documents need as many rows in every column."""
+    loss_fn = MultipleNegativesRankingLoss(Embed(), directions=ALL)
+    with pytest.raises(ValueError, match=r"embeddings\[2\] must have as many rows .* 6, got 5"):
+        loss_fn(columns([torch.ones(n, 4) for n in (6, 6, 5)]), None)
+    loss = MultipleNegativesRankingLoss(Embed())(
+        columns([torch.eye(6)[:n] for n in (6, 6, 5)]), None
+    )
+    assert loss.isfinite()
+
+
 def test_one_column_is_named() -> None:
     with pytest.raises(ValueError, match="two columns or more, got 1"):
         MultipleNegativesRankingLoss(Embed())(columns([torch.eye(3)]), torch.empty(0))
