@@ -272,7 +272,7 @@ def _is_cosine(distance: Any) -> bool:
 
 def _check_labels(name: str, labels: Tensor | None, of: str, rows: Tensor) -> None:
     if labels is None:
-        raise ValueError(f"{name} must be given with {of}")
+        raise ValueError(f"{name} must be given with {of}, got None")
     if not isinstance(labels, Tensor) or labels.shape != rows.shape[:1]:
         shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(f"{name} must be ({len(rows)},), one for each row of {of}, got {shape}")

@@ -297,10 +297,10 @@ def test_defaults_may_be_given() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"labels": None}, "labels must be given with embeddings"),
+        ({"labels": None}, "labels must be given with embeddings, got None"),
         ({"labels": torch.arange(3)}, r"labels must be \(4,\), one for each row .* got \(3,\)"),
         ({"indices_tuple": (torch.arange(2),) * 3}, "indices_tuple must be None: .* miners"),
-        ({"ref_emb": torch.ones(3, 4)}, "ref_labels must be given with ref_emb"),
+        ({"ref_emb": torch.ones(3, 4)}, "ref_labels must be given with ref_emb, got None"),
         ({"ref_emb": torch.ones(3, 5)}, "embeddings and ref_emb must have the same D"),
     ],
     ids=["none", "shape", "miner", "ref_labels", "features"],
