@@ -283,8 +283,8 @@ inline constexpr int64_t kWorkspaceBytes = int64_t{64} << 20;
 // A backward that computes the exponentials again works on squares of tiles whose exponentials fit
 // the workspace. This is the number of blocks along a side of such a square.
 template <typename T>
-int64_t blocks_of_square(int64_t block) {
-  return static_cast<int64_t>(std::sqrt(static_cast<double>(kWorkspaceBytes) /
+int64_t blocks_of_square(int64_t block, int64_t workspace_bytes = kWorkspaceBytes) {
+  return static_cast<int64_t>(std::sqrt(static_cast<double>(workspace_bytes) /
                                         static_cast<double>(block * block * sizeof(T))));
 }
 

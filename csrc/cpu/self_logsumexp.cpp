@@ -28,6 +28,10 @@
 namespace cjepa {
 namespace {
 
+// Half of what the other operators take, which is no slower, because losses with labels hold more
+// beside it.
+constexpr int64_t kHalfWorkspace = kWorkspaceBytes / 2;
+
 template <typename T, typename P>
 struct Triangle {
   View views[2];
@@ -144,7 +148,8 @@ SelfLogSumExpBackward backward(const SelfLogSumExpOptions& o, const SelfLogSumEx
   Tensor grads[2] = {new_gradient(o.z_i.size(0)),
                      new_gradient(o.z_j.has_value() ? o.z_j->size(0) : 0)};
   const int64_t square_blocks =
-      use_saved ? layout.blocks : std::min(layout.blocks, blocks_of_square<T>(layout.block));
+      use_saved ? layout.blocks
+                : std::min(layout.blocks, blocks_of_square<T>(layout.block, kHalfWorkspace));
   const GradientSums<T> sums(grads, r.source(), r.z.padded_features, square_blocks < layout.blocks);
   std::vector<T> row_dot_gradient(layout.rows);
   const Side<T, P> side{.finisher = {.core = r.z.core,

@@ -326,7 +326,7 @@ CJEPA_TEST(large_blocks) {  // blocks are larger from 1536 rows on
       {1, 3}, 1);
 }
 
-// The workspace of the backward holds 15 x 15 blocks in fp64. With more rows the sums lie in a
+// The workspace of the backward holds 10 x 10 blocks in fp64. With more rows the sums lie in a
 // buffer, or in the gradients themselves (16 features), where rows that were sorted by class then
 // move to their places. The cores of all instruction sets see the same squares, so one is enough.
 CJEPA_TEST(squares_of_blocks) {
