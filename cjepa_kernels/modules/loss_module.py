@@ -21,7 +21,7 @@ class LossDict(dict[str, Tensor]):
         message = f"{type(self).__name__!r} object has no attribute {name!r}"
         if hasattr(Tensor, name):
             message = (
-                f"a loss module returns a dict, which has no {name!r}: take it of "
+                f"a loss module returns a dict, which has no {name!r}: use "
                 'loss_fn(...)["loss"], or make the module with return_dict=False'
             )
         raise AttributeError(message)

@@ -186,14 +186,22 @@ class MomentumQueue(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        counters = state_dict.get(f"{prefix}counters")
+        keys, counters = (state_dict.get(f"{prefix}{name}") for name in ("keys", "counters"))
         position, filled = self._position, self._filled
-        if isinstance(counters, Tensor) and counters.shape == (2,) and not counters.is_meta:
+        fits = not isinstance(keys, Tensor) or keys.shape == self.keys.shape  # else PyTorch says so
+        if (
+            fits
+            and isinstance(counters, Tensor)
+            and counters.shape == (2,)
+            and not counters.is_meta
+        ):
             position, filled = (int(number) for number in counters.tolist())
-            if not (0 <= position < self.size and 0 <= filled <= self.size):
+            # A queue that is not full has its keys in the rows before its position.
+            full = filled == self.size and 0 <= position < self.size
+            if not (full or 0 <= filled == position < self.size):
                 error_msgs.append(
-                    f"{prefix}counters must hold a position from 0 to {self.size - 1} and a number "
-                    f"of keys from 0 to {self.size}, got {position} and {filled}"
+                    f"{prefix}counters must hold a position and a number of keys that is the same "
+                    f"or {self.size}, both from 0, got {position} and {filled}"
                 )
                 return
         errors = len(error_msgs)
