@@ -84,20 +84,27 @@ class _Operands:
         self._z, self._tf32 = z, tf32
         self._rounded = product_dtype or z.dtype
         self._dtype = accumulation_dtype(z.dtype)
+        # A row is subtracted from the sum of its class, which a large row leaves without digits.
+        self._sums_dtype = self._dtype if use_cosine_similarity else _widest(z)
         self._norm: Tensor | None = None
         if use_cosine_similarity:
             norm = torch.linalg.vector_norm(z, dim=1, keepdim=True, dtype=self._dtype)
             self._norm = norm.clamp(min=eps)  # (M, 1)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Columns, and the rows in these columns: (M, columns) of the accumulation dtype."""
+        """Columns, and the rows in these columns: (M, columns), of the dtype of the sums."""
         rows, features = self._z.shape
         step = max(1, CHUNK_ELEMENTS // rows)
         for start in range(0, features, step):
             columns = slice(start, min(start + step, features))
             x = self._z[:, columns].to(self._dtype)
             x = x + (x - x) if self._norm is None else x / self._norm  # an infinity becomes NaN
-            yield columns, round_operands(x, self._rounded, tf32=self._tf32)
+            yield columns, round_operands(x, self._rounded, tf32=self._tf32).to(self._sums_dtype)
+
+
+def _widest(z: Tensor) -> torch.dtype:
+    """fp64, which Apple's GPUs do not have."""
+    return torch.float32 if z.device.type == "mps" else torch.float64
 
 
 def forward(
@@ -121,13 +128,12 @@ def forward(
             tf32=tf32,
         )
         dtype = accumulation_dtype(z.dtype)
-        # T - C_k cancels where one class holds most rows. Apple's GPUs have no fp64.
-        wide = torch.float32 if z.device.type == "mps" else torch.float64
+        wide = _widest(z)  # T - C_k cancels where one class holds most rows
         within = z.new_zeros(len(z), dtype=dtype)
         across = z.new_zeros((), dtype=wide)
         for _, x in operands.chunks():
             sums = groups.sums(x)
-            within += sums[groups.of_row].sub_(x).mul_(x).sum(dim=1)
+            within += sums[groups.of_row].sub_(x).mul_(x).sum(dim=1).to(dtype)
             sums = sums.to(wide)
             across += (sums.sum(dim=0) - sums).mul_(sums).sum()
         others = groups.others()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,14 @@ class LossDict(dict[str, Tensor]):
                 'loss_fn(...)["loss"], or make the module with return_dict=False'
             )
         raise AttributeError(message)
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise TypeError(
+            'a loss module returns a dict, which is no number: use loss_fn(...)["loss"], or make '
+            "the module with return_dict=False"
+        )
+
+    __add__ = __radd__ = __mul__ = __rmul__ = __truediv__ = __sub__ = __rsub__ = __neg__ = _refuse
 
 
 def _flatten(result: LossDict) -> tuple[list[Tensor], list[str]]:

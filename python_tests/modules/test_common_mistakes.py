@@ -43,6 +43,14 @@ def result() -> Any:
     return NTXentLoss()(z, torch.randn(4, 3))
 
 
+@pytest.mark.parametrize(
+    "use", [lambda x: 0.5 * x, lambda x: x / 2, lambda x: x + torch.ones(()), lambda x: -x]
+)
+def test_the_dict_taken_for_a_number(use: Any) -> None:
+    with pytest.raises(TypeError, match=r"is no number: use .*\[\"loss\"\], .* return_dict=False"):
+        use(result())
+
+
 @pytest.mark.parametrize("name", ["backward", "item", "detach", "dtype"])
 def test_the_dict_taken_for_the_loss(name: str) -> None:
     with pytest.raises(AttributeError, match=rf"no '{name}': .*\[\"loss\"\], .* return_dict=False"):

@@ -185,6 +185,25 @@ def test_duplicates_have_the_lower_bound(backend: Any, rows: int) -> None:
     assert gradient.abs().max() <= 1e-3 / 0.005 / rows  # rounding, divided by the temperature
 
 
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_one_large_row_of_dot_products(backend: Any, size: float) -> None:
+    """The sum of the large row's class, without that row, keeps the digits of the other rows."""
+    z = torch.randn(12, 64)
+    z[5] *= size
+    labels, temperature = torch.arange(12) % 3, torch.tensor(size)
+    options: dict[str, Any] = {"use_cosine_similarity": False, "reduction": "none"}
+    results = []
+    for leaf in (z, z.double()):
+        leaf.requires_grad_()
+        loss = sup_con(leaf, labels, temperature=temperature, backend=backend, **options).loss
+        eager = usual_formula(leaf, labels, temperature=temperature, **options)
+        results.append([loss.detach(), eager.detach(), *torch.autograd.grad(loss.sum(), leaf)])
+    (actual, same_dtype, gradient), (_, expected, of_expected) = results
+    bound = FLOOR_VALUE[torch.float32] + 2 * relative_error(same_dtype, expected)
+    assert relative_error(actual, expected) <= bound
+    assert relative_error(gradient, of_expected) <= 4 * FLOOR_GRADIENT[torch.float32]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("labels", [[0, 1, 2, 3, 4, 5], [0, 0, 1, 1, 2, 2], [0] * 6], ids=str)
 def test_nan_and_infinity_give_nan(backend: Any, value: float, labels: list[int]) -> None:
