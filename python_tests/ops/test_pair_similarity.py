@@ -11,7 +11,8 @@ from tolerances import FLOOR_GRADIENT, METRIC, relative_error
 from torch import Tensor
 
 from cjepa_kernels import chunked, cross_logsumexp, pair_similarity, reference, triton
-from cjepa_kernels.functional import dispatch, operands
+from cjepa_kernels.functional import dispatch
+from cjepa_kernels.reference.rows import round_operands
 from cjepa_kernels.ops import registry
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -88,7 +89,7 @@ def test_gradient_is_not_rounded_under_autocast() -> None:
 def test_where_products_are_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are rounded to the nearest number with 10 bits of mantissa. NaN stays NaN."""
     x = torch.tensor([1 + 2**-11 + 2**-20, 1 - 2**-12 + 2**-20, -(1 + 2**-11 + 2**-20), torch.nan])
-    rounded = operands._round(x, torch.float32, tf32=True)
+    rounded = round_operands(x, torch.float32, tf32=True)
     torch.testing.assert_close(
         rounded, torch.tensor([1 + 2**-10, 1.0, -(1 + 2**-10), torch.nan]), equal_nan=True,
         rtol=0, atol=0,
@@ -99,7 +100,7 @@ def test_where_products_are_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not triton.rounds_to_tf32(x.double())
     y = torch.randn(5, 4)
     monkeypatch.setitem(registry.rounds_to_tf32, "triton", lambda _: True)
-    expected = (operands._round(F.normalize(y, dim=1), torch.float32, tf32=True) ** 2).sum(1)
+    expected = (round_operands(F.normalize(y, dim=1), torch.float32, tf32=True) ** 2).sum(1)
     on_cpu = pair_similarity(y, y)
     monkeypatch.setattr(dispatch, "choose_overload", lambda *_: ".triton")
     torch.testing.assert_close(pair_similarity(y, y), expected)
