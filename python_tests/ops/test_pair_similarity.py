@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cjepa_kernels import chunked, cross_logsumexp, pair_similarity, reference, triton
 from cjepa_kernels.functional import dispatch
-from cjepa_kernels.reference.rows import round_operands
 from cjepa_kernels.ops import registry
+from cjepa_kernels.reference.rows import round_operands
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
