@@ -119,6 +119,7 @@ class _LabelledLoss(nn.Module):
         return self._loss(embeddings, ref_emb, classes)
 
     def _loss(self, embeddings: Tensor, ref_emb: Tensor | None, classes: Classes) -> Tensor:
+        """The loss of a batch that has positive and negative pairs; each subclass has its own."""
         raise NotImplementedError
 
     def _rows(self, embeddings: Tensor, ref_emb: Tensor | None, classes: Classes) -> LabelledRows:
