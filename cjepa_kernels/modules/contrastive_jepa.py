@@ -23,7 +23,7 @@ from cjepa_kernels.definitions import (
     Strategy,
 )
 from cjepa_kernels.distributed import SharedGroup, resolve_group
-from cjepa_kernels.functional import cls_tokens, nt_xent
+from cjepa_kernels.functional import cls_tokens
 from cjepa_kernels.functional.checks import (
     as_float,
     check_bool,
@@ -31,6 +31,7 @@ from cjepa_kernels.functional.checks import (
     check_strategy,
     is_number,
 )
+from cjepa_kernels.functional.view_accuracy import view_accuracy
 from cjepa_kernels.modules.float_attribute import float_attribute
 from cjepa_kernels.modules.hjepa import Levels
 from cjepa_kernels.modules.info_nce import InfoNCELoss
@@ -211,7 +212,8 @@ class ContrastiveJEPALoss(LossModule):
             ``loss``, ``jepa_loss``, ``contrastive_loss``, ``contrastive_accuracy``,
             ``contrastive_pos_sim``, ``contrastive_neg_sim`` and the parts of the JEPA loss. With
             ``return_dict=False`` the loss alone. The accuracy is the share of anchors whose other
-            view beats every negative; with labels, those are the rows of other labels.
+            view beats every negative; with labels, those are the rows of other labels. With
+            ``sup_con`` the anchors of a batch of more than 256 samples are the views of 256.
 
         Raises:
             ValueError: No pair of features to contrast, wrong shapes, or labels that are missing or
@@ -268,18 +270,16 @@ class ContrastiveJEPALoss(LossModule):
         if isinstance(loss_fn, InfoNCELoss):
             return _as_dict(loss_fn(z_i, z_j))
         result = _as_dict(loss_fn(torch.stack([z_i, z_j], dim=1), labels))
-        with torch.no_grad():
-            # SupCon has no accuracy, so it is that of the pairs of views.
-            pairs = nt_xent(
-                z_i,
-                z_j,
-                labels=labels,
-                temperature=loss_fn.temperature,
-                use_cosine_similarity=loss_fn.use_cosine_similarity,
-                eps=loss_fn.eps,
-                backend=loss_fn.backend,
-            )
-        return {**result, "accuracy": pairs.accuracy}
+        assert labels is not None
+        accuracy = view_accuracy(
+            z_i,
+            z_j,
+            labels,
+            use_cosine_similarity=loss_fn.use_cosine_similarity,
+            eps=loss_fn.eps,
+            backend=loss_fn.backend,
+        )
+        return {**result, "accuracy": accuracy}
 
     def _choose_features(
         self,
