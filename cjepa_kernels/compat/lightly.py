@@ -192,7 +192,9 @@ class DCLLoss(nn.Module):
         _check_pairs(out0, out1, self.temperature)
         of_ranks = self.gather_distributed and world_size() > 1
         if len(out0) == 1 and not of_ranks:
-            raise ValueError("out0 and out1 must hold two pairs or more: one pair has no negatives")
+            raise ValueError(
+                "out0 and out1 must hold two pairs or more, got one, which has no negatives"
+            )
         if self.weight_fn is None and not of_ranks:
             return nt_xent(out0, out1, temperature=self.temperature, decoupled=True, eps=EPS).loss
         return self._of_rectangles(out0, out1, of_ranks=of_ranks)

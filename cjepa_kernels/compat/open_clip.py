@@ -53,8 +53,8 @@ class ClipLoss(nn.Module):
         super().__init__()
         if use_horovod:
             raise ValueError(
-                "use_horovod must be False: start the ranks with torch.distributed, or stay with "
-                "open_clip.ClipLoss"
+                f"use_horovod must be False, got {use_horovod!r}: start the ranks with "
+                "torch.distributed, or stay with open_clip.ClipLoss"
             )
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad

@@ -56,11 +56,14 @@ class _LabelledLoss(nn.Module):
                 f"{STAY} for other reducers"
             )
         if collect_stats:
-            raise ValueError(f"collect_stats must not be True: {STAY} for statistics")
+            raise ValueError(
+                f"collect_stats must not be True, got {collect_stats!r}: {STAY} for statistics"
+            )
         if embedding_regularizer is not None:
             raise ValueError(
-                "embedding_regularizer must be None: add the regularisation to the loss yourself, "
-                f"or {STAY}"
+                "embedding_regularizer must be None, got "
+                f"{type(embedding_regularizer).__name__}: add the regularisation to the loss "
+                f"yourself, or {STAY}"
             )
         self.temperature = temperature
         self.distance = distance
@@ -92,7 +95,9 @@ class _LabelledLoss(nn.Module):
             no negative pair.
         """
         if indices_tuple is not None:
-            raise ValueError(f"indices_tuple must be None: {STAY} for miners")
+            raise ValueError(
+                f"indices_tuple must be None, got {type(indices_tuple).__name__}: {STAY} for miners"
+            )
         checks.check_rectangle(
             embeddings,
             embeddings if ref_emb is None else ref_emb,

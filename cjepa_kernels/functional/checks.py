@@ -16,6 +16,13 @@ NO_POSITIVE = -1  # in place of the positive of a row that has none
 LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def described(value: object) -> str:
+    """What an error says of an argument: the shape and dtype of a tensor, else the type."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return type(value).__name__
+
+
 def check_strategy(strategy: str) -> None:
     """Raise unless ``strategy`` is known."""
     if strategy not in STRATEGIES:
@@ -74,8 +81,7 @@ def check_temperature(temperature: float | Tensor) -> None:
         if temperature.shape not in ((), (1,)) or temperature.dtype not in FLOATING:
             raise ValueError(
                 "temperature must be a float, or a floating-point tensor (fp64, fp32, bf16 or "
-                "fp16) of shape () or (1,), got a tensor of "
-                f"shape {tuple(temperature.shape)} and dtype {temperature.dtype}"
+                f"fp16) of shape () or (1,), got {described(temperature)}"
             )
         return
     if not is_number(temperature):
@@ -276,8 +282,8 @@ def check_in_batch_negatives(value: bool, *, symmetric: bool) -> None:
     check_bool("in_batch_negatives", value)
     if symmetric and not value:
         raise ValueError(
-            "symmetric must be False with in_batch_negatives=False: the negatives of its second "
-            "direction are the other queries of the batch"
+            f"symmetric must be False with in_batch_negatives=False, got {symmetric}: the "
+            "negatives of its second direction are the other queries of the batch"
         )
 
 

@@ -113,7 +113,10 @@ def nt_xent(
         z_i, z_j = z_i.flatten(0, 1), z_j.flatten(0, 1)
     if mask is not None:
         if group is not None:
-            raise ValueError("mask must be None with a group: it names pairs of one rank only")
+            raise ValueError(
+                f"mask must be None with a group, got {checks.described(mask)}: it names pairs of "
+                "one rank only"
+            )
         checks.check_negatives_mask(mask, z_i)
     checks.check_temperature_device(temperature, "z_i", z_i)
     temperature, eps = checks.as_float_or_scalar(temperature), checks.as_float(eps)
@@ -144,7 +147,9 @@ def nt_xent(
             backend=backend,
         )
     if backend == "reference" and strategy == "ring":
-        raise ValueError('strategy must be "auto" or "all_gather" with backend="reference"')
+        raise ValueError(
+            'strategy must be "auto" or "all_gather" with backend="reference", got "ring"'
+        )
     of_group_eagerly = _nt_xent_of_group
     # Without the condition disable() would import the compiler, which takes as long as torch.
     if torch.compiler.is_compiling():
@@ -171,11 +176,14 @@ def _check_combination(
 ) -> None:
     """Raise for arguments that do not go together."""
     if labels is not None and mask is not None:
-        raise ValueError("labels must be None with a mask: both name pairs that are no negatives")
+        raise ValueError(
+            f"labels must be None with a mask, got {checks.described(labels)}: both name pairs "
+            "that are no negatives"
+        )
     if decoupled and mask is not None:
         raise ValueError(
-            "decoupled must be False with a mask; labels, which name classes of samples in place "
-            "of pairs, go with decoupled=True"
+            f"decoupled must be False with a mask, got {decoupled}: labels, which name classes of "
+            "samples in place of pairs, go with decoupled=True"
         )
     for name, given in (("labels", labels is not None), ("decoupled", decoupled)):
         if given and group is not None:

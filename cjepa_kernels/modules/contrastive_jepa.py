@@ -29,6 +29,7 @@ from cjepa_kernels.functional.checks import (
     check_bool,
     check_floating_tensor,
     check_strategy,
+    described,
     is_number,
 )
 from cjepa_kernels.functional.view_accuracy import view_accuracy
@@ -255,7 +256,10 @@ class ContrastiveJEPALoss(LossModule):
         if kind == "sup_con" and labels is None:
             raise ValueError("labels must be given with contrastive_type='sup_con', got None")
         if kind == "info_nce" and labels is not None:
-            raise ValueError("labels must be None with contrastive_type='info_nce'")
+            raise ValueError(
+                "labels must be None with contrastive_type='info_nce', got "
+                f"{described(labels)}; nt_xent, dcl and sup_con take labels"
+            )
 
     def _contrast(self, z_i: Tensor, z_j: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """The contrastive loss and its metrics; (B, D) each."""

@@ -216,7 +216,8 @@ def _as_bool(name: str, mask: Any, prediction: Any) -> Any:
     if torch.compiler.is_compiling():
         torch._assert_async(fits, message)
     elif not fits:
-        raise ValueError(message)
+        wrong = mask[(mask != 0) & (mask != 1)]
+        raise ValueError(f"{message}, got {wrong[0].item()}")
     return mask != 0
 
 

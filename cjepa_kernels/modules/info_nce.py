@@ -17,6 +17,7 @@ from cjepa_kernels.functional.checks import (
     check_in_range,
     check_label_smoothing,
     check_reduction,
+    described,
 )
 from cjepa_kernels.functional.info_nce import info_nce
 from cjepa_kernels.modules.distributed_attribute import distributed_attribute
@@ -32,8 +33,8 @@ def _as_temperature(logit_scale: Tensor, query: Tensor) -> Tensor:
         raise TypeError(f"logit_scale must be a tensor, got {type(logit_scale).__name__}")
     if logit_scale.shape not in ((), (1,)) or logit_scale.dtype not in FLOATING:
         raise ValueError(
-            "logit_scale must be a floating-point tensor of shape () or (1,), got a tensor of "
-            f"shape {tuple(logit_scale.shape)} and dtype {logit_scale.dtype}"
+            "logit_scale must be a floating-point tensor of shape () or (1,), got "
+            f"{described(logit_scale)}"
         )
     if isinstance(query, Tensor) and logit_scale.device != query.device:
         raise ValueError(
@@ -139,7 +140,8 @@ class InfoNCELoss(TemperatureModule):
         self.distributed = distributed
         if distributed is not False and not in_batch_negatives:
             raise ValueError(
-                "distributed must be False with in_batch_negatives=False: the ranks exchange keys "
+                "distributed must be False with in_batch_negatives=False, got "
+                f"{'True' if distributed is True else 'a process group'}: the ranks exchange keys "
                 "when they enqueue them, MomentumQueue(distributed=True)"
             )
 

@@ -270,5 +270,5 @@ def test_a_bank_of_other_features_is_named() -> None:
 
 
 def test_dcl_of_one_pair_is_an_error() -> None:
-    with pytest.raises(ValueError, match="one pair has no negatives"):
+    with pytest.raises(ValueError, match="two pairs or more, got one"):
         DCLLoss()(torch.ones(1, 3), torch.ones(1, 3))

@@ -108,7 +108,7 @@ def test_a_wrong_rank_is_named(ranks: Callable[[int], Ranks]) -> None:
 @pytest.mark.parametrize(
     ("options", "arguments", "message"),
     [
-        ({"use_horovod": True}, None, "use_horovod must be False: .* open_clip.ClipLoss"),
+        ({"use_horovod": True}, None, "use_horovod must be False, got True: .* open_clip.ClipLoss"),
         ({"world_size": 2}, {}, "world_size must be 1 without a process group, got 2"),
         ({}, {"logit_scale": 0.0}, "logit_scale must be positive"),
         ({}, {"logit_scale": torch.ones(2)}, r"logit_scale must be .* shape \(2,\)"),

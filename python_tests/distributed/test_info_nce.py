@@ -408,7 +408,7 @@ def test_ranks_that_differ_are_named_on_every_rank(
         ({"negatives": torch.ones(2, 5)}, "query and negatives must have the same D"),
         (
             {"in_batch_negatives": False, "negatives": torch.ones(2, 4)},
-            "group must be None with in_batch_negatives=False",
+            "group must be None with in_batch_negatives=False, got a group of 3 ranks",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -426,7 +426,8 @@ def test_mistakes_in_one_process() -> None:
     query, key = torch.randn(2, 4, 6)
     with pytest.raises(TypeError, match="group must be a process group or None, got str"):
         info_nce(query, key, group="all")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="distributed must be False with in_batch_negatives=False"):
+    expected = "distributed must be False with in_batch_negatives=False, got True"
+    with pytest.raises(ValueError, match=expected):
         InfoNCELoss(in_batch_negatives=False, distributed=True)
     loss_fn = InfoNCELoss(distributed=True)  # one process without a group
     assert torch.equal(loss_fn(query, key)["loss"], InfoNCELoss()(query, key)["loss"])

@@ -124,7 +124,7 @@ def test_copies_and_pickles() -> None:
         (
             {"symmetric": True, "in_batch_negatives": False},
             ValueError,
-            "symmetric must be False with in_batch_negatives=False",
+            "symmetric must be False with in_batch_negatives=False, got True",
         ),
         ({"eps": 0.0}, ValueError, "eps must be positive"),
         ({"backend": "numpy"}, ValueError, "backend must be one of"),

@@ -403,7 +403,7 @@ z44 = torch.zeros(4, 4)
             (z44, z44, z44),
             {"in_batch_negatives": False, "symmetric": True},
             ValueError,
-            "symmetric must be False with in_batch_negatives=False",
+            "symmetric must be False with in_batch_negatives=False, got True",
         ),
         ((z44, z44), {"in_batch_negatives": 0}, TypeError, "in_batch_negatives must be True or"),
         (

@@ -302,14 +302,14 @@ l4 = torch.tensor([1, 1, 2, 2])
             z44,
             {"labels": l4, "mask": torch.eye(4, dtype=torch.bool)},
             ValueError,
-            "labels must be None with a mask",
+            r"labels must be None with a mask, got a tensor of shape \(4,\)",
         ),
         (z44, {"mask": l4}, TypeError, "mask must be a bool tensor, .*labels of the samples go by"),
         (
             z44,
             {"decoupled": True, "mask": torch.eye(4, dtype=torch.bool)},
             ValueError,
-            "decoupled must be False with a mask",
+            "decoupled must be False with a mask, got True",
         ),
         (z44, {"decoupled": 1}, TypeError, "decoupled must be True or False, got 1"),
         (
