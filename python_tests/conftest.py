@@ -25,12 +25,16 @@ _SKIPPED = pytest.StashKey[bool]()
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_a_seed() -> Iterator[None]:
-    """Give the same numbers on every machine, and use one core under pytest-xdist."""
+    """Give the same numbers on every machine, and use one core under pytest-xdist.
+
+    The default dtype is set back, because a test that fails in fp64 must not make others fail.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

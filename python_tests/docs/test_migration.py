@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import peers
@@ -45,15 +46,22 @@ def projects(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make tensors in a dtype, and set the usual one back even after an error."""
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.usefixtures("projects")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("page", PAGES)
 def test_after_equals_before(page: str, dtype: torch.dtype) -> None:
-    torch.set_default_dtype(dtype)
-    try:
+    with default_dtype(dtype):
         before, after = (run_under(page, heading) for heading in ("Before", "After"))
-    finally:
-        torch.set_default_dtype(torch.float32)
     assert before["loss"].dtype == after["loss"].dtype == dtype
     assert relative_error(after["loss"], before["loss"]) <= FLOOR_VALUE[dtype]
     expected, actual = gradients(before), gradients(after)
@@ -243,12 +251,12 @@ def test_what_one_gains_is_what_was_recorded(page: str) -> None:
     assert table in (DOCS / "migrate" / f"{page}.md").read_text(encoding="utf-8"), table
 
 
+@default_dtype(torch.float64)
 def clip_of_ranks() -> tuple[float, dict[str, Tensor]]:
     """The loss and gradients of the page's loss, averaged over the ranks as DDP averages them.
 
     Each rank has an equal share of the batch. Without a group, one process has the whole batch.
     """
-    torch.set_default_dtype(torch.float64)
     page = run_under("open_clip", "After")
     run_under("open_clip", "Many GPUs", page)
     generator = torch.Generator().manual_seed(1)
@@ -272,7 +280,6 @@ def clip_of_ranks() -> tuple[float, dict[str, Tensor]]:
         for tensor in (total, *averaged.values()):
             dist.all_reduce(tensor)
             tensor /= ranks
-    torch.set_default_dtype(torch.float32)
     return total.item(), averaged
 
 
