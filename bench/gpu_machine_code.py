@@ -253,6 +253,7 @@ def self_logsumexp_call(
     views: int = 1,
     paired: bool = False,
     classed: bool = False,
+    attracted: bool = False,
     tensor: bool = False,
 ) -> Callable[[], None]:
     """Forward and backward of the log-sum-exps of rows against themselves on "meta".
@@ -264,6 +265,7 @@ def self_logsumexp_call(
         views: Tensors of which the rows are made, 1 or 2.
         paired: Whether the rows of one view have positives.
         classed: Whether the samples have classes.
+        attracted: Whether rows of one class attract each other; only with ``classed``.
         tensor: Whether the temperature is a tensor.
     """
 
@@ -274,13 +276,16 @@ def self_logsumexp_call(
             "z_j": meta(samples, features, dtype=dtype) if views == 2 else None,
             "positives": meta(rows, dtype=torch.int64) if paired else None,
             "classes": meta(samples, dtype=torch.int64) if classed else None,
+            "class_weights": meta(rows) if attracted else None,
             "temperature_tensor": meta() if tensor else None,
             "temperature": 0.1,
             "use_cosine_similarity": True,
             "eps": 1e-8,
             "product_dtype": None,
         }
-        out = self_logsumexp.forward(**common, save_for_backward=False)
+        out = self_logsumexp.forward(
+            **common, class_means=common["class_weights"], save_for_backward=False
+        )
         self_logsumexp.backward(
             **common,
             grad_lse=meta(rows),

@@ -323,7 +323,7 @@ def extra_memory(size: Size) -> None:
 
 def small() -> None:
     """Call every kernel of the contrastive losses on small inputs, for compute-sanitizer."""
-    from cjepa_kernels import cross_logsumexp, self_logsumexp
+    from cjepa_kernels import cross_logsumexp, self_logsumexp, sup_con
 
     torch.manual_seed(0)
     for batch, features, dtype in (
@@ -346,6 +346,7 @@ def small() -> None:
         for options in ({}, {"labels": labels}, {"positives": positives}):
             own = self_logsumexp(z[0], backend=BACKEND, **options)
             torch.autograd.grad(own.lse.sum() + own.positive.sum(), z[0])
+        torch.autograd.grad(sup_con(z[0], labels, backend=BACKEND).loss, z[0])
     waiting_for(DEVICE)()
 
 

@@ -20,7 +20,7 @@ from cjepa_kernels.environment import check_environment, note_problem
 
 Backend = Literal["auto", "reference", "chunked", "native", "triton"]
 # Version of the operators' schemas in ops/. The compiled module carries its own.
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 # A warning names the first caller outside of these folders.
 _OWN_FOLDERS = tuple(os.path.dirname(str(path)) + os.sep for path in (__file__, torch.__file__))
 

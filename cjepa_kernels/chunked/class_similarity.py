@@ -85,7 +85,7 @@ class _Operands:
         self._rounded = product_dtype or z.dtype
         self._dtype = accumulation_dtype(z.dtype)
         # A row is subtracted from the sum of its class, which a large row leaves without digits.
-        self._sums_dtype = self._dtype if use_cosine_similarity else _widest(z)
+        self._sums_dtype = _widest(z)
         self._norm: Tensor | None = None
         if use_cosine_similarity:
             norm = torch.linalg.vector_norm(z, dim=1, keepdim=True, dtype=self._dtype)

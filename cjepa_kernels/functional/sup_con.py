@@ -130,34 +130,44 @@ def _sup_con(
             return reference.sup_con(
                 ops.saveable(z), classes, temperature=temperature, reduction=reduction, **rows
             )
-    # Autograd runs the backward of what was called last first. That of the log-sum-exps needs the
-    # most memory, and then holds nothing of the other's.
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not of_pairs):
-        of_classes = class_similarity(z, None, classes, backend=backend, **rows)
     positives = _find_positives(classes)
+    is_sole, counts = positives.number == 1, positives.number > 0
+    several: dict[str, Any] = {}  # of anchors with several positives
+    of_classes = class_similarity(z.detach(), None, classes, backend=backend, **rows)
+    if not of_pairs:
+        attracted = positives.number > 1
+        share = positives.number.to(of_classes.within.dtype).reciprocal()
+        several = {
+            "classes": classes,
+            "class_means": of_classes.within.where(attracted, 0.0),
+            "class_weights": share.where(attracted, 0.0),
+        }
     out = run_self_logsumexp(
         z,
         None,
         positives=positives.sole,
         temperature=temperature,
         overload=dispatch.choose_overload(backend, z.device),
+        **several,
         **rows,
     )
-    is_sole, counts = positives.number == 1, positives.number > 0
     with dispatch.without_autocast(z.device):
-        mean = torch.where(is_sole, out.positive, of_classes.within)  # (M,)
-        difference = gap(out.lse, mean, out.shift, out.log_sum, temperature)
-        losses = torch.where(is_sole, softplus(difference), difference)
+        of_pair = softplus(gap(out.lse, out.positive, out.shift, out.log_sum, temperature))
+        losses = torch.where(is_sole, of_pair, out.lse)
         losses = reference.raise_to_bound(losses, positives.number).where(counts, 0.0)
         losses = losses.masked_fill(out.lse.isnan(), torch.nan)  # of anchors without positives too
         loss = reference.reduce_counted(losses, counts, reduction)
     with torch.no_grad():
-        of_pair = softplus(difference) + mean / temperature  # log-sum-exp with the positive
+        mean = torch.where(is_sole, out.positive, of_classes.within)  # (M,)
+        # The log-sum-exp over all positives and negatives.
+        lse = torch.where(
+            is_sole, of_pair + mean / temperature, out.shift / temperature + out.log_sum
+        )
         return SupConOutput(
             loss=loss,
             positive_similarity=(mean * positives.number).sum() / positives.number.sum(),
             negative_similarity=of_classes.across,
-            lse=torch.where(is_sole, of_pair, out.lse),
+            lse=lse,
             num_anchors=counts.sum(),
         )
 

@@ -25,21 +25,28 @@ from cjepa_kernels.ops.nt_xent import saved_exponentials_size
 # else (M,).
 # An entry of S counts in the sums unless it is that of a row and itself, of a row and its positive,
 # or, with classes, of two rows of the same class.
-# lse, largest, shift, log_sum: (M,), of the entries that count: lse = shift / tau + log_sum.
+# class_means, class_weights: (M,) or None, both or neither, only with classes and without z_j. Rows
+# of one class then count for each other, and attract each other. class_means holds the mean of each
+# row's similarities with the other rows of its class, class_weights 1 / (their number), and both 0
+# for a row that nothing attracts. lse is then the row's log-sum-exp minus class_mean / tau, and has
+# the gradient of both: what cancels is subtracted entry by entry.
+# lse, largest, shift, log_sum: (M,), of the entries that count: lse = shift / tau + log_sum, minus
+# class_mean / tau if there are means.
 # largest is a similarity, and lse and largest are -inf without any entry. The backward takes any
 # such shift and log_sum, also those of a larger S of which these rows are a part.
 # positive: (M,), the similarity of each row's positive, 0 without one. (0,) without positives.
 # keep, kept: as those of nt_xent.
 SCHEMA = (
-    "(Tensor z_i, Tensor? z_j, Tensor? positives, Tensor? classes, Tensor? temperature_tensor, "
-    "float temperature, bool use_cosine_similarity, float eps, ScalarType? product_dtype, "
-    "bool keep) -> "
+    "(Tensor z_i, Tensor? z_j, Tensor? positives, Tensor? classes, Tensor? class_means, "
+    "Tensor? class_weights, Tensor? temperature_tensor, float temperature, "
+    "bool use_cosine_similarity, float eps, ScalarType? product_dtype, bool keep) -> "
     "(Tensor lse, Tensor largest, Tensor shift, Tensor log_sum, Tensor positive, Tensor kept)"
 )
 SCHEMA_BACKWARD = (
     "(Tensor grad_lse, Tensor? grad_positive, Tensor z_i, Tensor? z_j, Tensor? positives, "
-    "Tensor? classes, Tensor? temperature_tensor, Tensor shift, Tensor log_sum, Tensor kept, "
-    "float temperature, bool use_cosine_similarity, float eps, ScalarType? product_dtype) -> "
+    "Tensor? classes, Tensor? class_weights, Tensor? temperature_tensor, Tensor shift, "
+    "Tensor log_sum, Tensor kept, float temperature, bool use_cosine_similarity, float eps, "
+    "ScalarType? product_dtype) -> "
     "(Tensor grad_z_i, Tensor grad_z_j, Tensor grad_temperature)"
 )
 

@@ -28,9 +28,18 @@ def class_similarity(
         ClassSimilarityForward; ``across`` is detached.
     """
     rows = embed_rows(z, use_cosine_similarity, eps)
-    similarity = rows @ rows.T  # (M, M)
+    return means_of_classes(rows @ rows.T, classes)
+
+
+def means_of_classes(similarity: Tensor, classes: Tensor) -> ClassSimilarityForward:
+    """The means of ``class_similarity`` from all similarities.
+
+    Args:
+        similarity: (M, M).
+        classes: (M,) int64, any numbers.
+    """
     same = classes[:, None] == classes
-    other = same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)
+    other = same & ~torch.eye(len(classes), dtype=torch.bool, device=classes.device)
     others = other.sum(dim=1)
     return ClassSimilarityForward(
         within=similarity.where(other, 0.0).sum(dim=1) / others.clamp(min=1),

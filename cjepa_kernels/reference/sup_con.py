@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cjepa_kernels.definitions import EPS, TEMPERATURE, Reduction, SupConOutput
-from cjepa_kernels.reference.class_similarity import class_similarity
+from cjepa_kernels.reference.class_similarity import means_of_classes
 from cjepa_kernels.reference.rows import (
     embed_rows,
     logsumexp_without,
@@ -46,14 +44,14 @@ def sup_con(
 
     Source: SupCon, arXiv 2004.11362, equation 2.
     """
-    rows: dict[str, Any] = {"use_cosine_similarity": use_cosine_similarity, "eps": eps}
     embedded = embed_rows(z, use_cosine_similarity, eps)
     similarity = embedded @ embedded.T  # (M, M)
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     is_positive = (classes[:, None] == classes) & ~itself
     positives = is_positive.sum(dim=1)  # (M,)
     alone = positives == 1
-    of_classes = class_similarity(z, classes, **rows)
+    # Of the same similarities as the log-sum-exps: in tight classes the gradients of both cancel.
+    of_classes = means_of_classes(similarity, classes)
     logit = of_classes.within / positive_temperature(temperature)  # (M,)
     lse = logsumexp_without(
         similarity / positive_temperature(temperature),

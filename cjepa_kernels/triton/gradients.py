@@ -80,6 +80,7 @@ class Gradients:
         mask: Tensor | None = None,
         positives: Tensor | None = None,
         classes: Tensor | None = None,
+        attraction: Tensor | None = None,
         of_x: bool = True,
         of_y: bool = True,
     ) -> None:
@@ -89,6 +90,7 @@ class Gradients:
         self.cosine, self.eps, self.self_contrast = cosine, eps, x is y
         self.mask = None if mask is None else symmetric(mask)
         self.positives, self.classes = positives, classes
+        self.attraction = attraction  # of the rows of a class, which then count for each other
         # Any tile may hold entries that do not count.
         self.every_tile_is_masked = mask is not None or classes is not None
         self.tma = launch.has_tma(x.z.device)
@@ -202,13 +204,16 @@ class Gradients:
             **self._positive_arguments(),
             temperature=self.temperature.argument, mask=x.z if self.mask is None else self.mask,
             classes=x.z if self.classes is None else self.classes,
+            attraction=x_weights.weight if self.attraction is None else self.attraction,
             rows=x.rows, columns=y.rows, x_plane=x.padded_rows, y_plane=y.padded_rows,
             first_row=square.first_row, first_column=square.first_column,
             row_blocks=square.row_blocks, g_stride=g.stride(0), dots=self.dots,
             filled_slots=filled_slots, multiplicity=2 if self.self_contrast else 1,
             SELF=self.self_contrast, VIEWS=len(x.views), PAIRED=self.positives is not None,
-            SQUARE=square.diagonal, MASKED=self.mask is not None, CLASSED=self.classes is not None,
-            CONSTANT=self.constant, TAU_TENSOR=self.temperature.is_tensor,
+            SQUARE=square.diagonal, MASKED=self.mask is not None,
+            CLASSED=self.classes is not None and self.attraction is None,
+            ATTRACTED=self.attraction is not None, CONSTANT=self.constant,
+            TAU_TENSOR=self.temperature.is_tensor,
             DEPTH=x.padded_features, PLANES=x.planes, BM=TILE, BK=depth,
             PRECISION=self.operands.precision, TMA=self.tma,
             num_warps=config.warps, num_stages=config.stages,

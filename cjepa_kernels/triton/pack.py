@@ -14,7 +14,11 @@ from torch import Tensor
 
 from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.kernels.pack import pack_kernel
-from cjepa_kernels.triton.kernels.weights import positive_weights_kernel, weights_kernel
+from cjepa_kernels.triton.kernels.weights import (
+    attraction_kernel,
+    positive_weights_kernel,
+    weights_kernel,
+)
 from cjepa_kernels.triton.operands import round_up, stored_dtype
 from cjepa_kernels.triton.recording import new_zeros, run_kernel
 from cjepa_kernels.triton.saved_rows import SavedRows
@@ -292,6 +296,26 @@ def weigh_positives(
         weight_scale=weights.scale if in_products else -1.0, weight_out=weights.positive,
         VIEWS=len(packed.views), TAU_TENSOR=temperature.is_tensor, ROWS=TILE, num_warps=4,
     )  # fmt: skip
+
+
+def attraction(
+    packed: Packed, class_weights: Tensor, grad: Tensor, *, largest_grad: Tensor
+) -> Tensor:
+    """(padded rows,) fp32: what each row of a view subtracts from the coefficients of its class.
+
+    Args:
+        packed: The rows, with weights, to which the result is relative.
+        class_weights: (rows,) 1 / (number of other rows in the class), or 0.
+        grad: (rows,) upstream gradients of the log-sum-exps.
+        largest_grad: () the number by which all weights are divided.
+    """
+    out = packed.z.new_empty(packed.padded_rows, dtype=torch.float32)
+    run_kernel(
+        attraction_kernel, packed.padded_rows // TILE, grad=grad, stride=grad.stride(0),
+        largest_grad=largest_grad, class_weights=class_weights, rows=packed.rows,
+        weight_scale=weights_of(packed).scale, weight_out=out, ROWS=TILE, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def restore(views: tuple[Tensor, ...], saved: SavedRows, upstream: Upstream) -> Packed:

@@ -4,7 +4,8 @@ forward:   pack -> tiles of S (inner tiles or strips, then edges) -> reduction
 backward:  pack with weights, weights of the positives -> G and its products -> finish
 
 With classes one launch takes all tiles, each with a mask, because any tile may hold two rows of one
-class.
+class. With class means the forward needs no classes, and the backward subtracts the gradient of the
+means from G.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from cjepa_kernels.triton.configs import TILE
 from cjepa_kernels.triton.gradients import Gradients
 from cjepa_kernels.triton.kernels.reduction import self_logsumexp_kernel
 from cjepa_kernels.triton.launch import Operands
-from cjepa_kernels.triton.pack import Upstream, weigh_positives
+from cjepa_kernels.triton.pack import Upstream, attraction, weigh_positives
 from cjepa_kernels.triton.prepare import largest_magnitude
 from cjepa_kernels.triton.recording import run_kernel
 from cjepa_kernels.triton.temperature import Temperature
@@ -30,6 +31,8 @@ def forward(
     z_j: Tensor | None,
     positives: Tensor | None,
     classes: Tensor | None,
+    class_means: Tensor | None,
+    class_weights: Tensor | None,
     temperature_tensor: Tensor | None,
     temperature: float,
     use_cosine_similarity: bool,
@@ -52,7 +55,7 @@ def forward(
         temperature=tau,
         constant=tau.constant_shift(use_cosine_similarity) and z.rows > launch.FEW_ROWS,
         positives=positives,
-        classes=classes,
+        classes=classes if class_means is None else None,
     )
     floats = tiles.new_floats
     out = SelfLogSumExpForward(
@@ -76,12 +79,14 @@ def forward(
             tile_positive=tiles.positive, lse_out=out.lse, max_out=out.largest,
             shift_out=out.shift, log_sum_out=out.log_sum,
             positives=tiles.positive if positives is None else positives,
+            class_means=tiles.positive if class_means is None else class_means,
             positive_out=out.positive, temperature=tau.argument, rows=z.rows,
             blocks=tiles.row_blocks, first_column=panel.first, last_column=panel.last,
             run_length=tiles.run_length, slot_counts=tiles.slot_counts(panel),
             CONSTANT=tiles.constant, TAU_TENSOR=tau.is_tensor, FIRST=panel.is_first,
             LAST=panel.is_last, COUNTED=tiles.hopper is not None, PAIRED=positives is not None,
-            VIEWS=len(views), BM=TILE, ROWS=launch.REDUCTION_ROWS, SLOTS=launch.SLOTS, num_warps=4,
+            AVERAGED=class_means is not None, VIEWS=len(views), BM=TILE,
+            ROWS=launch.REDUCTION_ROWS, SLOTS=launch.SLOTS, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -93,6 +98,7 @@ def backward(
     z_j: Tensor | None,
     positives: Tensor | None,
     classes: Tensor | None,
+    class_weights: Tensor | None,
     temperature_tensor: Tensor | None,
     shift: Tensor,
     log_sum: Tensor,
@@ -136,6 +142,9 @@ def backward(
         eps=eps,
         positives=positives,
         classes=classes,
+        attraction=None
+        if class_weights is None
+        else attraction(z, class_weights, grad_lse, largest_grad=largest_grad),
     )
     products, _ = gradients.products()
     grads, grad_temperature = gradients.finish(

@@ -86,6 +86,19 @@ struct Unit {
   int64_t block, begin, end;
 };
 
+// The rows of a batch, sorted by class, which attract each other within a class. Padded, as Weights
+// are.
+template <typename T>
+struct Attraction {
+  std::vector<int64_t> class_begins, class_ends;  // of each row
+  Buffer<T> strength;                             // subtracted from the coefficients of the row
+
+  // Whether some row of [row, row + height) is of the class of one of [column, column + width).
+  bool between(int64_t row, int64_t height, int64_t column, int64_t width) const {
+    return class_begins[row] < column + width && class_ends[row + height - 1] > column;
+  }
+};
+
 // What all units share: S, the weights of its exponentials, and tiles of these.
 template <typename T, typename P>
 struct WeightedTiles {
@@ -93,6 +106,7 @@ struct WeightedTiles {
   const Weights<T>& row_weights;
   const Weights<T>& column_weights;
   const StoredTiles<T>& stored;
+  const Attraction<T>* attraction;  // or null
 };
 
 // The blocks [first, last) of the other side with which a unit is multiplied.
@@ -133,6 +147,14 @@ void add_products(const WeightedTiles<T, P>& tiles, const Unit& unit, const Othe
     c.column_weight = tiles.column_weights.weight.get() + column;
     c.out = coefficients;
     c.out_stride = kCoefficientStride;
+    const Attraction<T>* attraction = tiles.attraction;
+    if (attraction != nullptr && attraction->between(row, c.height, column, c.width)) {
+      c.class_begins = attraction->class_begins.data();
+      c.class_ends = attraction->class_ends.data();
+      c.attraction = attraction->strength.get();
+      c.row = row;
+      c.column = column;
+    }
     transposed ? logits.core.coefficients_over_rows(c) : logits.core.coefficients(c);
     Product<T, P> p{};
     p.a = coefficients;
@@ -312,6 +334,7 @@ struct BackwardInputs {
   int64_t square_blocks;        // blocks along a side of the squares that are worked on
   const Side<T, P>* x;          // null: this gradient is not computed
   const Side<T, P>* y;          // the same; always null with `self`, which has one side only
+  const Attraction<T>* attraction = nullptr;  // only with `self`
 };
 
 // Computes the gradients of X and Y, a square of blocks at a time. The rows of a unit belong to one
@@ -346,7 +369,8 @@ void run_backward(const BackwardInputs<T, P>& in) {
       const WeightedTiles<T, P> weighted{.logits = logits,
                                          .row_weights = in.row_weights,
                                          .column_weights = in.column_weights,
-                                         .stored = square};
+                                         .stored = square,
+                                         .attraction = in.attraction};
       // First come the units of the square's rows, then those of its columns. A square on the
       // diagonal of a symmetric S has the same rows as columns.
       const int64_t row_units = in.x == nullptr ? 0 : (last - first) * units;

@@ -23,10 +23,11 @@ struct SideResults {
 };
 
 // Adds up the chunks of the first `rows` rows, or columns. If some number of the operands is not
-// finite, all results are NaN.
+// finite, all results are NaN. Unless it is null, `subtracted` holds similarities whose logits are
+// subtracted from the log-sum-exps.
 template <typename T>
 SideResults reduce_side(const Shift<T>& shift, bool finite, const ChunkSums<T>& sums, int64_t rows,
-                        const Tensor& like) {
+                        const Tensor& like, const T* subtracted = nullptr) {
   const auto new_result = [&] { return new_tensor(like, {rows}, dtype_of<T>()); };
   SideResults out{
       .lse = new_result(), .largest = new_result(), .shift = new_result(), .log_sum = new_result()};
@@ -42,7 +43,8 @@ SideResults reduce_side(const Shift<T>& shift, bool finite, const ChunkSums<T>& 
         const double log_sum = finite && !std::isnan(shift.tau) ? reduced.log_sum(shift, a) : kNaN;
         shifts[begin + a] = static_cast<T>(row_shift);
         log_sums[begin + a] = static_cast<T>(log_sum);
-        lse[begin + a] = static_cast<T>(row_shift / shift.tau + log_sum);
+        const double from = subtracted == nullptr ? 0 : subtracted[begin + a];
+        lse[begin + a] = static_cast<T>((row_shift - from) / shift.tau + log_sum);
         largest[begin + a] = finite ? reduced.largest[a] : static_cast<T>(kNaN);
       }
     }

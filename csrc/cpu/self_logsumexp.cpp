@@ -6,8 +6,16 @@
 //   dL/dz_a = (1 / tau) sum over N(a) of e_ab (w_a + w_b) z_b + (u_a + u_p(a)) z_p(a),
 //   w_a = g_a / S_a
 //
-// for unit rows. As in nt_xent.cpp the tiles are those on and above the diagonal. With classes the
-// rows are sorted by class, so that only the tiles near the diagonal need a mask.
+// for unit rows. If the n_a + 1 rows of a class attract each other, they are in N(a), and the
+// result is the log-sum-exp minus the row's mean logit with them. For two different rows of a class
+//
+//   e_ab (w_a + w_b)   becomes   e_ab (w_a + w_b) - (g_a / n_a + g_b / n_b)
+//
+// before it is multiplied with rows. In a tight class both terms are nearly equal, and the
+// difference keeps its digits.
+//
+// As in nt_xent.cpp the tiles are those on and above the diagonal. With classes the rows are sorted
+// by class, so that only the tiles near the diagonal need a mask or an attraction.
 #include "self_logsumexp.h"
 
 #include <algorithm>
@@ -61,7 +69,7 @@ struct Triangle {
                              .mask = nullptr,
                              .mask_stride = 0,
                              .positives = nullptr,
-                             .class_ends = order.ends()},
+                             .class_ends = o.attract ? nullptr : order.ends()},
                .exponent = shift.exponent} {
     if (!o.z_j.has_value() && !o.positives.has_value()) return;
     positives = order.positives_of_rows(o.positives);
@@ -75,7 +83,8 @@ struct Triangle {
 };
 
 template <typename T, typename P>
-SelfLogSumExpForward forward(const SelfLogSumExpOptions& o, bool save_exponentials) {
+SelfLogSumExpForward forward(const SelfLogSumExpOptions& o,
+                             const std::optional<Tensor>& class_means, bool save_exponentials) {
   const Triangle<T, P> r(o, {.similarity = true});
   const int64_t rows = o.rows();
   const auto new_result = [&](int64_t size) { return new_tensor(o.z_i, {size}, dtype_of<T>()); };
@@ -84,7 +93,10 @@ SelfLogSumExpForward forward(const SelfLogSumExpOptions& o, bool save_exponentia
                                   : new_result(0);
   const PartialSums<T> sums =
       sum_tiles<T, P>(r.logits, save_exponentials ? data_of<T>(saved_exponentials) : nullptr);
-  const SideResults out = reduce_side(r.shift, r.z.finite, sums.of_rows(), rows, o.z_i);
+  std::optional<Tensor> means;
+  if (o.attract) means = r.order.template to_kernel<T>(*class_means);
+  const SideResults out = reduce_side<T>(r.shift, r.z.finite, sums.of_rows(), rows, o.z_i,
+                                         o.attract ? data_of<T>(*means) : nullptr);
   const auto to_caller = [&](const Tensor& t) { return r.order.template to_caller<T>(t); };
   return {.lse = to_caller(out.lse),
           .largest = to_caller(out.largest),
@@ -93,6 +105,24 @@ SelfLogSumExpForward forward(const SelfLogSumExpOptions& o, bool save_exponentia
           .positive = r.has_positives() ? to_caller(positive_result(sums, r.z.finite, rows, o.z_i))
                                         : new_result(0),
           .saved_exponentials = saved_exponentials};
+}
+
+// What rows of one class subtract from the coefficients, relative to the factor as the weights are.
+template <typename T>
+Attraction<T> make_attraction(const RowOrder& order, const Tensor& grad,
+                              const Tensor& class_weights, double largest_grad, int64_t padded) {
+  Attraction<T> out{.class_begins = std::vector<int64_t>(padded),
+                    .class_ends = std::vector<int64_t>(padded),
+                    .strength = Buffer<T>(padded)};
+  const T *g = data_of<T>(grad), *weight = data_of<T>(class_weights);
+  std::fill(out.strength.get(), out.strength.get() + padded, T{0});
+  for (int64_t a = 0; a < order.rows(); ++a) {
+    const int64_t begin = a > 0 ? out.class_begins[a - 1] : 0;
+    out.class_ends[a] = order.class_ends[a];
+    out.class_begins[a] = order.class_ends[begin] == order.class_ends[a] ? begin : a;
+    out.strength[a] = static_cast<T>(g[a] / largest_grad * weight[a]);
+  }
+  return out;
 }
 
 template <typename T, typename P>
@@ -125,6 +155,12 @@ SelfLogSumExpBackward backward(const SelfLogSumExpOptions& o, const SelfLogSumEx
   const Weights<T> weights =
       make_weights<T>(SideInputs{.grad = grad_lse, .shift = shift, .log_sum = log_sum},
                       largest_grad, r.shift.error, layout.padded_rows());
+
+  std::optional<Attraction<T>> attraction;
+  if (o.attract)
+    attraction.emplace(make_attraction<T>(order, grad_lse,
+                                          order.template to_kernel<T>(*upstream.class_weights),
+                                          largest_grad, layout.padded_rows()));
 
   // Relative to the factor, as the weights are, and subtracted. Both rows of a pair have the sum of
   // their upstream gradients.
@@ -169,7 +205,8 @@ SelfLogSumExpBackward backward(const SelfLogSumExpOptions& o, const SelfLogSumEx
        .saved_exponentials = use_saved ? data_of<T>(saved.saved_exponentials) : nullptr,
        .square_blocks = square_blocks,
        .x = &side,
-       .y = nullptr});
+       .y = nullptr,
+       .attraction = o.attract ? &*attraction : nullptr});
   if (sums.in_place)
     for (int64_t v = 0; v < order.views; ++v) order.template restore_rows<T>(grads[v]);
 
@@ -185,11 +222,12 @@ SelfLogSumExpBackward backward(const SelfLogSumExpOptions& o, const SelfLogSumEx
 }  // namespace
 
 SelfLogSumExpForward self_logsumexp_forward(const SelfLogSumExpOptions& options,
+                                            const std::optional<Tensor>& class_means,
                                             bool save_exponentials) {
-  return with_types(options.z_i.scalar_type(), options.rounded_dtype(),
-                    [&](auto sum, auto operand) {
-                      return forward<decltype(sum), decltype(operand)>(options, save_exponentials);
-                    });
+  return with_types(
+      options.z_i.scalar_type(), options.rounded_dtype(), [&](auto sum, auto operand) {
+        return forward<decltype(sum), decltype(operand)>(options, class_means, save_exponentials);
+      });
 }
 
 SelfLogSumExpBackward self_logsumexp_backward(const SelfLogSumExpOptions& options,
@@ -211,11 +249,15 @@ void check_numbers(const std::optional<Tensor>& numbers, int64_t size, const cha
         what);
 }
 
+constexpr const char* kClassRows = "class_means and class_weights must be numbers of the rows";
+
 void check_options(const SelfLogSumExpOptions& o) {
   check_inputs(o.z_i, o.z_j.has_value() ? *o.z_j : o.z_i, o.temperature_tensor, o.product_dtype);
   check(!o.z_j.has_value() || o.z_j->size(0) == o.z_i.size(0),
         "z_i and z_j must have the same number of rows");
   check(!o.z_j.has_value() || !o.positives.has_value(), "positives must not be given with z_j");
+  check(!o.attract || (o.classes.has_value() && !o.z_j.has_value()),
+        "class_means and class_weights must be given with classes and without z_j");
   check_numbers(o.classes, o.z_i.size(0), "classes must be a contiguous (B,) tensor of int64");
   check_numbers(o.positives, o.rows(), "positives must be a contiguous (M,) tensor of int64");
   if (!o.positives.has_value()) return;
@@ -238,6 +280,7 @@ void check_saved(const SelfLogSumExpOptions& o, const SelfLogSumExpUpstream& ups
         "grad_positive must be given with positives, and only then");
   if (upstream.grad_positive.has_value())
     check_rows(*upstream.grad_positive, o.z_i, o.rows(), kRows);
+  if (o.attract) check_rows(*upstream.class_weights, o.z_i, o.rows(), kClassRows);
   const Tensor& exponentials = saved.saved_exponentials;
   check(
       exponentials.dim() == 1 && exponentials.is_contiguous() &&
@@ -249,40 +292,47 @@ void check_saved(const SelfLogSumExpOptions& o, const SelfLogSumExpUpstream& ups
 // The operators as PyTorch calls them: arguments and results by position, in the order of the
 // schemas.
 auto call_forward(Tensor z_i, std::optional<Tensor> z_j, std::optional<Tensor> positives,
-                  std::optional<Tensor> classes, std::optional<Tensor> temperature_tensor,
+                  std::optional<Tensor> classes, std::optional<Tensor> class_means,
+                  std::optional<Tensor> class_weights, std::optional<Tensor> temperature_tensor,
                   double temperature, bool use_cosine_similarity, double eps,
                   std::optional<ScalarType> product_dtype, bool keep) {
   const SelfLogSumExpOptions options{.z_i = z_i,
                                      .z_j = z_j,
                                      .positives = positives,
                                      .classes = classes,
+                                     .attract = class_weights.has_value(),
                                      .temperature_tensor = temperature_tensor,
                                      .temperature = temperature,
                                      .use_cosine_similarity = use_cosine_similarity,
                                      .eps = eps,
                                      .product_dtype = product_dtype};
   check_options(options);
-  const SelfLogSumExpForward out = self_logsumexp_forward(options, keep);
+  check(class_means.has_value() == class_weights.has_value(),
+        "class_means and class_weights must both be given, or neither");
+  if (class_means.has_value()) check_rows(*class_means, z_i, options.rows(), kClassRows);
+  const SelfLogSumExpForward out = self_logsumexp_forward(options, class_means, keep);
   return std::tuple(out.lse, out.largest, out.shift, out.log_sum, out.positive,
                     out.saved_exponentials);
 }
 
 auto call_backward(Tensor grad_lse, std::optional<Tensor> grad_positive, Tensor z_i,
                    std::optional<Tensor> z_j, std::optional<Tensor> positives,
-                   std::optional<Tensor> classes, std::optional<Tensor> temperature_tensor,
-                   Tensor shift, Tensor log_sum, Tensor kept, double temperature,
-                   bool use_cosine_similarity, double eps,
+                   std::optional<Tensor> classes, std::optional<Tensor> class_weights,
+                   std::optional<Tensor> temperature_tensor, Tensor shift, Tensor log_sum,
+                   Tensor kept, double temperature, bool use_cosine_similarity, double eps,
                    std::optional<ScalarType> product_dtype) {
   const SelfLogSumExpOptions options{.z_i = z_i,
                                      .z_j = z_j,
                                      .positives = positives,
                                      .classes = classes,
+                                     .attract = class_weights.has_value(),
                                      .temperature_tensor = temperature_tensor,
                                      .temperature = temperature,
                                      .use_cosine_similarity = use_cosine_similarity,
                                      .eps = eps,
                                      .product_dtype = product_dtype};
-  const SelfLogSumExpUpstream upstream{.grad_lse = grad_lse, .grad_positive = grad_positive};
+  const SelfLogSumExpUpstream upstream{
+      .grad_lse = grad_lse, .grad_positive = grad_positive, .class_weights = class_weights};
   const SelfLogSumExpSaved saved{.shift = shift, .log_sum = log_sum, .saved_exponentials = kept};
   check_options(options);
   check_saved(options, upstream, saved);

@@ -15,7 +15,10 @@ struct SelfLogSumExpOptions {
   Tensor z_i;                       // (B, D)
   std::optional<Tensor> z_j;        // (B, D); row k and row B + k are each other's positive
   std::optional<Tensor> positives;  // (M,) int64 without z_j: the row's positive, or -1
-  std::optional<Tensor> classes;    // (B,) int64: rows of one class do not count for each other
+  // (B,) int64: rows of one class do not count for each other. If they attract each other, they do
+  // count.
+  std::optional<Tensor> classes;
+  bool attract;
   std::optional<Tensor> temperature_tensor;  // one number, which takes the place of `temperature`
   double temperature;
   bool use_cosine_similarity;
@@ -29,7 +32,8 @@ struct SelfLogSumExpOptions {
 
 // Results of the forward, in the order of the schema: (M,). A log-sum-exp is shift / tau + log_sum.
 struct SelfLogSumExpForward {
-  Tensor lse;
+  Tensor
+      lse;  // if rows attract each other, minus the mean logit of the row with those of its class
   Tensor largest;  // similarity; like lse it is -inf for a row of which no entry counts
   Tensor shift, log_sum;
   Tensor positive;            // similarity of the positive, 0 without one; (0,) if no row has one
@@ -44,6 +48,8 @@ struct SelfLogSumExpSaved {
 struct SelfLogSumExpUpstream {
   Tensor grad_lse;                      // (M,)
   std::optional<Tensor> grad_positive;  // (M,), with positives
+  // (M,) if rows attract each other: 1 / (number of the others of the row's class), or 0.
+  std::optional<Tensor> class_weights;
 };
 
 struct SelfLogSumExpBackward {
@@ -51,7 +57,10 @@ struct SelfLogSumExpBackward {
   Tensor grad_temperature;
 };
 
+// `class_means`: (M,) if rows attract each other: the mean similarity of each row with the others
+// of its class, or 0.
 SelfLogSumExpForward self_logsumexp_forward(const SelfLogSumExpOptions& options,
+                                            const std::optional<Tensor>& class_means,
                                             bool save_exponentials);
 
 SelfLogSumExpBackward self_logsumexp_backward(const SelfLogSumExpOptions& options,

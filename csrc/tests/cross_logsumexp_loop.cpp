@@ -2,7 +2,8 @@
 //   c_ab = g_a exp(s_ab / tau - row_lse_a) + h_b exp(s_ab / tau - column_lse_b)
 //   dL/dx_a = 1 / tau sum_b c_ab y_b, dL/dy_b = 1 / tau sum_a c_ab x_a
 // which for the cosine are projected and divided by the norm; dL/dtau = -1 / tau^2 sum c_ab s_ab.
-// A positive counts in none of these sums. Its similarity has an upstream gradient of its own.
+// A positive counts in none of these sums. Its similarity has an upstream gradient of its own. For
+// an entry that attracts row a, c_ab is smaller by g_a times its share.
 #include "cross_logsumexp_loop.h"
 
 #include <algorithm>
@@ -79,9 +80,11 @@ CrossOutput cross_logsumexp_loop(const CrossInput& in) {
     largest = std::max(largest, static_cast<double>(s));
   };
   Exact total = 0;
+  std::vector<Exact> attraction(in.rows(0));
   if (!in.positives.empty()) out.positive.assign(in.rows(0), 0);
   for_each_pair([&](int64_t a, int64_t b, Exact s, Exact e) {
     total += s;
+    if (in.attracts && in.attracts(a, b)) attraction[a] += s * in.share[a];
     if (is_positive(a, b)) {
       out.positive[a] = static_cast<double>(s);
       return;
@@ -95,17 +98,19 @@ CrossOutput cross_logsumexp_loop(const CrossInput& in) {
   for (int side = 0; side < 2; ++side) {
     Sums& s = side == 0 ? x : y;
     for (int64_t a = 0; a < in.rows(side); ++a) {
-      out.sides[side].lse.push_back(static_cast<double>(std::log(s.sum[a])));
+      const Exact subtracted = side == 0 ? attraction[a] / in.tau : 0;
+      out.sides[side].lse.push_back(static_cast<double>(std::log(s.sum[a]) - subtracted));
       s.weight[a] = s.sum[a] == 0 ? 0 : in.grad[side][a] / s.sum[a];
     }
   }
+  out.attraction.assign(attraction.begin(), attraction.end());
   Exact coefficients_dot_s = 0;
   for_each_pair([&](int64_t a, int64_t b, Exact s, Exact e) {
     const bool positive = is_positive(a, b);
-    const Exact c =
-        positive ? Exact{in.grad_positive[a]} : e * (x.weight[a] + y.weight[b]) / in.tau;
+    Exact c = positive ? Exact{in.grad_positive[a]} : e * (x.weight[a] + y.weight[b]) / in.tau;
     const Exact size =
         positive ? std::fabs(c) : e * (std::fabs(x.weight[a]) + std::fabs(y.weight[b])) / in.tau;
+    if (in.attracts && in.attracts(a, b)) c -= in.grad[0][a] * in.share[a] / in.tau;
     if (!positive) coefficients_dot_s += c * s;
     x.size[a] += size;
     y.size[b] += size;

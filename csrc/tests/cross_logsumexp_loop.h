@@ -18,6 +18,10 @@ struct CrossInput {
   std::vector<double> grad_positive{};  // (M), with positives
   // Whether entry (a, b) counts in no sum although it is no positive; or none.
   std::function<bool(int64_t, int64_t)> excluded{};
+  // Whether entry (a, b) attracts row a, and (M) its share of that: 1 / (number of such entries).
+  // The mean of their s / tau is subtracted from the row's log-sum-exp. Or none.
+  std::function<bool(int64_t, int64_t)> attracts{};
+  std::vector<double> share{};
   int64_t rows(int side) const { return static_cast<int64_t>(z[side].size()) / features; }
 };
 
@@ -29,7 +33,8 @@ struct CrossOutput {
     std::vector<double> norm;          // (M), 1 for the dot product
   };
   Side sides[2];
-  std::vector<double> positive;  // (M) similarities, with positives
+  std::vector<double> positive;    // (M) similarities, with positives
+  std::vector<double> attraction;  // (M) mean similarities of the entries that attract the row
   double mean_similarity = 0;
   double grad_temperature;
 };

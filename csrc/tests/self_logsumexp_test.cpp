@@ -24,6 +24,7 @@ struct Problem {
   int64_t views = 1;
   int64_t classes = 0;     // how many; 0: none are given
   bool positives = false;  // of some rows of one view
+  bool attract = false;    // whether rows of one class attract each other, apart from positives
   bool cosine = true, tensor_temperature = false, strided = false, zero_rows = false, save = false;
   double raised_shift = 0;  // added to the shifts for the backward, as if of a larger S
   std::optional<ScalarType> product_dtype{};
@@ -39,7 +40,7 @@ struct Problem {
 // The tensors of a problem, and the same numbers for the loop.
 struct Inputs {
   Problem problem;
-  Given views[2], temperature, grad_lse, grad_positive;
+  Given views[2], temperature, grad_lse, grad_positive, class_means, class_weights;
   std::vector<int64_t> classes;  // (batch)
   CrossInput numbers;
 
@@ -50,6 +51,8 @@ struct Inputs {
         temperature(p.sum_dtype(), {1, 1}, {1, 1}),
         grad_lse(p.sum_dtype(), {p.rows(), 1}, {p.strided ? 2 : 1, 1}),
         grad_positive(p.sum_dtype(), {p.rows(), 1}, {p.strided ? 2 : 1, 1}),
+        class_means(p.sum_dtype(), {p.rows(), 1}, {p.strided ? 2 : 1, 1}),
+        class_weights(p.sum_dtype(), {p.rows(), 1}, {1, 1}),
         numbers{p.size.features,
                 {},
                 p.tau,
@@ -80,9 +83,19 @@ struct Inputs {
     for (int64_t k = 0; k < (p.classes > 0 ? batch : 0); ++k)
       classes.push_back(static_cast<int64_t>(random.uniform(0, 1) * p.classes) * 1000003 - 5);
     in.excluded = [this, batch](int64_t a, int64_t b) {
-      return a == b || (!classes.empty() && classes[a % batch] == classes[b % batch]);
+      const bool classed = !classes.empty() && !problem.attract;
+      return a == b || (classed && classes[a % batch] == classes[b % batch]);
     };
-    if (!has_positives()) return;
+    if (has_positives()) add_positives(random);
+    if (p.attract) add_attraction();
+  }
+  Inputs(const Inputs&) = delete;
+  Inputs& operator=(const Inputs&) = delete;
+
+  void add_positives(Random& random) {
+    const Problem& p = problem;
+    CrossInput& in = numbers;
+    const int64_t rows = p.rows(), batch = p.size.batch;
     in.positives.assign(rows, -1);
     for (int64_t a = 0; a < rows; ++a) {
       const int64_t step = p.views == 2 ? batch : 3;  // rows 0 and 3, 1 and 4, 2 and 5, 7 and 10...
@@ -94,8 +107,25 @@ struct Inputs {
     for (int64_t a = 0; a < rows; ++a)
       if (in.positives[a] < 0) in.grad_positive[a] = 0;
   }
-  Inputs(const Inputs&) = delete;
-  Inputs& operator=(const Inputs&) = delete;
+
+  // Rows with a positive are classes of their own for this.
+  void add_attraction() {
+    const int64_t rows = problem.rows();
+    if (has_positives())
+      for (int64_t a = 0; a < rows; ++a)
+        if (numbers.positives[a] >= 0) classes[a] = std::min(a, numbers.positives[a]) + 1;
+    numbers.attracts = [this](int64_t a, int64_t b) {
+      const bool positive = has_positives() && numbers.positives[a] >= 0;
+      return a != b && classes[a] == classes[b] && !positive;
+    };
+    for (int64_t a = 0; a < rows; ++a) {
+      int64_t others = 0;
+      for (int64_t b = 0; b < rows; ++b) others += numbers.attracts(a, b);
+      numbers.share.push_back(class_weights.set(a, 0, others == 0 ? 0 : 1.0 / others));
+    }
+    const CrossOutput output = cross_logsumexp_loop(numbers);
+    for (int64_t a = 0; a < rows; ++a) class_means.set(a, 0, output.attraction[a]);
+  }
 
   bool has_positives() const { return problem.positives || problem.views == 2; }
   Tensor to_tensor(const std::vector<int64_t>& from) const {
@@ -119,6 +149,7 @@ Results run(const Inputs& in) {
                                .z_j = {},
                                .positives = {},
                                .classes = {},
+                               .attract = p.attract,
                                .temperature_tensor = {},
                                .temperature = p.tau,
                                .use_cosine_similarity = p.cosine,
@@ -128,12 +159,15 @@ Results run(const Inputs& in) {
   if (p.positives) options.positives = in.to_tensor(in.numbers.positives);
   if (p.classes > 0) options.classes = in.to_tensor(in.classes);
   if (p.tensor_temperature) options.temperature_tensor = in.temperature.tensor();
-  SelfLogSumExpForward out = self_logsumexp_forward(options, p.save);
+  std::optional<Tensor> class_means, class_weights;
+  if (p.attract) class_means = in.class_means.tensor(), class_weights = in.class_weights.tensor();
+  SelfLogSumExpForward out = self_logsumexp_forward(options, class_means, p.save);
   Results results;
   for (const Tensor& t : {out.lse, out.largest, out.shift, out.log_sum, out.positive})
     results.push_back(numbers_of(t));
   if (p.raised_shift != 0) raise_shift<T>(out.shift, out.log_sum, p.raised_shift, in.numbers.tau);
-  SelfLogSumExpUpstream upstream{.grad_lse = in.grad_lse.tensor(), .grad_positive = {}};
+  SelfLogSumExpUpstream upstream{
+      .grad_lse = in.grad_lse.tensor(), .grad_positive = {}, .class_weights = class_weights};
   if (in.has_positives()) upstream.grad_positive = in.grad_positive.tensor();
   const auto [grad_z_i, grad_z_j, grad_temperature] = self_logsumexp_backward(
       options, upstream,
@@ -163,8 +197,8 @@ void check_results(const Inputs& in, const Results& actual) {
     } else {
       const double bound = log_error + 2 * u * std::fabs(lse);
       CHECK_NEAR(actual[kLse][a], lse, bound, "%s: lse of row %ld", p.name, a);
-      CHECK_NEAR(actual[kShift][a] / tau + actual[kLogSum][a], lse, bound + 2 * u * size / tau,
-                 "%s: shift and log sum of row %ld", p.name, a);
+      CHECK_NEAR(actual[kShift][a] / tau + actual[kLogSum][a], lse + output.attraction[a] / tau,
+                 bound + 4 * u * size / tau, "%s: shift and log sum of row %ld", p.name, a);
       CHECK_NEAR(actual[kLargest][a], as_row.largest[a], s_error, "%s: maximum of row %ld", p.name,
                  a);
     }
@@ -243,6 +277,31 @@ CJEPA_TEST(fp32) {
                    .tau = 0.01,
                    .classes = 3,
                    .zero_rows = true},
+           Problem{.name = "attraction",
+                   .size = {203, 21},
+                   .dtype = kFloat,
+                   .tau = 0.1,
+                   .classes = 5,
+                   .positives = true,
+                   .attract = true,
+                   .tensor_temperature = true,
+                   .strided = true},
+           Problem{.name = "attraction, low temperature, saved",
+                   .size = {149, 9},
+                   .dtype = kFloat,
+                   .tau = 0.01,
+                   .classes = 3,
+                   .attract = true,
+                   .zero_rows = true,
+                   .save = true},
+           Problem{.name = "attraction in one class",
+                   .size = {99, 9},
+                   .dtype = kFloat,
+                   .tau = 0.5,
+                   .classes = 1,
+                   .attract = true,
+                   .cosine = false,
+                   .length = 2},
            Problem{.name = "one class", .size = {99, 9}, .dtype = kFloat, .tau = 0.1, .classes = 1},
            Problem{.name = "mostly classes of one",
                    .size = {40, 9},
@@ -279,6 +338,12 @@ CJEPA_TEST(fp64) {
                    .tau = 0.002,
                    .classes = 4,
                    .positives = true},
+           Problem{.name = "attraction",
+                   .size = {125, 17},
+                   .dtype = kDouble,
+                   .tau = 0.02,
+                   .classes = 4,
+                   .attract = true},
            Problem{.name = "views and classes",
                    .size = {71, 13},
                    .dtype = kDouble,
@@ -300,6 +365,12 @@ void check_narrow(ScalarType dtype) {
                    .classes = 4,
                    .positives = true,
                    .strided = true},
+           Problem{.name = "narrow, attraction",
+                   .size = {143, 31},
+                   .dtype = dtype,
+                   .tau = 0.5,
+                   .classes = 6,
+                   .attract = true},
            Problem{.name = "narrow, views",
                    .size = {61, 18},
                    .dtype = dtype,
@@ -338,6 +409,13 @@ CJEPA_TEST(squares_of_blocks) {
                          .classes = 9,
                          .positives = true},
                         {1, 3}, 1);
+  check_problem<double>({.name = "squares of blocks, attraction",
+                         .size = {2941, 16},
+                         .dtype = kDouble,
+                         .tau = 0.1,
+                         .classes = 9,
+                         .attract = true},
+                        {2}, 1);
   for (const int64_t features : {5, 16}) {
     check_problem<double>({.name = "squares of blocks, views",
                            .size = {1471, features},

@@ -16,6 +16,7 @@ from sample_inputs import (
     self_inputs,
     self_logsumexp_backward_inputs,
     self_logsumexp_inputs,
+    with_attraction,
 )
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, METRIC, relative_error
 from torch import Tensor
@@ -301,7 +302,7 @@ CHECKED = pytest.mark.parametrize(
     [
         pytest.param(overload, case, dtype, id=f"{overload.lstrip('.')}-{case}-{dtype}")
         for k, overload in enumerate(RUNNABLE)
-        for case in range(5)
+        for case in range(6)
         for n, dtype in enumerate((torch.float64, torch.bfloat16))
         if (k + case + n) % 2 == 0
     ],
@@ -323,7 +324,7 @@ def test_opcheck(overload: str, case: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not backends()["native"].available, reason="the compiled kernels are missing")
-@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("case", range(6))
 def test_opcheck_with_saved_exponentials(case: int) -> None:
     inputs = self_inputs()[case] | {"keep": True}
     out = ops.run("self_logsumexp", "", **inputs)
@@ -337,14 +338,16 @@ def test_opcheck_with_saved_exponentials(case: int) -> None:
 
 
 @pytest.mark.parametrize("overload", ["", ".chunked"], ids=["dispatched", "chunked"])
-@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("case", range(6))
 def test_gradcheck(overload: str, case: int) -> None:
     inputs = self_inputs()[case]
     names = ("z_i", "z_j", "temperature_tensor")
 
     def results(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        given = dict(zip(names, tensors, strict=True))
-        out = ops.run("self_logsumexp", overload, **(inputs | given))
+        given = inputs | dict(zip(names, tensors, strict=True))
+        if inputs["class_means"] is not None:  # of the rows that gradcheck moves
+            given = with_attraction(given)
+        out = ops.run("self_logsumexp", overload, **given)
         return out.lse.where(out.lse.isfinite(), 0.0), out.positive
 
     assert torch.autograd.gradcheck(results, [inputs[name] for name in names])

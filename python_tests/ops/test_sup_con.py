@@ -187,6 +187,38 @@ def test_aligned_pairs_at_a_low_temperature(
     torch.testing.assert_close(out.loss.double(), truth.loss, rtol=allowed, atol=UNDERFLOW)
 
 
+@pytest.mark.parametrize("rows", [48] if INTERPRETED else [48, 500])
+@pytest.mark.parametrize(("temperature", "noise"), [(0.1, 0.01), (0.02, 0.01), (0.02, 0.1)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tight_classes(
+    backend: Any, dtype: torch.dtype, noise: float, temperature: float, rows: int
+) -> None:
+    """The rows of a class nearly agree, and so do what attracts a row to them and what repels it.
+
+    The gradient is their difference. It must have as many digits as the usual formula leaves it.
+    """
+    labels = torch.arange(rows) % 4
+    z = torch.randn(4, 32, dtype=torch.float64)[labels] + noise * torch.randn(rows, 32)
+    value = torch.tensor(temperature).to(dtype)  # also what the reference takes
+    results = []
+    for of in (dtype, torch.float64):
+        leaves = [x.to(dtype).to(of).requires_grad_() for x in (z, value)]
+        loss = sup_con(
+            leaves[0],
+            labels,
+            temperature=leaves[1],
+            backend=backend if of == dtype and not results else "reference",
+        ).loss
+        eager = usual_formula(leaves[0], labels, temperature=leaves[1])
+        results.append([(x, *torch.autograd.grad(x, leaves)) for x in (loss, eager)])
+    (ours, usual), (truth, _) = results
+    for k, floor in enumerate((FLOOR_VALUE[dtype], FLOOR_GRADIENT[dtype])):
+        allowed = floor + 2 * relative_error(usual[k], truth[k])
+        assert relative_error(ours[k], truth[k]) <= allowed
+    # The temperature's gradient is one number, in which the usual formula may be exact by chance.
+    assert ours[2].isfinite()
+
+
 @pytest.mark.parametrize("rows", [4, 100 if INTERPRETED else 700])
 def test_duplicates_have_the_lower_bound(backend: Any, rows: int) -> None:
     """All rows of one class are equal: the loss is log of the number of positives, never less."""

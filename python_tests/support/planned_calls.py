@@ -124,6 +124,7 @@ SELF = {
     "plain": {"dtype": torch.bfloat16},
     "views_and_classes": {"views": 2, "classed": True, "tensor": True},
     "positives": {"dtype": torch.float16, "paired": True},
+    "attraction": {"classed": True, "attracted": True, "tensor": True},
 }
 
 
@@ -134,6 +135,7 @@ def rows_of_a_batch(
     dtype: torch.dtype = torch.float32,
     paired: bool = False,
     classed: bool = False,
+    attracted: bool = False,
     tensor: bool = False,
 ) -> tuple[Any, ...]:
     z = randn(call, 34, 24, dtype=dtype)
@@ -142,9 +144,11 @@ def rows_of_a_batch(
     other = torch.arange(34).flip(0)
     positives = other.where(torch.minimum(other, other.flip(0)) != call, -1) if paired else None
     classes = torch.arange(len(z_i)) * (call + 1) % 5 if classed else None
+    of_classes = (randn(call + 2, 34), randn(call + 3, 34)) if attracted else (None, None)
     tau = torch.tensor(temperature(call)) if tensor else None
     number = 1.0 if tensor else temperature(call)
-    return z_i, z_j, positives, classes, tau, number, True, 1e-8 * (call + 1), None, False
+    options = True, 1e-8 * (call + 1), None, False
+    return z_i, z_j, positives, classes, *of_classes, tau, number, *options
 
 
 def rows_of_a_batch_backward(call: int, **options: Any) -> tuple[Any, ...]:
@@ -152,7 +156,9 @@ def rows_of_a_batch_backward(call: int, **options: Any) -> tuple[Any, ...]:
     out = OPERATORS["self_logsumexp"][0](*args, False)
     grad_positive = randn(call + 1, 34) if out.positive.numel() > 0 else None
     saved = out.shift, out.log_sum, out.saved_for_backward
-    return randn(call, 34), grad_positive, *args[:5], *saved, *args[5:]
+    class_means = 4  # its place, which the backward does not take
+    tensors = args[:class_means] + args[class_means + 1 : 7]
+    return randn(call, 34), grad_positive, *tensors, *saved, *args[7:]
 
 
 def hierarchy(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cjepa_kernels import reference
 from cjepa_kernels.definitions import CrossLogSumExpForward, NTXentForward, SelfLogSumExpForward
 from cjepa_kernels.ops import registry
 
@@ -82,6 +83,8 @@ def self_logsumexp_inputs(z_i: Tensor, z_j: Tensor | None = None, **changed: Any
     defaults: dict[str, Any] = {
         "positives": None,
         "classes": None,
+        "class_means": None,
+        "class_weights": None,
         "temperature_tensor": None,
         "temperature": 0.1,
         "use_cosine_similarity": True,
@@ -96,7 +99,7 @@ def self_logsumexp_backward_inputs(
     inputs: dict[str, Any], out: SelfLogSumExpForward
 ) -> dict[str, Any]:
     """All arguments of ``self_logsumexp_backward`` after a forward, for upstream gradients of 1."""
-    shared = {name: value for name, value in inputs.items() if name != "keep"}
+    shared = {k: value for k, value in inputs.items() if k not in ("keep", "class_means")}
     paired = inputs["z_j"] is not None or inputs["positives"] is not None
     return shared | {
         "grad_lse": torch.ones_like(out.lse),
@@ -179,7 +182,34 @@ def self_inputs(dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
             temperature=2.0,
             use_cosine_similarity=False,
         ),
+        with_attraction(
+            self_logsumexp_inputs(
+                z(7, 3),
+                positives=torch.tensor([-1, 3, -1, 1, -1, -1, -1]),
+                classes=torch.tensor([4, 2, 4, 2, 9, 4, 4]),
+                **learnt,
+            )
+        ),
     ]
+
+
+def with_attraction(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments of ``self_logsumexp`` where rows of one class attract each other.
+
+    Rows with a positive are attracted by nothing else.
+    """
+    classes, positives = inputs["classes"], inputs["positives"]
+    of_classes = reference.class_similarity(
+        inputs["z_i"].detach(),
+        classes,
+        use_cosine_similarity=inputs["use_cosine_similarity"],
+    )
+    others = (classes[:, None] == classes).sum(dim=1) - 1
+    if positives is not None:
+        others = others.where(positives == -1, 0)
+    means = of_classes.within.where(others > 0, 0.0)
+    weights = others.to(means.dtype).reciprocal().where(others > 0, 0.0)
+    return inputs | {"class_means": means, "class_weights": weights}
 
 
 def sides(

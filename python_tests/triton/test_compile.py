@@ -207,6 +207,7 @@ OWN_VARIANTS |= {"self_logsumexp_kernel", "finish_kernel"}
         (128, torch.bfloat16, {"paired": True}, 90),
         (256, torch.bfloat16, {"views": 2, "classed": True}, 90),
         (256, torch.float32, {"paired": True, "classed": True, "tensor": True}, 80),
+        (256, torch.bfloat16, {"paired": True, "classed": True, "attracted": True}, 90),
     ],
     ids=str,
 )

@@ -12,6 +12,11 @@ With positives p(a) (PAIRED), G_a,p(a) holds tau dL/ds_a,p(a) from the upstream 
 positives' similarities in place of exponentials. The products then add the positives on both sides.
 Where X = Y it holds 0, and ``finish_kernel`` adds the positives.
 
+Where X = Y and the rows of a class attract each other (ATTRACTED), G_ab of two different rows of a
+class is smaller by g_a / n_a + g_b / n_b: with n_a other rows in the class, that is the gradient of
+the mean of the row's logits with them. ``attraction`` holds g_a / n_a. In a tight class both terms
+are nearly equal, and so they are subtracted before G is rounded.
+
 There are two schedules. *Squares* writes a square of blocks of G to a workspace and multiplies it
 from there, by rows and by columns. Where X = Y it computes G above the diagonal only, and takes
 3 M^2 D operations in all. It serves every case. *Owned rows* is row-stationary: a program keeps a
@@ -60,6 +65,16 @@ def put_positives(g, p, weight, other):
 
 
 @triton.jit
+def attraction_of_classes(is_other, classes, attraction, a, b, rows):
+    """What is subtracted from G of a tile: 0 unless ``is_other`` and both rows are of one class."""
+    class_of_row = tl.load(classes + a, mask=a < rows, other=0)
+    class_of_column = tl.load(classes + b, mask=b < rows, other=0)
+    attracts = is_other & (class_of_row[:, None] == class_of_column[None, :])
+    both = tl.load(attraction + a)[:, None] + tl.load(attraction + b)[None, :]
+    return tl.where(attracts, both, 0.0)
+
+
+@triton.jit
 def times_similarity(g, s):
     """G_ab s_ab; 0 where G_ab is 0, because s_ab may be a NaN of the padding there."""
     return tl.where(g == 0.0, 0.0, g * s)
@@ -72,12 +87,12 @@ def times_similarity(g, s):
 )  # fmt: skip
 def coefficient_tiles_kernel(
     x, y, g_out, row_weight, row_shift, column_weight, column_shift, positives, positive_weight,
-    temperature, mask, classes, rows, columns, x_plane, y_plane,
+    temperature, mask, classes, attraction, rows, columns, x_plane, y_plane,
     first_row, first_column, row_blocks, g_stride, dots, filled_slots, multiplicity,
     SELF: tl.constexpr, VIEWS: tl.constexpr, PAIRED: tl.constexpr, SQUARE: tl.constexpr,
-    MASKED: tl.constexpr, CLASSED: tl.constexpr, CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr,
-    DEPTH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, CLASSED: tl.constexpr, ATTRACTED: tl.constexpr, CONSTANT: tl.constexpr,
+    TAU_TENSOR: tl.constexpr, DEPTH: tl.constexpr, PLANES: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """G of a square of blocks from (first_row, first_column), one tile for each program.
 
@@ -112,12 +127,16 @@ def coefficient_tiles_kernel(
     if SQUARE:
         edge = edge | (i == j)
     # With three planes every tile is masked, as that costs nothing beside their six products.
-    if MASKED or CLASSED or PLANES > 1 or edge:
+    if MASKED or CLASSED or ATTRACTED or PLANES > 1 or edge:
         is_negative = negatives(
             a=a, b=b, rows=rows, columns=columns, mask=mask, classes=classes,
             SELF=SELF, VIEWS=VIEWS, MASKED=MASKED, CLASSED=CLASSED,
         )  # fmt: skip
         g = tl.where(is_negative, g, 0.0)
+        if ATTRACTED:
+            g -= attraction_of_classes(
+                is_other=is_negative, classes=classes, attraction=attraction, a=a, b=b, rows=rows
+            )
     if PAIRED:
         p = load_positives(positives=positives, row=a, rows=rows, others=columns)
         g = put_positives(g=g, p=p, weight=tl.zeros((BM,), tl.float32), other=b)

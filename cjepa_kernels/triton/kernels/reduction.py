@@ -362,13 +362,15 @@ def logsumexp_kernel(
 )  # fmt: skip
 def self_logsumexp_kernel(
     row_sum, row_max, column_sum, column_max, running_sum, running_max, tile_positive,
-    lse_out, max_out, shift_out, log_sum_out, positives, positive_out, temperature,
+    lse_out, max_out, shift_out, log_sum_out, positives, positive_out, class_means, temperature,
     rows, blocks, first_column, last_column, run_length, slot_counts,
     CONSTANT: tl.constexpr, TAU_TENSOR: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    COUNTED: tl.constexpr, PAIRED: tl.constexpr, VIEWS: tl.constexpr, BM: tl.constexpr,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    COUNTED: tl.constexpr, PAIRED: tl.constexpr, AVERAGED: tl.constexpr, VIEWS: tl.constexpr,
+    BM: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Add one panel of tiles to ROWS rows and, after the LAST panel, compute their log-sum-exps.
+
+    With AVERAGED the logits of ``class_means`` are subtracted from the log-sum-exps.
 
     With PAIRED the tiles have written the positives' similarities. The kernel adds those that no
     tile has: 0 for a row without a positive (-1), NaN for a row that does not exist.
@@ -391,7 +393,10 @@ def self_logsumexp_kernel(
     valid = a < rows
     place = place_of(a, rows, VIEWS)
     shift, log_sum = log_sum_of(total, maximum, CONSTANT)
-    lse = shift.to(tl.float64) * (scale * LN2) + log_sum
+    above = shift.to(tl.float64)
+    if AVERAGED:
+        above -= tl.load(class_means + a, mask=valid, other=0.0)
+    lse = above * (scale * LN2) + log_sum
     tl.store(lse_out + place, lse.to(tl.float32), mask=valid)
     tl.store(max_out + place, maximum, mask=valid)
     tl.store(shift_out + place, shift, mask=valid)

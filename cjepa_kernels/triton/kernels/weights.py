@@ -123,3 +123,17 @@ def positive_weights_kernel(
     u = tl.where(largest > 0, u / largest, u)
     inverse_tau = (read_scale(temperature, TAU_TENSOR) * LN2).to(tl.float64)
     tl.store(weight_out + row, (u / inverse_tau * weight_scale).to(tl.float32), mask=valid)
+
+
+@triton.jit
+def attraction_kernel(
+    grad, stride, largest_grad, class_weights, rows, weight_scale, weight_out, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What padded rows of one view subtract from the coefficients of their classes: g_a / n_a."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    valid = row < rows
+    g = tl.load(grad + row.to(tl.int64) * stride, mask=valid, other=0.0).to(tl.float64)
+    largest = tl.load(largest_grad).to(tl.float64)
+    g = tl.where(largest > 0, g / largest, g)
+    share = tl.load(class_weights + row, mask=valid, other=0.0)
+    tl.store(weight_out + row, (g * share * weight_scale).to(tl.float32))

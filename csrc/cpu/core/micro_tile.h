@@ -155,13 +155,13 @@ struct MicroTile {
   // Exchanges the off-diagonal S x S blocks of every 2 S x 2 S block, from S = L / 2 to 1.
   template <int S>
   static CJEPA_INLINE void transpose(V (&x)[L]) {
-    constexpr auto kLanes = std::make_integer_sequence<int, L>();
+    constexpr auto kAll = std::make_integer_sequence<int, L>();
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) {
       if (i & S) continue;
       const V a = x[i], b = x[i + S];
-      x[i] = interleave<S, false>(a, b, kLanes);
-      x[i + S] = interleave<S, true>(a, b, kLanes);
+      x[i] = interleave<S, false>(a, b, kAll);
+      x[i + S] = interleave<S, true>(a, b, kAll);
     }
     if constexpr (S > 1) transpose<S / 2>(x);
   }
@@ -177,6 +177,15 @@ struct MicroTile {
     }
   }
 #endif
+
+  static constexpr int kLanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+  // The number of each lane.
+  static CJEPA_INLINE I lanes() {
+    I lane;
+    for (int l = 0; l < L; ++l) lane[l] = kLanes[l];
+    return lane;
+  }
 
   // What to bring into the cache while a micro-tile is computed: `step` bytes with each step of the
   // product.
@@ -225,7 +234,7 @@ struct MicroTile {
   using Table = typename Tile::Table;                                                \
   using Tile::L, Tile::MR, Tile::NV, Tile::NR, Tile::kLowest;                        \
   using Tile::load, Tile::store, Tile::stream, Tile::fence, Tile::all, Tile::larger; \
-  using Tile::least, Tile::round_up, Tile::opaque, Tile::total;
+  using Tile::least, Tile::round_up, Tile::opaque, Tile::total, Tile::lanes;
 
 }  // namespace
 }  // namespace cjepa

@@ -14,7 +14,29 @@ template <typename T, typename Operand>
 struct ProductCore : MicroTile<T, Operand> {
   CJEPA_USING_MICRO_TILE(T, Operand)
 
+  // The attractions in row i of the entries from column j on: 0 where there is none.
+  static CJEPA_INLINE V attraction(const Coefficients<T, P>& c, int64_t i, int64_t j) {
+    const int64_t a = c.row + i, b = c.column + j;
+    const I lane = lanes();
+    using Lane = decltype(lane[0] + 0);
+    const auto bound = [&](int64_t x) {
+      x -= b;
+      return static_cast<Lane>(x < 0 ? 0 : least(x, L));
+    };
+    I attracts = (lane >= bound(c.class_begins[a])) & (lane < bound(c.class_ends[a]));
+    if (a >= b && a < b + L) attracts &= lane != static_cast<Lane>(a - b);
+    return attracts != 0 ? all(c.attraction[a]) + load(c.attraction + b) : V{};
+  }
+
+  template <bool ATTRACTS>
   static CJEPA_INLINE V coefficient(const Coefficients<T, P>& c, V stored, int64_t i, V row_weight,
+                                    int64_t j) {
+    const V x = exponential(c, stored, i, row_weight, j);
+    if constexpr (ATTRACTS) return x - attraction(c, i, j);
+    return x;
+  }
+
+  static CJEPA_INLINE V exponential(const Coefficients<T, P>& c, V stored, int64_t i, V row_weight,
                                     int64_t j) {
     const V column_weight = load(c.column_weight + j);
     if (c.exponent.constant_shift) return stored * (row_weight + column_weight);
@@ -37,6 +59,15 @@ struct ProductCore : MicroTile<T, Operand> {
   }
 
   static void coefficients(const Coefficients<T, P>& c) {
+    c.attraction == nullptr ? over_columns<false>(c) : over_columns<true>(c);
+  }
+
+  static void coefficients_over_rows(const Coefficients<T, P>& c) {
+    c.attraction == nullptr ? over_rows<false>(c) : over_rows<true>(c);
+  }
+
+  template <bool ATTRACTS>
+  static void over_columns(const Coefficients<T, P>& c) {
     for (int64_t i = 0; i < c.height; ++i) {
       const T* stored = c.stored + i * c.stored_stride;
       P* out = c.out + i * c.out_stride;
@@ -44,12 +75,13 @@ struct ProductCore : MicroTile<T, Operand> {
       // Pairs are whole: an odd number of columns is followed by one of padding.
       for_each_vector(round_up(c.width, Operand::kNumbers), [&](int64_t j) {
         Operand::store_in_row(out + j / Operand::kNumbers,
-                              coefficient(c, load(stored + j), i, weight, j));
+                              coefficient<ATTRACTS>(c, load(stored + j), i, weight, j));
       });
     }
   }
 
-  static void coefficients_over_rows(const Coefficients<T, P>& c) {
+  template <bool ATTRACTS>
+  static void over_rows(const Coefficients<T, P>& c) {
     constexpr int N = Operand::kNumbers;
     for (int64_t i = 0; i < c.height; i += N) {
       P* out = c.out + i / N * c.out_stride;
@@ -57,7 +89,7 @@ struct ProductCore : MicroTile<T, Operand> {
         V x[N];
         for (int n = 0; n < N; ++n) {
           const T* stored = c.stored + (i + n) * c.stored_stride + j;
-          x[n] = coefficient(c, load(stored), i + n, all(c.row_weight[i + n]), j);
+          x[n] = coefficient<ATTRACTS>(c, load(stored), i + n, all(c.row_weight[i + n]), j);
         }
         Operand::store_across_rows(out + j, x);
       });

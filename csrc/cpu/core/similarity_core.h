@@ -59,13 +59,10 @@ struct SimilarityCore : MicroTile<T, Operand> {
     }
   }
 
-  static constexpr int kLanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
   // For L entries from (a, b) on: all bits set if the entry is included.
   static I included_mask(const Exclusion& e, int64_t a, int64_t b) {
     if (a >= e.rows) return I{};
-    I lane;
-    for (int l = 0; l < L; ++l) lane[l] = kLanes[l];
+    const I lane = lanes();
     // Columns in [first, columns) are included; with `self` these are the ones to the right of the
     // row, of its pair and of its class.
     int64_t first = e.self ? (e.pairs ? a | 1 : a) + 1 - b : 0;

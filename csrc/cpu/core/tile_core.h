@@ -80,7 +80,8 @@ struct SimilarityTile {
 // Coefficients of a product from a part of a stored tile: e (w_row + w_column) with a constant
 // shift, else 2^(scale (s - shift_row)) w_row + 2^(scale (s - shift_column)) w_column. Where a P
 // holds two numbers, they come from two columns of a row, or from two rows if the product sums over
-// rows.
+// rows. If rows and columns are those of one batch sorted by class and attract each other within a
+// class, the attractions of row and column are subtracted from the entries of two rows of a class.
 template <typename T, typename P>
 struct Coefficients {
   const T* stored;  // (height, stored_stride)
@@ -93,6 +94,12 @@ struct Coefficients {
   const T* column_weight;
   P* out;
   int64_t out_stride;  // in P
+  // Null: nothing attracts. Else for each row of the batch the first row of its class, the first
+  // row after its class, and its attraction.
+  const int64_t* class_begins;
+  const int64_t* class_ends;
+  const T* attraction;
+  int64_t row, column;  // numbers of the first row and column in the batch
 };
 
 // out[i, :] += sum_k a(i, k) y[k, :], in which a(i, k) = a[i * kCoefficientStride + k], or with
