@@ -24,11 +24,12 @@ from dataclasses import dataclass, replace
 
 from cjepa_kernels.bench.records import Record
 from cjepa_kernels.bench.script_options import read_options, save
+from cjepa_kernels.distributed.nt_xent import SETTINGS
 from cjepa_kernels.tables import print_table
 
 RANKS = (2, 4, 8, 16, 64, 256, 1024)
 SCHEMES = ("ring", "all_gather", "lightly", "open_clip", "inf_cl")
-AGREED = 8 * 12  # Bytes in which ranks tell each other what they hold.
+AGREED = 8 * (2 + SETTINGS)  # Bytes in which ranks tell each other what they hold.
 STATISTICS = 3  # Numbers of a row that travel, fp64 in the forward and fp32 in the backward.
 
 

@@ -189,14 +189,23 @@ class DCLLoss(nn.Module):
         Returns:
             () fp32 (fp64 for fp64 embeddings). It may be negative.
         """
-        _check_pairs(out0, out1, self.temperature)
         of_ranks = self.gather_distributed and world_size() > 1
+        unweighted = self.weight_fn is None
+        # A rank without pairs must not raise here and leave the other ranks waiting.
+        _check_pairs(out0, out1, self.temperature, allow_empty=of_ranks and unweighted)
         if len(out0) == 1 and not of_ranks:
             raise ValueError(
                 "out0 and out1 must hold two pairs or more, got one, which has no negatives"
             )
-        if self.weight_fn is None and not of_ranks:
-            return nt_xent(out0, out1, temperature=self.temperature, decoupled=True, eps=EPS).loss
+        if unweighted:
+            return nt_xent(
+                out0,
+                out1,
+                temperature=self.temperature,
+                decoupled=True,
+                eps=EPS,
+                group=resolve_group(of_ranks),
+            ).loss
         return self._of_rectangles(out0, out1, of_ranks=of_ranks)
 
     def _of_rectangles(self, out0: Tensor, out1: Tensor, *, of_ranks: bool) -> Tensor:

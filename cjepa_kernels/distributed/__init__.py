@@ -4,6 +4,7 @@ nt_xent      the loss and its gradient           strategies   all-gather and rin
 group        the ranks and their pairs           ring         the schedule of the ring
 exchange     messages between ranks, counted     blocks       parts of S, by the operators
 gather       rows of all ranks                   reference    the formula on all gathered pairs
+whole_batch  losses of all rows on every rank    sup_con, info_nce   what their ranks exchange
 """
 
 from cjepa_kernels.definitions import STRATEGIES, Strategy

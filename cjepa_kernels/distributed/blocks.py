@@ -8,6 +8,7 @@ of ranks may be merged.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from cjepa_kernels.definitions import (
     NTXentBackward,
     NTXentForward,
     Reduction,
+    SelfLogSumExpBackward,
+    SelfLogSumExpForward,
     Strategy,
     accumulation_dtype,
 )
@@ -34,6 +37,7 @@ class Options:
         overload: An overload of the operators, or ``REFERENCE``.
         save_for_backward: Whether the own block saves what its back end can for the backward.
         needs_gradient: Whether there will be a backward.
+        decoupled: Leave the positive out of the sum (DCL).
     """
 
     temperature: float
@@ -45,6 +49,17 @@ class Options:
     save_for_backward: bool
     needs_gradient: bool
     strategy: Strategy
+    decoupled: bool
+
+
+class OwnBlock(NamedTuple):
+    """The block of a rank's own rows."""
+
+    shift: Tensor  # (M_r,), with log_sum LSE- of each row
+    log_sum: Tensor  # (M_r,)
+    largest_negative: Tensor  # (M_r,)
+    positive: Tensor  # (M_r,) similarity of each row and its positive
+    saved_for_backward: Tensor
 
 
 class Blocks:
@@ -69,25 +84,47 @@ class Blocks:
         if temperature is not None:
             self.tau = positive_temperature(temperature.double())
 
-    def own(self, z_i: Tensor, z_j: Tensor) -> NTXentForward:
-        """The own block, with the loss of each row: the operator ``nt_xent``."""
+    def own(self, z_i: Tensor, z_j: Tensor) -> OwnBlock:
+        """The own block: the operator ``nt_xent``, or ``self_logsumexp`` if it is decoupled."""
         options = self.options
         count_flops((2 * len(z_i)) ** 2 * z_i.shape[1])
+        arguments: dict[str, Any] = {
+            "z_i": z_i,
+            "z_j": z_j,
+            "temperature_tensor": self.temperature,
+            "temperature": options.temperature,
+            "use_cosine_similarity": options.use_cosine_similarity,
+            "eps": options.eps,
+            "product_dtype": options.product_dtype,
+            "keep": options.save_for_backward,
+        }
+        if options.decoupled:
+            rows: SelfLogSumExpForward = ops.run(
+                "self_logsumexp",
+                options.overload,
+                positives=None,
+                classes=None,
+                class_means=None,
+                class_weights=None,
+                **arguments,
+            )
+            return OwnBlock(
+                shift=rows.shift,
+                log_sum=rows.log_sum,
+                largest_negative=rows.largest,
+                positive=rows.positive,
+                saved_for_backward=rows.saved_for_backward,
+            )
         out: NTXentForward = ops.run(
-            "nt_xent",
-            options.overload,
-            z_i=z_i,
-            z_j=z_j,
-            mask=None,
-            temperature_tensor=self.temperature,
-            temperature=options.temperature,
-            use_cosine_similarity=options.use_cosine_similarity,
-            eps=options.eps,
-            reduction="none",
-            product_dtype=options.product_dtype,
-            keep=options.save_for_backward,
+            "nt_xent", options.overload, mask=None, reduction="none", **arguments
         )
-        return out
+        return OwnBlock(
+            shift=out.shift,
+            log_sum=out.log_sum,
+            largest_negative=out.largest_negative,
+            positive=out.positive,
+            saved_for_backward=out.saved_for_backward,
+        )
 
     def own_backward(
         self,
@@ -115,25 +152,49 @@ class Blocks:
         # Saved bytes are packed rows. Only exponentials need no second computation.
         has_exponentials = saved_for_backward.numel() > 0 and saved_for_backward.is_floating_point()
         count_flops((3 - has_exponentials) * (2 * len(z_i)) ** 2 * z_i.shape[1])
+        arguments: dict[str, Any] = {
+            "z_i": z_i.to(self.wide),
+            "z_j": z_j.to(self.wide),
+            "temperature_tensor": self.temperature,
+            "shift": shift,
+            "log_sum": log_sum,
+            "kept": saved_for_backward,
+            "temperature": options.temperature,
+            "use_cosine_similarity": options.use_cosine_similarity,
+            "eps": options.eps,
+            "product_dtype": self.product_dtype,
+        }
+        if options.decoupled:
+            return self._decoupled_backward(grad_loss, positive, arguments)
         out: NTXentBackward = ops.run(
             "nt_xent_backward",
             options.overload,
             grad_loss=grad_loss,
-            z_i=z_i.to(self.wide),
-            z_j=z_j.to(self.wide),
             mask=None,
-            temperature_tensor=self.temperature,
-            shift=shift,
-            log_sum=log_sum,
             positive=positive,
-            kept=saved_for_backward,
-            temperature=options.temperature,
-            use_cosine_similarity=options.use_cosine_similarity,
-            eps=options.eps,
             reduction="none",
-            product_dtype=self.product_dtype,
+            **arguments,
         )
         return out
+
+    def _decoupled_backward(
+        self, grad_loss: Tensor, positive: Tensor, arguments: dict[str, Any]
+    ) -> NTXentBackward:
+        """Gradients of the own block with the losses LSE- - s / tau, s of the positive."""
+        grad_loss = grad_loss.contiguous()
+        out: SelfLogSumExpBackward = ops.run(
+            "self_logsumexp_backward",
+            self.options.overload,
+            grad_lse=grad_loss,
+            grad_positive=(-grad_loss / self.tau).to(positive.dtype),
+            positives=None,
+            classes=None,
+            class_weights=None,
+            **arguments,
+        )
+        of_positives = (grad_loss.double() * positive).sum() / self.tau**2
+        grad_temperature = out.grad_temperature + of_positives.to(out.grad_temperature.dtype)
+        return NTXentBackward(out.grad_z_i, out.grad_z_j, grad_temperature)
 
     def rectangle(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The negatives that the rows of x and those of y are to each other.

@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cjepa_kernels.definitions import FLOATING, REDUCTIONS, Reduction
 from cjepa_kernels.distributed.exchange import Exchange
+
+REFUSED = -1  # in place of a number of rows
+YES_OR_NO = (False, True)
 
 
 def resolve_group(distributed: bool | dist.ProcessGroup) -> dist.ProcessGroup | None:
@@ -76,6 +81,12 @@ class GlobalBatch:
         """M, the rows of both views of all pairs."""
         return 2 * sum(self.batches)
 
+    @property
+    def own(self) -> slice:
+        """Where this rank's pairs are among those of all ranks."""
+        first = sum(self.batches[: self.rank])
+        return slice(first, first + self.batches[self.rank])
+
     def rows_of(self, rank: int) -> int:
         """M_r, the rows of both views of one rank's pairs."""
         return 2 * self.batches[rank]
@@ -106,7 +117,8 @@ class Setting:
         """The value of any rank, from its integer."""
         if self.known is not None:
             return self.known[code]
-        return struct.unpack("d", struct.pack("q", code))[0]
+        number: float = struct.unpack("d", struct.pack("q", code))[0]
+        return int(number) if isinstance(self.value, int) and number.is_integer() else number
 
 
 def agree(
@@ -128,18 +140,86 @@ def agree(
 
     Raises:
         ValueError: On all ranks alike, if a rank has no pair or another value of an option; the
-            message names the rank.
+            message names the rank. Also if a rank refused its arguments.
     """
     features = Setting("the number of features", z_i.shape[1])
     everything = [features, *settings]
     own = [len(z_i), *(setting.encode() for setting in everything)]
     exchange = Exchange(group, of=of)
     described = exchange.numbers(own, z_i.device)
+    check_refusals([batch for batch, *_ in described])
     for rank, (batch, *_) in enumerate(described):
         if batch == 0:
             raise ValueError(f"every rank must hold at least one {row}, rank {rank} has none")
     check_settings(everything, [codes for _, *codes in described])
     return GlobalBatch(exchange.rank, tuple(batch for batch, *_ in described))
+
+
+def refuse(
+    device: torch.device, group: dist.ProcessGroup, *, settings: int, of: str = "NT-Xent"
+) -> None:
+    """Tell the other ranks, which are in :func:`agree`, that this rank refuses its arguments.
+
+    Args:
+        device: Device of this rank's rows.
+        group: The ranks.
+        settings: How many settings the ranks compare.
+        of: What the ranks do together, for an error.
+    """
+    Exchange(group, of=of).numbers([REFUSED] * (2 + settings), device)
+
+
+def check_refusals(rows: Sequence[int]) -> None:
+    """Raise if a rank gave ``REFUSED`` in place of its number of rows."""
+    if REFUSED in rows:
+        raise ValueError(
+            "every rank must be called with arguments that it accepts, rank "
+            f"{rows.index(REFUSED)} raised an error for its own: see the error of that rank"
+        )
+
+
+def shared_settings(
+    names: str,
+    z: Tensor,
+    *,
+    temperature: float | Tensor,
+    product_dtype: torch.dtype | None,
+    is_reference: bool,
+    needs_gradient: bool,
+    use_cosine_similarity: bool,
+    eps: float,
+    reduction: Reduction,
+) -> list[Setting]:
+    """The nine settings that NT-Xent and SupCon have in common.
+
+    Args:
+        names: The features' names, for an error.
+        z: Features of this rank.
+        temperature: A number, or a 0-dim tensor.
+        product_dtype: The dtype to which autocast rounds the operands of the product.
+        is_reference: Whether the back end is the reference.
+        needs_gradient: Whether the features or the temperature need a gradient.
+        use_cosine_similarity: Cosine similarity, else the dot product.
+        eps: Lower bound on the norm used for normalisation.
+        reduction: ``mean``, ``sum`` or ``none``.
+    """
+    number = 0.0  # on a device other than the CPU the host would wait for it
+    if not isinstance(temperature, Tensor):
+        number = temperature
+    elif temperature.device.type == "cpu":
+        number = temperature.item()
+    of_tensor = isinstance(temperature, Tensor)
+    return [
+        Setting(f"the dtype of {names.replace(',', ' and')}", z.dtype, FLOATING),
+        Setting("autocast's dtype", product_dtype, (None, *FLOATING)),
+        Setting("whether backend is the reference", is_reference, YES_OR_NO),
+        Setting(f"requires_grad of {names} or temperature", needs_gradient, YES_OR_NO),
+        Setting("whether temperature is a tensor", of_tensor, YES_OR_NO),
+        Setting("temperature", number),
+        Setting("use_cosine_similarity", use_cosine_similarity, YES_OR_NO),
+        Setting("eps", eps),
+        Setting("reduction", reduction, REDUCTIONS),
+    ]
 
 
 def check_settings(settings: Sequence[Setting], codes: Sequence[Sequence[int]]) -> None:

@@ -22,15 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cjepa_kernels.definitions import FLOATING, REDUCTIONS, Reduction
+from cjepa_kernels.distributed import group as ranks_of_group
 from cjepa_kernels.distributed.blocks import merge_rows, rows_of
 from cjepa_kernels.distributed.exchange import Exchange
 from cjepa_kernels.distributed.gather import gather_rows
-from cjepa_kernels.distributed.group import Setting, check_settings
+from cjepa_kernels.distributed.group import Setting, check_refusals, check_settings
 from cjepa_kernels.reference.rows import positive_temperature, with_rounding
 
 OF = "InfoNCE"  # for errors
 SETTINGS = 14  # the number of settings that the ranks compare
-REFUSED = -1  # in place of a number of rows
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,7 @@ def agree(
     own = [len(query), columns, *(setting.encode() for setting in settings)]
     exchange = Exchange(group, of=OF)
     described = exchange.numbers(own, query.device)
-    for rank, (rows, *_) in enumerate(described):
-        if rows == REFUSED:
-            raise ValueError(
-                f"every rank must be called with arguments that it accepts, rank {rank} raised an "
-                "error for its own: see the error of that rank"
-            )
+    check_refusals([rows for rows, *_ in described])
     check_settings(settings, [codes for _, _, *codes in described])
     return GroupBatch(
         group=group,
@@ -155,7 +150,7 @@ def settings(
 
 def refuse(device: torch.device, group: dist.ProcessGroup) -> None:
     """Tell the other ranks, which are in :func:`agree`, that this rank refuses its arguments."""
-    Exchange(group, of=OF).numbers([REFUSED] * (2 + SETTINGS), device)
+    ranks_of_group.refuse(device, group, settings=SETTINGS, of=OF)
 
 
 class OwnColumns(NamedTuple):

@@ -9,6 +9,8 @@ operator ``cross_logsumexp`` the rectangles of its rows and the rows of other ra
 
 The last line is the rectangle's backward with g r as the upstream gradients of both sides, so a row
 travels with (g r, LSE-). A row and its positive are always on the same rank.
+
+The decoupled loss (DCL) is x_a itself, and r_a is 1.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ from torch import Tensor
 
 from cjepa_kernels import reference
 from cjepa_kernels.chunked.rows import operands
-from cjepa_kernels.definitions import FLOATING, REDUCTIONS, STRATEGIES, NTXentOutput
+from cjepa_kernels.definitions import STRATEGIES, NTXentOutput
+from cjepa_kernels.distributed import group as ranks_of_group
 from cjepa_kernels.distributed.blocks import Blocks, Options
 from cjepa_kernels.distributed.exchange import Exchange
-from cjepa_kernels.distributed.group import GlobalBatch, Setting, agree
+from cjepa_kernels.distributed.group import YES_OR_NO, GlobalBatch, Setting, shared_settings
 from cjepa_kernels.distributed.reference import gather_pairs
 from cjepa_kernels.distributed.strategies import (
     Backward,
@@ -37,6 +40,61 @@ from cjepa_kernels.distributed.strategies import (
 )
 
 REFERENCE = "reference"
+SETTINGS = 12  # the number of settings that the ranks compare
+
+
+def agree(
+    z_i: Tensor,
+    temperature: Tensor | None,
+    options: Options,
+    group: dist.ProcessGroup,
+    *,
+    has_labels: bool,
+) -> GlobalBatch:
+    """Exchange the numbers of pairs, and check that all ranks have the same options.
+
+    Args:
+        z_i: (B_r, D); B_r may be 0, which is an error on every rank.
+        temperature: () in place of the options' number.
+        options: The same on every rank.
+        group: The ranks.
+        has_labels: Whether samples have labels, the same on every rank.
+
+    Raises:
+        ValueError: On all ranks alike, if a rank has no pair or another value of an option, or
+            refused its arguments.
+        RuntimeError: A rank ended, or did not take part before the timeout.
+    """
+    settings = shared_settings(
+        "z_i, z_j",
+        z_i,
+        temperature=options.temperature if temperature is None else temperature,
+        product_dtype=options.product_dtype,
+        is_reference=options.overload == REFERENCE,
+        needs_gradient=options.needs_gradient,
+        use_cosine_similarity=options.use_cosine_similarity,
+        eps=options.eps,
+        reduction=options.reduction,
+    )
+    settings += [
+        Setting("strategy", options.strategy, STRATEGIES),
+        Setting("decoupled", options.decoupled, YES_OR_NO),
+        Setting("whether labels are given", has_labels, YES_OR_NO),
+    ]
+    if len(settings) != SETTINGS:
+        raise RuntimeError(f"expected {SETTINGS} settings, got {len(settings)}")
+    batch = ranks_of_group.agree(z_i, settings, group)
+    if options.decoupled and batch.rows == 2:
+        raise ValueError(
+            "decoupled must be False without negatives, whose log-sum-exp is -inf, got one pair in "
+            "all ranks together"
+        )
+    return batch
+
+
+def refuse(device: torch.device, group: dist.ProcessGroup) -> None:
+    """Tell the other ranks, which are in :func:`agree`, that this rank refuses its arguments."""
+    ranks_of_group.refuse(device, group, settings=SETTINGS)
 
 
 def nt_xent(
@@ -45,25 +103,25 @@ def nt_xent(
     *,
     temperature: Tensor | None,
     options: Options,
+    batch: GlobalBatch,
     group: dist.ProcessGroup,
 ) -> NTXentOutput:
     """NT-Xent of this rank's pairs with negatives from every rank of the group.
 
     Args:
-        z_i: (B_r, D); B_r may be 0, which is an error on every rank.
+        z_i: (B_r, D).
         z_j: Same shape.
         temperature: () in place of the options' number.
         options: The same on every rank.
+        batch: The pairs of all ranks, as :func:`agree` returned them.
         group: The ranks.
 
     Returns:
         The loss and the log-sum-exps of this rank's rows, and the metrics of all ranks.
 
     Raises:
-        ValueError: On all ranks alike, if a rank has no pair or another value of an option.
         RuntimeError: A rank ended, or did not take part before the timeout.
     """
-    batch = agree(z_i, _settings(z_i, temperature, options), group)
     if options.overload == REFERENCE:
         return _reference(
             z_i, z_j, temperature=temperature, options=options, batch=batch, group=group
@@ -75,26 +133,6 @@ def nt_xent(
         z_i=z_i, z_j=z_j, temperature=temperature, options=options, batch=batch, group=group
     )
     return NTXentOutput(*function(*inputs))
-
-
-def _settings(z: Tensor, temperature: Tensor | None, options: Options) -> list[Setting]:
-    """The arguments that must be the same on every rank."""
-    yes_or_no = (False, True)
-    number = options.temperature
-    if temperature is not None and temperature.device.type == "cpu":
-        number = temperature.item()  # on another device the host would wait for it
-    return [
-        Setting("the dtype of z_i and z_j", z.dtype, FLOATING),
-        Setting("autocast's dtype", options.product_dtype, (None, *FLOATING)),
-        Setting("whether backend is the reference", options.overload == REFERENCE, yes_or_no),
-        Setting("requires_grad of z_i, z_j or temperature", options.needs_gradient, yes_or_no),
-        Setting("whether temperature is a tensor", temperature is not None, yes_or_no),
-        Setting("temperature", number),
-        Setting("use_cosine_similarity", options.use_cosine_similarity, yes_or_no),
-        Setting("eps", options.eps),
-        Setting("reduction", options.reduction, REDUCTIONS),
-        Setting("strategy", options.strategy, STRATEGIES),
-    ]
 
 
 class Inputs(NamedTuple):
@@ -178,7 +216,9 @@ class _GroupNTXent(torch.autograd.Function):
             if options.reduction == "mean":
                 upstream = upstream * (batch.ranks / batch.rows)
             shift, log_sum = saved.shift_and_log_sum.unbind(dim=1)
-            grad_logit = torch.sigmoid((shift - positive) / blocks.tau + log_sum) * upstream  # g r
+            grad_logit = upstream  # g r
+            if not options.decoupled:
+                grad_logit = torch.sigmoid((shift - positive) / blocks.tau + log_sum) * upstream
             # (M_r, 3)
             weights = torch.stack([grad_logit.to(positive.dtype), shift, log_sum], dim=1)
             state = Backward(
@@ -244,7 +284,9 @@ def _finish(
     options, tau = blocks.options, blocks.tau
     shift, log_sum, largest_negative = rows.unbind(dim=1)
     own = positive.double()
-    loss = -torch.nn.functional.logsigmoid((own - shift) / tau - log_sum)
+    loss = (shift - own) / tau + log_sum
+    if not options.decoupled:
+        loss = -torch.nn.functional.logsigmoid(-loss)
     lse = torch.logaddexp(shift / tau + log_sum, own / tau)
     # The sum of s over the negatives is |sum z|^2 - sum |z|^2 - sum s_pos, from sums of rows alone.
     features = z_i.shape[1]
@@ -297,6 +339,7 @@ def _reference(
             temperature=options.temperature if temperature is None else temperature,
             use_cosine_similarity=options.use_cosine_similarity,
             eps=options.eps,
+            decoupled=options.decoupled,
         )
         loss, lse = (x.view(2, -1)[:, pairs.own].flatten() for x in (terms.loss, terms.lse))
         return NTXentOutput(

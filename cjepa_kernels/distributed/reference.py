@@ -39,8 +39,7 @@ def gather_pairs(
         torch.cat([gathered[rank, view, :count] for rank, count in enumerate(batch.batches)])
         for view in (0, 1)
     ]
-    start = sum(batch.batches[: batch.rank])
-    return GatheredPairs(both[0], both[1], slice(start, start + len(z_i)))
+    return GatheredPairs(both[0], both[1], batch.own)
 
 
 class _AllGather(torch.autograd.Function):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cjepa_kernels.definitions import NTXentForward, Strategy
-from cjepa_kernels.distributed.blocks import Blocks, merge_rows, rows_of
+from cjepa_kernels.definitions import Strategy
+from cjepa_kernels.distributed.blocks import Blocks, OwnBlock, merge_rows, rows_of
 from cjepa_kernels.distributed.exchange import Exchange
 from cjepa_kernels.distributed.group import GlobalBatch
 from cjepa_kernels.distributed.ring import Rectangle, Ring, circulate
@@ -112,7 +112,7 @@ def ring_forward(
     """The forward by the ring: each rectangle serves the visitor's rows and the own ones."""
     ring, shard = Ring(batch), torch.cat([z_i, z_j])
     rows = shard.new_empty(0)
-    own: NTXentForward | None = None
+    own: OwnBlock | None = None
     visitors: list[Tensor] = []
 
     def first() -> None:

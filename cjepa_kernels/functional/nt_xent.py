@@ -16,10 +16,10 @@ from cjepa_kernels.definitions import (
     Reduction,
     Strategy,
 )
-from cjepa_kernels.distributed import Options
-from cjepa_kernels.distributed import nt_xent as distributed_nt_xent
+from cjepa_kernels.distributed.nt_xent import refuse
 from cjepa_kernels.functional import checks, dispatch
-from cjepa_kernels.functional.nt_xent_by_anchors import nt_xent_by_anchors
+from cjepa_kernels.functional.group_nt_xent import nt_xent_of_group
+from cjepa_kernels.functional.nt_xent_by_anchors import check_negatives, nt_xent_by_anchors
 
 
 def nt_xent(
@@ -64,12 +64,13 @@ def nt_xent(
 
             whose mean over the ranks is the loss of one process on the whole batch, and so is the
             gradient that DDP averages. ``sum`` and ``none`` cover this rank's anchors, the metrics
-            are global. Ranks may hold different numbers of pairs. Every rank has to take part in
-            every forward and backward.
+            are global. Ranks may hold different numbers of pairs. Labels mean the same class on
+            every rank. Every rank has to take part in every forward and backward.
         strategy: How the ranks work together. ``all_gather``: every rank gathers the features of
             all, quick for small batches. ``ring``: shards travel from rank to rank while the one
             before is worked on, each pair of shards is multiplied once, and memory grows with this
-            rank's rows. ``auto`` chooses by size.
+            rank's rows. ``auto`` chooses by size. With ``labels`` there is the all-gather alone,
+            and every rank computes the losses of all ranks.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
 
     Returns:
@@ -77,11 +78,12 @@ def nt_xent(
 
     Raises:
         TypeError: A tensor of the wrong kind or dtype.
-        ValueError: A wrong shape, device or value; the message names it. ``labels`` with a mask;
-            ``labels`` or ``decoupled`` with a group; ``decoupled`` with a mask, or if a sample has
-            no negatives. On a GPU and under torch.compile the host does not read the labels, and
-            the loss is then -inf. With a group also, on all ranks alike, a rank without pairs or
-            one that asks for something else.
+        ValueError: A wrong shape, device or value; the message names it. ``mask`` with ``labels``,
+            ``decoupled`` or a group; ``strategy="ring"`` with ``labels``; ``decoupled`` if a
+            sample has no negatives. On a GPU and under torch.compile the host does not read the
+            labels, and the loss is then -inf. With a group also, on all ranks alike, a rank
+            without pairs or one that asks for something else. If one rank refuses its own
+            arguments, the others raise an error that names this rank.
         RuntimeError: A back end that was asked for by name and is missing; a rank of the group that
             ended, or did not take part within the process group's timeout.
 
@@ -94,36 +96,57 @@ def nt_xent(
         >>> round(out.loss.item(), 4), out.accuracy.item()
         (0.5944, 1.0)
     """
-    check_backend(backend)
-    temperature = checks.without_arrays(temperature, z_i)
-    checks.check_temperature(temperature)
-    checks.check_reduction(reduction)
-    checks.check_in_range("eps", eps)
-    checks.check_strategy(strategy)
-    checks.check_bool("use_cosine_similarity", use_cosine_similarity)
-    checks.check_bool("decoupled", decoupled)
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a process group or None, got {type(group).__name__}")
-    # Under a group, a rank without pairs must not raise here and leave the other ranks waiting.
-    checks.check_views(z_i, z_j, allow_empty=group is not None)
-    _check_combination(mask=mask, labels=labels, decoupled=decoupled, group=group)
-    if labels is not None:
-        labels = classes_of_pairs(labels, z_i)
-    if z_i.ndim == 3:
-        z_i, z_j = z_i.flatten(0, 1), z_j.flatten(0, 1)
-    if mask is not None:
+    try:
+        check_backend(backend)
+        temperature = checks.without_arrays(temperature, z_i)
+        checks.check_temperature(temperature)
+        checks.check_reduction(reduction)
+        checks.check_in_range("eps", eps)
+        checks.check_strategy(strategy)
+        checks.check_bool("use_cosine_similarity", use_cosine_similarity)
+        checks.check_bool("decoupled", decoupled)
+        # Under a group, a rank without pairs is an error that every rank explains.
+        checks.check_views(z_i, z_j, allow_empty=group is not None)
+        _check_combination(mask=mask, labels=labels, decoupled=decoupled)
         if group is not None:
-            raise ValueError(
-                f"mask must be None with a group, got {checks.described(mask)}: it names pairs of "
-                "one rank only"
-            )
-        checks.check_negatives_mask(mask, z_i)
-    checks.check_temperature_device(temperature, "z_i", z_i)
+            _check_group(mask=mask, labels=labels, strategy=strategy, backend=backend)
+        if labels is not None:
+            labels = classes_of_pairs(labels, z_i)
+        if z_i.ndim == 3:
+            z_i, z_j = z_i.flatten(0, 1), z_j.flatten(0, 1)
+        if mask is not None:
+            checks.check_negatives_mask(mask, z_i)
+        checks.check_temperature_device(temperature, "z_i", z_i)
+    except (TypeError, ValueError):
+        # The other ranks must not wait for this one. Without a tensor its device is unknown.
+        if group is not None and isinstance(z_i, Tensor):
+            refuse(z_i.device, group)
+        raise
     temperature, eps = checks.as_float_or_scalar(temperature), checks.as_float(eps)
     z_i, z_j = checks.promote(z_i, z_j)
+    if group is not None:
+        of_group_eagerly = nt_xent_of_group
+        # Without the condition disable() would import the compiler, which takes as long as torch.
+        if torch.compiler.is_compiling():
+            of_group_eagerly = torch.compiler.disable(nt_xent_of_group)  # type: ignore[no-untyped-call]
+        return of_group_eagerly(
+            z_i,
+            z_j,
+            labels,
+            temperature=temperature,
+            use_cosine_similarity=use_cosine_similarity,
+            eps=eps,
+            reduction=reduction,
+            decoupled=decoupled,
+            group=group,
+            strategy=strategy,
+            backend=backend,
+        )
     if labels is not None or decoupled:
         if decoupled:
-            _check_negatives(z_i, labels)
+            check_negatives(z_i.shape[0], labels)
         return nt_xent_by_anchors(
             z_i,
             z_j,
@@ -135,45 +158,19 @@ def nt_xent(
             decoupled=decoupled,
             backend=backend,
         )
-    if group is None:
-        return _nt_xent(
-            z_i,
-            z_j,
-            temperature=temperature,
-            use_cosine_similarity=use_cosine_similarity,
-            eps=eps,
-            reduction=reduction,
-            mask=mask,
-            backend=backend,
-        )
-    if backend == "reference" and strategy == "ring":
-        raise ValueError(
-            'strategy must be "auto" or "all_gather" with backend="reference", got "ring"'
-        )
-    of_group_eagerly = _nt_xent_of_group
-    # Without the condition disable() would import the compiler, which takes as long as torch.
-    if torch.compiler.is_compiling():
-        of_group_eagerly = torch.compiler.disable(_nt_xent_of_group)  # type: ignore[no-untyped-call]
-    return of_group_eagerly(
+    return _nt_xent(
         z_i,
         z_j,
         temperature=temperature,
         use_cosine_similarity=use_cosine_similarity,
         eps=eps,
         reduction=reduction,
-        group=group,
-        strategy=strategy,
+        mask=mask,
         backend=backend,
     )
 
 
-def _check_combination(
-    *,
-    mask: Tensor | None,
-    labels: Tensor | None,
-    decoupled: bool,
-    group: dist.ProcessGroup | None,
-) -> None:
+def _check_combination(*, mask: Tensor | None, labels: Tensor | None, decoupled: bool) -> None:
     """Raise for arguments that do not go together."""
     if labels is not None and mask is not None:
         raise ValueError(
@@ -185,12 +182,25 @@ def _check_combination(
             f"decoupled must be False with a mask, got {decoupled}: labels, which name classes of "
             "samples in place of pairs, go with decoupled=True"
         )
-    for name, given in (("labels", labels is not None), ("decoupled", decoupled)):
-        if given and group is not None:
-            raise ValueError(
-                f"{name} must be {'None' if name == 'labels' else 'False'} with a group: the "
-                "negatives of several ranks are not implemented for it"
-            )
+
+
+def _check_group(
+    *, mask: Tensor | None, labels: Tensor | None, strategy: Strategy, backend: Backend
+) -> None:
+    """Raise for arguments that do not go together with a group."""
+    if mask is not None:
+        raise ValueError(
+            f"mask must be None with a group, got {checks.described(mask)}: it names pairs of one "
+            "rank only"
+        )
+    if strategy == "ring" and backend == "reference":
+        raise ValueError(
+            'strategy must be "auto" or "all_gather" with backend="reference", got "ring"'
+        )
+    if strategy == "ring" and labels is not None:
+        raise ValueError(
+            'strategy must be "auto" or "all_gather" with labels and a group, got "ring"'
+        )
 
 
 def classes_of_pairs(labels: Tensor, z_i: Tensor) -> Tensor:
@@ -203,59 +213,6 @@ def classes_of_pairs(labels: Tensor, z_i: Tensor) -> Tensor:
             f"labels must be ({z_i.shape[0]},) or {tuple(z_i.shape[:2])}, got {tuple(labels.shape)}"
         )
     return checks.as_classes(labels.flatten(), labels.numel(), z_i.device, of="pair")
-
-
-def _check_negatives(z_i: Tensor, labels: Tensor | None) -> None:
-    """Raise if the host can see that an anchor has no negatives."""
-    without = "decoupled must be False without negatives, whose log-sum-exp is -inf, got "
-    if z_i.shape[0] == 1:
-        raise ValueError(f"{without}one pair")
-    if labels is not None and checks.host_reads(labels) and (labels == labels[0]).all():
-        raise ValueError(f"{without}labels that are all {int(labels[0])}")
-
-
-def _nt_xent_of_group(
-    z_i: Tensor,
-    z_j: Tensor,
-    *,
-    temperature: float | Tensor,
-    use_cosine_similarity: bool,
-    eps: float,
-    reduction: Reduction,
-    group: dist.ProcessGroup,
-    strategy: Strategy,
-    backend: Backend,
-) -> NTXentOutput:
-    """NT-Xent of all ranks of a group, with checked arguments.
-
-    It is not compiled, because the numbers of pairs of the ranks are known at run time only.
-    """
-    tensor, number = checks.split_temperature(temperature)
-    overload = distributed_nt_xent.REFERENCE
-    if backend != "reference":
-        ops.refuse_transforms("nt_xent", (z_i, z_j, tensor))
-        overload = dispatch.choose_overload(backend, z_i.device)
-    product_dtype = dispatch.product_dtype(z_i)
-    of_own_block: Reduction = "none"
-    options = Options(
-        temperature=number,
-        use_cosine_similarity=use_cosine_similarity,
-        eps=eps,
-        reduction=reduction,
-        product_dtype=product_dtype,
-        save_for_backward=dispatch.saves_for_backward(
-            lambda limit: ops.saves_at_most(limit, overload, z_i, product_dtype, of_own_block),
-            z_i,
-            z_j,
-            tensor,
-        ),
-        overload=overload,
-        strategy=strategy,
-        needs_gradient=torch.is_grad_enabled()
-        and any(t is not None and t.requires_grad for t in (z_i, z_j, tensor)),
-    )
-    z_i, z_j, tensor = (ops.saveable(x) for x in (z_i, z_j, tensor))
-    return distributed_nt_xent.nt_xent(z_i, z_j, temperature=tensor, options=options, group=group)
 
 
 def _nt_xent(

@@ -79,3 +79,17 @@ def nt_xent_by_anchors(
             negative_similarity=negative,
             lse=softplus(difference) + out.positive / temperature,
         )
+
+
+def check_negatives(pairs: int, labels: Tensor | None) -> None:
+    """Raise if the host can see that an anchor of the decoupled loss has no negatives.
+
+    Args:
+        pairs: Number of pairs.
+        labels: (B,) int64, or None.
+    """
+    without = "decoupled must be False without negatives, whose log-sum-exp is -inf, got "
+    if pairs == 1:
+        raise ValueError(f"{without}one pair")
+    if labels is not None and checks.host_reads(labels) and (labels == labels[0]).all():
+        raise ValueError(f"{without}labels that are all {int(labels[0])}")

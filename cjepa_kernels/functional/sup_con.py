@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from cjepa_kernels import ops, reference
 from cjepa_kernels.backends import Backend, check_backend
 from cjepa_kernels.definitions import EPS, TEMPERATURE, Reduction, SupConOutput
+from cjepa_kernels.distributed.sup_con import agree, refuse
 from cjepa_kernels.functional import checks, dispatch
 from cjepa_kernels.functional.anchors import gap, softplus
 from cjepa_kernels.functional.class_similarity import class_similarity
@@ -24,6 +26,7 @@ def sup_con(
     use_cosine_similarity: bool = True,
     eps: float = EPS,
     reduction: Reduction = "mean",
+    group: dist.ProcessGroup | None = None,
     backend: Backend = "auto",
 ) -> SupConOutput:
     """SupCon of a batch, with its metrics, without the (M, M) similarity matrix.
@@ -52,6 +55,17 @@ def sup_con(
         eps: Lower bound on the norm used for normalisation; a row below it gets a zero
             gradient. Default 1e-8.
         reduction: ``mean`` over the anchors that have a positive, ``sum``, or ``none``.
+        group: Take the positives and the negatives from every rank of this process group. With R
+            ranks and A anchors that have a positive in all, rank r returns for ``mean``
+
+                (R / A) * sum over its own anchors a of loss_a
+
+            whose mean over the ranks is the loss of one process on the whole batch, and so is the
+            gradient that DDP averages. ``sum`` and ``none`` cover this rank's anchors, the metrics
+            and the number of anchors are global. Labels mean the same class on every rank. Ranks
+            may hold different numbers of rows. Every rank gathers the rows of all ranks and
+            computes all losses, so each does the work of the whole batch. Every rank has to take
+            part in every forward and backward. Default: one process.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
 
     Returns:
@@ -59,8 +73,10 @@ def sup_con(
 
     Raises:
         TypeError: A tensor of the wrong kind or dtype.
-        ValueError: A wrong shape, device or value; the message names it.
-        RuntimeError: A back end that was asked for by name and is missing.
+        ValueError: A wrong shape, device or value; the message names it. With a group the other
+            ranks raise one too, as they do for an option that differs.
+        RuntimeError: A back end that was asked for by name and is missing; a rank of the group that
+            ended, or did not take part within the process group's timeout.
 
     Source: SupCon, arXiv 2004.11362, equation 2 (the mean outside of the logarithm).
 
@@ -69,12 +85,48 @@ def sup_con(
         >>> round(out.loss.item(), 4), out.num_anchors.item()  # log 3: all rows are orthogonal
         (1.0986, 4)
     """
-    check_backend(backend)
-    temperature = checks.without_arrays(temperature, embeddings)
-    checks.check_temperature(temperature)
-    checks.check_reduction(reduction)
-    checks.check_in_range("eps", eps)
-    checks.check_bool("use_cosine_similarity", use_cosine_similarity)
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a process group or None, got {type(group).__name__}")
+    try:
+        check_backend(backend)
+        temperature = checks.without_arrays(temperature, embeddings)
+        checks.check_temperature(temperature)
+        checks.check_reduction(reduction)
+        checks.check_in_range("eps", eps)
+        checks.check_bool("use_cosine_similarity", use_cosine_similarity)
+        classes = _check_rows(embeddings, labels)
+        checks.check_temperature_device(temperature, "embeddings", embeddings)
+    except (TypeError, ValueError):
+        # The other ranks must not wait for this one. Without a tensor its device is unknown.
+        if group is not None and isinstance(embeddings, Tensor):
+            refuse(embeddings.device, group)
+        raise
+    options: dict[str, Any] = {
+        "temperature": checks.wide(checks.as_float_or_scalar(temperature)),
+        "use_cosine_similarity": use_cosine_similarity,
+        "eps": checks.as_float(eps),
+        "reduction": reduction,
+        "backend": backend,
+    }
+    views = embeddings.shape[1] if embeddings.ndim == 3 else 0
+    if views:
+        embeddings = embeddings.flatten(0, 1)
+    if group is None:
+        if classes is None:
+            classes = _classes_of_views(embeddings, views)
+        elif views:
+            classes = classes.repeat_interleave(views)
+        of_pairs = labels is None and views == 2
+        return _sup_con(embeddings, classes, of_pairs=of_pairs, **options)
+    of_group_eagerly = _sup_con_of_group
+    # Without the condition disable() would import the compiler, which takes as long as torch.
+    if torch.compiler.is_compiling():
+        of_group_eagerly = torch.compiler.disable(_sup_con_of_group)  # type: ignore[no-untyped-call]
+    return of_group_eagerly(embeddings, classes, views=views, group=group, **options)
+
+
+def _check_rows(embeddings: Tensor, labels: Tensor | None) -> Tensor | None:
+    """Raise for wrong embeddings or labels; returns the labels, checked, for each sample."""
     checks.check_floating_tensor("embeddings", embeddings)
     if embeddings.ndim not in (2, 3):
         raise ValueError(f"embeddings must be (M, D) or (B, V, D), got {tuple(embeddings.shape)}")
@@ -82,33 +134,85 @@ def sup_con(
         raise ValueError(
             f"embeddings must hold at least one row and one feature, got {tuple(embeddings.shape)}"
         )
-    checks.check_temperature_device(temperature, "embeddings", embeddings)
-    samples, device = embeddings.shape[0], embeddings.device
-    of_pairs = False  # whether it is known without a look at labels that classes have two rows
-    if labels is not None:
-        classes = checks.as_classes(
-            labels, samples, device, of="row" if embeddings.ndim == 2 else "sample"
-        )
-    elif embeddings.ndim == 3:
-        classes, of_pairs = torch.arange(samples, device=device), embeddings.shape[1] == 2
-    else:
-        raise ValueError(
-            "labels must be given for embeddings (M, D); without labels the views of a sample are "
-            f"positives, in embeddings (B, V, D), got {tuple(embeddings.shape)}"
-        )
-    if embeddings.ndim == 3:
-        classes = classes.repeat_interleave(embeddings.shape[1])
-        embeddings = embeddings.flatten(0, 1)
-    return _sup_con(
-        embeddings,
-        classes,
-        of_pairs=of_pairs,
-        temperature=checks.wide(checks.as_float_or_scalar(temperature)),
-        use_cosine_similarity=use_cosine_similarity,
-        eps=checks.as_float(eps),
-        reduction=reduction,
-        backend=backend,
+    if labels is None:
+        if embeddings.ndim == 2:
+            raise ValueError(
+                "labels must be given for embeddings (M, D); without labels the views of a sample "
+                f"are positives, in embeddings (B, V, D), got {tuple(embeddings.shape)}"
+            )
+        return None
+    of = "row" if embeddings.ndim == 2 else "sample"
+    return checks.as_classes(labels, embeddings.shape[0], embeddings.device, of=of)
+
+
+def _classes_of_views(z: Tensor, views: int) -> Tensor:
+    """(M,) int64: the sample of each row, where the views of a sample follow each other."""
+    samples = torch.arange(z.shape[0] // views, device=z.device)
+    return samples.repeat_interleave(views)
+
+
+def _sup_con_of_group(
+    z: Tensor,
+    classes: Tensor | None,
+    *,
+    views: int,
+    temperature: float | Tensor,
+    use_cosine_similarity: bool,
+    eps: float,
+    reduction: Reduction,
+    backend: Backend,
+    group: dist.ProcessGroup,
+) -> SupConOutput:
+    """SupCon of all ranks of a group, with checked arguments; every rank computes all losses.
+
+    It is not compiled, because the numbers of rows of the ranks are known at run time only.
+
+    Args:
+        z: (M_r, D) rows of this rank.
+        classes: Of its rows, or of its samples if there are views. None: the views of a sample.
+        views: V, or 0 for rows that are no views of samples.
+        temperature: Float or 0-dim tensor, in fp32 or fp64.
+        use_cosine_similarity: Cosine similarity, else the plain dot product.
+        eps: Lower bound on the norm used for normalisation.
+        reduction: ``mean`` over the anchors that have a positive, ``sum``, or ``none``.
+        backend: A checked name.
+        group: The ranks.
+    """
+    if backend != "reference":
+        ops.refuse_transforms("sup_con", (z, temperature))
+    rows: dict[str, Any] = {"use_cosine_similarity": use_cosine_similarity, "eps": eps}
+    needs_gradient = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in (z, temperature)
     )
+    whole = agree(
+        z,
+        views=views,
+        has_labels=classes is not None,
+        temperature=temperature,
+        product_dtype=dispatch.product_dtype(z),
+        is_reference=backend == "reference",
+        needs_gradient=needs_gradient,
+        reduction=reduction,
+        group=group,
+        **rows,
+    )
+    everything = whole.gather(ops.saveable(z))  # (M, D)
+    if classes is None:
+        of_all = _classes_of_views(everything, views)
+    else:
+        of_all = whole.gather(classes.repeat_interleave(views) if views else classes)
+    out = _sup_con(
+        everything,
+        of_all,
+        of_pairs=classes is None and views == 2,
+        temperature=whole.share(temperature),
+        reduction="none",
+        backend=backend,
+        **rows,
+    )
+    losses = whole.own_losses(out.loss)
+    loss = whole.reduce(losses, reduction, out.num_anchors.clamp(min=1))
+    return out._replace(loss=loss, lse=whole.own_rows(out.lse))
 
 
 def _sup_con(

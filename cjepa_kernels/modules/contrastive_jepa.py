@@ -22,7 +22,7 @@ from cjepa_kernels.definitions import (
     Reduction,
     Strategy,
 )
-from cjepa_kernels.distributed import SharedGroup, resolve_group
+from cjepa_kernels.distributed import resolve_group
 from cjepa_kernels.functional import cls_tokens
 from cjepa_kernels.functional.checks import (
     as_float,
@@ -65,9 +65,10 @@ class ContrastiveJEPALoss(LossModule):
             ``labels`` and has both views of all samples of a label as positives.
         backend: Back end of the contrastive term, see :func:`cjepa_kernels.backends`.
         distributed: Take the negatives from all ranks (True) or from those of a process group, as
-            described for ``group`` in :func:`cjepa_kernels.nt_xent`. Only ``nt_xent`` does; for the
-            other types several ranks are an error.
-        strategy: How the ranks work together: ``auto``, ``all_gather`` or ``ring``.
+            described for ``group`` in the function of the contrastive loss. With ``sup_con``, and
+            with labels, every rank does the work of the whole batch.
+        strategy: How the ranks work together: ``auto``, ``all_gather`` or ``ring``. Only
+            ``nt_xent`` and ``dcl`` have a ring, and only without labels.
         return_dict: Return a dict. With False a call returns the loss alone, as most losses do, and
             the metrics of the last call are the attribute ``last_metrics``.
 
@@ -148,7 +149,6 @@ class ContrastiveJEPALoss(LossModule):
             self.contrastive = NTXentLoss(
                 **options, decoupled=contrastive_type == "dcl", strategy=strategy
             )
-        self._distributed: bool | SharedGroup = False  # of the losses without this argument
         self.distributed = distributed
         self._warned_no_gradient = False
 
@@ -164,18 +164,11 @@ class ContrastiveJEPALoss(LossModule):
     @property
     def distributed(self) -> bool | ProcessGroup:
         """Whether negatives come from all ranks, or the process group that they come from."""
-        if isinstance(self.contrastive, NTXentLoss):
-            return self.contrastive.distributed
-        held = self._distributed
-        return held.group if isinstance(held, SharedGroup) else held
+        return self.contrastive.distributed
 
     @distributed.setter
     def distributed(self, value: bool | ProcessGroup) -> None:
-        resolve_group(value)  # raises for what is neither
-        if isinstance(self.contrastive, NTXentLoss):
-            self.contrastive.distributed = value
-        else:
-            self._distributed = value if isinstance(value, bool) else SharedGroup(value)
+        self.contrastive.distributed = value
 
     @property
     def eps(self) -> float:
@@ -266,11 +259,6 @@ class ContrastiveJEPALoss(LossModule):
         loss_fn = self.contrastive
         if isinstance(loss_fn, NTXentLoss):
             return _as_dict(loss_fn(z_i, z_j, labels=labels))
-        if resolve_group(self.distributed) is not None:
-            raise ValueError(
-                f"distributed must be False with contrastive_type={self.contrastive_type!r}: the "
-                "negatives of several ranks are not implemented for it"
-            )
         if isinstance(loss_fn, InfoNCELoss):
             return _as_dict(loss_fn(z_i, z_j))
         result = _as_dict(loss_fn(torch.stack([z_i, z_j], dim=1), labels))
@@ -281,6 +269,7 @@ class ContrastiveJEPALoss(LossModule):
             labels,
             use_cosine_similarity=loss_fn.use_cosine_similarity,
             eps=loss_fn.eps,
+            group=resolve_group(loss_fn.distributed),
             backend=loss_fn.backend,
         )
         return {**result, "accuracy": accuracy}

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from cjepa_kernels.backends import Backend, check_backend
 from cjepa_kernels.definitions import EPS, TEMPERATURE, Reduction
+from cjepa_kernels.distributed import resolve_group
 from cjepa_kernels.functional.checks import check_bool, check_in_range, check_reduction
 from cjepa_kernels.functional.sup_con import sup_con
+from cjepa_kernels.modules.distributed_attribute import distributed_attribute
 from cjepa_kernels.modules.float_attribute import float_attribute
 from cjepa_kernels.modules.loss_module import LossResult
 from cjepa_kernels.modules.temperature import TemperatureModule
@@ -17,8 +20,6 @@ from cjepa_kernels.modules.temperature import TemperatureModule
 
 class SupConLoss(TemperatureModule):
     """Supervised contrastive loss, or that of several views, with monitoring metrics.
-
-    The rows of one process count. Negatives of other ranks are not implemented for this loss yet.
 
     Args:
         temperature: Float from 1e-30 to 1e30, default 0.1. A lower temperature separates hard
@@ -32,6 +33,12 @@ class SupConLoss(TemperatureModule):
         temperature_shape: Shape of ``log_temperature``, () or (1,). FSDP cannot shard a 0-dim
             parameter and needs (1,). State dicts of either shape load into either.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
+        distributed: Take the positives and the negatives from all ranks (True), or from those of a
+            process group, as described for ``group`` in :func:`cjepa_kernels.sup_con`. Every rank
+            then does the work of the whole batch. Without a call of ``init_process_group``, True
+            means one process. A learnable temperature needs its gradient averaged over the ranks,
+            like every parameter: have the loss be a part of the module that DDP wraps. Copies and
+            pickles: as for :class:`NTXentLoss`.
         return_dict: Return a dict. With False a call returns the loss alone, as most losses do, and
             the metrics of the last call are the attribute ``last_metrics``.
 
@@ -48,6 +55,9 @@ class SupConLoss(TemperatureModule):
         2
     """
 
+    distributed: bool | ProcessGroup = distributed_attribute(
+        "Whether rows of all ranks count, or the process group whose rows count."
+    )
     eps: float = float_attribute("eps")
 
     def __init__(
@@ -60,6 +70,7 @@ class SupConLoss(TemperatureModule):
         learnable_temperature: bool = False,
         temperature_shape: Sequence[int] = (),
         backend: Backend = "auto",
+        distributed: bool | ProcessGroup = False,
         return_dict: bool = True,
     ) -> None:
         super().__init__(
@@ -76,6 +87,7 @@ class SupConLoss(TemperatureModule):
         self.reduction: Reduction = reduction
         self.eps = eps
         self.backend: Backend = backend
+        self.distributed = distributed
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> LossResult:
         """Loss and metrics of a batch.
@@ -97,6 +109,7 @@ class SupConLoss(TemperatureModule):
             use_cosine_similarity=self.use_cosine_similarity,
             eps=self.eps,
             reduction=self.reduction,
+            group=resolve_group(self.distributed),
             backend=self.backend,
         )
         return self._result(

@@ -19,7 +19,9 @@ from cjepa_kernels import (
     HJEPALoss,
     NTXentLoss,
     create_loss_from_config,
+    info_nce,
     nt_xent,
+    sup_con,
 )
 from cjepa_kernels.distributed import resolve_group
 from cjepa_kernels.distributed.blocks import Blocks
@@ -225,31 +227,54 @@ def test_errors_within_a_group(ranks: Pool) -> None:
         )
 
 
-def losses_by_configuration() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(dist.get_rank())
+# Of each type: the options of its configuration, and the loss of one process.
+CONTRASTIVE: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
+    "nt_xent": ({"strategy": "ring"}, lambda z, _: nt_xent(z[0], z[1])),
+    "nt_xent_labels": ({}, lambda z, labels: nt_xent(z[0], z[1], labels=labels)),
+    "dcl": ({"strategy": "ring"}, lambda z, _: nt_xent(z[0], z[1], decoupled=True)),
+    "info_nce": ({}, lambda z, _: info_nce(z[0], z[1], temperature=0.1, symmetric=True)),
+    "sup_con_labels": ({}, lambda z, labels: sup_con(z.transpose(0, 1), labels)),
+}
+LABELS = torch.tensor([0, 1, 0, 2, 2, 1, 0, 3])
+
+
+def losses_by_configuration(name: str) -> dict[str, Tensor]:
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
     levels = [torch.randn(4, n, 8, generator=generator) for n in (4, 2)]
     features = torch.randn(2, 4, 5, 8, generator=generator).requires_grad_()
+    kind = name.removesuffix("_labels")
     loss_fn = create_loss_from_config(
         {
             "type": "cjepa",
+            "contrastive_type": kind,
             "num_hierarchies": 2,
             "gather_distributed": True,
-            "strategy": "ring",
             "contrastive_on_context": True,
+            **CONTRASTIVE[name][0],
         }
     )
-    out = loss_fn(levels, levels, features[0], features[1])
+    own = LABELS[4 * rank : 4 * rank + 4]
+    labels = {"labels": own} if name.endswith("_labels") else {}
+    out = loss_fn(levels, levels, features[0], features[1], **labels)
     out["loss"].backward()
-    assert loss_fn.contrastive.strategy == "ring"
-    return {"cls": features[:, :, 0].detach(), "grad": features.grad, "loss": out["loss"].detach()}
+    assert loss_fn.distributed is True
+    if kind in ("nt_xent", "dcl"):
+        assert loss_fn.contrastive.strategy == CONTRASTIVE[name][0].get("strategy", "auto")
+    result = {key: out[key].detach() for key in ("loss", "contrastive_accuracy")}
+    return {**result, "cls": features[:, :, 0].detach(), "grad": features.grad}
 
 
-def test_the_whole_loss_by_configuration(ranks: Pool) -> None:
-    results = ranks(2).run(losses_by_configuration)
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_the_whole_loss_by_configuration(ranks: Pool, name: str) -> None:
+    results = ranks(2).run(losses_by_configuration, name)
     z = torch.cat([result["cls"] for result in results], dim=1).requires_grad_()
-    loss = 0.1 * nt_xent(z[0], z[1]).loss
+    loss = 0.1 * CONTRASTIVE[name][1](z, LABELS).loss
     loss.backward()
     torch.testing.assert_close(torch.stack([result["loss"] for result in results]).mean(), loss)
+    of_pairs = nt_xent(z[0], z[1], labels=LABELS if name.endswith("_labels") else None)
     for result, gradient in zip(results, z.grad.split(4, dim=1), strict=True):
         torch.testing.assert_close(result["grad"][:, :, 0] / 2, gradient)
         assert result["grad"][:, :, 1:].count_nonzero() == 0
+        if name != "info_nce":
+            assert result["contrastive_accuracy"] == of_pairs.accuracy

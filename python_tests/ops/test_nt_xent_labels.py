@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from overloads import DEVICE, INTERPRETED
 from sample_inputs import DTYPES, sides
 from tolerances import (
@@ -344,13 +343,6 @@ def test_mistakes_are_named(
 ) -> None:
     with pytest.raises(error, match=message):
         nt_xent(z, z, **options)
-
-
-@pytest.mark.parametrize("given", [{"labels": l4}, {"decoupled": True}], ids=str)
-def test_a_group_is_refused(given: dict[str, Any]) -> None:
-    group = dist.ProcessGroup(0, 1)  # the check comes before any exchange
-    with pytest.raises(ValueError, match=f"{next(iter(given))} must be .* with a group"):
-        nt_xent(z44, z44, group=group, **given)
 
 
 def test_the_module_has_the_loss_of_the_function() -> None:

@@ -16,8 +16,12 @@ def textbook_nt_xent(
     temperature: float | Tensor = 0.1,
     use_cosine_similarity: bool = True,
     mask: Tensor | None = None,
+    decoupled: bool = False,
 ) -> Tensor:
-    """The (2B,) losses: normalise, multiply, mask the diagonal and take the cross-entropy."""
+    """The (2B,) losses: normalise, multiply, mask the diagonal and take the cross-entropy.
+
+    The decoupled loss takes the positive out of the sum as well.
+    """
     z = torch.cat([z_i, z_j])
     batch = len(z_i)
     if use_cosine_similarity:
@@ -28,6 +32,10 @@ def textbook_nt_xent(
         off_diagonal = (mask | mask.T) & ~torch.eye(batch, dtype=torch.bool)
         logits = logits.masked_fill(off_diagonal.repeat(2, 2), -torch.inf)
     labels = torch.arange(2 * batch).roll(batch)
+    if decoupled:
+        positive = logits.gather(1, labels[:, None])  # (2B, 1)
+        others = logits.scatter(1, labels[:, None], -torch.inf)
+        return torch.logsumexp(others, dim=1) - positive.squeeze(1)
     return F.cross_entropy(logits, labels, reduction="none")
 
 

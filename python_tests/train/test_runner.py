@@ -27,7 +27,7 @@ from cjepa_kernels.train.data.batches import EpochBatches
 from cjepa_kernels.train.data.dataset import load_dataset
 from cjepa_kernels.train.loop.checkpoints import AtomicCheckpointIO
 from cjepa_kernels.train.loop.metric_history import DivergenceError, MetricHistory, to_csv
-from cjepa_kernels.train.loop.module import CJEPAModule
+from cjepa_kernels.train.loop.module import CJEPAModule, build_loss
 from cjepa_kernels.train.loop.run_directory import RunResult, load_result
 from cjepa_kernels.train.model.vit import VisionTransformer
 
@@ -152,11 +152,6 @@ def test_another_configuration_in_the_directory_names_the_keys(tmp_path: Path) -
             r"contrastive_type.*data\.label_column.*all of one class",
             id="one-label",
         ),
-        pytest.param(
-            ["loss.contrastive_type=dcl", "trainer.devices=2"],
-            r"contrastive_type: 'dcl' .*loss\.gather_distributed=false.*devices=2",
-            id="kind-devices",
-        ),
         pytest.param(["loss.type=hjepa"], r"loss\.type.*contrastive_weight", id="loss-type"),
         pytest.param(["loss.reduction=none"], r"loss\.reduction", id="reduction"),
         pytest.param(["data.pretrain_classes=[0,10]"], r"pretrain_classes.*0\.\.9", id="classes"),
@@ -197,6 +192,13 @@ def test_contrastive_types_train(kind: str, tmp_path: Path) -> None:
     assert 0 <= result.history[-1]["contrastive_accuracy"] <= 1
     log = (tmp_path / "log.txt").read_text()
     assert ("trains with the labels of the training images" in log) == (kind == "sup_con")
+
+
+@pytest.mark.parametrize("kind", ["nt_xent", "sup_con", "dcl", "info_nce"])
+def test_every_contrastive_type_takes_several_devices(kind: str) -> None:
+    """What the ranks then compute is tested in distributed/test_failures.py."""
+    loss = build_loss(tiny("trainer.devices=2", f"loss.contrastive_type={kind}"))
+    assert loss.contrastive.distributed is True
 
 
 def test_sup_con_takes_the_labels_of_its_images(

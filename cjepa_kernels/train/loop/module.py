@@ -235,13 +235,6 @@ def build_loss(
                 "loss.reduction: several devices average their gradients and need 'mean', got "
                 f"'sum' with trainer.devices={config.trainer.devices}"
             )
-    kind = loss.contrastive_type
-    if kind != "nt_xent" and config.trainer.devices > 1 and loss.distributed:
-        raise ValueError(
-            f"loss.contrastive_type: {kind!r} does not take the negatives of several devices yet; "
-            "loss.gather_distributed=false takes those of each device alone; got "
-            f"trainer.devices={config.trainer.devices}"
-        )
     levels = hierarchy_levels(loss)
     needed = 2 ** (levels - 1)
     predicted = config.masking.predicted
