@@ -22,7 +22,7 @@ from eager import textbook_info_nce, textbook_nt_xent
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, METRIC, relative_error
 from torch import Tensor
 
-from cjepa_kernels import MomentumQueue, NTXentLoss, info_nce, nt_xent
+from cjepa_kernels import MomentumQueue, NTXentLoss, info_nce, nt_xent, sup_con
 
 RANKS, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 FEATURES = 72
@@ -142,6 +142,46 @@ def test_info_nce_of_the_whole_batch(member: Member, dtype: torch.dtype, symmetr
         assert (value - getattr(truth, name)).abs() <= 4 * METRIC[dtype]
     allowed = 2 * relative_error(own(of_eager), own(expected)) + FLOOR_GRADIENT[dtype]
     assert relative_error(gradient / RANKS, own(expected)) <= allowed
+
+
+@STRATEGIES
+def test_dcl_of_the_whole_batch(member: Member, strategy: Any) -> None:
+    whole = whole_batch(member.device, torch.float32)
+    z = own(whole).requires_grad_()
+    options: dict[str, Any] = {"temperature": 0.05, "decoupled": True}
+    out = nt_xent(z[0], z[1], group=member.group, strategy=strategy, **options)
+    (gradient,) = torch.autograd.grad(out.loss, z)
+    exact = whole.double().requires_grad_()
+    truth = nt_xent(exact[0], exact[1], backend="reference", **options)
+    (expected,) = torch.autograd.grad(truth.loss, exact)
+    plain = whole.clone().requires_grad_()
+    eager = textbook_nt_xent(plain[0], plain[1], **options).mean()
+    (of_eager,) = torch.autograd.grad(eager, plain)
+    error = relative_error(member.mean(out.loss), truth.loss)
+    assert error <= 2 * relative_error(eager, truth.loss) + FLOOR_VALUE[z.dtype]
+    allowed = 2 * relative_error(own(of_eager), own(expected)) + FLOOR_GRADIENT[z.dtype]
+    assert relative_error(gradient / RANKS, own(expected)) <= allowed
+
+
+@DTYPES
+def test_sup_con_has_the_bits_of_one_process(member: Member, dtype: torch.dtype) -> None:
+    rows = whole_batch(member.device, dtype).transpose(0, 1)  # (B, 2, D)
+    labels = torch.arange(len(rows), device=member.device) % 7
+    z = own(rows.transpose(0, 1)).transpose(0, 1).requires_grad_()
+    own_labels = own(labels.expand(2, -1))[0]
+    out = sup_con(z, own_labels, reduction="none", group=member.group)
+    (gradient,) = torch.autograd.grad(out.loss.sum(), z)
+    whole = rows.clone().requires_grad_()
+    expected = sup_con(whole, labels, reduction="none")
+    (of_whole,) = torch.autograd.grad(expected.loss.sum(), whole)
+
+    def part(values: Tensor) -> Tensor:
+        """This rank's part of (B, ...) samples."""
+        return own(values.expand(2, *values.shape))[0]
+
+    assert torch.equal(out.loss, part(expected.loss.view(-1, 2)).flatten())
+    assert torch.equal(gradient, part(of_whole))
+    assert torch.equal(out.num_anchors, expected.num_anchors)
 
 
 def test_a_queue_holds_the_keys_of_all_ranks(member: Member) -> None:
