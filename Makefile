@@ -10,7 +10,7 @@ BENCH_OUT ?= runs/bench
 INTERPRETED := $(addprefix python_tests/,$(addprefix ops/test_,nt_xent.py cross_logsumexp.py \
   paired_logsumexp.py info_nce.py self_logsumexp.py nt_xent_labels.py sup_con.py cross_logsumexp_calls.py \
   compile_numbers.py limits.py prediction_loss.py registration.py) \
-  distributed/test_nt_xent.py modules/test_module_state.py \
+  distributed/test_nt_xent.py distributed/test_decoupled.py modules/test_module_state.py \
   $(addprefix triton/test_,kernels.py interpreter.py plans.py hopper.py hopper_gradients.py \
   saved_rows.py prediction_blocks.py))
 
