@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cjepa_kernels import functional, reference
 from cjepa_kernels.compat.normalisation import EPS, normalised
+from cjepa_kernels.compat.representation import shown
 from cjepa_kernels.definitions import Reduction, accumulation_dtype
 from cjepa_kernels.functional import checks, dispatch
 from cjepa_kernels.functional.anchors import softplus
@@ -134,6 +135,10 @@ class InfoNCE(nn.Module):
             reduction=self.reduction,
             negative_mode=self.negative_mode,
         )
+
+    def extra_repr(self) -> str:
+        """Settings as ``name=value``, for ``print(module)``."""
+        return shown(self, "temperature", "reduction", "negative_mode")
 
 
 def _check_mode(negative_mode: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cjepa_kernels.compat.gathered import gather_rows, own_rows, world_size
 from cjepa_kernels.compat.normalisation import EPS, normalised
+from cjepa_kernels.compat.representation import shown
 from cjepa_kernels.distributed import resolve_group
 from cjepa_kernels.functional import checks
 from cjepa_kernels.functional.cross_logsumexp import paired_logsumexp
@@ -98,6 +99,16 @@ class NTXentLoss(nn.Module):
             self.memory_bank.push(out1)
         return loss
 
+    @property
+    def memory_bank_size(self) -> int | tuple[int, ...]:
+        """(K, D), or 0 without a bank."""
+        size = self.memory_bank.size
+        return size if len(size) > 1 else 0
+
+    def extra_repr(self) -> str:
+        """Settings as ``name=value``, for ``print(module)``."""
+        return shown(self, "temperature", "memory_bank_size", "gather_distributed")
+
 
 class MemoryBank(nn.Module):
     """The bank of :class:`cjepa_kernels.compat.lightly.NTXentLoss`, ``loss_fn.memory_bank``.
@@ -142,6 +153,10 @@ class MemoryBank(nn.Module):
         end = min(start + len(keys), len(self.bank))
         self.bank[start:end] = keys[: end - start]
         self.bank_ptr.fill_(end % len(self.bank))
+
+    def extra_repr(self) -> str:
+        """Settings as ``name=value``, for ``print(module)``."""
+        return shown(self, "size", "gather_distributed")
 
 
 class DCLLoss(nn.Module):
@@ -208,6 +223,10 @@ class DCLLoss(nn.Module):
             ).loss
         return self._of_rectangles(out0, out1, of_ranks=of_ranks)
 
+    def extra_repr(self) -> str:
+        """Settings as ``name=value``, for ``print(module)``."""
+        return shown(self, "temperature", "weight_fn", "gather_distributed")
+
     def _of_rectangles(self, out0: Tensor, out1: Tensor, *, of_ranks: bool) -> Tensor:
         """The loss from the log-sum-exps of each view against each view, with any weights."""
         if of_ranks:
@@ -263,6 +282,11 @@ class DCLWLoss(DCLLoss):
             weight_fn=partial(_mises_fisher_weights, sigma=sigma),
             gather_distributed=gather_distributed,
         )
+        self.sigma = sigma
+
+    def extra_repr(self) -> str:
+        """Settings as ``name=value``, for ``print(module)``."""
+        return shown(self, "temperature", "sigma", "gather_distributed")
 
 
 def _check_pairs(

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cjepa_kernels.compat.gathered import gather_rows, own_rows
-from cjepa_kernels.definitions import FLOATING
+from cjepa_kernels.compat.representation import shown
+from cjepa_kernels.definitions import FLOATING, accumulation_dtype
 from cjepa_kernels.functional import checks
 from cjepa_kernels.functional.info_nce import info_nce
 
@@ -77,8 +78,8 @@ class ClipLoss(nn.Module):
             image_features: (B, D).
             text_features: (B, D); row k belongs to row k of ``image_features``.
             logit_scale: Positive factor of the logits, a number or a tensor of one element, which
-                gets a gradient. A tensor that is not positive gives NaN, because the host never
-                reads it.
+                gets a gradient unless it holds an integer. A tensor that is not positive gives NaN,
+                because the host never reads it.
             logit_bias: A number or a tensor of one element. It is added to all logits and does not
                 change the loss, and its gradient is 0.
             output_dict: Return ``{"contrastive_loss": loss}``.
@@ -94,9 +95,7 @@ class ClipLoss(nn.Module):
                 "image_features and text_features must have as many rows as each other, got "
                 f"{len(image_features)} and {len(text_features)}"
             )
-        loss = self._loss(
-            image_features, text_features, _temperature(logit_scale, image_features.device)
-        )
+        loss = self._loss(image_features, text_features, _temperature(logit_scale, image_features))
         if isinstance(logit_bias, Tensor):
             if logit_bias.numel() != 1:
                 raise ValueError(
@@ -110,6 +109,11 @@ class ClipLoss(nn.Module):
                 f"logit_bias must be a number or a tensor of one element, got {logit_bias!r}"
             )
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def extra_repr(self) -> str:
+        """Settings as ``name=value``, for ``print(module)``."""
+        names = ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size")
+        return shown(self, *names, "use_horovod")
 
     def _loss(self, image: Tensor, text: Tensor, temperature: float | Tensor) -> Tensor:
         if self.world_size == 1:
@@ -156,15 +160,15 @@ def _one_direction(
     ).loss
 
 
-def _temperature(logit_scale: Tensor | float, device: torch.device) -> Tensor | float:
+def _temperature(logit_scale: Tensor | float, features: Tensor) -> Tensor | float:
     """1 / scale; of a tensor in fp32 or fp64, because half precision would round the quotient."""
     if not isinstance(logit_scale, Tensor):
         checks.check_in_range("logit_scale", logit_scale)
         return 1 / checks.as_float(logit_scale)
-    if logit_scale.numel() != 1 or logit_scale.dtype not in FLOATING:
+    if logit_scale.numel() != 1 or logit_scale.dtype not in (*FLOATING, *checks.LABELS):
         raise ValueError(
-            "logit_scale must be a number or a floating-point tensor of one element, got a tensor "
-            f"of shape {tuple(logit_scale.shape)} and dtype {logit_scale.dtype}"
+            "logit_scale must be a number or a real tensor of one element, got "
+            f"{checks.described(logit_scale)}"
         )
-    dtype = torch.promote_types(logit_scale.dtype, torch.float32)
-    return logit_scale.reshape(()).to(device, dtype).reciprocal()
+    dtype = torch.promote_types(logit_scale.dtype, accumulation_dtype(features.dtype))
+    return logit_scale.reshape(()).to(features.device, dtype).reciprocal()

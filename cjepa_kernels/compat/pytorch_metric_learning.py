@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cjepa_kernels.compat.labelled import Classes, LabelledRows
 from cjepa_kernels.compat.normalisation import EPS
+from cjepa_kernels.compat.representation import shown
 from cjepa_kernels.functional import checks
 from cjepa_kernels.functional.nt_xent import nt_xent
 
@@ -122,6 +123,10 @@ class _LabelledLoss(nn.Module):
         if pairs == 0 or others == 0 or max(pairs, others) <= 1:
             return (embeddings * 0).sum()
         return self._loss(embeddings, ref_emb, classes)
+
+    def extra_repr(self) -> str:
+        """Settings as ``name=value``, for ``print(module)``."""
+        return shown(self, "temperature", "distance", "reducer")
 
     def _loss(self, embeddings: Tensor, ref_emb: Tensor | None, classes: Classes) -> Tensor:
         """The loss of a batch that has positive and negative pairs; each subclass has its own."""
@@ -260,6 +265,10 @@ class SelfSupervisedLoss(nn.Module):
         else:
             loss = self.loss(embeddings, labels, ref_emb=ref_emb, ref_labels=labels.clone())
         return loss
+
+    def extra_repr(self) -> str:
+        """Settings as ``name=value``, for ``print(module)``."""
+        return shown(self, "symmetric")
 
 
 def _is_cosine(distance: Any) -> bool:

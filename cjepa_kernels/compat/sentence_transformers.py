@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cjepa_kernels.compat.gathered import gather_rows, own_rows, world_size
 from cjepa_kernels.compat.normalisation import EPS, normalised
+from cjepa_kernels.compat.representation import shown
 from cjepa_kernels.functional import checks
 from cjepa_kernels.functional.anchors import softplus
 from cjepa_kernels.functional.cross_logsumexp import paired_logsumexp
@@ -213,6 +214,11 @@ class MultipleNegativesRankingLoss(nn.Module):
             "use_cosine_similarity": self.use_cosine_similarity,
             "eps": EPS,
         }
+
+    def extra_repr(self) -> str:
+        """Settings as ``name=value``, for ``print(module)``."""
+        names = ("scale", "similarity_fct", "gather_across_devices", "directions")
+        return shown(self, *names, "partition_mode", "hardness_mode", "hardness_strength")
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the card of a model."""

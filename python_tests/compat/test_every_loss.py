@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_metric_learning import distances
 from tolerances import AUTOCAST_LOSS, relative_error
 from torch import Tensor, nn
 
@@ -101,6 +104,42 @@ def test_copies_have_the_same_loss(name: str) -> None:
         expected = call(loss_fn, *views())
         for other in (copy.deepcopy(loss_fn), pickle.loads(pickle.dumps(loss_fn))):
             assert torch.equal(call(other, *views()), expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_representation_has_every_argument(name: str) -> None:
+    loss_fn, _ = LOSSES[name]
+    arguments = set(inspect.signature(type(loss_fn)).parameters) - {"model", "kwargs"}
+    first = repr(loss_fn).splitlines()[1] if list(loss_fn.children()) else repr(loss_fn)
+    shown = set(re.findall(r"(\w+)=", first))
+    assert arguments <= shown <= arguments | {"distance", "reducer"}
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "expected"),
+    [
+        (info_nce.InfoNCE(0.5, "sum"), "(temperature=0.5, reduction=sum, negative_mode=unpaired)"),
+        (info_nce.InfoNCE(torch.tensor([0.3])), "(temperature=0.3,"),
+        (info_nce.InfoNCE(torch.ones(1, device="meta")), "(temperature=tensor of shape (1,),"),
+        (lightly.NTXentLoss(memory_bank_size=(16, 24)), "memory_bank_size=(16, 24)"),
+        (lightly.NTXentLoss(), "memory_bank_size=0"),
+        (lightly.DCLLoss(weight_fn=F.cosine_similarity), "weight_fn=cosine_similarity"),
+        (lightly.DCLWLoss(sigma=0.7), "sigma=0.7"),
+        (
+            pytorch_metric_learning.NTXentLoss(distance=distances.DotProductSimilarity()),
+            "distance=DotProductSimilarity, reducer=None",
+        ),
+        (
+            pytorch_metric_learning.SelfSupervisedLoss(
+                pytorch_metric_learning.SupConLoss(), symmetric=False
+            ),
+            "symmetric=False",
+        ),
+    ],
+    ids=lambda value: value.strip("(") if isinstance(value, str) else "",
+)
+def test_representations(loss_fn: nn.Module, expected: str) -> None:
+    assert expected in repr(loss_fn)
 
 
 @pytest.mark.parametrize("name", ["clip", "nt_xent", "dcl", "info_nce", "paired_info_nce"])

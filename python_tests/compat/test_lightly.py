@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import peer_losses
@@ -267,6 +268,36 @@ def test_a_bank_of_other_features_is_named() -> None:
     message = r"memory_bank_size must be \(rows, 4\) .* got \(6, 5\)"
     with pytest.raises(ValueError, match=message):
         NTXentLoss(memory_bank_size=(6, 5))(torch.eye(4), torch.eye(4))
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-13], ids=["zeros", "below_eps"])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (NTXentLoss, peer_losses.LightlyNTXentLoss),
+        (partial(NTXentLoss, memory_bank_size=(8, 4)), None),
+        (DCLLoss, peer_losses.LightlyDCLLoss),
+        (DCLWLoss, peer_losses.LightlyDCLWLoss),
+    ],
+    ids=["nt_xent", "bank", "dcl", "dclw"],
+)
+def test_a_row_of_zeros_gets_no_gradient(ours: Any, theirs: Any, length: float) -> None:
+    """The gradient of ``F.normalize`` divides it by 1e-12. Everything else is the same."""
+    theirs = theirs or partial(peer_losses.LightlyNTXentLoss, memory_bank_size=(8, 4))
+    rows = torch.randn(2, 6, 4)
+    rows[0, 2] = rows[1, 4] = torch.tensor([length, 0.0, 0.0, 0.0])
+    results = []
+    for make in (ours, theirs):
+        torch.manual_seed(1)  # of the bank
+        leaf = rows.clone().requires_grad_()
+        loss = make()(*leaf)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        results.append((loss, gradient[0, [0, 1, 3, 4, 5]], gradient[0, 2]))
+    (loss, of_others, of_row), (their_loss, of_theirs, their_row) = results
+    assert relative_error(loss, their_loss) <= FLOOR_VALUE[torch.float32]
+    assert relative_error(of_others, of_theirs) <= FLOOR_GRADIENT[torch.float32]
+    assert (of_row == 0).all()
+    assert their_row.abs().max() > 1e9
 
 
 def test_dcl_of_one_pair_is_an_error() -> None:

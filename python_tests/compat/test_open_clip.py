@@ -59,6 +59,17 @@ def test_features_are_taken_as_they_come() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "scale",
+    [3, torch.tensor(3), torch.tensor([3], dtype=torch.int32), torch.tensor(2.7)],
+    ids=["int", "int64", "int32", "fp32"],
+)
+def test_a_scale_of_another_dtype_than_the_features(scale: Any) -> None:
+    image, text = torch.randn(2, 7, 5, dtype=torch.float64)
+    actual, expected = (make()(image, text, scale) for make in (ClipLoss, peer_losses.ClipLoss))
+    assert relative_error(actual, expected) <= FLOOR_VALUE[torch.float64]
+
+
 def test_the_bias_has_a_gradient_of_zero() -> None:
     """DDP raises for a parameter without a gradient."""
     bias = torch.tensor(-10.0, requires_grad=True)
@@ -112,12 +123,12 @@ def test_a_wrong_rank_is_named(ranks: Callable[[int], Ranks]) -> None:
         ({"world_size": 2}, {}, "world_size must be 1 without a process group, got 2"),
         ({}, {"logit_scale": 0.0}, "logit_scale must be positive"),
         ({}, {"logit_scale": torch.ones(2)}, r"logit_scale must be .* shape \(2,\)"),
-        ({}, {"logit_scale": torch.tensor(3)}, "logit_scale must be .* torch.int64"),
+        ({}, {"logit_scale": torch.tensor(True)}, "logit_scale must be .* torch.bool"),
         ({}, {"logit_bias": torch.ones(3)}, r"logit_bias must be .* shape \(3,\)"),
         ({}, {"text_features": torch.ones(2, 3)}, "as many rows as each other, got 3 and 2"),
         ({}, {"text_features": torch.ones(3)}, r"text_features must be \(N, D\), got \(3,\)"),
     ],
-    ids=["horovod", "no_group", "zero", "scales", "int", "biases", "rows", "shape"],
+    ids=["horovod", "no_group", "zero", "scales", "bool", "biases", "rows", "shape"],
 )
 def test_what_is_not_covered_is_named(
     options: dict[str, Any], arguments: dict[str, Any] | None, message: str
