@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from cjepa_kernels.compat.normalisation import EPS
 from cjepa_kernels.definitions import accumulation_dtype
 from cjepa_kernels.functional import checks, dispatch
-from cjepa_kernels.functional.anchors import gap, softplus
-from cjepa_kernels.functional.cross_logsumexp import cross_logsumexp, run_cross_logsumexp
+from cjepa_kernels.functional.anchors import add_negatives, gap, softplus
+from cjepa_kernels.functional.cross_logsumexp import run_cross_logsumexp
 from cjepa_kernels.functional.operands import operand_rows
 from cjepa_kernels.functional.self_logsumexp import run_self_logsumexp
 from cjepa_kernels.functional.sup_con import sup_con
@@ -210,13 +210,10 @@ class LabelledRows:
                 **self.options,
             )
             return RowSums(out.lse, out.shift, out.log_sum, out.positive)
-        lse = self._of_keys_of_other_classes(self.keys)
-        with torch.no_grad():
-            log_sum = torch.where(lse == -torch.inf, lse, 0.0)
-            return RowSums(lse, lse * self.tau, log_sum, lse)
+        return self._of_keys_of_other_classes(self.keys)
 
-    def _of_keys_of_other_classes(self, keys: Tensor) -> Tensor:
-        """(M,) log-sum-exps, one class of rows after the other.
+    def _of_keys_of_other_classes(self, keys: Tensor) -> RowSums:
+        """One class of rows after the other.
 
         The keys are sorted by class, so those of other classes lie before and behind.
         """
@@ -238,17 +235,36 @@ class LabelledRows:
                 )
                 parts.append(part)
             row, key = row + of_rows, key + of_keys
-        return torch.cat(parts)[row_order.argsort().to(keys.device)]
+        back = row_order.argsort().to(keys.device)
+        lse, shift, log_sum = (torch.cat(columns)[back] for columns in zip(*parts, strict=True))
+        return RowSums(lse, shift, log_sum, lse.new_zeros(lse.shape))
 
-    def _of_two_parts(self, rows: Tensor, before: Tensor, behind: Tensor) -> Tensor:
+    def _of_two_parts(
+        self, rows: Tensor, before: Tensor, behind: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``lse``, ``shift`` and ``log_sum`` of rows over the keys of both parts."""
         sums = [
-            cross_logsumexp(rows, keys, temperature=self.tau, **self.options).row_lse
+            run_cross_logsumexp(
+                rows,
+                keys,
+                positives=None,
+                temperature=self.tau,
+                overload=dispatch.choose_overload("auto", rows.device),
+                **self.options,
+            )
             for keys in (before, behind)
             if len(keys) > 0
         ]
         if not sums:
-            return rows.new_full(rows.shape[:1], -torch.inf, dtype=accumulation_dtype(rows.dtype))
-        return sums[0] if len(sums) == 1 else torch.logaddexp(*sums)
+            nothing = rows.new_full(
+                rows.shape[:1], -torch.inf, dtype=accumulation_dtype(rows.dtype)
+            )
+            return nothing, torch.zeros_like(nothing), nothing
+        out = sums[0]
+        if len(sums) > 1:
+            with dispatch.without_autocast(rows.device):
+                out = add_negatives(*sums, features=rows.shape[1], tau=self.tau)
+        return out.row_lse, out.row_shift, out.row_log_sum
 
 
 def pair_blocks(classes: Classes) -> Iterator[tuple[Tensor, Tensor]]:

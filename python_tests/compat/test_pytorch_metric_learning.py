@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peer_training import Model, assert_same_training
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor, nn
@@ -214,6 +215,47 @@ def test_aligned_pairs_lose_no_digits(name: str, temperature: float) -> None:
         if name == "SupConLoss" and expected < 2**-24:
             expected = expected * 0  # AvgNonZeroReducer leaves them out
         assert relative_error(loss, expected) <= FLOOR_VALUE[torch.float32]
+
+
+def pairs_of_references(
+    rows: Tensor, labels: Tensor, refs: Tensor, ref_labels: Tensor, temperature: float
+) -> Tensor:
+    """NT-Xent of rows and reference rows, with a softplus that does not cancel."""
+    logits = F.normalize(rows, dim=1) @ F.normalize(refs, dim=1).T / temperature
+    is_pair = labels[:, None] == ref_labels
+    lse = logits.masked_fill(is_pair, -torch.inf).logsumexp(dim=1, keepdim=True)
+    return -F.logsigmoid(logits - lse)[is_pair].mean()
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.005])
+def test_several_positives_at_a_low_temperature(temperature: float) -> None:
+    """The log-sum-exp and the similarity are large, and only their difference counts."""
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, of: torch.Generator = generator) -> Tensor:
+            return torch.randn(*shape, generator=of)
+
+        labels = torch.randint(6, (60,), generator=generator)
+        ref_labels = torch.randint(6, (80,), generator=generator)
+        centres = normal(24) + 0.2 * normal(6, 24)
+        rows = [centres[of] + 0.05 * normal(len(of), 24) for of in (labels, ref_labels)]
+        leaves = [z.requires_grad_() for z in rows]
+        exact = [z.detach().double().requires_grad_() for z in rows]
+        ours = NTXentLoss(temperature)(leaves[0], labels, ref_emb=leaves[1], ref_labels=ref_labels)
+        eager, truth = (
+            pairs_of_references(x, labels, y, ref_labels, temperature) for x, y in (leaves, exact)
+        )
+        assert relative_error(ours, truth) <= (
+            2 * relative_error(eager, truth) + FLOOR_VALUE[torch.float32]
+        )
+        actual, plain, expected = (
+            torch.cat(torch.autograd.grad(loss, of))
+            for loss, of in ((ours, leaves), (eager, leaves), (truth, exact))
+        )
+        assert relative_error(actual, expected) <= (
+            2 * relative_error(plain, expected) + FLOOR_GRADIENT[torch.float32]
+        )
 
 
 def test_sup_con_is_not_below_its_bound() -> None:
