@@ -1,7 +1,8 @@
 """Draw the pictures of the documents from the recorded results: ``python docs/draw_results.py``.
 
-It writes headline.svg, nt_xent_cpu.svg, temperature_error.svg and distributed.svg to docs/images.
-The SVGs follow the reader's light or dark colours. It needs Matplotlib, from the extra ``bench``.
+It writes headline.svg, nt_xent_cpu.svg, losses_cpu.svg, temperature_error.svg and distributed.svg
+to docs/images. The SVGs follow the reader's light or dark colours. It needs Matplotlib, from the
+extra ``bench``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from cjepa_kernels.bench.candidates import (
     OURS,
     TITLES,
 )
+from cjepa_kernels.bench.losses import COMPARED, LOSSES
 from cjepa_kernels.bench.records import RESULTS
 from cjepa_kernels.plot_style import INK, OTHER, svg
 from cjepa_kernels.plot_style import NATIVE as BAR
@@ -235,13 +237,17 @@ def _draw_headline_panel(
     *,
     unit: str,
     products: float | None = None,
+    places: int = MOST_BARS,
 ) -> None:
-    """Bars with their values, this package's first, and a line for the bare products."""
+    """Bars with their values, this package's first, and a line for the bare products.
+
+    Panels of a picture have room for as many ``places`` each, so that their bars are equally wide.
+    """
     texts = [f"{v:,.0f} {unit}" if v >= 20 else f"{v:.1f} {unit}" for v in values.values()]
     colours = [plots.STYLES[OURS].colour, *[OTHER] * (len(values) - 1)]
     draw_bars(axes, values, texts, colours=colours)
     axes.texts[0].set_fontweight("bold")
-    axes.set_ylim(MOST_BARS - 0.4, -0.6)
+    axes.set_ylim(places - 0.4, -0.6)
     axes.set_xlim(0, 1.28 * max(values.values()))
     axes.set_title(title)
     if products is not None:
@@ -262,6 +268,29 @@ def _draw_headline_panel(
     axes.spines["bottom"].set_visible(False)
 
 
+def draw_losses(results: Content) -> Figure:
+    """Forward + backward of the losses beside NT-Xent, as bench/losses.py recorded them."""
+    figure = Figure(figsize=(10.4, 3.0), layout="constrained")
+    seconds = {
+        (row["loss"], row["name"]): row["median"]
+        for row in results["rows"]
+        if (row["M"], row["D"]) == COMPARED
+    }
+    names = list(dict.fromkeys(loss for loss, _ in seconds))
+    panels = figure.subplots(-(-len(names) // 2), 2, squeeze=False).flatten()
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    for axes, name in zip(panels, names, strict=False):
+        milliseconds = {
+            one.title: 1e3 * seconds[name, one.name]
+            for one in LOSSES[name].candidates().values()
+            if (name, one.name) in seconds
+        }
+        title = f"{LOSSES[name].title}, {COMPARED.rows:,} rows"
+        _draw_headline_panel(axes, title, milliseconds, unit="ms", places=3)
+    return figure
+
+
 def _read(path: Path) -> Content:
     content: Content = json.loads(path.read_text(encoding="utf-8"))
     return content
@@ -278,6 +307,7 @@ def pictures() -> dict[Path, Callable[[], Figure]]:
     return {
         images / "headline.svg": partial(draw_headline, _read(CPU_OF_HEADLINE), _read(records[0])),
         images / "nt_xent_cpu.svg": partial(draw_nt_xent, _read(RESULTS / "nt_xent_cpu.json")),
+        images / "losses_cpu.svg": partial(draw_losses, _read(RESULTS / "losses_cpu.json")),
         images / "temperature_error.svg": partial(draw_temperature_errors, errors),
         images / "distributed.svg": partial(draw_distributed, costs),
     }

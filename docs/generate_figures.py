@@ -305,6 +305,36 @@ def losses_cpu() -> str:
     return f"{measured(content)}\n\n{table(heads, rows, text_columns=2)}"
 
 
+def gain_of_loss(name: str, other: str, title: str) -> str:
+    """A loss beside another project's formula, up to the first size that was not run."""
+    content = record_of_losses("losses")
+    if content is None:
+        return not_recorded("losses")
+    ours, rows = LOSSES[name].ours.name, []
+    for count in sorted({r["M"] for r in select(content, "rows", loss=name)}):
+        cell = {"loss": name, "M": count}
+        memory = {r["name"]: mebibytes(r["extra_bytes"]) for r in select(content, "memory", **cell)}
+        here = milliseconds(only(content, "rows", **cell, name=ours)["median"])
+        theirs = select(content, "rows", **cell, name=other)
+        if not theirs:
+            rows.append([f"{count:,}", "not run", here, "", "", memory[ours]])
+            break
+        faster = two_digits(1 / theirs[0]["ours_over_it"]["value"])
+        time = milliseconds(theirs[0]["median"])
+        rows.append([f"{count:,}", time, here, faster, memory[other], memory[ours]])
+    heads = f"rows | {title}, ms | here, ms | times as fast | {title}, MiB | here, MiB"
+    return f"{measured(content)}\n\n{table(heads, rows)}"
+
+
+TEMPLATES["gain_open_clip"] = partial(gain_of_loss, "clip", "open_clip", "open_clip's")
+TEMPLATES["gain_info_nce"] = partial(
+    gain_of_loss, "info_nce", "plain_info_nce", "info-nce-pytorch's"
+)
+TEMPLATES["gain_sup_con"] = partial(
+    gain_of_loss, "sup_con", "metric_learning_sup_con", "pytorch-metric-learning"
+)
+
+
 @template
 def losses_targets() -> str:
     content = record_of_losses("losses")

@@ -283,7 +283,7 @@ def test_every_plot_is_of_a_comparison() -> None:
 
 def test_pictures_of_the_other_pages_are_those_of_their_records() -> None:
     drawn = {path: svg(draw) for path, draw in draw_results.pictures().items()}
-    assert len(drawn) == 4
+    assert len(drawn) == 5
     for path, text in drawn.items():
         assert text == path.read_text(encoding="utf-8"), path.name
 
