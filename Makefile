@@ -54,14 +54,17 @@ demo: $(VENV)/.train ## train C-JEPA, JEPA and the contrastive term alone, and w
 # Containers often forbid Python to keep bytecode. Every process would then compile the tests again.
 test coverage: export PYTHONDONTWRITEBYTECODE :=
 
+# A process that has no tests left takes half of those that the other one still has.
+TWO_PROCESSES := -n 2 --dist worksteal
+
 # Twice: Triton's kernels run in its interpreter, which has to be asked for from the start.
 test: $(VENV)/.dev ## run the test suite
-	$(BIN)/python -m pytest -n 2
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k "triton" $(INTERPRETED)
+	$(BIN)/python -m pytest $(TWO_PROCESSES)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(TWO_PROCESSES) -k "triton" $(INTERPRETED)
 
 # Tracing makes the tests half as long again, so it is a run of its own.
 coverage: $(VENV)/.dev ## run the test suite and show which lines it reaches; below 90 % it fails
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term
+	$(BIN)/python -m pytest $(TWO_PROCESSES) --cov --cov-report=term
 
 # $(call run_cpp_tests,build directory,sanitizers)
 comma := ,

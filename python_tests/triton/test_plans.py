@@ -59,12 +59,13 @@ if fake_driver.COMPILER is None:
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-@pytest.fixture(scope="module")
+# An operator can be registered only once in a process, and pytest-xdist may come back to a module.
+@pytest.fixture(scope="session")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> fake_driver.FakeDriver:
     return fake_driver.FakeDriver(tmp_path_factory.mktemp("driver"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def registered(driver: fake_driver.FakeDriver) -> Operators:
     return Operators(driver)
 
