@@ -1,7 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Python compiles what it imports, and it imports a part of what pip would compile.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(filter-out csrc/tests/%,$(CPP_FILES))
 DEMO_OUT ?= runs/demo
@@ -17,6 +18,9 @@ INTERPRETED := $(addprefix python_tests/,$(addprefix ops/test_,nt_xent.py cross_
 .PHONY: help demo test coverage config-check gpu-check gluon-check ctest ctest-aarch64 headers-check sanitize lint format \
   bench bench-quick bench-record bench-compare docs examples kill-test release-check clean
 .DELETE_ON_ERROR:
+
+# Containers often forbid Python to keep bytecode. Every process would then compile what it imports again.
+export PYTHONDONTWRITEBYTECODE :=
 
 # Every target has its description beside it, after two number signs.
 help: ## this list
@@ -50,9 +54,6 @@ $(VENV)/.docs: $(VENV)/.base $(BUILD_INPUTS)
 
 demo: $(VENV)/.train ## train C-JEPA, JEPA and the contrastive term alone, and write a report (SEEDS=0,1,2)
 	$(BIN)/cjepa compare --config configs/cjepa.yaml --seeds $(SEEDS) --out $(DEMO_OUT)
-
-# Containers often forbid Python to keep bytecode. Every process would then compile the tests again.
-test coverage: export PYTHONDONTWRITEBYTECODE :=
 
 # A process that has no tests left takes half of those that the other one still has.
 TWO_PROCESSES := -n 2 --dist worksteal
