@@ -432,7 +432,7 @@ def _as_argument(value: Any, kind: str) -> Any:
 
 
 def rank_cases() -> Iterator[Case]:
-    """NT-Xent of two processes: values, gradients and the bytes that they send."""
+    """Losses of two processes: values, gradients and, of NT-Xent, the bytes that they send."""
     for backend, strategy, dtype, equal, reduction in itertools.product(
         ("reference", "chunked", "native"),
         ("all_gather", "ring"),
@@ -462,6 +462,34 @@ def rank_cases() -> Iterator[Case]:
             return results | sent | {"flops": counts.flops}
 
         yield f"ranks {options} {dtype} equal={equal}", run
+    for loss, backend, dtype in itertools.product(
+        ("dcl", "labels", "sup_con"), ("chunked", "native"), (torch.float32, torch.bfloat16)
+    ):
+
+        def run_other(
+            loss: str = loss, backend: Any = backend, dtype: torch.dtype = dtype
+        ) -> Results:
+            rank = dist.get_rank()
+            pairs = (5, 12)[rank]
+            z_i, z_j = (make(f"{n}{rank}", pairs, 16, dtype=dtype) for n in ("z_i", "z_j"))
+            temperature = torch.tensor(0.2, requires_grad=True)
+            inputs = {"z_i": z_i, "z_j": z_j, "temperature": temperature}
+            options: dict[str, Any] = {
+                "temperature": temperature,
+                "backend": backend,
+                "group": dist.group.WORLD,
+            }
+            labels = torch.arange(pairs) % 4
+            out: Any
+            if loss == "sup_con":
+                out = cjepa_kernels.sup_con(torch.cat([z_i, z_j]), labels.repeat(2), **options)
+            elif loss == "labels":
+                out = nt_xent(z_i, z_j, labels=labels, **options)
+            else:
+                out = nt_xent(z_i, z_j, decoupled=True, strategy="ring", **options)
+            return with_gradients(out._asdict(), inputs)
+
+        yield f"ranks {loss} {backend} {dtype}", run_other
 
 
 def cases_of(group: str, quick: bool) -> Iterator[Case]:
