@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "class_similarity.h"
 #include "cross_logsumexp.h"
 #include "nt_xent.h"
 #include "pad_tokens.h"
@@ -17,6 +18,7 @@ void implement(StableLibrary& library) {
   implement_nt_xent(library);
   implement_cross_logsumexp(library);
   implement_self_logsumexp(library);
+  implement_class_similarity(library);
   implement_prediction_loss(library);
   implement_pad_tokens(library);
 }

@@ -96,6 +96,7 @@ foreach(name ${operators} memory)
   cjepa_link_torch(${name}_test)
   add_dependencies(cpp_tests ${name}_test)
 endforeach()
+target_sources(self_logsumexp_test PRIVATE ${tests}/class_similarity_test.cpp)
 target_sources(prediction_loss_test PRIVATE ${tests}/tensor_memory_test.cpp)
 
 add_library(fake_cuda MODULE ${tests}/fake_cuda.cpp)
