@@ -192,6 +192,24 @@ def test_two_ranks(
             assert relative_error(ours, value) <= FLOOR_GRADIENT[torch.float64]
 
 
+def ragged_dcl() -> Tensor:
+    """The loss of a rank of DCL, with one pair on rank 0 and five on rank 1."""
+    views = ragged_views()[dist.get_rank()]
+    return DCLLoss(gather_distributed=True)(views[0], views[1])
+
+
+def ragged_views() -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(2, 6, 8, generator=generator, dtype=torch.float64).split([1, 5], dim=1)
+
+
+def test_dcl_of_ranks_with_different_numbers_of_pairs(ranks: Callable[[int], Ranks]) -> None:
+    """lightly's formula needs as many pairs on every rank."""
+    whole = torch.cat(ragged_views(), dim=1)
+    mean = torch.stack(ranks(2).run(ragged_dcl)).mean()
+    assert relative_error(mean, DCLLoss()(whole[0], whole[1])) <= FLOOR_VALUE[torch.float64]
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_gathering_without_a_group_is_one_process(name: str) -> None:
     views = torch.randn(2, 5, 4)
