@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.backends import Backend
 from cjepa_kernels.definitions import EPS, FLOATING, INFO_NCE_TEMPERATURE, Reduction
 from cjepa_kernels.distributed import resolve_group
 from cjepa_kernels.functional.checks import (
     check_bool,
     check_in_batch_negatives,
-    check_in_range,
     check_label_smoothing,
-    check_reduction,
     described,
 )
 from cjepa_kernels.functional.info_nce import info_nce
+from cjepa_kernels.modules.contrastive_module import ContrastiveModule
 from cjepa_kernels.modules.distributed_attribute import distributed_attribute
 from cjepa_kernels.modules.float_attribute import float_attribute
 from cjepa_kernels.modules.loss_module import LossResult
 from cjepa_kernels.modules.other_projects import refer
-from cjepa_kernels.modules.temperature import TemperatureModule
 
 
 def _as_temperature(logit_scale: Tensor, query: Tensor) -> Tensor:
@@ -43,7 +42,7 @@ def _as_temperature(logit_scale: Tensor, query: Tensor) -> Tensor:
     return logit_scale.to(torch.promote_types(logit_scale.dtype, torch.float32)).reciprocal()
 
 
-class InfoNCELoss(TemperatureModule):
+class InfoNCELoss(ContrastiveModule):
     """InfoNCE of queries against keys, with monitoring metrics.
 
     Args:
@@ -93,7 +92,6 @@ class InfoNCELoss(TemperatureModule):
     distributed: bool | ProcessGroup = distributed_attribute(
         "Whether negatives come from all ranks, or the process group that they come from."
     )
-    eps: float = float_attribute("eps")
     label_smoothing: float = float_attribute("label_smoothing")
 
     @refer(
@@ -119,24 +117,20 @@ class InfoNCELoss(TemperatureModule):
     ) -> None:
         super().__init__(
             temperature,
+            use_cosine_similarity=use_cosine_similarity,
+            reduction=reduction,
+            eps=eps,
             learnable_temperature=learnable_temperature,
             temperature_shape=temperature_shape,
+            backend=backend,
             return_dict=return_dict,
         )
         check_bool("symmetric", symmetric)
         check_label_smoothing(label_smoothing)
         check_in_batch_negatives(in_batch_negatives, symmetric=symmetric)
-        check_bool("use_cosine_similarity", use_cosine_similarity)
-        check_reduction(reduction)
-        check_in_range("eps", eps)
-        check_backend(backend)
         self.symmetric = symmetric
         self.label_smoothing = label_smoothing
         self.in_batch_negatives = in_batch_negatives
-        self.use_cosine_similarity = use_cosine_similarity
-        self.reduction: Reduction = reduction
-        self.eps = eps
-        self.backend: Backend = backend
         self.distributed = distributed
         if distributed is not False and not in_batch_negatives:
             raise ValueError(
@@ -172,23 +166,19 @@ class InfoNCELoss(TemperatureModule):
             ``loss``, ``accuracy``, ``positive_similarity`` and ``negative_similarity``. The metrics
             are detached 0-dim tensors on the device. With ``return_dict=False`` the loss alone.
         """
-        temperature = self.temperature
+        settings = self._settings()
         if logit_scale is not None:
-            temperature = _as_temperature(logit_scale, query)
+            settings["temperature"] = _as_temperature(logit_scale, query)
         out = info_nce(
             query,
             key,
             negatives,
             positives,
-            temperature=temperature,
             symmetric=self.symmetric,
             label_smoothing=self.label_smoothing,
             in_batch_negatives=self.in_batch_negatives,
-            use_cosine_similarity=self.use_cosine_similarity,
-            eps=self.eps,
-            reduction=self.reduction,
             group=resolve_group(self.distributed),
-            backend=self.backend,
+            **settings,
         )
         return self._result(
             {
@@ -199,13 +189,9 @@ class InfoNCELoss(TemperatureModule):
             }
         )
 
-    def extra_repr(self) -> str:
-        """Settings as ``name=value``, for ``print(module)``."""
-        learnable = "" if self.log_temperature is None else ", learnable_temperature=True"
-        return (
-            f"temperature={self.describe_temperature()}{learnable}, symmetric={self.symmetric}, "
-            f"label_smoothing={self.label_smoothing}, "
-            f"in_batch_negatives={self.in_batch_negatives}, "
-            f"use_cosine_similarity={self.use_cosine_similarity}, reduction={self.reduction}, "
-            f"backend={self.backend}"
-        )
+    def _own_settings(self) -> dict[str, Any]:
+        return {
+            "symmetric": self.symmetric,
+            "label_smoothing": self.label_smoothing,
+            "in_batch_negatives": self.in_batch_negatives,
+        }

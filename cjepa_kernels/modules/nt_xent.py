@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cjepa_kernels import reference
-from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.backends import Backend
 from cjepa_kernels.definitions import EPS, TEMPERATURE, Reduction, Strategy
 from cjepa_kernels.distributed import resolve_group
-from cjepa_kernels.functional.checks import (
-    check_bool,
-    check_in_range,
-    check_reduction,
-    check_strategy,
-)
+from cjepa_kernels.functional.checks import check_bool, check_strategy
 from cjepa_kernels.functional.nt_xent import classes_of_pairs, nt_xent
+from cjepa_kernels.modules.contrastive_module import ContrastiveModule
 from cjepa_kernels.modules.distributed_attribute import distributed_attribute
-from cjepa_kernels.modules.float_attribute import float_attribute
 from cjepa_kernels.modules.loss_module import LossResult
 from cjepa_kernels.modules.other_projects import refer
-from cjepa_kernels.modules.temperature import TemperatureModule
 
 
-class NTXentLoss(TemperatureModule):
+class NTXentLoss(ContrastiveModule):
     """Normalised temperature-scaled cross entropy of two views, with monitoring metrics.
 
     Args:
@@ -68,7 +63,6 @@ class NTXentLoss(TemperatureModule):
         ['accuracy', 'loss', 'negative_similarity', 'positive_similarity']
     """
 
-    eps: float = float_attribute("eps")
     distributed: bool | ProcessGroup = distributed_attribute(
         "Whether negatives come from all ranks, or the process group that they come from."
     )
@@ -99,20 +93,16 @@ class NTXentLoss(TemperatureModule):
     ) -> None:
         super().__init__(
             temperature,
+            use_cosine_similarity=use_cosine_similarity,
+            reduction=reduction,
+            eps=eps,
             learnable_temperature=learnable_temperature,
             temperature_shape=temperature_shape,
+            backend=backend,
             return_dict=return_dict,
         )
-        check_bool("use_cosine_similarity", use_cosine_similarity)
-        check_reduction(reduction)
-        check_in_range("eps", eps)
         check_bool("decoupled", decoupled)
-        check_backend(backend)
         check_strategy(strategy)
-        self.use_cosine_similarity = use_cosine_similarity
-        self.reduction = reduction
-        self.eps = eps
-        self.backend = backend
         self.decoupled = decoupled
         self.return_logits = return_logits
         self.distributed = distributed
@@ -140,20 +130,16 @@ class NTXentLoss(TemperatureModule):
             ``return_logits``, ``logits``. The metrics are detached 0-dim tensors on the device.
             With ``return_dict=False`` the loss alone.
         """
-        temperature = self.temperature
+        settings = self._settings()
         out = nt_xent(
             z_i,
             z_j,
-            temperature=temperature,
-            use_cosine_similarity=self.use_cosine_similarity,
-            eps=self.eps,
-            reduction=self.reduction,
             mask=mask,
             labels=labels,
             decoupled=self.decoupled,
             group=resolve_group(self.distributed),
             strategy=self.strategy,
-            backend=self.backend,
+            **settings,
         )
         result = {
             "loss": out.loss,
@@ -168,19 +154,12 @@ class NTXentLoss(TemperatureModule):
             result["logits"] = reference.nt_xent_logits(
                 z_i.flatten(0, -2),
                 z_j.flatten(0, -2),
-                temperature=temperature,
+                temperature=settings["temperature"],
                 use_cosine_similarity=self.use_cosine_similarity,
                 eps=self.eps,
                 mask=mask,
             )
         return self._result(result)
 
-    def extra_repr(self) -> str:
-        """Settings as ``name=value``, for ``print(module)``."""
-        learnable = "" if self.log_temperature is None else ", learnable_temperature=True"
-        decoupled = ", decoupled=True" if self.decoupled else ""
-        return (
-            f"temperature={self.describe_temperature()}{learnable}{decoupled}, "
-            f"use_cosine_similarity={self.use_cosine_similarity}, reduction={self.reduction}, "
-            f"backend={self.backend}"
-        )
+    def _own_settings(self) -> dict[str, Any]:
+        return {"decoupled": True} if self.decoupled else {}

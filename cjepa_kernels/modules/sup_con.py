@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from cjepa_kernels.backends import Backend, check_backend
+from cjepa_kernels.backends import Backend
 from cjepa_kernels.definitions import EPS, TEMPERATURE, Reduction
 from cjepa_kernels.distributed import resolve_group
-from cjepa_kernels.functional.checks import check_bool, check_in_range, check_reduction
 from cjepa_kernels.functional.sup_con import sup_con
+from cjepa_kernels.modules.contrastive_module import ContrastiveModule
 from cjepa_kernels.modules.distributed_attribute import distributed_attribute
-from cjepa_kernels.modules.float_attribute import float_attribute
 from cjepa_kernels.modules.loss_module import LossResult
-from cjepa_kernels.modules.temperature import TemperatureModule
 
 
-class SupConLoss(TemperatureModule):
+class SupConLoss(ContrastiveModule):
     """Supervised contrastive loss, or that of several views, with monitoring metrics.
 
     Args:
@@ -58,7 +56,6 @@ class SupConLoss(TemperatureModule):
     distributed: bool | ProcessGroup = distributed_attribute(
         "Whether rows of all ranks count, or the process group whose rows count."
     )
-    eps: float = float_attribute("eps")
 
     def __init__(
         self,
@@ -75,18 +72,14 @@ class SupConLoss(TemperatureModule):
     ) -> None:
         super().__init__(
             temperature,
+            use_cosine_similarity=use_cosine_similarity,
+            reduction=reduction,
+            eps=eps,
             learnable_temperature=learnable_temperature,
             temperature_shape=temperature_shape,
+            backend=backend,
             return_dict=return_dict,
         )
-        check_bool("use_cosine_similarity", use_cosine_similarity)
-        check_reduction(reduction)
-        check_in_range("eps", eps)
-        check_backend(backend)
-        self.use_cosine_similarity = use_cosine_similarity
-        self.reduction: Reduction = reduction
-        self.eps = eps
-        self.backend: Backend = backend
         self.distributed = distributed
 
     def forward(self, embeddings: Tensor, labels: Tensor | None = None) -> LossResult:
@@ -105,12 +98,8 @@ class SupConLoss(TemperatureModule):
         out = sup_con(
             embeddings,
             labels,
-            temperature=self.temperature,
-            use_cosine_similarity=self.use_cosine_similarity,
-            eps=self.eps,
-            reduction=self.reduction,
             group=resolve_group(self.distributed),
-            backend=self.backend,
+            **self._settings(),
         )
         return self._result(
             {
@@ -119,13 +108,4 @@ class SupConLoss(TemperatureModule):
                 "negative_similarity": out.negative_similarity,
                 "num_anchors": out.num_anchors,
             }
-        )
-
-    def extra_repr(self) -> str:
-        """Settings as ``name=value``, for ``print(module)``."""
-        learnable = "" if self.log_temperature is None else ", learnable_temperature=True"
-        return (
-            f"temperature={self.describe_temperature()}{learnable}, "
-            f"use_cosine_similarity={self.use_cosine_similarity}, reduction={self.reduction}, "
-            f"backend={self.backend}"
         )
