@@ -7,8 +7,10 @@ Forward + backward at temperature 0.1 and D = 256, in fp32. The candidates of a 
 each round gives the ratio of our time to another's; the ratio of a record is their median, with
 its 99 % interval (cjepa_kernels/bench/verdict.py). Errors are those against the plain formula in
 float64. A candidate that needs too much memory or too long is not run, and the record says why.
-The script reports a target that is missed and goes on. Only a run of the default losses and
-rows writes bench/results/losses_cpu.json, at its end.
+Beside the times for which there are targets, the record has the time that our matrix products
+alone would take at the rate of a large one (torch.mm). The script reports a target that is missed
+and goes on. Only a run of the default losses and rows writes bench/results/losses_cpu.json, at its
+end.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ class Measurement:
         self.seconds, self.say = seconds, say
         self.calls: dict[tuple[str, str], tuple[int, float]] = {}  # Rows and seconds of the last.
         self.sections: dict[str, list[Record]] = {
-            name: [] for name in ("rows", "memory", "errors", "left_out")
+            name: [] for name in ("rows", "memory", "errors", "left_out", "products")
         }
 
     def measure(self, name: str, rows: int) -> None:
@@ -100,6 +102,8 @@ class Measurement:
         inputs = views(size, dtype=DTYPES[DTYPE])
         formulas = self._first_calls(cell, loss, size, inputs)
         self._time(cell, loss, formulas, inputs)
+        if loss.limits and (rows, FEATURES) == COMPARED:
+            self._time_products(cell, loss)
         self._measure_memory(cell, list(formulas), size)
         if rows <= LARGEST_CHECKED:
             self._check(cell, loss, formulas, inputs)
@@ -147,6 +151,13 @@ class Measurement:
             if name != ours and ours in times:
                 row["ours_over_it"] = ratio_of(values, times[ours]).record()
             self.sections["rows"].append(row)
+
+    def _time_products(self, cell: Record, loss: Loss) -> None:
+        """The time of the matrix products at the rate of a large one, measured at this moment."""
+        rate = machine.roofs("cpu", DTYPES[DTYPE])["flops"]
+        flops = loss.products * cell["M"] ** 2 * cell["D"]
+        row = {"flops": flops, "flops_per_second": rate, "seconds": flops / rate}
+        self.sections["products"].append({**cell, **row})
 
     def _measure_memory(self, cell: Record, names: list[str], size: Size) -> None:
         for name in names if memory.supported("cpu") else []:

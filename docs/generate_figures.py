@@ -340,14 +340,21 @@ def losses_targets() -> str:
     content = record_of_losses("losses")
     if content is None:
         return not_recorded("losses")
+    # Records from before these times were measured have no such section.
+    products = {(p["loss"], p["M"]): p["seconds"] for p in content.get("products", [])}
     rows = []
     for t in content["targets"]:
         if t["target"] is not None:
             loss = LOSSES[t["loss"]]
             other = loss.candidates()[t["other"]].title
             value = "not run" if t["ratio"] is None else f"{t['ratio']:.3f}"
-            rows.append([loss.title, other, f"{t['target']:g}", value, t["verdict"]])
-    return table("loss | over | at most | measured | ", rows, text_columns=2)
+            cell = {"loss": t["loss"], "M": t["M"]}
+            timed = select(content, "rows", **cell, name=t["other"])
+            alone = products.get((t["loss"], t["M"]))
+            least = "-" if alone is None or not timed else f"{alone / timed[0]['median']:.3f}"
+            rows.append([loss.title, other, f"{t['target']:g}", least, value, t["verdict"]])
+    heads = "loss | over | at most | matrix products alone | measured | "
+    return table(heads, rows, text_columns=2)
 
 
 @template

@@ -37,6 +37,9 @@ class Loss:
         others: What ours is compared with, by rising memory.
         limits: Upper bounds on the time of ours / that of another candidate at ``COMPARED``.
         sides: 2 if the rows of a size are those of each view, 1 if they are those of both.
+        products: FLOPs of the matrix products of forward + backward / M² D, for M rows of D
+            features. The forward saves its exponentials. The rectangle takes 2 for its similarities
+            and 2 for each side's gradient; the triangle takes 1, because S is symmetric, and 2.
     """
 
     title: str
@@ -45,6 +48,7 @@ class Loss:
     others: tuple[Candidate, ...]
     limits: Mapping[str, float] = field(default_factory=dict)
     sides: int = 1
+    products: int = 3
 
     def size(self, rows: int, features: int) -> Size:
         """The size of the views with which the loss contrasts so many rows."""
@@ -164,6 +168,7 @@ LOSSES = {
         (Candidate("plain_info_nce", "plain formula, as info-nce-pytorch", _of(plain_info_nce)),),
         {"plain_info_nce": 0.28},
         sides=2,
+        products=6,
     ),
     "clip": Loss(
         "CLIP",
@@ -172,6 +177,7 @@ LOSSES = {
         (Candidate("open_clip", "open_clip's formula", _of(open_clip)),),
         {"open_clip": 0.18},
         sides=2,
+        products=6,
     ),
     "sup_con": Loss(
         "SupCon",

@@ -128,6 +128,21 @@ def test_a_measurement_has_times_ratios_memory_and_errors(name: str, quick: Any)
 
 
 @needs_native
+def test_a_target_has_the_time_of_the_matrix_products_beside_it(
+    quick: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter((2e9, 3e9))
+    monkeypatch.setattr(bench.machine, "roofs", lambda *_: {"flops": next(rates)})
+    monkeypatch.setattr(bench, "COMPARED", Size(64, 256))
+    for name, rows in (("clip", 32), ("clip", 64), ("labels", 64), ("decoupled", 64)):
+        quick.measure(name, rows)
+    clip, labels = quick.sections["products"]  # DCL has no target.
+    assert clip["flops"] == 2 * labels["flops"] == 6 * 64**2 * 256
+    assert [clip["seconds"], labels["seconds"]] == [clip["flops"] / 2e9, labels["flops"] / 3e9]
+    assert (clip["loss"], clip["M"], clip["D"], labels["loss"]) == ("clip", 64, 256, "labels")
+
+
+@needs_native
 def test_a_wrong_formula_has_a_large_error(quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(temperature: float) -> Any:
         return lambda x, y: 1.5 * losses.plain_info_nce(x, y, temperature=temperature)
@@ -214,7 +229,8 @@ def test_only_a_whole_run_is_recorded(
     assert ("not written" in printed) == bool(arguments)
     if not arguments:
         content = json.loads((tmp_path / "losses_cpu.json").read_text())
-        assert {"environment", "rows", "memory", "errors", "left_out", "targets"} == content.keys()
+        sections = {"rows", "memory", "errors", "left_out", "products"}
+        assert content.keys() == {"environment", "targets", *sections}
         assert content["memory"][0]["extra_bytes"] == 2**20
 
 
@@ -225,8 +241,9 @@ def test_the_page_shows_what_a_record_has(quick: Any, monkeypatch: pytest.Monkey
         quick.measure(name, 64)
     for row in quick.sections["rows"]:
         row["median"] = 0.125
-    judged = [{"loss": "sup_con", "other": "plain_sup_con", "ratio": None, "target": 0.1}]
-    judged += [{"loss": "labels", "other": candidates.OURS, "ratio": 1.25, "target": 1.15}]
+    judged = [{"loss": "sup_con", "other": "plain_sup_con", "ratio": None, "target": 0.1, "M": 64}]
+    judged += [{"loss": "labels", "other": candidates.OURS, "ratio": 1.25, "target": 1.15, "M": 64}]
+    quick.sections["products"] = [{"loss": "labels", "M": 64, "seconds": 0.1}]
     content = {"environment": bench.machine.environment(), **quick.sections}
     content["targets"] = [
         {**t, "verdict": verdict} for t, verdict in zip(judged, ("not run", "missed"), strict=True)
@@ -257,8 +274,11 @@ def test_the_page_shows_what_a_record_has(quick: Any, monkeypatch: pytest.Monkey
     assert re.search(r"\| 64 \| 125 \| [\d.]+ \([\d.]+ to [\d.]+\) \| 0.0 \| [\d.e-]+ \|$", *ratios)
     assert sum(line.startswith(("| SupCon", "| NT-Xent")) for line in lines) == 6
     targets = generate_figures.losses_targets()
-    assert "| SupCon | plain formula | 0.1 | not run | not run |" in targets
-    assert "| NT-Xent with labels | NT-Xent without labels | 1.15 | 1.250 | missed |" in targets
+    assert "| SupCon | plain formula | 0.1 | - | not run | not run |" in targets
+    assert (
+        "| NT-Xent with labels | NT-Xent without labels | 1.15 | 0.800 | 1.250 | missed |"
+        in targets
+    )
     assert "| CLIP | 65,536 | 128 | 256 | 3.46 |" in generate_figures.losses_memory()
     monkeypatch.setattr(generate_figures, "record_of_losses", lambda name: None)
     assert "no record yet: `python bench/losses.py`" in generate_figures.losses_targets()
