@@ -12,16 +12,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cjepa_kernels.bench import report
+from cjepa_kernels.bench import machine, report
 from cjepa_kernels.bench.comparison import (
     CUDA_SIZES,
     QUICK_SIZES,
     Comparison,
     Results,
     Settings,
+    missing_backend,
 )
 from cjepa_kernels.bench.formulas import TEMPERATURE
+from cjepa_kernels.bench.loss_comparison import DTYPE, Measurement, print_rows
+from cjepa_kernels.bench.losses import LOSSES, parse_losses
 from cjepa_kernels.bench.records import as_json
+from cjepa_kernels.bench.script_options import Progress
 from cjepa_kernels.bench.sizes import DTYPES, Size, parse_sizes
 from cjepa_kernels.extras import require
 from cjepa_kernels.files import atomic_write, check_directory
@@ -35,6 +39,8 @@ QUICK = Settings(
     temperatures=(0.5, 0.1, 0.05, 0.02, 0.01),
     shrink_roofs=2,
 )
+LOSS_SIZES = (Size(2048, 256), Size(8192, 256))
+QUICK_LOSS_SIZES = (Size(512, 256), Size(2048, 256))
 OUT = Path("cjepa-bench")
 PLOTS = ("time", "memory", "roofline", "temperature")  # As in plots.py, which needs matplotlib.
 # The columns of the page's table that fit into a terminal of 80 columns, and their titles there.
@@ -65,12 +71,21 @@ def bench(
     seconds: Annotated[
         float | None, typer.Option(help="Seconds of timing for each size and pass. Default: 3.")
     ] = None,
+    losses: Annotated[
+        str | None,
+        typer.Option(
+            help="Losses that are compared in place of NT-Xent, separated by commas: "
+            f"{', '.join(LOSSES)}. On the CPU, in fp32."
+        ),
+    ] = None,
     out: Annotated[
         Path, typer.Option(help="Directory for results.json, results.md and the plots.")
     ] = OUT,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Compare the loss with other formulas on this machine: time, peak memory and errors."""
+    if losses is not None and device is None:
+        device = "cpu"
     settings = make_settings(
         quick=quick,
         sizes=sizes,
@@ -79,8 +94,60 @@ def bench(
         temperature=temperature,
         seconds=seconds,
     )
+    if losses is not None:
+        names = loss_names(losses, settings)
+        if sizes is None:
+            settings = replace(settings, sizes=QUICK_LOSS_SIZES if quick else LOSS_SIZES)
+        check_directory("--out", out)
+        out.mkdir(parents=True, exist_ok=True)
+        run_losses(names, settings, out)
+        return
     prepare(out)
     run(settings, out, Console(soft_wrap=True, highlight=False))
+
+
+def loss_names(losses: str, settings: Settings) -> list[str]:
+    """The names that ``--losses`` holds.
+
+    Raises:
+        ValueError: One of them is wrong, or the device or the dtype is not theirs.
+    """
+    try:
+        names = parse_losses(losses)
+    except ValueError as error:
+        raise ValueError(f"--losses: {error}") from None
+    for option, given, only in (
+        ("device", settings.device, "cpu"),
+        ("dtype", settings.dtype, DTYPE),
+    ):
+        if given != only:
+            raise ValueError(f"--{option}: expected {only} with --losses, got {given!r}")
+    return names
+
+
+def run_losses(names: list[str], settings: Settings, out: Path) -> None:
+    """Measure and print other losses, and write ``losses.json`` after each size."""
+    measurement = Measurement(settings.seconds, temperature=settings.temperature)
+    missing = missing_backend(settings.device)
+    if missing is not None:
+        print(f"the compiled kernels are missing, so the chunked back end is timed: {missing}")
+    progress = Progress(len(names) * len(settings.sizes))
+    about = {
+        "environment": machine.environment(settings.device),
+        "settings": {
+            "dtype": settings.dtype,
+            "temperature": settings.temperature,
+            "seconds": settings.seconds,
+        },
+    }
+    path = out / "losses.json"
+    for name in names:
+        for size in settings.sizes:
+            progress(f"{name} M={size.rows} D={size.features}")
+            measurement.measure(name, size.rows, size.features)
+            atomic_write(path, as_json({**about, **measurement.sections}))
+    print_rows(measurement.sections)
+    print(f"written: {path}")
 
 
 def prepare(out: Path) -> None:

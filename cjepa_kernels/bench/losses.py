@@ -7,6 +7,7 @@ one with those of the other. SupCon and NT-Xent with labels contrast the M = 2B 
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -206,6 +207,23 @@ LOSSES = {
         (Candidate("plain_decoupled", "plain formula", _of(plain_decoupled)),),
     ),
 }
+
+
+class LossNameError(ValueError, argparse.ArgumentTypeError):
+    """A loss that is not known. ``argparse`` shows the message of an error of this kind."""
+
+
+def parse_losses(text: str) -> list[str]:
+    """``info_nce,clip`` as names of losses.
+
+    Raises:
+        LossNameError: If one of them is none.
+    """
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in LOSSES]
+    if unknown:
+        raise LossNameError(f"expected losses of {', '.join(LOSSES)}; got {unknown}")
+    return list(dict.fromkeys(names))
 
 
 def find(name: str) -> Candidate:

@@ -15,12 +15,22 @@ import torch
 from bench_scripts import leaves, load
 from tolerances import FLOOR_GRADIENT, FLOOR_VALUE, relative_error
 from torch import Tensor
+from typer.testing import CliRunner
 
 from cjepa_kernels import backends, info_nce, nt_xent, sup_con
-from cjepa_kernels.bench import candidates, losses, memory, records, script_options
+from cjepa_kernels.bench import (
+    candidates,
+    cli,
+    loss_comparison,
+    losses,
+    memory,
+    records,
+    script_options,
+)
 from cjepa_kernels.bench.candidates import Candidate
 from cjepa_kernels.bench.losses import COMPARED, LOSSES, classes, classes_of_rows
 from cjepa_kernels.bench.sizes import Size
+from cjepa_kernels.cli.application import app
 from docs import generate_figures
 
 bench, memories, measure = map(load, ("losses", "losses_memory", "gpu_measure"))
@@ -96,7 +106,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Any:
         return 7
 
     monkeypatch.setattr(memory, "peak_bytes", peak_bytes)
-    measurement = bench.Measurement(0.0, say=lambda text: None)
+    measurement = loss_comparison.Measurement(0.0, say=lambda text: None)
     measurement.asked = asked
     return measurement
 
@@ -112,7 +122,7 @@ def test_a_measurement_has_times_ratios_memory_and_errors(name: str, quick: Any)
     for row in rows.values():
         assert {key: row[key] for key in cell} == cell
         assert 0 < row["p20"] <= row["median"] <= row["p80"]
-        assert row["rounds"] == bench.MIN_ROUNDS
+        assert row["rounds"] == loss_comparison.MIN_ROUNDS
     assert "ours_over_it" not in rows[loss.ours.name]
     for other in loss.others:
         ratio = rows[other.name]["ours_over_it"]
@@ -132,8 +142,8 @@ def test_a_target_has_the_time_of_the_matrix_products_beside_it(
     quick: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates = iter((2e9, 3e9))
-    monkeypatch.setattr(bench.machine, "roofs", lambda *_: {"flops": next(rates)})
-    monkeypatch.setattr(bench, "COMPARED", Size(64, 256))
+    monkeypatch.setattr(loss_comparison.machine, "roofs", lambda *_: {"flops": next(rates)})
+    monkeypatch.setattr(loss_comparison, "COMPARED", Size(64, 256))
     for name, rows in (("clip", 32), ("clip", 64), ("labels", 64), ("decoupled", 64)):
         quick.measure(name, rows)
     clip, labels = quick.sections["products"]  # DCL has no target.
@@ -167,19 +177,19 @@ def test_what_does_not_fit_takes_long_or_is_missing_is_not_run(
     plain, library = loss.others
     others = (plain, losses.replace(library, make=missing))
     monkeypatch.setitem(LOSSES, "sup_con", losses.replace(loss, others=others))
-    quick.calls["sup_con", plain.name] = (32, 2 * bench.LONGEST)
+    quick.calls["sup_con", plain.name] = (32, 2 * loss_comparison.LONGEST)
     quick.measure("sup_con", 64)
     with monkeypatch.context() as patched:  # A candidate that has a target is waited for.
-        patched.setattr(bench, "COMPARED", Size(48, 256))
-        patched.setattr(bench, "LONGEST", 0.0)
+        patched.setattr(loss_comparison, "COMPARED", Size(48, 256))
+        patched.setattr(loss_comparison, "LONGEST", 0.0)
         quick.measure("sup_con", 48)
         assert [row["name"] for row in quick.sections["rows"][1:]] == ["sup_con", plain.name]
         del quick.sections["rows"][1:]
-    monkeypatch.setattr(bench.machine, "free_memory", lambda: 2**16)
+    monkeypatch.setattr(loss_comparison.machine, "free_memory", lambda: 2**16)
     quick.measure("sup_con", 128)
     assert {row["name"] for row in quick.sections["rows"]} == {"sup_con"}
     reasons = [row["reason"] for row in quick.sections["left_out"] if row["name"] == plain.name]
-    assert reasons[0] == f"would take about {8 * bench.LONGEST:.0f} s a call"
+    assert reasons[0] == f"would take about {8 * loss_comparison.LONGEST:.0f} s a call"
     assert reasons[1].endswith("and at most 80 % of the free 0.0 GiB may be taken")
     (reason, _, _) = (
         row["reason"] for row in quick.sections["left_out"] if row["name"] == library.name
@@ -202,10 +212,10 @@ def test_what_does_not_fit_takes_long_or_is_missing_is_not_run(
 )
 def test_verdict(name: str, other: str, rows: int, ratio: float, verdict: str) -> None:
     row = {"loss": name, "M": rows, "D": 256, "name": other, "ours_over_it": {"value": ratio}}
-    (target,) = bench.targets_of({"rows": [row], "left_out": []})
+    (target,) = loss_comparison.targets_of({"rows": [row], "left_out": []})
     assert target.verdict == verdict
     without = {key: row[key] for key in ("loss", "M", "D", "name")}
-    targets = bench.targets_of({"rows": [], "left_out": [without]})
+    targets = loss_comparison.targets_of({"rows": [], "left_out": [without]})
     assert [target.verdict for target in targets] == ["not run"] * (verdict != "no target")
 
 
@@ -236,7 +246,7 @@ def test_only_a_whole_run_is_recorded(
 
 @needs_native
 def test_the_page_shows_what_a_record_has(quick: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick.calls["sup_con", "metric_learning_sup_con"] = (32, bench.LONGEST)
+    quick.calls["sup_con", "metric_learning_sup_con"] = (32, loss_comparison.LONGEST)
     for name in ("sup_con", "labels"):
         quick.measure(name, 64)
     for row in quick.sections["rows"]:
@@ -244,7 +254,7 @@ def test_the_page_shows_what_a_record_has(quick: Any, monkeypatch: pytest.Monkey
     judged = [{"loss": "sup_con", "other": "plain_sup_con", "ratio": None, "target": 0.1, "M": 64}]
     judged += [{"loss": "labels", "other": candidates.OURS, "ratio": 1.25, "target": 1.15, "M": 64}]
     quick.sections["products"] = [{"loss": "labels", "M": 64, "seconds": 0.1}]
-    content = {"environment": bench.machine.environment(), **quick.sections}
+    content = {"environment": loss_comparison.machine.environment(), **quick.sections}
     content["targets"] = [
         {**t, "verdict": verdict} for t, verdict in zip(judged, ("not run", "missed"), strict=True)
     ]
@@ -287,7 +297,7 @@ def test_the_page_shows_what_a_record_has(quick: Any, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("parse", "text", "message"),
     [
-        (bench.parse_losses, "clip,siglip", r"expected losses of info_nce, .*; got \['siglip'\]"),
+        (losses.parse_losses, "clip,siglip", r"expected losses of info_nce, .*; got \['siglip'\]"),
         (bench.parse_rows, "64,63", "even numbers of 4 rows or more, got '64,63'"),
         (bench.parse_rows, "many", "got 'many'"),
     ],
@@ -296,6 +306,51 @@ def test_the_page_shows_what_a_record_has(quick: Any, monkeypatch: pytest.Monkey
 def test_bad_options_are_refused(parse: Any, text: str, message: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=message):
         parse(text)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "pure_python"])
+def test_the_command_compares_other_losses(
+    native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "peak_bytes", lambda *_, **__: 2**20)
+    monkeypatch.setattr(cli, "missing_backend", lambda device: None if native else "not built")
+    arguments = ["bench", "--losses", "info_nce, decoupled", "--sizes", "64x16,32x8"]
+    arguments += ["--seconds", "0", "--temperature", "0.2", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert ("the chunked back end is timed: not built" in result.output) == (not native)
+    assert re.search(r"decoupled +64 +plain formula .* \(.* to .*\) +1\.0 ", result.output)
+    content = json.loads((tmp_path / "losses.json").read_text())
+    assert content["settings"] == {"dtype": "fp32", "temperature": 0.2, "seconds": 0.0}
+    assert content["environment"]["command"]
+    measured = {(row["loss"], row["M"], row["D"], row["name"]) for row in content["rows"]}
+    assert measured == {
+        (name, rows, features, one)
+        for name in ("info_nce", "decoupled")
+        for rows, features in ((32, 8), (64, 16))
+        for one in LOSSES[name].candidates()
+    }
+    # Errors are those at the temperature that was asked for.
+    assert all(row["error_of_loss"] < 1e-5 for row in content["errors"])
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["clip,siglip"], "--losses: expected losses of info_nce, clip, sup_con, labels, "),
+        (["clip", "--dtype", "bf16"], "--dtype: expected fp32 with --losses, got 'bf16'"),
+        (["clip", "--sizes", "63x8"], "--sizes: "),
+    ],
+    ids=["loss", "dtype", "size"],
+)
+def test_bad_options_of_the_command_are_refused(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "run_losses", lambda *_: pytest.fail("measured"))
+    result = CliRunner().invoke(app, ["bench", "--losses", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 def test_memory_has_a_target_at_the_large_batch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
