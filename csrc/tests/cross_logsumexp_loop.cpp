@@ -10,6 +10,8 @@
 #include <cmath>
 #include <limits>
 
+#include "exact_rows.h"
+
 namespace cjepa::test {
 namespace {
 
@@ -70,9 +72,7 @@ CrossOutput cross_logsumexp_loop(const CrossInput& in) {
     for (int64_t a = 0; a < in.rows(0); ++a) {
       for (int64_t b = 0; b < in.rows(1); ++b) {
         if (in.excluded && !is_positive(a, b) && in.excluded(a, b)) continue;
-        Exact s = 0;
-        for (int64_t d = 0; d < D; ++d) s += x.own[a * D + d] * y.own[b * D + d];
-        visit(a, b, s, std::exp(s / in.tau));  // the range of long double has room for it
+        visit(a, b, dot(&x.own[a * D], &y.own[b * D], D));
       }
     }
   };
@@ -80,9 +80,13 @@ CrossOutput cross_logsumexp_loop(const CrossInput& in) {
     largest = std::max(largest, static_cast<double>(s));
   };
   Exact total = 0;
+  std::vector<Exact> exponentials;  // of s / tau: the range of long double has room for them
+  exponentials.reserve(in.rows(0) * in.rows(1));
   std::vector<Exact> attraction(in.rows(0));
   if (!in.positives.empty()) out.positive.assign(in.rows(0), 0);
-  for_each_pair([&](int64_t a, int64_t b, Exact s, Exact e) {
+  for_each_pair([&](int64_t a, int64_t b, Exact s) {
+    const Exact e = std::exp(s / in.tau);
+    exponentials.push_back(e);
     total += s;
     if (in.attracts && in.attracts(a, b)) attraction[a] += s * in.share[a];
     if (is_positive(a, b)) {
@@ -105,7 +109,9 @@ CrossOutput cross_logsumexp_loop(const CrossInput& in) {
   }
   out.attraction.assign(attraction.begin(), attraction.end());
   Exact coefficients_dot_s = 0;
-  for_each_pair([&](int64_t a, int64_t b, Exact s, Exact e) {
+  auto next = exponentials.begin();
+  for_each_pair([&](int64_t a, int64_t b, Exact s) {
+    const Exact e = *next++;
     const bool positive = is_positive(a, b);
     Exact c = positive ? Exact{in.grad_positive[a]} : e * (x.weight[a] + y.weight[b]) / in.tau;
     const Exact size =
@@ -114,10 +120,8 @@ CrossOutput cross_logsumexp_loop(const CrossInput& in) {
     if (!positive) coefficients_dot_s += c * s;
     x.size[a] += size;
     y.size[b] += size;
-    for (int64_t d = 0; d < D; ++d) {
-      x.gradient[a * D + d] += c * y.own[b * D + d];
-      y.gradient[b * D + d] += c * x.own[a * D + d];
-    }
+    add_scaled(&x.gradient[a * D], c, &y.own[b * D], D);
+    add_scaled(&y.gradient[b * D], c, &x.own[a * D], D);
   });
   out.grad_temperature = static_cast<double>(-coefficients_dot_s / in.tau);
   finish(in, x, out.sides[0]);

@@ -8,6 +8,8 @@
 #include <cmath>
 #include <limits>
 
+#include "exact_rows.h"
+
 namespace cjepa::test {
 namespace {
 using Exact = long double;
@@ -29,60 +31,59 @@ LoopOutput nt_xent_loop(const LoopInput& in) {
       own[a * features + d] = in.round == nullptr ? x : in.round(static_cast<double>(x));
     }
   }
-  const auto dot = [&](int64_t a, int64_t b) {
-    Exact sum = 0;
-    for (int64_t d = 0; d < features; ++d) sum += own[a * features + d] * own[b * features + d];
-    return sum;
+  const auto similarity = [&](int64_t a, int64_t b) {
+    return dot(&own[a * features], &own[b * features], features);
   };
   const auto negative = [&](int64_t a, int64_t b) {
     const int64_t k = a % batch, l = b % batch;
     return k != l && (in.mask.empty() || !(in.mask[k * batch + l] || in.mask[l * batch + k]));
   };
-  // Calls visit(a, b, s) for the negative pairs a < b.
+  // Calls visit(a, b) for the negative pairs a < b.
   const auto for_each_pair = [&](const auto& visit) {
     for (int64_t a = 0; a < rows; ++a)
       for (int64_t b = a + 1; b < rows; ++b)
-        if (negative(a, b)) visit(a, b, dot(a, b));
+        if (negative(a, b)) visit(a, b);
   };
 
   const double infinity = std::numeric_limits<double>::infinity();
   out.largest_negative.assign(rows, -infinity);
   Exact negatives = 0;
-  int64_t pairs = 0;
+  std::vector<Exact> exponentials;  // of the negative pairs: computed once, because they take long
+  exponentials.reserve(rows * (rows - 1) / 2);
   std::vector<Exact> sum(rows);  // of exp(s / tau): the range of long double has room for it
-  for_each_pair([&](int64_t a, int64_t b, Exact s) {
-    const Exact e = std::exp(s / in.tau);
+  for_each_pair([&](int64_t a, int64_t b) {
+    const Exact s = similarity(a, b), e = std::exp(s / in.tau);
+    exponentials.push_back(e);
     for (const int64_t row : {a, b}) {
       sum[row] += e;
       out.largest_negative[row] = std::max(out.largest_negative[row], static_cast<double>(s));
     }
     negatives += s;
-    ++pairs;
   });
-  out.mean_negative = static_cast<double>(negatives / pairs);
+  out.mean_negative = static_cast<double>(negatives / static_cast<Exact>(exponentials.size()));
 
   std::vector<Exact> weight(rows);  // g_a r_a / S_a
   std::vector<Exact> gradient(rows * features), magnitude(rows);
   const auto add_gradient = [&](int64_t a, int64_t b, Exact coefficient) {
-    for (int64_t d = 0; d < features; ++d)
-      gradient[a * features + d] += coefficient * own[b * features + d] / in.tau;
+    add_scaled(&gradient[a * features], coefficient, &own[b * features], features);
   };
   for (int64_t a = 0; a < rows; ++a) {
     const int64_t other = (a + batch) % rows;
-    const Exact positive = dot(a, other), gap = std::log(sum[a]) - positive / in.tau;
+    const Exact positive = similarity(a, other), gap = std::log(sum[a]) - positive / in.tau;
     const Exact loss = std::max<Exact>(gap, 0) + std::log1p(std::exp(-std::fabs(gap)));
     out.positive.push_back(static_cast<double>(positive));
     out.loss.push_back(static_cast<double>(loss));
     out.lse.push_back(static_cast<double>(positive / in.tau + loss));
     const Exact r = in.grad_loss[a] / (1 + std::exp(-gap));
     weight[a] = sum[a] > 0 ? r / sum[a] : 0;
-    add_gradient(a, other, -r);
-    add_gradient(other, a, -r);
+    add_gradient(a, other, -r / in.tau);
+    add_gradient(other, a, -r / in.tau);
     magnitude[a] += std::fabs(r) / in.tau;
     magnitude[other] += std::fabs(r) / in.tau;
   }
-  for_each_pair([&](int64_t a, int64_t b, Exact s) {
-    const Exact e = std::exp(s / in.tau), coefficient = e * (weight[a] + weight[b]);
+  auto next = exponentials.begin();
+  for_each_pair([&](int64_t a, int64_t b) {
+    const Exact e = *next++, coefficient = e * (weight[a] + weight[b]) / in.tau;
     add_gradient(a, b, coefficient);
     add_gradient(b, a, coefficient);
     const Exact size = e * (std::fabs(weight[a]) + std::fabs(weight[b])) / in.tau;
