@@ -26,12 +26,18 @@ if(CMAKE_CROSSCOMPILING_EMULATOR)  # because the programs are of another machine
   set(launcher ${CMAKE_CROSSCOMPILING_EMULATOR})
 endif()
 
+# CTest begins with the last of these programs and runs all others after them. The longest tests come
+# first, so that at the end none of them runs alone on one core.
+set(shortest_first memory_test nt_xent_test self_logsumexp_test cross_logsumexp_test
+  prediction_loss_test)
+
 # Adds a test: its name, its program, and the variables of its environment. A test skips itself, by its
 # exit code, if this machine lacks its instruction set.
 function(cjepa_add_test name program)
   add_test(NAME ${name} COMMAND ${launcher} $<TARGET_FILE:${program}>)
+  list(FIND shortest_first ${program} cost)  # -1 for the others
   set_tests_properties(${name} PROPERTIES
-    ENVIRONMENT "${ARGN}" SKIP_RETURN_CODE 77 TIMEOUT 600)
+    ENVIRONMENT "${ARGN}" SKIP_RETURN_CODE 77 TIMEOUT 600 COST ${cost})
 endfunction()
 
 # Code with sanitizers compiles slowly, so some instruction sets are compiled without them, and the
