@@ -99,7 +99,7 @@ PositiveRows<T> positives_of_columns(Source rows, const int64_t* positives, int6
 template <typename T, typename P>
 CrossLogSumExpForward forward(const CrossLogSumExpOptions& o, bool save_exponentials) {
   const bool positives = o.positives.has_value();
-  const Rectangle<T, P> r(o, {.similarity = true, .sums = positives});
+  const Rectangle<T, P> r(o, {.similarity = true, .panels = true, .sums = positives});
   const int64_t rows = r.x.layout.rows, columns = r.y.layout.rows;
   const auto new_result = [&](std::vector<int64_t> sizes) {
     return new_tensor(o.x, sizes, dtype_of<T>());

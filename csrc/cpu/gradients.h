@@ -37,10 +37,16 @@ struct StoredTiles {
   }
 };
 
-// Computes the exponentials of the tiles that `stored` describes.
+// Computes the exponentials of the tiles that `stored` describes. `panels` is room for those of its
+// blocks of columns. The panels of all blocks together would take as much memory as the input.
 template <typename T, typename P>
-void fill_tiles(const Logits<T, P>& logits, const StoredTiles<T>& stored) {
+void fill_tiles(const Logits<T, P>& logits, const StoredTiles<T>& stored, P* panels) {
   const int64_t block = stored.block, columns = stored.column_last - stored.column_first;
+  const int64_t panels_size = logits.y.panels_size();
+  parallel_tasks(columns, 2.0 * columns * panels_size, [&](const auto& take) {
+    for (int64_t k; (k = take()) < columns;)
+      logits.y.pack_panels(stored.column_first + k, panels + k * panels_size);
+  });
   const int64_t tiles = (stored.last - stored.first) * columns;
   // If there are many tiles, a thread takes whole ones, whose rows then stay in its cache.
   const int64_t width = tiles >= 64 ? block : logits.core.panel, parts = block / width;
@@ -51,8 +57,9 @@ void fill_tiles(const Logits<T, P>& logits, const StoredTiles<T>& stored) {
       const int64_t j = stored.column_first + k / parts % columns;
       const int64_t begin = k % parts * width;
       if ((logits.self() && i > j) || begin >= logits.y.layout.valid(j)) continue;
-      SimilarityTile<T, P> t = logits.tile(i, j, begin, begin + width);
-      if (width == block && j + 1 < stored.column_last) t.next_panels = logits.y.panels_of(j + 1);
+      const P* own = panels + (j - stored.column_first) * panels_size;
+      SimilarityTile<T, P> t = logits.tile(i, j, begin, begin + width, own);
+      if (width == block && j + 1 < stored.column_last) t.next_panels = own + panels_size;
       t.out = stored.tile(i, j) + begin;
       t.out_stride = block;
       t.past_caches = tiles * block * block * sizeof(T) > kStreamedBytes;
@@ -352,6 +359,7 @@ void run_backward(const BackwardInputs<T, P>& in) {
   const int64_t tiles = std::min(side, rows.blocks) * std::min(side, columns.blocks);
   const bool saved = in.saved_exponentials != nullptr;
   const Buffer<T> workspace(saved ? 0 : tiles * block * block);
+  const Buffer<P> panels(saved ? 0 : std::min(side, columns.blocks) * logits.y.panels_size());
   for (int64_t first = 0; first < rows.blocks; first += side) {
     const int64_t last = std::min(first + side, rows.blocks);
     for (int64_t other = self ? first : 0; other < columns.blocks; other += side) {
@@ -365,7 +373,7 @@ void run_backward(const BackwardInputs<T, P>& in) {
           .last = last,
           .column_first = other,
           .column_last = other_last};
-      if (!saved) fill_tiles(logits, square);
+      if (!saved) fill_tiles(logits, square, panels.get());
       const WeightedTiles<T, P> weighted{.logits = logits,
                                          .row_weights = in.row_weights,
                                          .column_weights = in.column_weights,

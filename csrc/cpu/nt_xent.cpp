@@ -181,7 +181,8 @@ bool has_constant_shift(const NTXentSaved& saved) {
 
 template <typename T, typename P>
 NTXentForward nt_xent_forward(const NTXentOptions& options, bool save_exponentials) {
-  const Pairs<T, P> pairs(options, {.similarity = true, .sums = !options.mask.has_value()});
+  const Pairs<T, P> pairs(options,
+                          {.similarity = true, .panels = true, .sums = !options.mask.has_value()});
   const int64_t rows = pairs.z.layout.rows;
   const ScalarType dtype = dtype_of<T>();
   const auto new_result = [&](std::vector<int64_t> sizes) {

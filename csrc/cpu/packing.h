@@ -148,7 +148,8 @@ struct PackedBatch {
 
   // Operands from the first row of block b on.
   const P* slices_of(int64_t b) const { return slices.get() + b * layout.block * padded_depth; }
-  const P* panels_of(int64_t b) const { return panels.get() + b * layout.block * depth; }
+  const P* panels_of(int64_t b) const { return panels.get() + b * panels_size(); }
+  int64_t panels_size() const { return layout.block * depth; }  // of one block
   const P* products_of(int64_t b) const {
     const Buffer<P>& operand = kNumbers == 1 ? slices : products_own;
     return operand.get() + b * layout.block / kNumbers * padded_features;
@@ -162,10 +163,19 @@ struct PackedBatch {
     return sum;
   }
 
-  // Which operands and sums the caller needs.
+  // Which operands and sums the caller needs. Similarities need the slices of one side and the
+  // panels of the other. Without `panels` the caller packs those of some blocks when it needs them.
   struct Wanted {
-    bool similarity = false, products = false, sums = false;
+    bool similarity = false, panels = false, products = false, sums = false;
   };
+
+  // Writes the panels of block b, as `panels` has them.
+  void pack_panels(int64_t b, P* out) const {
+    const int64_t valid = layout.valid(b);
+    for (int64_t r = 0; r < valid; r += core.panel)
+      core.pack_panel(slices_of(b) + r * core.panel, layout.block, std::min(core.panel, valid - r),
+                      depth, out + r * depth);
+  }
 
   PackedBatch(const Source& source, int64_t block, const Rounding<T>& rounding, Wanted wanted)
       : core(tile_core<T, P>()),
@@ -177,7 +187,7 @@ struct PackedBatch {
         slices((kNumbers == 1 || wanted.similarity)
                    ? layout.padded_rows() * padded_depth + core.micro_rows * core.panel
                    : 0),
-        panels(wanted.similarity ? layout.padded_rows() * depth : 0),
+        panels(wanted.panels ? layout.blocks * panels_size() : 0),
         products_own(kNumbers == 2 && wanted.products
                          ? layout.padded_rows() / kNumbers * padded_features
                          : 0) {
@@ -236,7 +246,7 @@ struct PackedBatch {
       const T* from = rows + r * features;
       if (wanted.similarity || kNumbers == 1) {
         P* slice = slices.get() + b * layout.block * padded_depth + (row + r) * core.panel;
-        P* panel = wanted.similarity ? panels.get() + (first + r) * depth : nullptr;
+        P* panel = wanted.panels ? panels.get() + (first + r) * depth : nullptr;
         core.pack(from, valid, features, panel, slice, layout.block);
       }
       if (wanted.products && kNumbers == 2) {

@@ -85,7 +85,7 @@ struct Triangle {
 template <typename T, typename P>
 SelfLogSumExpForward forward(const SelfLogSumExpOptions& o,
                              const std::optional<Tensor>& class_means, bool save_exponentials) {
-  const Triangle<T, P> r(o, {.similarity = true});
+  const Triangle<T, P> r(o, {.similarity = true, .panels = true});
   const int64_t rows = o.rows();
   const auto new_result = [&](int64_t size) { return new_tensor(o.z_i, {size}, dtype_of<T>()); };
   Tensor saved_exponentials = save_exponentials

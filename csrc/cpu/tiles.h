@@ -91,12 +91,14 @@ struct Logits {
     return self() ? cjepa::tile_number(i, j, y.layout.blocks) : i * y.layout.blocks + j;
   }
 
-  // The part of tile (i, j) in columns [begin, end) of block j. The caller sets the sums and `out`.
-  SimilarityTile<T, P> tile(int64_t i, int64_t j, int64_t begin, int64_t end) const {
+  // The part of tile (i, j) in columns [begin, end) of block j, whose panels are `panels`. The
+  // caller sets the sums and `out`.
+  SimilarityTile<T, P> tile(int64_t i, int64_t j, int64_t begin, int64_t end,
+                            const P* panels) const {
     SimilarityTile<T, P> t{};
     t.rows = x.slices_of(i);
     t.slice_rows = x.layout.block;
-    t.panels = y.panels_of(j) + begin * y.depth;
+    t.panels = panels + begin * y.depth;
     t.depth = x.depth;
     t.row = i * x.layout.block;
     t.column = j * y.layout.block + begin;
@@ -123,15 +125,20 @@ struct ChunkSums {
 template <typename T>
 struct PartialSums {
   int64_t chunks, rows, columns;  // rows and columns: padded
-  Buffer<T> row_sum, row_max;     // (chunks, rows)
-  // (chunks, columns). With `self` they are empty, because S is symmetric and the sums of a tile's
-  // columns are added to those of rows.
-  Buffer<T> column_sum, column_max;
+  // Sums and maxima of rows, (chunks, rows) each, then those of columns, (chunks, columns) each.
+  // With `self` there are none of columns, because S is symmetric and the sums of a tile's columns
+  // are added to those of rows. All lie in one buffer, so that those of many rows are too large for
+  // the cache, where the backward's memory would come on top of theirs.
+  Buffer<T> numbers;
   Buffer<T> positive;                // (rows) with `pairs` or `positives`, else empty
   std::vector<double> negative_sum;  // (chunks) sums of the negatives' similarities, with a mask
 
-  ChunkSums<T> of_rows() const { return {row_sum.get(), row_max.get(), chunks, rows}; }
-  ChunkSums<T> of_columns() const { return {column_sum.get(), column_max.get(), chunks, columns}; }
+  T* row_sum() const { return numbers.get(); }
+  T* row_max() const { return row_sum() + chunks * rows; }
+  T* column_sum() const { return row_max() + chunks * rows; }
+  T* column_max() const { return column_sum() + chunks * columns; }
+  ChunkSums<T> of_rows() const { return {row_sum(), row_max(), chunks, rows}; }
+  ChunkSums<T> of_columns() const { return {column_sum(), column_max(), chunks, columns}; }
 };
 
 // Sums over all tiles. Unless it is null, the exponentials of all tiles are written to `saved`.
@@ -149,10 +156,7 @@ PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* saved) {
   PartialSums<T> sums{.chunks = chunks,
                       .rows = rows,
                       .columns = columns,
-                      .row_sum = Buffer<T>(chunks * rows),
-                      .row_max = Buffer<T>(chunks * rows),
-                      .column_sum = Buffer<T>(self ? 0 : chunks * columns),
-                      .column_max = Buffer<T>(self ? 0 : chunks * columns),
+                      .numbers = Buffer<T>(2 * chunks * (self ? rows : rows + columns)),
                       .positive = Buffer<T>(positives ? rows : 0),
                       .negative_sum = std::vector<double>(chunks)};
   // The tiles write nothing for a row without a positive.
@@ -161,13 +165,13 @@ PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* saved) {
   parallel_tasks(chunks, work, [&](const auto& take) {
     Buffer<T> scratch(logits.core.scratch_size(block)), space(saved == nullptr ? area : 0);
     for (int64_t c; (c = take()) < chunks;) {
-      T *row_sum = sums.row_sum.get() + c * rows, *row_max = sums.row_max.get() + c * rows;
+      T *row_sum = sums.row_sum() + c * rows, *row_max = sums.row_max() + c * rows;
       std::fill(row_sum, row_sum + rows, T{0});
       std::fill(row_max, row_max + rows, -std::numeric_limits<T>::infinity());
       T *column_sum = row_sum, *column_max = row_max;
       if (!self) {
-        column_sum = sums.column_sum.get() + c * columns;
-        column_max = sums.column_max.get() + c * columns;
+        column_sum = sums.column_sum() + c * columns;
+        column_max = sums.column_max() + c * columns;
         std::fill(column_sum, column_sum + columns, T{0});
         std::fill(column_max, column_max + columns, -std::numeric_limits<T>::infinity());
       }
@@ -183,7 +187,7 @@ PartialSums<T> sum_tiles(const Logits<T, P>& logits, T* saved) {
         const int64_t end = std::min(block, begin + (last - p) * logits.core.panel);
         p += (end - begin) / logits.core.panel;
         if (begin >= y.valid(j)) continue;
-        SimilarityTile<T, P> t = logits.tile(i, j, begin, end);
+        SimilarityTile<T, P> t = logits.tile(i, j, begin, end, logits.y.panels_of(j));
         if (p < last) t.next_panels = logits.y.panels_of(j + 1 < y.blocks ? j + 1 : start(i + 1));
         if (saved != nullptr) {
           t.out = saved + logits.tile_number(i, j) * area + begin;

@@ -134,11 +134,12 @@ void check_packing(const TileCore<T, P>& core, const char* kind, int64_t feature
   std::copy(z.numbers.begin(), z.numbers.end(), rows.get());
   const auto number = [&](int64_t r, int64_t k) { return k < features ? z[r][k] : T{0}; };
 
-  const Guarded<P> panels(depth * panel);
+  const Guarded<P> panels(depth * panel), of_slices(depth * panel);
   // The last slice ends with the last row of a panel.
   const Guarded<P> slices(((depth - 1) / panel * slice_rows + panel) * panel);
   core.pack(rows.get(), count, features, with_panel ? panels.get() : nullptr, slices.get(),
             slice_rows);
+  core.pack_panel(slices.get(), slice_rows, count, depth, of_slices.get());
   for (int64_t at = 0; at < slices.size(); ++at) {
     const int64_t slice = at / panel / slice_rows, r = at / panel % slice_rows;
     if (r >= count) {
@@ -152,13 +153,16 @@ void check_packing(const TileCore<T, P>& core, const char* kind, int64_t feature
     }
   }
   for (int64_t at = 0; at < panels.size(); ++at) {
-    if (!with_panel) {
+    if (!with_panel)
       CHECK(panels.untouched(at), "%s, D = %ld: no panel was asked for", kind, features);
-      continue;
+    for (int64_t n = 0; at % panel < count && n < kPairs; ++n) {
+      const T expected = number(at % panel, at / panel * kPairs + n);
+      if (with_panel)
+        CHECK_NEAR((unpack<T, P>(&panels[at], n)), expected, 0, "%s, D = %ld: panel, row %ld", kind,
+                   features, at % panel);
+      CHECK_NEAR((unpack<T, P>(&of_slices[at], n)), expected, 0,
+                 "%s, D = %ld: panel of slices, row %ld", kind, features, at % panel);
     }
-    for (int64_t n = 0; at % panel < count && n < kPairs; ++n)
-      CHECK_NEAR((unpack<T, P>(&panels[at], n)), number(at % panel, at / panel * kPairs + n), 0,
-                 "%s, D = %ld: panel, row %ld", kind, features, at % panel);
   }
 
   const Guarded<P> products(((features - 1) / panel * panel_depth + panel / kPairs) * panel);

@@ -39,7 +39,6 @@ struct RowCore : MicroTile<T, Operand> {
 
   static void pack(const T* rows, int64_t valid, int64_t features, P* panel, P* slices,
                    int64_t slice_rows) {
-    static_assert(sizeof(P) == sizeof(T));  // the transpose moves P as if they were T
     constexpr int N = Operand::kNumbers;
     const int64_t depth = (features + N - 1) / N;
     for (int64_t k = 0; k < depth; k += NR) {
@@ -55,15 +54,26 @@ struct RowCore : MicroTile<T, Operand> {
         for (int64_t c = 0; c < count; ++c) slice[r * NR + c] = Operand::join(row, k + c, features);
         for (int64_t c = count; c < NR; ++c) slice[r * NR + c] = P{};
       }
-      if (panel == nullptr) continue;
-      for (int64_t c = 0; c < count; c += L) {
-        for (int64_t r = 0; r < valid; r += L) {
-          V x[L];
-          for (int l = 0; l < L; ++l) x[l] = *reinterpret_cast<V*>(slice + (r + l) * NR + c);
-          Tile::template transpose<L / 2>(x);
-          for (int l = 0; l < least(L, count - c); ++l)
-            *reinterpret_cast<V*>(panel + (k + c + l) * NR + r) = x[l];
-        }
+      if (panel != nullptr) transpose_slice(slice, valid, count, panel + k * NR);
+    }
+  }
+
+  static void pack_panel(const P* slices, int64_t slice_rows, int64_t valid, int64_t depth,
+                         P* panel) {
+    for (int64_t k = 0; k < depth; k += NR)
+      transpose_slice(slices + k * slice_rows, valid, least(NR, depth - k), panel + k * NR);
+  }
+
+  // Writes the first `count` columns of a slice as rows.
+  static void transpose_slice(const P* slice, int64_t valid, int64_t count, P* out) {
+    static_assert(sizeof(P) == sizeof(T));  // P are moved as if they were T
+    for (int64_t c = 0; c < count; c += L) {
+      for (int64_t r = 0; r < valid; r += L) {
+        V x[L];
+        for (int l = 0; l < L; ++l) x[l] = *reinterpret_cast<const V*>(slice + (r + l) * NR + c);
+        Tile::template transpose<L / 2>(x);
+        for (int l = 0; l < least(L, count - c); ++l)
+          *reinterpret_cast<V*>(out + (c + l) * NR + r) = x[l];
       }
     }
   }

@@ -155,6 +155,9 @@ struct TileCore {
   // transpose.
   void (*pack)(const T* rows, int64_t count, int64_t features, P* panel_out, P* slices,
                int64_t slice_rows);
+  // Writes at most `panel` rows of slices to a panel of the transpose, as `pack` does.
+  void (*pack_panel)(const P* slices, int64_t slice_rows, int64_t count, int64_t depth,
+                     P* panel_out);
   // Packs the same rows as operand of a product over rows: [features / panel][panel_depth][panel].
   // If P holds two numbers and the count is odd, one more row is read.
   void (*pack_product)(const T* rows, int64_t count, int64_t features, P* out, int64_t panel_depth);

@@ -38,6 +38,7 @@ struct Core {
             .add = &Row::add,
             .normalize = &Row::normalize,
             .pack = &Row::pack,
+            .pack_panel = &Row::pack_panel,
             .pack_product = &Row::pack_product,
             .finish = &Row::finish,
             .prediction = PredictionCore<T>::table()};
