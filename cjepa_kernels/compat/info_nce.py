@@ -60,6 +60,7 @@ def info_nce(
             f"{len(query)} and {len(positive_key)}"
         )
     if negative_keys is not None and negative_mode == "paired":
+        checks.check_temperature_device(temperature, "query", query)
         return _paired(query, positive_key, negative_keys, temperature, reduction)
     if negative_keys is not None:
         checks.check_floating_tensor("negative_keys", negative_keys)

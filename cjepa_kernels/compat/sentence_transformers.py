@@ -76,6 +76,10 @@ class MultipleNegativesRankingLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.check_in_range("scale", scale)
+        if isinstance(directions, str):
+            raise ValueError(
+                f"directions must be a tuple or a list of names, got the name {directions!r} alone"
+            )
         directions = tuple(directions)
         if "query_to_doc" not in directions or not set(directions) <= set(DIRECTIONS):
             raise ValueError(

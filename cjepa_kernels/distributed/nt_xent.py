@@ -86,7 +86,8 @@ def agree(
     batch = ranks_of_group.agree(z_i, settings, group)
     if options.decoupled and batch.rows == 2:
         raise ValueError(
-            "decoupled must be False without negatives, whose log-sum-exp is -inf, got one pair in "
+            'decoupled must be False (and contrastive_type not "dcl") without negatives, whose '
+            "log-sum-exp is -inf, got one pair in "
             "all ranks together"
         )
     return batch

@@ -13,7 +13,8 @@ from cjepa_kernels.definitions import FLOATING, LARGEST, REDUCTIONS, SMALLEST, S
 
 NO_COLUMN = 2**62  # in place of a positive that is out of range
 NO_POSITIVE = -1  # in place of the positive of a row that has none
-LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
+LABELS = (*SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 def described(value: object) -> str:
@@ -265,7 +266,11 @@ def as_classes(labels: Tensor, rows: int, device: torch.device, *, of: str) -> T
     if labels.shape != (rows,):
         raise ValueError(f"labels must be ({rows},), one for each {of}, got {tuple(labels.shape)}")
     if labels.device != device:
-        raise ValueError(f"labels must be on the device of the rows, {device}, got {labels.device}")
+        raise ValueError(
+            f"labels must be on the device of the embeddings, {device}, got {labels.device}"
+        )
+    if labels.dtype == torch.uint64:  # whose largest numbers int64 does not have
+        return labels.contiguous().view(torch.int64)
     return labels.to(torch.int64).contiguous()
 
 

@@ -32,6 +32,7 @@ from cjepa_kernels.functional.anchors import (
 from cjepa_kernels.functional.cross_logsumexp import run_cross_logsumexp
 from cjepa_kernels.functional.group_info_nce import info_nce_of_group
 from cjepa_kernels.functional.operands import operand_rows, widened
+from cjepa_kernels.reference.rows import positive_temperature
 
 # From so many similarities on, constant negatives beside trained keys are multiplied apart.
 CONSTANT_ENTRIES = 2**24
@@ -423,6 +424,7 @@ def _without_negatives(
     positive: Tensor, tau: float | Tensor, reduction: Reduction
 ) -> InfoNCEOutput:
     """The result where a queue is empty: a loss of 0, with a gradient of 0 for every input."""
+    tau = positive_temperature(tau)
     loss = reference.reduce(0 * (positive / tau), reduction)
     positive = positive.detach()
     return InfoNCEOutput(

@@ -88,7 +88,10 @@ def check_negatives(pairs: int, labels: Tensor | None) -> None:
         pairs: Number of pairs.
         labels: (B,) int64, or None.
     """
-    without = "decoupled must be False without negatives, whose log-sum-exp is -inf, got "
+    without = (
+        'decoupled must be False (and contrastive_type not "dcl") without negatives, whose '
+        "log-sum-exp is -inf, got "
+    )
     if pairs == 1:
         raise ValueError(f"{without}one pair")
     if labels is not None and checks.host_reads(labels) and (labels == labels[0]).all():

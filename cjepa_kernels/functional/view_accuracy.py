@@ -14,7 +14,8 @@ from cjepa_kernels.functional import checks, dispatch
 from cjepa_kernels.functional.operands import operand_rows
 from cjepa_kernels.reference.rows import with_rounding
 
-# The standard error of the share of 512 anchors, two for each sample, is at most 2.2 %.
+# The standard error of the share is at most 3.1 %, that of so many independent samples. The two
+# anchors of a sample are not independent.
 SAMPLES = 256
 
 

@@ -141,6 +141,11 @@ class ContrastiveJEPALoss(LossModule):
         }
         self.contrastive: NTXentLoss | InfoNCELoss | SupConLoss
         check_strategy(strategy)
+        if strategy == "ring" and contrastive_type in ("info_nce", "sup_con"):
+            raise ValueError(
+                'strategy must be "auto" or "all_gather" with '
+                f'contrastive_type="{contrastive_type}", got "ring"'
+            )
         if contrastive_type == "info_nce":
             self.contrastive = InfoNCELoss(**options, symmetric=True)
         elif contrastive_type == "sup_con":

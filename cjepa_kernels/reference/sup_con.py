@@ -61,6 +61,9 @@ def sup_con(
     losses = torch.where(alone, -F.logsigmoid(logit - lse), lse - logit)
     losses = raise_to_bound(losses, positives).where(positives > 0, 0.0)
     losses = losses.masked_fill(embedded.isnan().any(), torch.nan)
+    tau = positive_temperature(temperature)
+    if isinstance(tau, Tensor):
+        losses = losses.masked_fill(tau.isnan(), torch.nan)
     loss = reduce_counted(losses, positives > 0, reduction)
     with torch.no_grad():
         return SupConOutput(

@@ -172,5 +172,5 @@ def message_of_no_negatives(backend: str) -> str:
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_one_pair_in_all_ranks_is_an_error(ranks: Pool, backend: str) -> None:
     for message in ranks(2).run(message_of_no_negatives, backend):
-        assert "decoupled must be False without negatives" in message
+        assert 'decoupled must be False (and contrastive_type not "dcl") without' in message
         assert "got one pair in all ranks together" in message

@@ -383,7 +383,7 @@ def test_a_rank_that_refuses_its_arguments_stops_the_others(
 def test_a_class_that_is_everything_has_no_negatives(ranks: Pool) -> None:
     change = {"labels": torch.tensor([7, 7, 7]), "decoupled": True}
     for message in ranks(2).run(message_of, "nt_xent", [change] * 2):
-        assert "decoupled must be False without negatives" in message
+        assert 'decoupled must be False (and contrastive_type not "dcl") without' in message
         assert "labels that are all 7" in message
     different = {"labels": torch.tensor([8, 8, 8]), "decoupled": True}
     assert ranks(2).run(message_of, "nt_xent", [change, different]) == ["no error"] * 2

@@ -196,6 +196,11 @@ def test_bad_features_are_refused(options: Any, inputs: Any, message: str) -> No
         ({"contrastive_type": "vicreg"}, ValueError, "contrastive_type must be one of .*'vicreg'"),
         ({"strategy": "star"}, ValueError, "strategy must be one of"),
         (
+            {"strategy": "ring", "contrastive_type": "sup_con"},
+            ValueError,
+            'strategy must be "auto" or "all_gather" with contrastive_type="sup_con", got "ring"',
+        ),
+        (
             {"contrastive_type": "sup_con", "distributed": 1},
             TypeError,
             "distributed must be a bool",

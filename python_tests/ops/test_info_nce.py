@@ -229,6 +229,21 @@ def test_empty_negatives_are_none(backend: Any, symmetric: bool) -> None:
     assert gradients[2].shape == (0, 6)
 
 
+@pytest.mark.parametrize("value", [-1.0, math.inf, 1e35])
+def test_a_temperature_out_of_range_is_nan_with_an_empty_queue_too(
+    backend: Any, value: float
+) -> None:
+    out = info_nce(
+        torch.randn(5, 6),
+        torch.randn(5, 6),
+        torch.randn(0, 6),
+        in_batch_negatives=False,
+        temperature=torch.tensor(value),
+        backend=backend,
+    )
+    assert out.loss.isnan()
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.5], ids=["", "smoothed"])
 def test_an_empty_queue(smoothing: float) -> None:
     for backend in ("reference", "chunked", "auto"):

@@ -276,6 +276,16 @@ def test_no_anchor_has_a_positive(backend: Any, rows: int, reduction: Any) -> No
         assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("value", [-1.0, 0.0, math.nan, math.inf, 1e35])
+def test_a_temperature_out_of_range_is_nan_without_positives_too(
+    backend: Any, value: float
+) -> None:
+    out = sup_con(
+        torch.randn(5, 6), torch.arange(5), temperature=torch.tensor(value), backend=backend
+    )
+    assert out.loss.isnan()
+
+
 def test_anchors_without_a_positive_are_negatives(backend: Any) -> None:
     z = torch.randn(7, 6, requires_grad=True)
     labels = torch.tensor([1, 1, 1, 2, 2, 3, 4])
@@ -364,6 +374,14 @@ def test_tensors_without_numbers() -> None:
     with FakeTensorMode():
         assert sup_con(torch.randn(4, 6), torch.arange(4)).loss.shape == ()
         assert sup_con(torch.randn(4, 3, 6), reduction="none").loss.shape == (12,)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_labels_without_a_sign(dtype: torch.dtype) -> None:
+    z, labels = torch.randn(12, 6), torch.arange(12) % 3
+    large = torch.iinfo(dtype).max
+    unsigned = torch.tensor([0, large, large - 1], dtype=dtype)[labels]
+    torch.testing.assert_close(sup_con(z, unsigned).loss, sup_con(z, labels).loss)
 
 
 def test_labels_made_under_inference_mode(backend: Any) -> None:
