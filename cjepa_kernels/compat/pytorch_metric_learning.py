@@ -277,11 +277,12 @@ def _is_cosine(distance: Any) -> bool:
         return True
     name = type(distance).__name__
     known = name in ("CosineSimilarity", "DotProductSimilarity")
-    if known and getattr(distance, "p", 2) == 2 and getattr(distance, "power", 1) == 1:
+    p, power = getattr(distance, "p", 2), getattr(distance, "power", 1)
+    if known and p == 2 and power == 1:
         return bool(getattr(distance, "normalize_embeddings", True))
     raise ValueError(
         "distance must be CosineSimilarity or DotProductSimilarity with p=2 and power=1, got "
-        f"{distance!r}: {STAY} for other distances"
+        f"{name} with p={p} and power={power}: {STAY} for other distances"
     )
 
 

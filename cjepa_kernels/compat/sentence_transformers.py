@@ -237,6 +237,19 @@ class MultipleNegativesRankingLoss(nn.Module):
         }
 
     @property
+    def citation(self) -> str:
+        """The source in BibTeX, for the card of a model."""
+        return (
+            "@misc{oord2018representation,\n"
+            "    title = {Representation Learning with Contrastive Predictive Coding},\n"
+            "    author = {van den Oord, Aaron and Li, Yazhe and Vinyals, Oriol},\n"
+            "    year = {2018},\n"
+            "    eprint = {1807.03748},\n"
+            "    archivePrefix = {arXiv},\n"
+            "}"
+        )
+
+    @property
     def temperature(self) -> float:
         """The inverse of the scale."""
         return 1 / checks.as_float(self.scale)

@@ -144,6 +144,7 @@ def test_similarities_of_the_project(name: str) -> None:
     )
     assert relative_error(actual[0], expected[0]) <= FLOOR_VALUE[torch.float64]
     assert loss_fn.get_config_dict()["similarity_fct"] == name
+    assert "1807.03748" in loss_fn.citation
 
 
 def test_the_default_similarity_is_the_cosine() -> None:
