@@ -1,6 +1,6 @@
 """Time, memory and errors of the contrastive losses beside other projects' formulas, on the CPU.
 
-    python bench/losses.py [--loss info_nce,clip,sup_con,labels] [--rows 2048,8192,32768]
+    python bench/losses.py [--loss info_nce,clip,sup_con,labels] [--rows 256,2048,8192,32768]
                            [--seconds 8] [--quick] [--no-save]
 
 Forward + backward at temperature 0.1 and D = 256, in fp32. The candidates of a loss take turns, and
@@ -22,7 +22,7 @@ from cjepa_kernels.bench.losses import parse_losses
 from cjepa_kernels.bench.script_options import Progress, read_options, require_native, save
 from cjepa_kernels.bench.targets import print_targets, summary
 
-ROWS, QUICK_ROWS = (2048, 8192, 32768), (200,)
+ROWS, QUICK_ROWS = (256, 2048, 8192, 32768), (200,)
 TIMED = ("info_nce", "clip", "sup_con", "labels")
 COLUMNS = ("loss", "M", "D", "ours", "other")
 

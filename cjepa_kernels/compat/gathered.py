@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cjepa_kernels.distributed.exchange import Exchange
+
 
 def world_size() -> int:
     """Number of ranks of the default process group; 1 without one."""
@@ -16,13 +18,25 @@ def gather_rows(rows: Tensor, *, with_gradient: bool) -> Tensor:
     """The rows of all ranks, in the order of the ranks.
 
     Args:
-        rows: (B, D), as many on every rank.
+        rows: (B, D), as many on every rank. The ranks compare their numbers first.
         with_gradient: Each rank's rows get the sum of the gradients that all ranks have for them.
             Every rank then has to take part in the backward pass.
 
     Returns:
         (R * B, D) with R ranks.
+
+    Raises:
+        ValueError: On all ranks alike, if they hold different numbers of rows.
     """
+    group = dist.group.WORLD
+    if group is None:
+        raise RuntimeError("rows of all ranks need a default process group, got none")
+    batches = Exchange(group, of="the loss").numbers([len(rows)], rows.device)
+    if len(set(map(tuple, batches))) > 1:
+        raise ValueError(
+            "every rank must hold as many rows as the others, got "
+            f"{[batch for (batch,) in batches]} rows of ranks 0 to {len(batches) - 1}"
+        )
     rows = rows.contiguous()
     if with_gradient:
         from torch.distributed.nn.functional import all_gather

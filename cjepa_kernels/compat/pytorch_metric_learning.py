@@ -86,7 +86,7 @@ class _LabelledLoss(nn.Module):
             labels: (M,) classes. The host reads them, and waits for the device to do so.
             indices_tuple: Must be None.
             ref_emb: Optional (N, D) rows that ``embeddings`` are compared with. Default:
-                ``embeddings`` themselves, each but with itself.
+                ``embeddings`` themselves; then no row is compared with itself.
             ref_labels: (N,) classes of ``ref_emb``; not used without ``ref_emb``. If it is
                 ``labels`` itself and not a copy, row k is not compared with row k of ``ref_emb``,
                 as in the library.
@@ -224,7 +224,7 @@ class SelfSupervisedLoss(nn.Module):
     Args:
         loss: :class:`cjepa_kernels.compat.pytorch_metric_learning.NTXentLoss` or
             :class:`cjepa_kernels.compat.pytorch_metric_learning.SupConLoss`.
-        symmetric: Compare all rows of both views with each other. With False the rows of
+        symmetric: Compare all rows of both views with each other. With False, compare the rows of
             ``embeddings`` with those of ``ref_emb``.
 
     Raises:

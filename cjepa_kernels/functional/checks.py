@@ -312,7 +312,7 @@ def check_negatives_mask(mask: Tensor, z_i: Tensor) -> None:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         hint = ""
         if isinstance(mask, Tensor) and mask.ndim == 1 and mask.dtype in LABELS:
-            hint = "; labels of the samples go by labels="
+            hint = "; pass labels of the samples as labels="
         raise TypeError(f"mask must be a bool tensor, got {got}{hint}")
     batch = z_i.shape[0]
     if mask.shape != (batch, batch):

@@ -142,8 +142,8 @@ def info_nce(
         if group is not None and not in_batch_negatives:
             raise ValueError(
                 "group must be None with in_batch_negatives=False, got a group of "
-                f"{group.size()} ranks: the ranks exchange keys when they enqueue them, "
-                "MomentumQueue(distributed=True)"
+                f"{group.size()} ranks: MomentumQueue(distributed=True) exchanges the keys when "
+                "they are enqueued"
             )
     except (TypeError, ValueError):
         # The other ranks must not wait for this one. Without a tensor its device is unknown.

@@ -59,7 +59,7 @@ class ContrastiveJEPALoss(LossModule):
             features where they are given, which under an EMA encoder carry no gradient.
         reduction: Reduction of the contrastive term: ``mean``, ``sum`` or ``none``.
         eps: Lower bound on the norm used for normalisation. Default 1e-8.
-        contrastive_type: The contrastive loss of the two views. ``nt_xent`` (default).
+        contrastive_type: The contrastive loss of the two views. ``nt_xent`` is the default.
             ``dcl``: NT-Xent without the positive in the sum. ``info_nce``: each view among the rows
             of the other view, in both directions, as CLIP trains. ``sup_con``: SupCon, which takes
             ``labels`` and has both views of all samples of a label as positives.

@@ -135,8 +135,8 @@ class InfoNCELoss(ContrastiveModule):
         if distributed is not False and not in_batch_negatives:
             raise ValueError(
                 "distributed must be False with in_batch_negatives=False, got "
-                f"{'True' if distributed is True else 'a process group'}: the ranks exchange keys "
-                "when they enqueue them, MomentumQueue(distributed=True)"
+                f"{'True' if distributed is True else 'a process group'}: "
+                "MomentumQueue(distributed=True) exchanges the keys when they are enqueued"
             )
 
     def forward(

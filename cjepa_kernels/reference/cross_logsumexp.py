@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels.definitions import EPS, TEMPERATURE, CrossLogSumExp, PairedLogSumExp
-from cjepa_kernels.reference.rows import embed_rows, logsumexp_without, positive_temperature
+from cjepa_kernels.reference.rows import (
+    embed_rows,
+    logsumexp_without,
+    mark_unknown,
+    positive_temperature,
+)
 
 
 def cross_logsumexp(
@@ -56,7 +61,8 @@ def paired_logsumexp(
     Args:
         x: (M, D), one row of S each.
         y: (N, D), one column of S each.
-        positives: (M,) int64, the column of each row's positive, or -1 for a row without one.
+        positives: (M,) int64, the column of each row's positive, or -1 for a row without one. The
+            similarity of another number is NaN.
         temperature: Float or 0-dim tensor; a tensor outside of 1e-30 to 1e30 gives NaN.
         use_cosine_similarity: Cosine of the rows if true, else their dot product.
         eps: Lower bound on the norm used for normalisation.
@@ -77,6 +83,8 @@ def paired_logsumexp(
         column_lse=logsumexp_without(logits, of_positive, dim=0),
         row_max=largest.amax(dim=1),
         column_max=largest.amax(dim=0),
-        positive=similarity.where(of_positive, 0.0).sum(dim=1),
+        positive=mark_unknown(
+            similarity.where(of_positive, 0.0).sum(dim=1), positives, columns=len(y)
+        ),
         mean_similarity=detached.mean(),
     )

@@ -65,9 +65,10 @@ def info_nce(
     hits = [out.positive > out.row_max]
     smooth = [queries @ keys.mean(dim=0)]  # (M,) mean similarity of each query
     if symmetric:
-        negatives.append(out.column_lse[positives])
-        hits.append(out.positive > out.column_max[positives])
-        smooth.append(keys[positives] @ queries.mean(dim=0))
+        column = positives.clamp(0, len(key) - 1)  # a number out of range has the similarity NaN
+        negatives.append(out.column_lse[column])
+        hits.append(out.positive > out.column_max[column])
+        smooth.append(keys[column] @ queries.mean(dim=0))
     losses = [-F.logsigmoid(logit - lse) for lse in negatives]
     if label_smoothing > 0:
         # Without negatives the mean is the positive itself.

@@ -94,6 +94,17 @@ def with_rounding(largest: Tensor, features: int) -> Tensor:
     return largest + rounding * largest.abs().masked_fill(largest == -torch.inf, 0.0)
 
 
+def mark_unknown(similarity: Tensor, positives: Tensor, columns: int) -> Tensor:
+    """The similarities of positives, NaN for a positive that is neither a column nor -1.
+
+    Args:
+        similarity: (M,)
+        positives: (M,) int64.
+        columns: How many columns there are.
+    """
+    return similarity.masked_fill((positives < -1) | (positives >= columns), torch.nan)
+
+
 def logsumexp_without(logits: Tensor, excluded: Tensor, dim: int) -> Tensor:
     """Log-sum-exp over the entries that are not excluded; over none it is -inf, without a gradient.
 

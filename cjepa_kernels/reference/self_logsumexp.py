@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from cjepa_kernels.definitions import EPS, TEMPERATURE, SelfLogSumExp
-from cjepa_kernels.reference.rows import embed_rows, logsumexp_without, positive_temperature
+from cjepa_kernels.reference.rows import (
+    embed_rows,
+    logsumexp_without,
+    mark_unknown,
+    positive_temperature,
+)
 
 
 def self_logsumexp(
@@ -26,7 +31,7 @@ def self_logsumexp(
     Args:
         z: (M, D).
         positives: (M,) int64, the row that is each row's positive, or -1 for a row without one. Two
-            rows are each other's positive or not at all.
+            rows are each other's positive or not at all. The similarity of another number is NaN.
         classes: (M,) int64, any numbers.
         temperature: Float or 0-dim tensor; a tensor outside of 1e-30 to 1e30 gives NaN.
         use_cosine_similarity: Cosine of the rows if true, else their dot product.
@@ -47,8 +52,11 @@ def self_logsumexp(
         excluded = excluded | of_positive
     if classes is not None:
         excluded = excluded | (classes[:, None] == classes)
+    positive = similarity.where(of_positive, 0.0).sum(dim=1)
+    if positives is not None:
+        positive = mark_unknown(positive, positives, columns=len(z))
     return SelfLogSumExp(
         lse=logsumexp_without(similarity / positive_temperature(temperature), excluded, dim=1),
         largest=similarity.detach().masked_fill(excluded, -torch.inf).amax(dim=1),
-        positive=similarity.where(of_positive, 0.0).sum(dim=1),
+        positive=positive,
     )

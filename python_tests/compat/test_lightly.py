@@ -210,6 +210,19 @@ def test_dcl_of_ranks_with_different_numbers_of_pairs(ranks: Callable[[int], Ran
     assert relative_error(mean, DCLLoss()(whole[0], whole[1])) <= FLOOR_VALUE[torch.float64]
 
 
+def ragged_dclw() -> str:
+    """The error of a rank of DCLW, which needs as many pairs on every rank."""
+    views = ragged_views()[dist.get_rank()]
+    with pytest.raises(ValueError, match="every rank must hold as many rows") as error:
+        DCLWLoss(gather_distributed=True)(views[0], views[1])
+    return str(error.value)
+
+
+def test_ranks_with_different_numbers_of_pairs_are_an_error(ranks: Callable[[int], Ranks]) -> None:
+    for message in ranks(2).run(ragged_dclw):
+        assert message.endswith("got [1, 5] rows of ranks 0 to 1")
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_gathering_without_a_group_is_one_process(name: str) -> None:
     views = torch.randn(2, 5, 4)

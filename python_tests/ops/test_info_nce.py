@@ -491,7 +491,7 @@ WRONG_POSITIVES = {
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="compiled on the CPU")
-@pytest.mark.parametrize("backend", ["chunked", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "auto"])
 @pytest.mark.parametrize("name", WRONG_POSITIVES)
 def test_wrong_positives_where_the_host_does_not_read_them(name: str, backend: Any) -> None:
     """Under torch.compile, as on a GPU, the loss is NaN. The compiled kernels raise instead."""

@@ -315,7 +315,12 @@ l4 = torch.tensor([1, 1, 2, 2])
             ValueError,
             r"labels must be None with a mask, got a tensor of shape \(4,\)",
         ),
-        (z44, {"mask": l4}, TypeError, "mask must be a bool tensor, .*labels of the samples go by"),
+        (
+            z44,
+            {"mask": l4},
+            TypeError,
+            "mask must be a bool tensor, .*pass labels of the samples as",
+        ),
         (
             z44,
             {"decoupled": True, "mask": torch.eye(4, dtype=torch.bool)},
