@@ -242,12 +242,18 @@ def test_standard_output_that_takes_nothing() -> None:
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """Limit each file of this process to ``size`` bytes, as on a disk that is almost full."""
+    """Limit each file of this process to ``size`` bytes, as on a disk that is almost full.
+
+    Meanwhile Python keeps no bytecode of what it imports: it would keep a part of it.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    keeps_none = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
+        sys.dont_write_bytecode = keeps_none
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
