@@ -5,6 +5,7 @@ group        the ranks and their pairs           ring         the schedule of th
 exchange     messages between ranks, counted     blocks       parts of S, by the operators
 gather       rows of all ranks                   reference    the formula on all gathered pairs
 whole_batch  losses of all rows on every rank    sup_con, info_nce   what their ranks exchange
+info_nce_ring   keys that travel
 """
 
 from cjepa_kernels.definitions import STRATEGIES, Strategy

@@ -225,10 +225,44 @@ class Blocks:
             rows_of(out.column_shift, out.column_log_sum, column_max),
         )
 
+    def paired_rectangle(self, x: Tensor, y: Tensor, positives: Tensor) -> CrossLogSumExpForward:
+        """The rectangle of rows that have positives among the columns.
+
+        Args:
+            x: (m, D) features.
+            y: (n, D) features.
+            positives: (m,) int64, the row of y that is each row's positive, -1 for none.
+        """
+        options = self.options
+        count_flops(2 * len(x) * len(y) * x.shape[1])
+        out: CrossLogSumExpForward = ops.run(
+            "cross_logsumexp",
+            options.overload,
+            x=x.to(self.wide),
+            y=y.to(self.wide),
+            positives=positives,
+            temperature_tensor=self.temperature,
+            temperature=options.temperature,
+            use_cosine_similarity=options.use_cosine_similarity,
+            eps=options.eps,
+            product_dtype=self.product_dtype,
+            keep=False,
+        )
+        return out
+
     def rectangle_backward(
-        self, x: Tensor, y: Tensor, of_rows: Tensor, of_columns: Tensor, *, of_y: bool
+        self,
+        x: Tensor,
+        y: Tensor,
+        of_rows: Tensor,
+        of_columns: Tensor,
+        *,
+        of_y: bool,
+        of_x: bool = True,
+        positives: Tensor | None = None,
+        grad_positive: Tensor | None = None,
     ) -> CrossLogSumExpBackward:
-        """Gradients of x, of y if asked for, and of the temperature.
+        """Gradients of x and of y if asked for, and of the temperature.
 
         Args:
             x: (m, D) features.
@@ -236,9 +270,12 @@ class Blocks:
             of_rows: (m, 3): g r, shift and log_sum of each row of x.
             of_columns: (n, 3): the same of y.
             of_y: Whether to compute the gradient of y.
+            of_x: Whether to compute the gradient of x.
+            positives: As in :meth:`paired_rectangle`.
+            grad_positive: (m,) upstream gradient of the similarities of the positives.
         """
         options = self.options
-        count_flops(2 * (2 + of_y) * len(x) * len(y) * x.shape[1])
+        count_flops(2 * (1 + of_x + of_y) * len(x) * len(y) * x.shape[1])
         grad_row_lse, row_shift, row_log_sum = of_rows.T.contiguous()
         grad_column_lse, column_shift, column_log_sum = of_columns.T.contiguous()
         out: CrossLogSumExpBackward = ops.run(
@@ -246,10 +283,10 @@ class Blocks:
             options.overload,
             grad_row_lse=grad_row_lse,
             grad_column_lse=grad_column_lse,
-            grad_positive=None,
+            grad_positive=grad_positive,
             x=x.to(self.wide),
             y=y.to(self.wide),
-            positives=None,
+            positives=positives,
             temperature_tensor=self.temperature,
             row_shift=row_shift,
             row_log_sum=row_log_sum,
@@ -260,7 +297,7 @@ class Blocks:
             use_cosine_similarity=options.use_cosine_similarity,
             eps=options.eps,
             product_dtype=self.product_dtype,
-            of_x=True,
+            of_x=of_x,
             of_y=of_y,
         )
         return out

@@ -9,6 +9,8 @@ columns of all ranks and multiplies its own queries with them, so that no produc
 The backward of the second line gives rank r the share exp(column LSE- of rank r - column LSE-) of
 the upstream gradient. A key is the positive of queries of its own rank only, so only this rank has
 an upstream gradient for it. The gradient of the columns is the sum over the ranks.
+
+``info_nce_ring`` holds the other strategy, in which the columns visit one rank after the other.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cjepa_kernels.definitions import FLOATING, REDUCTIONS, Reduction
+from cjepa_kernels.definitions import FLOATING, REDUCTIONS, STRATEGIES, Reduction, Strategy
 from cjepa_kernels.distributed import group as ranks_of_group
 from cjepa_kernels.distributed.blocks import merge_rows, rows_of
 from cjepa_kernels.distributed.exchange import Exchange
@@ -30,7 +32,7 @@ from cjepa_kernels.distributed.group import Setting, check_refusals, check_setti
 from cjepa_kernels.reference.rows import positive_temperature, with_rounding
 
 OF = "InfoNCE"  # for errors
-SETTINGS = 14  # the number of settings that the ranks compare
+SETTINGS = 15  # the number of settings that the ranks compare
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def settings(
     use_cosine_similarity: bool,
     eps: float,
     reduction: Reduction,
+    strategy: Strategy,
 ) -> list[Setting]:
     """The arguments that must be the same on every rank.
 
@@ -122,6 +125,7 @@ def settings(
         use_cosine_similarity: Cosine similarity, else the dot product.
         eps: Lower bound on the norm used for normalisation.
         reduction: ``mean``, ``sum`` or ``none``.
+        strategy: ``auto``, ``all_gather`` or ``ring``.
     """
     yes_or_no = (False, True)
     number = 0.0  # on a device other than the CPU the host would wait for it
@@ -145,6 +149,7 @@ def settings(
         Setting("use_cosine_similarity", use_cosine_similarity, yes_or_no),
         Setting("eps", eps),
         Setting("reduction", reduction, REDUCTIONS),
+        Setting("strategy", strategy, STRATEGIES),
     ]
 
 

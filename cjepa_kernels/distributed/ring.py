@@ -5,12 +5,16 @@ own shard. The tiles of that rectangle serve the rows of both shards. The result
 rows follow the visitor on its way, one step behind, and are sent back at the end. If R is even,
 rank r and rank r + R / 2 visit each other in the last step, and each computes a half of their
 rectangle.
+
+That is the schedule of NT-Xent, whose matrix of similarities is symmetric. ``circulate`` takes
+other schedules too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -24,6 +28,39 @@ class Rectangle:
 
     own: slice
     visiting: slice
+
+
+class Ranks(Protocol):
+    """What :func:`circulate` has to know of the ranks."""
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+
+    @property
+    def ranks(self) -> int:
+        """R, the number of ranks."""
+
+
+class Schedule(Protocol):
+    """Which shard visits which rank in each step; in step k that of rank r - k visits rank r."""
+
+    @property
+    def batch(self) -> Ranks:
+        """The ranks."""
+
+    @property
+    def steps(self) -> int:
+        """Number of visitors that each rank receives."""
+
+    def visitor(self, rank: int, step: int) -> int:
+        """The rank whose shard visits ``rank`` in a step."""
+
+    def rectangle(self, rank: int, step: int) -> Rectangle:
+        """The rectangle that ``rank`` computes in a step."""
+
+    def collected(self, rank: int) -> slice:
+        """Rows of a rank's shard for which other ranks compute results on its way."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +100,7 @@ class Ring:
 
 
 def circulate(
-    ring: Ring,
+    ring: Schedule,
     exchange: Exchange,
     own: Sequence[Tensor],
     visit: Callable[[Rectangle, Sequence[Tensor]], Tensor],
@@ -72,6 +109,7 @@ def circulate(
     first: Callable[[], None] = lambda: None,
     last: Callable[[], None] = lambda: None,
     first_visitor: Sequence[Tensor] = (),
+    collects: bool = True,
 ) -> Tensor | None:
     """Send the own shard round the ring, work on its visitors, and collect results for its rows.
 
@@ -89,10 +127,12 @@ def circulate(
         first: Work that needs no visitor, done while the first one is on its way.
         last: Work that needs no visitor, done while the collected results return to their rank.
         first_visitor: The tensors of the first visitor that are here already.
+        collects: Whether ``visit`` has results for the visitor's rows. Otherwise what it returns
+            does not travel.
 
     Returns:
         The results for the rows ``ring.collected(rank)`` of the own shard; None in a group of one
-        rank.
+        rank, and if nothing is collected.
     """
     rank, ranks = ring.batch.rank, ring.batch.ranks
     right, left = (rank + 1) % ranks, (rank - 1) % ranks
@@ -108,7 +148,7 @@ def circulate(
                 for tensor in present[len(arriving) :]
             ]
         before = collected
-        if step >= 2:
+        if step >= 2 and collects:
             messages.send(collected, right)
             before = messages.receive(collected, ring.collected(ring.visitor(rank, step)), left)
         messages.start()
@@ -119,14 +159,14 @@ def circulate(
             rectangle = ring.rectangle(rank, step)
             of_visitor = visit(rectangle, present)
             messages.finish()
-            if step == 1:
+            if step == 1 or not collects:
                 collected = of_visitor
             else:
                 merge(before[rectangle.visiting], of_visitor)
                 collected = before
             del of_visitor, before
         present = arriving
-    if ring.steps == 0:
+    if ring.steps == 0 or not collects:
         last()
         return None
     messages = StepMessages(exchange)

@@ -282,6 +282,15 @@ def check_label_smoothing(value: float) -> None:
         raise ValueError(f"label_smoothing must lie from 0 to below 1, got {value}")
 
 
+def check_ring_of_keys(strategy: str, *, in_batch_negatives: bool) -> None:
+    """Raise for a ring of InfoNCE without the keys that would travel round it."""
+    if strategy == "ring" and not in_batch_negatives:
+        raise ValueError(
+            'strategy must be "auto" or "all_gather" with in_batch_negatives=False, got "ring": '
+            "the ranks exchange keys when they enqueue them, MomentumQueue(distributed=True)"
+        )
+
+
 def check_in_batch_negatives(value: bool, *, symmetric: bool) -> None:
     """Raise unless ``value`` is a bool that goes with ``symmetric``."""
     check_bool("in_batch_negatives", value)

@@ -17,6 +17,7 @@ from cjepa_kernels.definitions import (
     CrossLogSumExpForward,
     InfoNCEOutput,
     Reduction,
+    Strategy,
 )
 from cjepa_kernels.distributed.info_nce import refuse
 from cjepa_kernels.functional import checks, dispatch
@@ -52,6 +53,7 @@ def info_nce(
     eps: float = EPS,
     reduction: Reduction = "mean",
     group: dist.ProcessGroup | None = None,
+    strategy: Strategy = "auto",
     backend: Backend = "auto",
 ) -> InfoNCEOutput:
     """InfoNCE of queries against keys, with its metrics, without the (M, N) similarity matrix.
@@ -99,6 +101,10 @@ def info_nce(
             are global. ``positives`` are rows of this rank's ``key``. Ranks may hold different
             numbers of rows. If all ranks hold the same queue, give each of them a share of it.
             Every rank has to take part in every forward and backward. Default: one process.
+        strategy: How the ranks work together. ``all_gather``: every rank gathers the keys and the
+            ``negatives`` of all ranks. ``ring``: they travel from rank to rank, and a rank holds
+            those of at most two other ranks at a time. ``auto``: the all-gather, unless the keys
+            and ``negatives`` of all ranks take more than 256 MiB.
         backend: ``auto`` or a name from :func:`cjepa_kernels.backends`.
 
     Returns:
@@ -106,7 +112,9 @@ def info_nce(
 
     Raises:
         TypeError: A tensor of the wrong kind or dtype.
-        ValueError: A wrong shape, device or value; the message names it. With a group the other
+        ValueError: A wrong shape, device or value; the message names it. Also
+            ``strategy="ring"`` with ``in_batch_negatives=False``, and with a group and
+            ``backend="reference"``, which has the all-gather alone. With a group the other
             ranks raise one too, as they do for an option that differs. On a GPU and under
             torch.compile the host does not read ``positives``. There a number out of range, or with
             ``symmetric`` a repeated one, makes the loss NaN. The compiled CPU kernels raise.
@@ -139,6 +147,9 @@ def info_nce(
             reduction=reduction,
             backend=backend,
         )
+        _check_strategy(
+            strategy, group=group, in_batch_negatives=in_batch_negatives, backend=backend
+        )
         if group is not None and not in_batch_negatives:
             raise ValueError(
                 "group must be None with in_batch_negatives=False, got a group of "
@@ -163,7 +174,25 @@ def info_nce(
     # Without the condition disable() would import the compiler, which takes as long as torch.
     if torch.compiler.is_compiling():
         of_group_eagerly = torch.compiler.disable(of_group_eagerly)  # type: ignore[no-untyped-call]
-    return of_group_eagerly(inputs.query, inputs.key, inputs.positives, group=group, **options)
+    return of_group_eagerly(
+        inputs.query, inputs.key, inputs.positives, group=group, strategy=strategy, **options
+    )
+
+
+def _check_strategy(
+    strategy: Strategy,
+    *,
+    group: dist.ProcessGroup | None,
+    in_batch_negatives: bool,
+    backend: Backend,
+) -> None:
+    """Raise for a strategy that is unknown, or that does not go together with other arguments."""
+    checks.check_strategy(strategy)
+    checks.check_ring_of_keys(strategy, in_batch_negatives=in_batch_negatives)
+    if group is not None and strategy == "ring" and backend == "reference":
+        raise ValueError(
+            'strategy must be "auto" or "all_gather" with backend="reference", got "ring"'
+        )
 
 
 class _Inputs(NamedTuple):

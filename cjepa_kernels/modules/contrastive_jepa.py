@@ -67,8 +67,8 @@ class ContrastiveJEPALoss(LossModule):
         distributed: Take the negatives from all ranks (True) or from those of a process group, as
             described for ``group`` in the function of the contrastive loss. With ``sup_con``, and
             with labels, every rank does the work of the whole batch.
-        strategy: How the ranks work together: ``auto``, ``all_gather`` or ``ring``. Only
-            ``nt_xent`` and ``dcl`` have a ring, and only without labels.
+        strategy: How the ranks work together: ``auto``, ``all_gather`` or ``ring``. There
+            is no ring for ``sup_con``, nor for ``nt_xent`` and ``dcl`` with labels.
         return_dict: Return a dict. With False a call returns the loss alone, as most losses do, and
             the metrics of the last call are the attribute ``last_metrics``.
 
@@ -141,13 +141,13 @@ class ContrastiveJEPALoss(LossModule):
         }
         self.contrastive: NTXentLoss | InfoNCELoss | SupConLoss
         check_strategy(strategy)
-        if strategy == "ring" and contrastive_type in ("info_nce", "sup_con"):
+        if strategy == "ring" and contrastive_type == "sup_con":
             raise ValueError(
-                'strategy must be "auto" or "all_gather" with '
-                f'contrastive_type="{contrastive_type}", got "ring"'
+                'strategy must be "auto" or "all_gather" with contrastive_type="sup_con", '
+                'got "ring"'
             )
         if contrastive_type == "info_nce":
-            self.contrastive = InfoNCELoss(**options, symmetric=True)
+            self.contrastive = InfoNCELoss(**options, symmetric=True, strategy=strategy)
         elif contrastive_type == "sup_con":
             self.contrastive = SupConLoss(**options)
         else:

@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from cjepa_kernels.backends import Backend
-from cjepa_kernels.definitions import EPS, FLOATING, INFO_NCE_TEMPERATURE, Reduction
+from cjepa_kernels.definitions import EPS, FLOATING, INFO_NCE_TEMPERATURE, Reduction, Strategy
 from cjepa_kernels.distributed import resolve_group
 from cjepa_kernels.functional.checks import (
     check_bool,
     check_in_batch_negatives,
     check_label_smoothing,
+    check_ring_of_keys,
+    check_strategy,
     described,
 )
 from cjepa_kernels.functional.info_nce import info_nce
@@ -70,6 +72,8 @@ class InfoNCELoss(ContrastiveModule):
             temperature needs its gradient averaged over the ranks, like every parameter: have the
             loss be a part of the module that DDP wraps. Copies and pickles: as for
             :class:`NTXentLoss`.
+        strategy: How the ranks work together: ``auto``, ``all_gather`` or ``ring``, as described in
+            :func:`cjepa_kernels.info_nce`.
         return_dict: Return a dict. With False a call returns the loss alone, as most losses do, and
             the metrics of the last call are the attribute ``last_metrics``.
 
@@ -88,7 +92,9 @@ class InfoNCELoss(ContrastiveModule):
         1.0
     """
 
-    in_batch_negatives: bool = True  # for modules that were pickled before they had it
+    # For modules that were pickled before they had these attributes.
+    in_batch_negatives: bool = True
+    strategy: Strategy = "auto"
     distributed: bool | ProcessGroup = distributed_attribute(
         "Whether negatives come from all ranks, or the process group that they come from."
     )
@@ -113,6 +119,7 @@ class InfoNCELoss(ContrastiveModule):
         temperature_shape: Sequence[int] = (),
         backend: Backend = "auto",
         distributed: bool | ProcessGroup = False,
+        strategy: Strategy = "auto",
         return_dict: bool = True,
     ) -> None:
         super().__init__(
@@ -128,9 +135,12 @@ class InfoNCELoss(ContrastiveModule):
         check_bool("symmetric", symmetric)
         check_label_smoothing(label_smoothing)
         check_in_batch_negatives(in_batch_negatives, symmetric=symmetric)
+        check_strategy(strategy)
+        check_ring_of_keys(strategy, in_batch_negatives=in_batch_negatives)
         self.symmetric = symmetric
         self.label_smoothing = label_smoothing
         self.in_batch_negatives = in_batch_negatives
+        self.strategy = strategy
         self.distributed = distributed
         if distributed is not False and not in_batch_negatives:
             raise ValueError(
@@ -178,6 +188,7 @@ class InfoNCELoss(ContrastiveModule):
             label_smoothing=self.label_smoothing,
             in_batch_negatives=self.in_batch_negatives,
             group=resolve_group(self.distributed),
+            strategy=self.strategy,
             **settings,
         )
         return self._result(

@@ -232,7 +232,10 @@ CONTRASTIVE: dict[str, tuple[dict[str, Any], Callable[..., Any]]] = {
     "nt_xent": ({"strategy": "ring"}, lambda z, _: nt_xent(z[0], z[1])),
     "nt_xent_labels": ({}, lambda z, labels: nt_xent(z[0], z[1], labels=labels)),
     "dcl": ({"strategy": "ring"}, lambda z, _: nt_xent(z[0], z[1], decoupled=True)),
-    "info_nce": ({}, lambda z, _: info_nce(z[0], z[1], temperature=0.1, symmetric=True)),
+    "info_nce": (
+        {"strategy": "ring"},
+        lambda z, _: info_nce(z[0], z[1], temperature=0.1, symmetric=True),
+    ),
     "sup_con_labels": ({}, lambda z, labels: sup_con(z.transpose(0, 1), labels)),
 }
 LABELS = torch.tensor([0, 1, 0, 2, 2, 1, 0, 3])
@@ -259,7 +262,7 @@ def losses_by_configuration(name: str) -> dict[str, Tensor]:
     out = loss_fn(levels, levels, features[0], features[1], **labels)
     out["loss"].backward()
     assert loss_fn.distributed is True
-    if kind in ("nt_xent", "dcl"):
+    if kind != "sup_con":
         assert loss_fn.contrastive.strategy == CONTRASTIVE[name][0].get("strategy", "auto")
     result = {key: out[key].detach() for key in ("loss", "contrastive_accuracy")}
     return {**result, "cls": features[:, :, 0].detach(), "grad": features.grad}

@@ -23,6 +23,7 @@ from cjepa_kernels.distributed.info_nce import GroupBatch, merge_columns
 Pool = Callable[[int], Ranks]
 FEATURES = 24
 NOT_SLOW = [name for name in BACKENDS if name != "triton"]  # Triton's interpreter is slow.
+STRATEGIES = ["all_gather", "ring"]
 METRICS = ("accuracy", "positive_similarity", "negative_similarity")
 
 # For each rank its numbers of queries, keys and negatives. Without negatives there is no tensor.
@@ -82,7 +83,7 @@ def leaves_of(tensors: dict[str, Any], temperature: Tensor) -> dict[str, Tensor]
 
 
 def group_step(
-    name: str, dtype: torch.dtype, backend: Any, options: dict[str, Any]
+    name: str, dtype: torch.dtype, backend: Any, strategy: Any, options: dict[str, Any]
 ) -> tuple[InfoNCEOutput, dict[str, Tensor]]:
     """Run on each rank: the result, and the gradients of this rank's tensors."""
     options = dict(options)
@@ -92,7 +93,8 @@ def group_step(
     temperature = torch.tensor(options.pop("temperature", 0.07), dtype=torch.float64)
     leaves = leaves_of(tensors, temperature)
     arguments = tensors | {"temperature": temperature}
-    out = info_nce(**arguments, backend=backend, group=dist.group.WORLD, **options)
+    options |= {"backend": backend, "strategy": strategy, "group": dist.group.WORLD}
+    out = info_nce(**arguments, **options)
     gradients = torch.autograd.grad(out.loss.sum(), list(leaves.values()))
     detached = InfoNCEOutput(*(value.detach() for value in out))
     return detached, dict(zip(leaves, gradients, strict=True))
@@ -114,24 +116,30 @@ def one_process(
     return out, dict(zip(leaves, gradients, strict=True))
 
 
+CASES = [
+    *((name, "one_direction", torch.float32, "auto") for name in SHARES),
+    *((name, "symmetric", torch.float32, "auto") for name in SHARES),
+    *(("negatives", option, torch.float32, "auto") for option in list(OPTIONS)[2:]),
+    *(("positives", option, torch.float64, "reference") for option in OPTIONS),
+    *(("three", "symmetric", dtype, "auto") for dtype in (torch.bfloat16, torch.float16)),
+    *(("negatives", "none_clip_smoothed", torch.bfloat16, name) for name in NOT_SLOW),
+    *(("two", "symmetric", torch.float32, name) for name in BACKENDS),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "option", "dtype", "backend"),
+    ("name", "option", "dtype", "backend", "strategy"),
     [
-        *((name, "one_direction", torch.float32, "auto") for name in SHARES),
-        *((name, "symmetric", torch.float32, "auto") for name in SHARES),
-        *(("negatives", option, torch.float32, "auto") for option in list(OPTIONS)[2:]),
-        *(("positives", option, torch.float64, "reference") for option in OPTIONS),
-        *(("three", "symmetric", dtype, "auto") for dtype in (torch.bfloat16, torch.float16)),
-        *(("negatives", "none_clip_smoothed", torch.bfloat16, name) for name in NOT_SLOW),
-        *(("two", "symmetric", torch.float32, name) for name in BACKENDS),
+        *((*case, "all_gather") for case in CASES),
+        *((*case, "ring") for case in CASES if case[-1] != "reference"),
     ],
     ids=str,
 )
 def test_ranks_equal_one_process(
-    ranks: Pool, name: str, option: str, dtype: torch.dtype, backend: Any
+    ranks: Pool, name: str, option: str, dtype: torch.dtype, backend: Any, strategy: str
 ) -> None:
     options = OPTIONS[option]
-    results = ranks(len(SHARES[name])).run(group_step, name, dtype, backend, options)
+    results = ranks(len(SHARES[name])).run(group_step, name, dtype, backend, strategy, options)
     reference = {**options, "backend": "reference"}
     truth, exact = one_process(info_nce, name, dtype, reference, exact=True)
     eager_loss, eager = one_process(textbook_info_nce, name, dtype, options, exact=False)
@@ -160,7 +168,7 @@ def test_ranks_equal_one_process(
             assert error <= (0.2 if metric == "accuracy" and dtype.itemsize == 2 else bound)
 
 
-def aligned_step(symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+def aligned_step(symmetric: bool, strategy: Any) -> tuple[Tensor, Tensor, Tensor]:
     query, key = aligned(dist.get_rank())
     out = info_nce(
         query,
@@ -169,6 +177,7 @@ def aligned_step(symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
         symmetric=symmetric,
         reduction="none",
         group=dist.group.WORLD,
+        strategy=strategy,
     )
     (gradient,) = torch.autograd.grad(out.loss.sum(), query)
     return out.loss.detach(), gradient, out.accuracy
@@ -181,7 +190,8 @@ def aligned(rank: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
-def test_aligned_pairs_at_low_temperature(ranks: Pool, symmetric: bool) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_aligned_pairs_at_low_temperature(ranks: Pool, symmetric: bool, strategy: str) -> None:
     """Columns of several ranks are merged without rounding, so tiny losses keep their digits."""
     pairs = [aligned(rank) for rank in range(3)]
     query = torch.cat([query for query, _ in pairs]).detach().double().requires_grad_()
@@ -194,7 +204,7 @@ def test_aligned_pairs_at_low_temperature(ranks: Pool, symmetric: bool) -> None:
         backend="reference",
     )
     (expected,) = torch.autograd.grad(truth.loss.sum(), query)
-    results = ranks(3).run(aligned_step, symmetric)
+    results = ranks(3).run(aligned_step, symmetric, strategy)
     loss = torch.cat([loss for loss, *_ in results])
     torch.testing.assert_close(loss.double(), truth.loss, rtol=1e-3, atol=1e-38)
     gradient = torch.cat([gradient for _, gradient, _ in results])
@@ -203,18 +213,29 @@ def test_aligned_pairs_at_low_temperature(ranks: Pool, symmetric: bool) -> None:
     assert all(accuracy == 1 for *_, accuracy in results)
 
 
-def collapsed_step(symmetric: bool, features: int, backend: Any) -> tuple[Tensor, Tensor]:
+def collapsed_step(
+    symmetric: bool, features: int, backend: Any, strategy: Any
+) -> tuple[Tensor, Tensor]:
     row = torch.randn(features, generator=torch.Generator().manual_seed(3))
     z = row.expand(1 + 4 * dist.get_rank(), features)
-    out = info_nce(z, z, symmetric=symmetric, group=dist.group.WORLD, backend=backend)
+    options: dict[str, Any] = {"symmetric": symmetric, "backend": backend, "strategy": strategy}
+    out = info_nce(z, z, group=dist.group.WORLD, **options)
     return out.accuracy, out.loss
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
-@pytest.mark.parametrize("backend", NOT_SLOW)
-def test_a_collapsed_encoder_reports_no_hit(ranks: Pool, symmetric: bool, backend: Any) -> None:
+@pytest.mark.parametrize(
+    ("backend", "strategy"),
+    [
+        *((name, "all_gather") for name in NOT_SLOW),
+        *((name, "ring") for name in NOT_SLOW if name != "reference"),
+    ],
+)
+def test_a_collapsed_encoder_reports_no_hit(
+    ranks: Pool, symmetric: bool, backend: Any, strategy: str
+) -> None:
     """A tie with a row of another rank is a miss too."""
-    results = ranks(3).run(collapsed_step, symmetric, 131, backend)
+    results = ranks(3).run(collapsed_step, symmetric, 131, backend, strategy)
     assert all(accuracy == 0 for accuracy, _ in results)
     mean = torch.stack([loss for _, loss in results]).mean()
     torch.testing.assert_close(mean, torch.tensor(15.0).log())  # 1 + 5 + 9 pairs
@@ -246,12 +267,13 @@ def test_a_negative_of_another_rank_within_rounding_is_a_tie(ranks: Pool) -> Non
 class Encoder(nn.Module):
     """Two encoders and their loss in one module, so that DDP averages all gradients."""
 
-    def __init__(self, distributed: bool, dtype: torch.dtype) -> None:
+    def __init__(self, distributed: bool, dtype: torch.dtype, strategy: Any = "auto") -> None:
         super().__init__()
         torch.manual_seed(1)
         self.image, self.text = (nn.Linear(FEATURES, FEATURES) for _ in range(2))
+        options: dict[str, Any] = {"symmetric": True, "learnable_temperature": True}
         self.loss_fn = copy.deepcopy(
-            InfoNCELoss(0.2, symmetric=True, learnable_temperature=True, distributed=distributed)
+            InfoNCELoss(0.2, **options, distributed=distributed, strategy=strategy)
         )
         self.to(dtype)
 
@@ -260,9 +282,11 @@ class Encoder(nn.Module):
         return result
 
 
-def ddp_step(name: str, autocast: bool, compiled: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def ddp_step(
+    name: str, autocast: bool, compiled: bool, strategy: str
+) -> tuple[Tensor, dict[str, Tensor]]:
     dtype = torch.float32 if autocast else torch.float64
-    model: Any = DistributedDataParallel(Encoder(True, dtype))
+    model: Any = DistributedDataParallel(Encoder(True, dtype, strategy))
     if compiled:
         model = torch.compile(model, backend="aot_eager")
     tensors = shares(name, dtype)[dist.get_rank()]
@@ -274,17 +298,19 @@ def ddp_step(name: str, autocast: bool, compiled: bool) -> tuple[Tensor, dict[st
 
 
 @pytest.mark.parametrize(
-    ("name", "autocast", "compiled"),
+    ("name", "autocast", "compiled", "strategy"),
     [
-        ("ragged", False, False),
-        ("three", False, False),
-        ("ragged", True, False),
-        ("ragged", False, True),
+        ("ragged", False, False, "auto"),
+        ("three", False, False, "auto"),
+        ("ragged", True, False, "auto"),
+        ("ragged", False, True, "auto"),
+        ("three", False, False, "ring"),
+        ("ragged", True, False, "ring"),
     ],
-    ids=["two", "three", "autocast", "compiled"],
+    ids=["two", "three", "autocast", "compiled", "three-ring", "autocast-ring"],
 )
 def test_ddp_averages_to_one_process(
-    ranks: Pool, name: str, autocast: bool, compiled: bool
+    ranks: Pool, name: str, autocast: bool, compiled: bool, strategy: str
 ) -> None:
     model = Encoder(False, torch.float32 if autocast else torch.float64)
     tensors = whole(name, torch.float32 if autocast else torch.float64)
@@ -292,7 +318,7 @@ def test_ddp_averages_to_one_process(
         loss = model(tensors["query"], tensors["key"])["loss"]
     loss.backward()
     expected = gradients_of(model)
-    results = ranks(len(SHARES[name])).run(ddp_step, name, autocast, compiled)
+    results = ranks(len(SHARES[name])).run(ddp_step, name, autocast, compiled, strategy)
     tolerance = {"rtol": 2e-2, "atol": 1e-3} if autocast else {"rtol": 1e-9, "atol": 1e-12}
     mean = torch.stack([loss for loss, _ in results]).mean()
     torch.testing.assert_close(mean, loss.detach(), **tolerance)
@@ -302,37 +328,40 @@ def test_ddp_averages_to_one_process(
             torch.testing.assert_close(gradient, expected[parameter], **tolerance)
 
 
-def frozen_step(frozen: str) -> dict[str, Any]:
+def frozen_step(frozen: str, strategy: Any) -> dict[str, Any]:
     tensors = shares("ragged", torch.float64)[dist.get_rank()]
     for side in ("query", "key"):
         tensors[side].requires_grad_(side != frozen)
-    loss = info_nce(**tensors, symmetric=True, group=dist.group.WORLD).loss
+    options: dict[str, Any] = {"symmetric": True, "strategy": strategy}
+    loss = info_nce(**tensors, group=dist.group.WORLD, **options).loss
     loss.backward()
     return {side: tensors[side].grad for side in ("query", "key")}
 
 
 @pytest.mark.parametrize("frozen", ["query", "key"])
-def test_a_frozen_side(ranks: Pool, frozen: str) -> None:
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_frozen_side(ranks: Pool, frozen: str, strategy: str) -> None:
     tensors = whole("ragged", torch.float64)
     other = "key" if frozen == "query" else "query"
     tensors[other].requires_grad_()
     info_nce(**tensors, symmetric=True).loss.backward()
-    results = ranks(2).run(frozen_step, frozen)
+    results = ranks(2).run(frozen_step, frozen, strategy)
     assert all(result[frozen] is None for result in results)
     gradient = torch.cat([result[other] for result in results]) / 2
     torch.testing.assert_close(gradient, tensors[other].grad)
 
 
-def step_with_a_nan() -> tuple[Tensor, Tensor]:
+def step_with_a_nan(strategy: Any) -> tuple[Tensor, Tensor]:
     tensors = shares("ragged", torch.float32)[dist.get_rank()]
     if dist.get_rank() == 1:
         tensors["key"][2, 1] = float("nan")
-    out = info_nce(**tensors, group=dist.group.WORLD)
+    out = info_nce(**tensors, group=dist.group.WORLD, strategy=strategy)
     return out.loss, out.accuracy
 
 
-def test_a_nan_reaches_the_loss_of_every_rank(ranks: Pool) -> None:
-    for loss, accuracy in ranks(2).run(step_with_a_nan):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_nan_reaches_the_loss_of_every_rank(ranks: Pool, strategy: str) -> None:
+    for loss, accuracy in ranks(2).run(step_with_a_nan, strategy):
         assert loss.isnan()
         assert accuracy == 0
 
@@ -385,6 +414,7 @@ def message_of(changes: list[dict[str, Any]]) -> str:
         ({"use_cosine_similarity": False}, "use_cosine_similarity must be the same"),
         ({"eps": 1e-6}, "eps must be the same on every rank"),
         ({"reduction": "sum"}, "reduction must be .* has mean and rank 1 has sum"),
+        ({"strategy": "ring"}, "strategy must be .* rank 0 has auto and rank 1 has ring"),
         ({"backend": "reference"}, "whether backend is the reference must be the same"),
         ({"requires_grad": "query"}, "requires_grad of query must be the same"),
         ({"requires_grad": "key"}, "requires_grad of key or negatives must be the same"),
@@ -410,6 +440,11 @@ def test_ranks_that_differ_are_named_on_every_rank(
             {"in_batch_negatives": False, "negatives": torch.ones(2, 4)},
             "group must be None with in_batch_negatives=False, got a group of 3 ranks",
         ),
+        ({"strategy": "tree"}, "strategy must be one of .*'tree'"),
+        (
+            {"strategy": "ring", "backend": "reference"},
+            'strategy must be "auto" or "all_gather" with backend="reference", got "ring"',
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -429,5 +464,13 @@ def test_mistakes_in_one_process() -> None:
     expected = "distributed must be False with in_batch_negatives=False, got True"
     with pytest.raises(ValueError, match=expected):
         InfoNCELoss(in_batch_negatives=False, distributed=True)
+    expected = 'strategy must be "auto" or "all_gather" with in_batch_negatives=False, got "ring"'
+    queue: dict[str, Any] = {"in_batch_negatives": False, "strategy": "ring"}
+    with pytest.raises(ValueError, match=expected):
+        InfoNCELoss(**queue)
+    with pytest.raises(ValueError, match=expected):
+        info_nce(query, key, key, **queue)
+    with pytest.raises(ValueError, match=r"strategy must be one of .*'tree'"):
+        InfoNCELoss(strategy="tree")  # type: ignore[arg-type]
     loss_fn = InfoNCELoss(distributed=True)  # one process without a group
     assert torch.equal(loss_fn(query, key)["loss"], InfoNCELoss()(query, key)["loss"])

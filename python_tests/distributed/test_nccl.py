@@ -119,13 +119,16 @@ def test_ranks_get_the_result_of_the_whole_batch(
     assert error <= allowed
 
 
+@STRATEGIES
 @DTYPES
 @pytest.mark.parametrize("symmetric", [False, True], ids=["", "symmetric"])
-def test_info_nce_of_the_whole_batch(member: Member, dtype: torch.dtype, symmetric: bool) -> None:
+def test_info_nce_of_the_whole_batch(
+    member: Member, strategy: Any, dtype: torch.dtype, symmetric: bool
+) -> None:
     whole = whole_batch(member.device, dtype)
     z = own(whole).requires_grad_()
     options: dict[str, Any] = {"temperature": 0.05, "symmetric": symmetric}
-    out = info_nce(z[0], z[1], group=member.group, **options)
+    out = info_nce(z[0], z[1], group=member.group, strategy=strategy, **options)
     (gradient,) = torch.autograd.grad(out.loss, z)
     exact = whole.double().requires_grad_()
     truth = info_nce(exact[0], exact[1], backend="reference", **options)
