@@ -230,9 +230,11 @@ def test_empty_negatives_are_none(backend: Any, symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize("value", [-1.0, math.inf, 1e35])
+@pytest.mark.parametrize("backend", ["reference", "chunked", "auto"])
 def test_a_temperature_out_of_range_is_nan_with_an_empty_queue_too(
     backend: Any, value: float
 ) -> None:
+    """No kernel runs where nothing is summed."""
     out = info_nce(
         torch.randn(5, 6),
         torch.randn(5, 6),
